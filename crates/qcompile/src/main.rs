@@ -1,0 +1,2 @@
+//! The `qcompile` command.
+fn main() {}
