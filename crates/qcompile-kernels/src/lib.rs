@@ -1,1 +1,112 @@
-//! Crate under construction.
+//! Hand-scheduled SIMD microkernels, one table of entry points for each CPU tier.
+//!
+//! Emitted code and the runtime reach every kernel through [`Kernels`], a `#[repr(C)]` table. A kernel
+//! takes one pointer to its argument block (see [`args`]), a phase number and a range of work units.
+//! The caller runs the phases one after another with a barrier between, and within a phase splits
+//! `0..units` over its threads in any way: results are bit-identical for every split.
+
+pub mod args;
+mod tier;
+
+pub use tier::{Tier, UnknownTier};
+
+/// One hand-scheduled kernel.
+///
+/// `args` points to the kernel's argument block, which must stay unchanged during the call. The
+/// pointers in it must be valid for the shapes it states; only `scratch` is called with null pointers.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Primitive {
+    /// Number of phases; a barrier belongs between one and the next.
+    pub phases: usize,
+    /// Number of independent work units of a phase; depends on the shapes (and the tier) only.
+    pub units: unsafe extern "C" fn(args: *const u64, phase: usize) -> usize,
+    /// Does the units `begin..end` of a phase.
+    pub run: unsafe extern "C" fn(args: *const u64, phase: usize, begin: usize, end: usize),
+    /// Bytes of shared scratch wanted (may be 0). Pointers in the block may be null here.
+    pub scratch: unsafe extern "C" fn(args: *const u64) -> usize,
+}
+
+/// Names the kernels of the table, in its order.
+#[repr(usize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum KernelId {
+    /// [`args::MatmulArgs`]
+    Matmul,
+    /// [`args::MatmulI8Args`]
+    MatmulI8,
+    /// [`args::Conv2dArgs`]
+    Conv2d,
+    /// [`args::Conv2dGradInputArgs`]
+    Conv2dGradInput,
+    /// [`args::Conv2dGradWeightArgs`]
+    Conv2dGradWeight,
+    /// [`args::Conv2dI8Args`]
+    Conv2dI8,
+    /// [`args::Conv2dGradInputI8Args`]
+    Conv2dGradInputI8,
+    /// [`args::MaxPoolArgs`]
+    MaxPool,
+    /// [`args::MaxPoolGradArgs`]
+    MaxPoolGrad,
+    /// [`args::AveragePoolArgs`]
+    AveragePool,
+    /// [`args::AveragePoolGradArgs`]
+    AveragePoolGrad,
+    /// [`args::SoftmaxArgs`]
+    Softmax,
+    /// [`args::SoftmaxArgs`]
+    LogSoftmax,
+    /// [`args::CrossEntropyArgs`]
+    CrossEntropy,
+    /// [`args::CrossEntropyGradArgs`]
+    CrossEntropyGrad,
+    /// [`args::GatherArgs`]
+    Gather,
+    /// [`args::ScatterAddArgs`]
+    ScatterAdd,
+}
+
+impl KernelId {
+    /// Number of kernels.
+    pub const COUNT: usize = Self::ALL.len();
+
+    /// All kernels in the order of the table.
+    pub const ALL: [KernelId; 17] = [
+        KernelId::Matmul,
+        KernelId::MatmulI8,
+        KernelId::Conv2d,
+        KernelId::Conv2dGradInput,
+        KernelId::Conv2dGradWeight,
+        KernelId::Conv2dI8,
+        KernelId::Conv2dGradInputI8,
+        KernelId::MaxPool,
+        KernelId::MaxPoolGrad,
+        KernelId::AveragePool,
+        KernelId::AveragePoolGrad,
+        KernelId::Softmax,
+        KernelId::LogSoftmax,
+        KernelId::CrossEntropy,
+        KernelId::CrossEntropyGrad,
+        KernelId::Gather,
+        KernelId::ScatterAdd,
+    ];
+}
+
+/// The kernels of one tier; index `primitives` by `KernelId as usize`.
+#[repr(C)]
+#[derive(Debug)]
+pub struct Kernels {
+    /// The tier that the kernels were built for.
+    pub tier: Tier,
+    /// The kernels.
+    pub primitives: [Primitive; KernelId::COUNT],
+}
+
+impl Kernels {
+    /// The primitive of that name.
+    #[must_use]
+    pub fn get(&self, id: KernelId) -> &Primitive {
+        &self.primitives[id as usize]
+    }
+}

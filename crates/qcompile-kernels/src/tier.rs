@@ -1,0 +1,105 @@
+//! Levels of CPU capability.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// The instruction set that a table of kernels was built for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Tier {
+    /// Plain Rust, for every CPU.
+    Portable,
+    /// AVX2 and FMA, 8 lanes.
+    Avx2,
+    /// AVX-512 F, BW, VL, DQ and VNNI, 16 lanes.
+    Avx512,
+}
+
+impl Tier {
+    /// All tiers, weakest first.
+    pub const ALL: [Tier; 3] = [Tier::Portable, Tier::Avx2, Tier::Avx512];
+
+    /// The best tier that this CPU can run.
+    #[must_use]
+    pub fn detect() -> Tier {
+        let mut best = Tier::Portable;
+        for tier in Tier::ALL {
+            if tier.is_supported() {
+                best = tier;
+            }
+        }
+        best
+    }
+
+    /// Whether this CPU can run the tier's kernels.
+    #[must_use]
+    pub fn is_supported(self) -> bool {
+        match self {
+            Tier::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Tier::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            #[cfg(target_arch = "x86_64")]
+            Tier::Avx512 => {
+                Tier::Avx2.is_supported()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vnni")
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            Tier::Avx2 | Tier::Avx512 => false,
+        }
+    }
+}
+
+impl fmt::Display for Tier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Tier::Portable => "portable",
+            Tier::Avx2 => "avx2",
+            Tier::Avx512 => "avx512",
+        })
+    }
+}
+
+/// The text is no tier's name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnknownTier(pub String);
+
+impl fmt::Display for UnknownTier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "unknown CPU tier '{}': expected portable, avx2 or avx512", self.0)
+    }
+}
+
+impl std::error::Error for UnknownTier {}
+
+impl FromStr for Tier {
+    type Err = UnknownTier;
+
+    fn from_str(text: &str) -> Result<Tier, UnknownTier> {
+        Tier::ALL
+            .into_iter()
+            .find(|tier| tier.to_string() == text)
+            .ok_or_else(|| UnknownTier(text.to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_round_trip() {
+        for tier in Tier::ALL {
+            assert_eq!(tier.to_string().parse(), Ok(tier));
+        }
+        assert!("avx9".parse::<Tier>().is_err());
+    }
+
+    #[test]
+    fn detected_tier_is_supported() {
+        assert!(Tier::Portable.is_supported());
+        assert!(Tier::detect().is_supported());
+    }
+}
