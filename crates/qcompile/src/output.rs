@@ -1,0 +1,53 @@
+//! Writing files so that a reader sees the old content or the new, never a part.
+
+use crate::error::{Error, Result};
+use std::io::Write;
+use std::path::Path;
+
+/// Writes `bytes` to `path` through a temporary file in the same folder that is synced and then renamed over it.
+/// An existing file keeps its permissions; a new one gets those a plain creation would give, as far as the
+/// platform's default for readable files goes (0644).
+///
+/// # Errors
+/// [`Code::WriteFailed`](crate::error::Code::WriteFailed), or [`Code::Limit`](crate::error::Code::Limit) when the
+/// disk is full; the old file is then untouched and nothing is left behind.
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+    let failed = |source: &std::io::Error| Error::write(path.display().to_string(), source);
+    let folder = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".qcompile-");
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        let mode = std::fs::metadata(path).map_or(0o644, |old| old.permissions().mode() & 0o777);
+        builder.permissions(std::fs::Permissions::from_mode(mode));
+    }
+    let mut file = builder.tempfile_in(folder).map_err(|e| failed(&e))?;
+    file.write_all(bytes).map_err(|e| failed(&e))?;
+    file.as_file().sync_all().map_err(|e| failed(&e))?;
+    file.persist(path).map_err(|e| failed(&e.error))?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Code;
+
+    #[test]
+    fn replaces_and_leaves_nothing_behind() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.bin");
+        write_atomically(&path, b"one").unwrap();
+        write_atomically(&path, b"two").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"two");
+        // A folder cannot be replaced by a file.
+        let busy = folder.path().join("busy");
+        std::fs::create_dir_all(busy.join("x")).unwrap();
+        assert_eq!(write_atomically(&busy, b"x").unwrap_err().code(), Code::WriteFailed);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
+    }
+}
