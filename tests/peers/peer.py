@@ -1,0 +1,114 @@
+"""What the comparisons share: finding the programs, running `qcompile`, and printing tables."""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "models"))
+
+
+def require(*modules):
+    """Imports the modules, or ends the script with one line and success when one is absent."""
+    names = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "numpy": "NumPy", "onnx": "onnx", "torchvision": "torchvision"}
+    for module in (*modules, "numpy", "onnx"):
+        try:
+            __import__(module)
+        except ImportError:
+            print(f"skipped: {names[module]} is not installed")
+            sys.exit(0)
+
+
+def arguments(description, models):
+    """The parser every script starts from: --qcompile PATH, --onnx FOLDER and the models."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("names", nargs="*", metavar="MODEL", help=f"default: {' '.join(models)}")
+    parser.add_argument("--qcompile", type=pathlib.Path, default=ROOT / "target" / "release" / "qcompile")
+    parser.add_argument("--onnx", type=pathlib.Path, help="what export_benchmarks.py wrote; made when not given")
+    return parser
+
+
+def parse(parser, models):
+    """Parses, checks the names, and makes the binary's path absolute."""
+    values = parser.parse_args()
+    values.names = values.names or list(models)
+    unknown = [name for name in values.names if name not in models]
+    if unknown:
+        parser.error(f"no such model: {', '.join(unknown)}; there are {', '.join(models)}")
+    values.qcompile = values.qcompile.resolve()
+    if not values.qcompile.is_file():
+        parser.error(f"{values.qcompile} is not there; build it, or pass --qcompile PATH")
+    return values
+
+
+class Workspace:
+    """A temporary folder with the exported models in it."""
+
+    def __init__(self, values):
+        self.qcompile = values.qcompile
+        self._folder = tempfile.TemporaryDirectory(prefix="peers.")
+        self.path = pathlib.Path(self._folder.name)
+        # qcompile runs in the temporary folder, so a relative path would not be found.
+        self.onnx = values.onnx.resolve() if values.onnx else self.path
+
+    def model(self, name, training=True):
+        """The exported ONNX file of a benchmark; exported now when it is missing."""
+        path = self.onnx / (f"{name}.train.onnx" if training else f"{name}.onnx")
+        if not path.exists():
+            from export_benchmarks import export
+
+            export(name, path, training, dynamic=True)
+        return path
+
+    def run(self, *words):
+        """Runs qcompile and returns what it printed; a failure raises with its message."""
+        command = [str(self.qcompile), *map(str, words)]
+        done = subprocess.run(command, cwd=self.path, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise Failure(f"exit {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")
+        return done.stdout
+
+
+class Failure(Exception):
+    """qcompile ended with an error."""
+
+
+def load_weights(net, path):
+    """Copies the initializers of an exported training form into the network, by name."""
+    import onnx
+    import torch
+    from onnx import numpy_helper
+
+    stored = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    state = net.state_dict()
+    with torch.no_grad():
+        for name, tensor in state.items():
+            if name in stored:
+                tensor.copy_(torch.from_numpy(stored[name].copy()))
+    missing = [name for name, _ in net.named_parameters() if name not in stored]
+    if missing:
+        raise Failure(f"{path}: no initializer for {missing[:3]}")
+
+
+def json_lines(text):
+    """The JSON objects of an output with one object a line."""
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+
+def table(head, rows):
+    """Prints aligned columns: the first to the left, the others to the right."""
+    cells = [list(map(str, row)) for row in [head, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    for row in cells:
+        print("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip())
+
+
+def finish(failures):
+    """Prints the failures and ends with 1, or says that all is well."""
+    for failure in failures:
+        print(f"FAILED {failure}")
+    print(f"{len(failures)} failed" if failures else "all passed")
+    sys.exit(1 if failures else 0)
