@@ -1,1 +1,31 @@
-//! The language of the compiler.
+//! What a graph is, what it means, and how it reads.
+//!
+//! A [`Graph`] is a directed acyclic graph of values. One node is one value: it has a [`Name`], an [`Op`],
+//! a [`TensorType`], a [`Region`] and a [`Note`]. Operand order lives on the edges, types only on the nodes,
+//! quantization scales only as operands. State (parameters, moments, running statistics) is functional:
+//! `next %w = %w.next` says what a leaf holds after the step.
+//!
+//! * [`graph`] stores it and has the only doors of mutation;
+//! * [`op`] is the closed vocabulary, [`infer`] gives each op its type;
+//! * [`text`] prints and parses `.qir`;
+//! * [`verify`] lists and checks every invariant;
+//! * [`eval`] is the slow, obvious meaning of every op, the oracle of everything else.
+//!
+//! This crate does no I/O and depends on nothing else of this project.
+#![forbid(unsafe_code)]
+
+pub mod graph;
+pub mod infer;
+pub mod note;
+pub mod op;
+pub mod tensor;
+pub mod types;
+
+pub use graph::{Graph, GraphError, Name, Node, NodeId, Region};
+pub use infer::{TypeError, infer};
+pub use note::{Note, Precision};
+pub use op::{
+    BinaryOp, CollectiveOp, CompareOp, ConvGeometry, Op, PoolGeometry, ReduceOp, UnaryOp,
+};
+pub use tensor::Tensor;
+pub use types::{DType, Dim, Shape, TensorType};

@@ -1,0 +1,451 @@
+//! The closed vocabulary: plain data, no behaviour but names.
+
+use crate::{DType, Dim, Shape, Tensor, TensorType};
+use std::sync::Arc;
+
+/// Elementwise functions of one operand. The result has the operand's type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[allow(missing_docs, reason = "each is the function of that name")]
+pub enum UnaryOp {
+    Neg,
+    Abs,
+    Exp,
+    Log,
+    Sqrt,
+    Reciprocal,
+    Erf,
+    Relu,
+    Sigmoid,
+    Tanh,
+    Sin,
+    Cos,
+    Floor,
+    Ceil,
+    /// To nearest, ties to even.
+    Round,
+    /// -1, 0 or 1.
+    Sign,
+    /// Logical negation of a bool.
+    Not,
+    /// The identity, with gradient zero.
+    StopGradient,
+}
+
+impl UnaryOp {
+    /// Every function, in declaration order.
+    pub const ALL: [UnaryOp; 18] = [
+        UnaryOp::Neg,
+        UnaryOp::Abs,
+        UnaryOp::Exp,
+        UnaryOp::Log,
+        UnaryOp::Sqrt,
+        UnaryOp::Reciprocal,
+        UnaryOp::Erf,
+        UnaryOp::Relu,
+        UnaryOp::Sigmoid,
+        UnaryOp::Tanh,
+        UnaryOp::Sin,
+        UnaryOp::Cos,
+        UnaryOp::Floor,
+        UnaryOp::Ceil,
+        UnaryOp::Round,
+        UnaryOp::Sign,
+        UnaryOp::Not,
+        UnaryOp::StopGradient,
+    ];
+
+    /// The mnemonic in text.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            UnaryOp::Neg => "neg",
+            UnaryOp::Abs => "abs",
+            UnaryOp::Exp => "exp",
+            UnaryOp::Log => "log",
+            UnaryOp::Sqrt => "sqrt",
+            UnaryOp::Reciprocal => "reciprocal",
+            UnaryOp::Erf => "erf",
+            UnaryOp::Relu => "relu",
+            UnaryOp::Sigmoid => "sigmoid",
+            UnaryOp::Tanh => "tanh",
+            UnaryOp::Sin => "sin",
+            UnaryOp::Cos => "cos",
+            UnaryOp::Floor => "floor",
+            UnaryOp::Ceil => "ceil",
+            UnaryOp::Round => "round",
+            UnaryOp::Sign => "sign",
+            UnaryOp::Not => "not",
+            UnaryOp::StopGradient => "stop_gradient",
+        }
+    }
+}
+
+/// Elementwise functions of two operands of the same type. There is no implicit broadcasting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[allow(missing_docs, reason = "each is the function of that name")]
+pub enum BinaryOp {
+    Add,
+    Sub,
+    Mul,
+    /// Integer division truncates; a zero divisor gives zero.
+    Div,
+    Max,
+    Min,
+    Pow,
+    /// Logical, on bool.
+    And,
+    /// Logical, on bool.
+    Or,
+}
+
+impl BinaryOp {
+    /// Every function, in declaration order.
+    pub const ALL: [BinaryOp; 9] = [
+        BinaryOp::Add,
+        BinaryOp::Sub,
+        BinaryOp::Mul,
+        BinaryOp::Div,
+        BinaryOp::Max,
+        BinaryOp::Min,
+        BinaryOp::Pow,
+        BinaryOp::And,
+        BinaryOp::Or,
+    ];
+
+    /// The mnemonic in text.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            BinaryOp::Add => "add",
+            BinaryOp::Sub => "sub",
+            BinaryOp::Mul => "mul",
+            BinaryOp::Div => "div",
+            BinaryOp::Max => "max",
+            BinaryOp::Min => "min",
+            BinaryOp::Pow => "pow",
+            BinaryOp::And => "and",
+            BinaryOp::Or => "or",
+        }
+    }
+}
+
+/// Elementwise comparisons of two operands of the same type; the result is bool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[allow(missing_docs, reason = "each is the comparison of that name")]
+pub enum CompareOp {
+    Equal,
+    Less,
+    LessEqual,
+}
+
+impl CompareOp {
+    /// Every comparison, in declaration order.
+    pub const ALL: [CompareOp; 3] = [CompareOp::Equal, CompareOp::Less, CompareOp::LessEqual];
+
+    /// The mnemonic in text.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            CompareOp::Equal => "equal",
+            CompareOp::Less => "less",
+            CompareOp::LessEqual => "less_equal",
+        }
+    }
+}
+
+/// Reductions over axes. Reduced axes are kept with size 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ReduceOp {
+    /// The sum.
+    Sum,
+    /// The maximum; of nothing, the smallest value of the type.
+    Max,
+}
+
+impl ReduceOp {
+    /// Every reduction, in declaration order.
+    pub const ALL: [ReduceOp; 2] = [ReduceOp::Sum, ReduceOp::Max];
+
+    /// The mnemonic in text.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            ReduceOp::Sum => "reduce_sum",
+            ReduceOp::Max => "reduce_max",
+        }
+    }
+}
+
+/// How ranks combine their values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum CollectiveOp {
+    /// The sum over ranks.
+    Sum,
+    /// The sum over ranks divided by their number.
+    Mean,
+    /// The maximum over ranks.
+    Max,
+}
+
+impl CollectiveOp {
+    /// Every combination, in declaration order.
+    pub const ALL: [CollectiveOp; 3] = [CollectiveOp::Sum, CollectiveOp::Mean, CollectiveOp::Max];
+
+    /// The attribute in text.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            CollectiveOp::Sum => "sum",
+            CollectiveOp::Mean => "mean",
+            CollectiveOp::Max => "max",
+        }
+    }
+}
+
+/// Geometry of a 2-D convolution over NHWC with an OIHW weight (`[out, in / groups, kernel_h, kernel_w]`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ConvGeometry {
+    /// Input height and width.
+    pub input: [usize; 2],
+    /// Kernel height and width.
+    pub kernel: [usize; 2],
+    /// Strides along height and width.
+    pub strides: [usize; 2],
+    /// Zero padding: top, left, bottom, right.
+    pub pads: [usize; 4],
+    /// Dilations along height and width.
+    pub dilations: [usize; 2],
+    /// Number of channel groups.
+    pub groups: usize,
+}
+
+impl ConvGeometry {
+    /// Output height and width; `None` if the dilated kernel does not fit or a number is zero or overflows.
+    #[must_use]
+    pub fn output(&self) -> Option<[usize; 2]> {
+        window_output(self.input, self.kernel, self.strides, self.pads, self.dilations)
+    }
+}
+
+/// Geometry of 2-D pooling over NHWC.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PoolGeometry {
+    /// Input height and width.
+    pub input: [usize; 2],
+    /// Window height and width.
+    pub kernel: [usize; 2],
+    /// Strides along height and width.
+    pub strides: [usize; 2],
+    /// Padding: top, left, bottom, right.
+    pub pads: [usize; 4],
+    /// Dilations along height and width.
+    pub dilations: [usize; 2],
+    /// Whether an average counts padded places.
+    pub count_include_pad: bool,
+}
+
+impl PoolGeometry {
+    /// Output height and width; `None` if the window does not fit or a number is zero or overflows.
+    #[must_use]
+    pub fn output(&self) -> Option<[usize; 2]> {
+        window_output(self.input, self.kernel, self.strides, self.pads, self.dilations)
+    }
+}
+
+fn window_output(
+    input: [usize; 2],
+    kernel: [usize; 2],
+    strides: [usize; 2],
+    pads: [usize; 4],
+    dilations: [usize; 2],
+) -> Option<[usize; 2]> {
+    let axis = |axis: usize| {
+        let padded = input[axis].checked_add(pads[axis])?.checked_add(pads[axis + 2])?;
+        let reach = kernel[axis].checked_sub(1)?.checked_mul(dilations[axis])?.checked_add(1)?;
+        if strides[axis] == 0 || dilations[axis] == 0 {
+            return None;
+        }
+        Some(padded.checked_sub(reach)? / strides[axis] + 1)
+    };
+    Some([axis(0)?, axis(1)?])
+}
+
+/// What a node computes from its operands.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Op {
+    /// A value given to every step.
+    Input(TensorType),
+    /// A trainable value and how it starts.
+    Param(Arc<Tensor>),
+    /// A value kept between steps that is not trained (moments, running statistics, residuals).
+    State(Arc<Tensor>),
+    /// A constant.
+    Const(Arc<Tensor>),
+    /// `f32[]`: the number of elements along a dimension, `128N`.
+    Size(Dim),
+    /// Elementwise, one operand.
+    Unary(UnaryOp),
+    /// Elementwise conversion to another element type: to nearest even between floats, truncation to integers.
+    Cast(DType),
+    /// Elementwise, two operands of one type.
+    Binary(BinaryOp),
+    /// Elementwise comparison of two operands of one type.
+    Compare(CompareOp),
+    /// `select condition, a, b`: elementwise `a` where the bool is true, else `b`.
+    Select,
+    /// Reduction; reduced axes (ascending) stay with size 1.
+    Reduce {
+        /// Which reduction.
+        op: ReduceOp,
+        /// Axes, ascending.
+        axes: Vec<usize>,
+    },
+    /// `[..., m, k] x [..., k, n] -> [..., m, n]`, leading dimensions equal.
+    Matmul {
+        /// The first operand is stored as `[..., k, m]`.
+        transpose_a: bool,
+        /// The second operand is stored as `[..., n, k]`.
+        transpose_b: bool,
+    },
+    /// `conv2d x[n, h, w, c], weight[o, c/groups, kh, kw] -> [n, oh, ow, o]`.
+    Conv2d(ConvGeometry),
+    /// `conv2d_grad_input dy, weight -> dx` of the convolution with this geometry.
+    Conv2dGradInput(ConvGeometry),
+    /// `conv2d_grad_weight x, dy -> dweight` of the convolution with this geometry.
+    Conv2dGradWeight(ConvGeometry),
+    /// `max_pool2d x[n, h, w, c]`.
+    MaxPool2d(PoolGeometry),
+    /// `max_pool2d_grad x, dy -> dx`; ties go to the first place of the window.
+    MaxPool2dGrad(PoolGeometry),
+    /// `average_pool2d x[n, h, w, c]`.
+    AveragePool2d(PoolGeometry),
+    /// `average_pool2d_grad dy -> dx`.
+    AveragePool2dGrad(PoolGeometry),
+    /// The same elements in row-major order under another shape.
+    Reshape(Shape),
+    /// Result axis `i` is operand axis `permutation[i]`.
+    Transpose(Vec<usize>),
+    /// numpy broadcasting to this shape.
+    Broadcast(Shape),
+    /// Elements `start, start + step, ...` below `end` along one axis.
+    Slice {
+        /// The axis.
+        axis: usize,
+        /// First index.
+        start: usize,
+        /// Index after the last.
+        end: usize,
+        /// Distance, at least 1.
+        step: usize,
+    },
+    /// `low` values before, `high` after, `interior` between elements along one axis.
+    Pad {
+        /// The axis.
+        axis: usize,
+        /// Values before the first element.
+        low: usize,
+        /// Values after the last element.
+        high: usize,
+        /// Values between neighbours.
+        interior: usize,
+        /// The value.
+        value: f32,
+    },
+    /// Concatenation of one or more operands along an axis.
+    Concat {
+        /// The axis.
+        axis: usize,
+    },
+    /// `gather table[rows, ...], indices -> indices.shape + table.shape[1..]`; negative indices count from the end.
+    Gather,
+    /// `scatter_add indices, values -> [rows, ...]`: zeros plus every value added to the row of its index.
+    ScatterAdd {
+        /// Rows of the result.
+        rows: usize,
+    },
+    /// Over the last axis.
+    Softmax,
+    /// Over the last axis.
+    LogSoftmax,
+    /// `cross_entropy logits[r, c], label[r] -> loss[r]`; label -100 gives 0.
+    CrossEntropy,
+    /// `cross_entropy_grad logits, label, dloss[r] -> dlogits`.
+    CrossEntropyGrad,
+    /// `quantize x, scale -> round(x / scale)` clamped to the symmetric range of the integer type.
+    Quantize {
+        /// The integer type.
+        dtype: DType,
+        /// The axis that a 1-D scale runs along; none for a scalar scale.
+        axis: Option<usize>,
+    },
+    /// `dequantize q, scale -> q · scale` in f32.
+    Dequantize {
+        /// The axis that a 1-D scale runs along; none for a scalar scale.
+        axis: Option<usize>,
+    },
+    /// `straight_through x, dy, scale -> dy` where `x / scale` is within the range of the type, else 0.
+    StraightThrough {
+        /// The integer type of the quantization.
+        dtype: DType,
+        /// The axis that a 1-D scale runs along; none for a scalar scale.
+        axis: Option<usize>,
+    },
+    /// The combination of this value over all ranks.
+    AllReduce(CollectiveOp),
+}
+
+impl Op {
+    /// The mnemonic in text.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Op::Input(_) => "input",
+            Op::Param(_) => "param",
+            Op::State(_) => "state",
+            Op::Const(_) => "const",
+            Op::Size(_) => "size",
+            Op::Unary(op) => op.name(),
+            Op::Cast(_) => "cast",
+            Op::Binary(op) => op.name(),
+            Op::Compare(op) => op.name(),
+            Op::Select => "select",
+            Op::Reduce { op, .. } => op.name(),
+            Op::Matmul { .. } => "matmul",
+            Op::Conv2d(_) => "conv2d",
+            Op::Conv2dGradInput(_) => "conv2d_grad_input",
+            Op::Conv2dGradWeight(_) => "conv2d_grad_weight",
+            Op::MaxPool2d(_) => "max_pool2d",
+            Op::MaxPool2dGrad(_) => "max_pool2d_grad",
+            Op::AveragePool2d(_) => "average_pool2d",
+            Op::AveragePool2dGrad(_) => "average_pool2d_grad",
+            Op::Reshape(_) => "reshape",
+            Op::Transpose(_) => "transpose",
+            Op::Broadcast(_) => "broadcast",
+            Op::Slice { .. } => "slice",
+            Op::Pad { .. } => "pad",
+            Op::Concat { .. } => "concat",
+            Op::Gather => "gather",
+            Op::ScatterAdd { .. } => "scatter_add",
+            Op::Softmax => "softmax",
+            Op::LogSoftmax => "log_softmax",
+            Op::CrossEntropy => "cross_entropy",
+            Op::CrossEntropyGrad => "cross_entropy_grad",
+            Op::Quantize { .. } => "quantize",
+            Op::Dequantize { .. } => "dequantize",
+            Op::StraightThrough { .. } => "straight_through",
+            Op::AllReduce(_) => "all_reduce",
+        }
+    }
+
+    /// Whether it is declared rather than computed: input, param, state or const.
+    #[must_use]
+    pub fn is_leaf(&self) -> bool {
+        matches!(self, Op::Input(_) | Op::Param(_) | Op::State(_) | Op::Const(_))
+    }
+
+    /// Largest magnitude of the symmetric range of a quantized type: 127 for i8.
+    #[must_use]
+    pub fn quantized_max(dtype: DType) -> Option<f64> {
+        (dtype == DType::I8).then_some(127.0)
+    }
+}

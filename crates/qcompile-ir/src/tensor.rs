@@ -1,0 +1,206 @@
+//! Concrete values.
+
+use crate::{DType, Shape, TensorType};
+use half::{bf16, f16};
+
+/// A concrete, dense, row-major value: little-endian elements of one type.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Tensor {
+    dtype: DType,
+    shape: Vec<usize>,
+    bytes: Vec<u8>,
+}
+
+impl Tensor {
+    /// A tensor from little-endian bytes. `None` if their number is not what the shape needs.
+    #[must_use]
+    pub fn from_bytes(dtype: DType, shape: Vec<usize>, bytes: Vec<u8>) -> Option<Tensor> {
+        let elements = element_count(&shape)?;
+        (elements.checked_mul(dtype.size())? == bytes.len()).then_some(Tensor {
+            dtype,
+            shape,
+            bytes,
+        })
+    }
+
+    /// A float32 tensor. `None` if the number of values is not what the shape needs.
+    #[must_use]
+    pub fn from_f32(shape: &[usize], values: &[f32]) -> Option<Tensor> {
+        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        Tensor::from_bytes(DType::F32, shape.to_vec(), bytes)
+    }
+
+    /// An int64 tensor. `None` if the number of values is not what the shape needs.
+    #[must_use]
+    pub fn from_i64(shape: &[usize], values: &[i64]) -> Option<Tensor> {
+        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        Tensor::from_bytes(DType::I64, shape.to_vec(), bytes)
+    }
+
+    /// Values of any element type from f64, rounded to nearest even, saturated for integers.
+    #[must_use]
+    pub fn from_f64(dtype: DType, shape: &[usize], values: &[f64]) -> Option<Tensor> {
+        let mut bytes = Vec::with_capacity(values.len().checked_mul(dtype.size())?);
+        for &value in values {
+            push_f64(dtype, value, &mut bytes);
+        }
+        Tensor::from_bytes(dtype, shape.to_vec(), bytes)
+    }
+
+    /// A scalar.
+    #[must_use]
+    pub fn scalar(dtype: DType, value: f64) -> Tensor {
+        let mut bytes = Vec::with_capacity(dtype.size());
+        push_f64(dtype, value, &mut bytes);
+        Tensor { dtype, shape: Vec::new(), bytes }
+    }
+
+    /// A float32 tensor of zeros.
+    #[must_use]
+    pub fn zeros(dtype: DType, shape: &[usize]) -> Tensor {
+        let elements: usize = shape.iter().product();
+        Tensor { dtype, shape: shape.to_vec(), bytes: vec![0; elements * dtype.size()] }
+    }
+
+    /// Element type.
+    #[must_use]
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Sizes, outermost first.
+    #[must_use]
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// The little-endian elements.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Number of elements.
+    #[must_use]
+    pub fn elements(&self) -> usize {
+        self.bytes.len() / self.dtype.size()
+    }
+
+    /// Its type in a graph.
+    #[must_use]
+    pub fn ty(&self) -> TensorType {
+        TensorType::new(self.dtype, Shape::fixed(&self.shape))
+    }
+
+    /// All elements as f64 (exact but for i64 beyond 2^53).
+    #[must_use]
+    pub fn to_f64(&self) -> Vec<f64> {
+        (0..self.elements()).map(|index| self.get_f64(index)).collect()
+    }
+
+    /// All elements as f32; exact for a float32 tensor.
+    #[must_use]
+    #[allow(clippy::cast_possible_truncation, reason = "the narrowing is what is asked for")]
+    pub fn to_f32(&self) -> Vec<f32> {
+        (0..self.elements()).map(|index| self.get_f64(index) as f32).collect()
+    }
+
+    /// All elements as i64; floats are truncated towards zero.
+    #[must_use]
+    #[allow(
+        clippy::cast_possible_truncation,
+        reason = "saturating conversion is what is asked for"
+    )]
+    pub fn to_i64(&self) -> Vec<i64> {
+        if self.dtype == DType::I64 {
+            let (words, _) = self.bytes.as_chunks::<8>();
+            return words.iter().map(|&word| i64::from_le_bytes(word)).collect();
+        }
+        (0..self.elements()).map(|index| self.get_f64(index) as i64).collect()
+    }
+
+    /// Element `index` of the row-major order as f64. Panics if out of range.
+    #[must_use]
+    #[allow(clippy::cast_precision_loss, reason = "documented")]
+    pub fn get_f64(&self, index: usize) -> f64 {
+        let at = index * self.dtype.size();
+        let b = |k: usize| self.bytes[at + k];
+        match self.dtype {
+            DType::F32 => f64::from(f32::from_le_bytes([b(0), b(1), b(2), b(3)])),
+            DType::BF16 => bf16::from_le_bytes([b(0), b(1)]).to_f64(),
+            DType::F16 => f16::from_le_bytes([b(0), b(1)]).to_f64(),
+            DType::I8 => f64::from(i8::from_le_bytes([b(0)])),
+            DType::U8 | DType::Bool => f64::from(b(0)),
+            DType::I32 => f64::from(i32::from_le_bytes([b(0), b(1), b(2), b(3)])),
+            DType::I64 => {
+                i64::from_le_bytes([b(0), b(1), b(2), b(3), b(4), b(5), b(6), b(7)]) as f64
+            }
+        }
+    }
+
+    /// The same elements under another shape; `None` if their number differs.
+    #[must_use]
+    pub fn reshaped(&self, shape: &[usize]) -> Option<Tensor> {
+        Tensor::from_bytes(self.dtype, shape.to_vec(), self.bytes.clone())
+    }
+
+    /// If all elements are the same bytes, that element as f64.
+    #[must_use]
+    pub fn splat(&self) -> Option<f64> {
+        let mut elements = self.bytes.chunks_exact(self.dtype.size());
+        let first = elements.next()?;
+        elements.all(|element| element == first).then(|| self.get_f64(0))
+    }
+
+    /// FNV-1a digest of type, shape and bytes: how text names a large tensor (`#0123456789abcdef`).
+    #[must_use]
+    pub fn digest(&self) -> u64 {
+        let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+        let mut eat = |byte: u8| {
+            hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        };
+        self.dtype.name().bytes().for_each(&mut eat);
+        for &dim in &self.shape {
+            dim.to_le_bytes().into_iter().for_each(&mut eat);
+        }
+        self.bytes.iter().copied().for_each(&mut eat);
+        hash
+    }
+}
+
+fn element_count(shape: &[usize]) -> Option<usize> {
+    shape.iter().try_fold(1_usize, |product, &dim| product.checked_mul(dim))
+}
+
+/// Appends `value` as one element of `dtype`.
+#[allow(clippy::cast_possible_truncation, reason = "rounding to the element type is the purpose")]
+fn push_f64(dtype: DType, value: f64, bytes: &mut Vec<u8>) {
+    match dtype {
+        DType::F32 => bytes.extend((value as f32).to_le_bytes()),
+        DType::BF16 => bytes.extend(bf16::from_f64(value).to_le_bytes()),
+        DType::F16 => bytes.extend(f16::from_f64(value).to_le_bytes()),
+        DType::I8 => bytes.extend((value.round_ties_even() as i8).to_le_bytes()),
+        DType::U8 => {
+            #[allow(clippy::cast_sign_loss, reason = "saturates at 0")]
+            bytes.push(value.round_ties_even() as u8);
+        }
+        DType::I32 => bytes.extend((value.round_ties_even() as i32).to_le_bytes()),
+        DType::I64 => bytes.extend((value.round_ties_even() as i64).to_le_bytes()),
+        DType::Bool => bytes.push(u8::from(value != 0.0)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_dtype_keeps_small_integers() {
+        for dtype in DType::ALL {
+            let tensor = Tensor::from_f64(dtype, &[2], &[0.0, 1.0]).expect("two values");
+            assert_eq!(tensor.to_f64(), [0.0, 1.0], "{dtype}");
+        }
+        assert_eq!(Tensor::from_f32(&[3], &[1.0]), None);
+        assert_eq!(Tensor::zeros(DType::I8, &[2, 2]).splat(), Some(0.0));
+    }
+}
