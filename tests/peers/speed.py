@@ -14,7 +14,6 @@ import peer
 peer.require("torch", "torchvision")
 
 import json
-import os
 import pathlib
 import statistics
 import subprocess
@@ -62,17 +61,26 @@ class Step:
         return statistics.median(times)
 
 
-def measure_process(command, log):
+# Linux counts what a process was before its exec into its peak, so the measured one is
+# started from a small process, not from this one with PyTorch in it.
+LAUNCHER = """
+import os, sys, time
+start = time.perf_counter()
+child = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
+_, status, usage = os.wait4(child, 0)
+print(time.perf_counter() - start, usage.ru_maxrss / 1024, file=sys.stderr)
+sys.exit(1 if status else 0)
+"""
+
+
+def measure_process(command):
     """Runs a process to its end; returns its seconds and its peak resident memory in MiB."""
-    start = time.perf_counter()
-    with open(log, "w") as output:
-        child = subprocess.Popen(list(map(str, command)), stdout=output, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(child.pid, 0)
-    seconds = time.perf_counter() - start
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode != 0:
-        raise peer.Failure(f"exit {child.returncode}: {pathlib.Path(log).read_text().strip()[-500:]}")
-    return seconds, usage.ru_maxrss / 1024
+    launcher = [sys.executable, "-S", "-c", LAUNCHER, *map(str, command)]
+    done = subprocess.run(launcher, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        raise peer.Failure(f"{pathlib.Path(command[0]).name} failed: {done.stderr.strip()[-500:]}")
+    seconds, peak = done.stderr.split()[-2:]
+    return float(seconds), float(peak)
 
 
 def processes(work, name, path, threads, rounds):
@@ -87,7 +95,7 @@ def processes(work, name, path, threads, rounds):
         ours += ["--precision", "f32", "--loss", "cross-entropy", "--optimizer", "momentum", "--lr", 1e-3]
         torchs = [sys.executable, __file__, "--child", name, steps, threads]
         pairs = [
-            [measure_process(command, work.path / "process.log") for command in (ours, torchs)]
+            [measure_process(command) for command in (ours, torchs)]
             for _ in range(rounds if steps == 1 else 1)
         ]
         results[steps] = [tuple(statistics.median(pair[side][i] for pair in pairs) for i in (0, 1)) for side in (0, 1)]
