@@ -19,6 +19,7 @@ pub mod infer;
 pub mod note;
 pub mod op;
 pub mod tensor;
+pub mod text;
 pub mod types;
 
 pub use graph::{Graph, GraphError, Name, Node, NodeId, Region};

@@ -1,0 +1,298 @@
+//! Mnemonic and attributes of every op, both ways.
+
+use super::literal;
+use crate::{
+    BinaryOp, CollectiveOp, CompareOp, ConvGeometry, DType, Dim, Op, PoolGeometry, ReduceOp,
+    TensorType, UnaryOp,
+};
+use std::fmt::Write as _;
+
+/// One attribute as read: a flag or a key with numbers.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Attribute<'a> {
+    /// The flag or key.
+    pub(super) key: &'a str,
+    /// What follows `=`, as words; none for a flag.
+    pub(super) value: Option<Vec<&'a str>>,
+}
+
+/// The attributes of an op as printed, each with a space before it.
+pub(super) fn print(op: &Op) -> String {
+    let mut text = String::new();
+    let mut push = |part: String| {
+        text.push(' ');
+        text.push_str(&part);
+    };
+    match op {
+        Op::Size(dim) => push(dim.to_string()),
+        Op::Reduce { axes, .. } => push(format!("axes={axes:?}")),
+        Op::Matmul { transpose_a, transpose_b } => {
+            for (name, set) in [("transpose_a", transpose_a), ("transpose_b", transpose_b)] {
+                if *set {
+                    push(name.to_owned());
+                }
+            }
+        }
+        Op::Conv2d(g) | Op::Conv2dGradInput(g) | Op::Conv2dGradWeight(g) => {
+            push(window(g.input, g.kernel, g.strides, g.pads, g.dilations));
+            if g.groups != 1 {
+                push(format!("groups={}", g.groups));
+            }
+        }
+        Op::MaxPool2d(g)
+        | Op::MaxPool2dGrad(g)
+        | Op::AveragePool2d(g)
+        | Op::AveragePool2dGrad(g) => {
+            push(window(g.input, g.kernel, g.strides, g.pads, g.dilations));
+            if g.count_include_pad {
+                push("count_include_pad".to_owned());
+            }
+        }
+        Op::Transpose(permutation) => push(format!("permutation={permutation:?}")),
+        Op::Slice { axis, start, end, step } => {
+            push(format!("axis={axis} start={start} end={end} step={step}"));
+        }
+        Op::Pad { axis, low, high, interior, value } => {
+            push(format!("axis={axis}"));
+            for (key, number) in [("low", low), ("high", high), ("interior", interior)] {
+                if *number != 0 {
+                    push(format!("{key}={number}"));
+                }
+            }
+            if value.to_bits() != 0 {
+                push(format!("value={}", literal::float(*value)));
+            }
+        }
+        Op::Concat { axis } => push(format!("axis={axis}")),
+        Op::ScatterAdd { rows } => push(format!("rows={rows}")),
+        Op::Quantize { dtype, axis } | Op::StraightThrough { dtype, axis } => {
+            push(dtype.to_string());
+            if let Some(axis) = axis {
+                push(format!("axis={axis}"));
+            }
+        }
+        Op::Dequantize { axis: Some(axis) } => push(format!("axis={axis}")),
+        Op::AllReduce(op) => push(op.name().to_owned()),
+        Op::Input(_)
+        | Op::Param(_)
+        | Op::State(_)
+        | Op::Const(_)
+        | Op::Unary(_)
+        | Op::Cast(_)
+        | Op::Binary(_)
+        | Op::Compare(_)
+        | Op::Select
+        | Op::Reshape(_)
+        | Op::Broadcast(_)
+        | Op::Gather
+        | Op::Softmax
+        | Op::LogSoftmax
+        | Op::CrossEntropy
+        | Op::CrossEntropyGrad
+        | Op::Dequantize { axis: None } => {}
+    }
+    text
+}
+
+fn window(
+    input: [usize; 2],
+    kernel: [usize; 2],
+    strides: [usize; 2],
+    pads: [usize; 4],
+    dilations: [usize; 2],
+) -> String {
+    let mut text = format!("input={input:?} kernel={kernel:?}");
+    // Writing to a String cannot fail.
+    if strides != [1, 1] {
+        let _ = write!(text, " strides={strides:?}");
+    }
+    if pads != [0, 0, 0, 0] {
+        let _ = write!(text, " pads={pads:?}");
+    }
+    if dilations != [1, 1] {
+        let _ = write!(text, " dilations={dilations:?}");
+    }
+    text
+}
+
+/// The op of a mnemonic with its attributes; `ty` is the declared result type.
+pub(super) fn op(
+    mnemonic: &str,
+    attributes: Vec<Attribute<'_>>,
+    ty: &TensorType,
+) -> Result<Op, String> {
+    let mut take = Attributes(attributes);
+    let op = match mnemonic {
+        "size" => Op::Size(take.parsed("the dimension", dim)?),
+        "cast" => Op::Cast(ty.dtype),
+        "select" => Op::Select,
+        "matmul" => Op::Matmul {
+            transpose_a: take.flag("transpose_a"),
+            transpose_b: take.flag("transpose_b"),
+        },
+        "conv2d" => Op::Conv2d(take.conv()?),
+        "conv2d_grad_input" => Op::Conv2dGradInput(take.conv()?),
+        "conv2d_grad_weight" => Op::Conv2dGradWeight(take.conv()?),
+        "max_pool2d" => Op::MaxPool2d(take.pool()?),
+        "max_pool2d_grad" => Op::MaxPool2dGrad(take.pool()?),
+        "average_pool2d" => Op::AveragePool2d(take.pool()?),
+        "average_pool2d_grad" => Op::AveragePool2dGrad(take.pool()?),
+        "reshape" => Op::Reshape(ty.shape.clone()),
+        "transpose" => Op::Transpose(take.list("permutation")?),
+        "broadcast" => Op::Broadcast(ty.shape.clone()),
+        "slice" => Op::Slice {
+            axis: take.number("axis")?,
+            start: take.number("start")?,
+            end: take.number("end")?,
+            step: take.number_or("step", 1)?,
+        },
+        "pad" => Op::Pad {
+            axis: take.number("axis")?,
+            low: take.number_or("low", 0)?,
+            high: take.number_or("high", 0)?,
+            interior: take.number_or("interior", 0)?,
+            value: take.value("value")?.unwrap_or(0.0),
+        },
+        "concat" => Op::Concat { axis: take.number("axis")? },
+        "gather" => Op::Gather,
+        "scatter_add" => Op::ScatterAdd { rows: take.number("rows")? },
+        "softmax" => Op::Softmax,
+        "log_softmax" => Op::LogSoftmax,
+        "cross_entropy" => Op::CrossEntropy,
+        "cross_entropy_grad" => Op::CrossEntropyGrad,
+        "quantize" => Op::Quantize { dtype: take.dtype()?, axis: take.optional("axis")? },
+        "dequantize" => Op::Dequantize { axis: take.optional("axis")? },
+        "straight_through" => {
+            Op::StraightThrough { dtype: take.dtype()?, axis: take.optional("axis")? }
+        }
+        "all_reduce" => Op::AllReduce(take.parsed("sum, mean or max", |word| {
+            CollectiveOp::ALL.into_iter().find(|op| op.name() == word)
+        })?),
+        _ => match elementwise(mnemonic) {
+            Some(op) => op,
+            None => match ReduceOp::ALL.into_iter().find(|op| op.name() == mnemonic) {
+                Some(op) => Op::Reduce { op, axes: take.list("axes")? },
+                None => return Err(format!("there is no op {mnemonic:?}")),
+            },
+        },
+    };
+    match take.0.first() {
+        None => Ok(op),
+        Some(Attribute { key, .. }) => Err(format!("{mnemonic} has no attribute {key:?} here")),
+    }
+}
+
+fn elementwise(mnemonic: &str) -> Option<Op> {
+    let unary = UnaryOp::ALL.into_iter().find(|op| op.name() == mnemonic).map(Op::Unary);
+    let binary = || BinaryOp::ALL.into_iter().find(|op| op.name() == mnemonic).map(Op::Binary);
+    let compare = || CompareOp::ALL.into_iter().find(|op| op.name() == mnemonic).map(Op::Compare);
+    unary.or_else(binary).or_else(compare)
+}
+
+/// `64`, `N` or `128N`.
+pub(super) fn dim(word: &str) -> Option<Dim> {
+    let digits = word.strip_suffix('N').unwrap_or(word);
+    let batch = digits.len() < word.len();
+    if batch && digits.is_empty() {
+        return Some(Dim::N);
+    }
+    Some(Dim { scale: natural(digits)?, batch })
+}
+
+/// A number written with digits only.
+pub(super) fn natural<T: std::str::FromStr>(word: &str) -> Option<T> {
+    if word.bytes().all(|byte| byte.is_ascii_digit()) { word.parse().ok() } else { None }
+}
+
+struct Attributes<'a>(Vec<Attribute<'a>>);
+
+impl<'a> Attributes<'a> {
+    fn flag(&mut self, key: &str) -> bool {
+        let at = self.0.iter().position(|a| a.key == key && a.value.is_none());
+        at.map(|at| self.0.remove(at)).is_some()
+    }
+
+    /// The first flag, read by `read`.
+    fn parsed<T>(&mut self, what: &str, read: impl Fn(&str) -> Option<T>) -> Result<T, String> {
+        let at = self.0.iter().position(|a| a.value.is_none());
+        let found = at.and_then(|at| read(self.0.remove(at).key));
+        found.ok_or_else(|| format!("expected {what}"))
+    }
+
+    fn dtype(&mut self) -> Result<DType, String> {
+        self.parsed("an element type", |word| word.parse().ok())
+    }
+
+    fn words(&mut self, key: &str) -> Option<Vec<&'a str>> {
+        let at = self.0.iter().position(|a| a.key == key && a.value.is_some())?;
+        self.0.remove(at).value
+    }
+
+    fn list(&mut self, key: &str) -> Result<Vec<usize>, String> {
+        let words = self.words(key).ok_or_else(|| format!("expected {key}=[...]"))?;
+        let numbers: Option<Vec<usize>> = words.into_iter().map(natural).collect();
+        numbers.ok_or_else(|| format!("{key} takes whole numbers"))
+    }
+
+    fn array<const K: usize>(
+        &mut self,
+        key: &str,
+        default: Option<[usize; K]>,
+    ) -> Result<[usize; K], String> {
+        if let Some(default) = default
+            && !self.0.iter().any(|a| a.key == key)
+        {
+            return Ok(default);
+        }
+        self.list(key)?.try_into().map_err(|_| format!("{key} takes {K} numbers"))
+    }
+
+    fn optional(&mut self, key: &str) -> Result<Option<usize>, String> {
+        match self.words(key).as_deref() {
+            None => Ok(None),
+            Some([word]) => match natural(word) {
+                Some(number) => Ok(Some(number)),
+                None => Err(format!("{key} takes a whole number, not {word:?}")),
+            },
+            Some(_) => Err(format!("{key} takes one number")),
+        }
+    }
+
+    fn number(&mut self, key: &str) -> Result<usize, String> {
+        self.optional(key)?.ok_or_else(|| format!("expected {key}=..."))
+    }
+
+    fn number_or(&mut self, key: &str, default: usize) -> Result<usize, String> {
+        Ok(self.optional(key)?.unwrap_or(default))
+    }
+
+    fn value(&mut self, key: &str) -> Result<Option<f32>, String> {
+        match self.words(key).as_deref() {
+            None => Ok(None),
+            Some([word]) if literal::number::<f32>(word).is_some() => Ok(literal::number(word)),
+            Some(_) => Err(format!("{key} takes one number")),
+        }
+    }
+
+    fn conv(&mut self) -> Result<ConvGeometry, String> {
+        Ok(ConvGeometry {
+            input: self.array("input", None)?,
+            kernel: self.array("kernel", None)?,
+            strides: self.array("strides", Some([1, 1]))?,
+            pads: self.array("pads", Some([0; 4]))?,
+            dilations: self.array("dilations", Some([1, 1]))?,
+            groups: self.number_or("groups", 1)?,
+        })
+    }
+
+    fn pool(&mut self) -> Result<PoolGeometry, String> {
+        Ok(PoolGeometry {
+            input: self.array("input", None)?,
+            kernel: self.array("kernel", None)?,
+            strides: self.array("strides", Some([1, 1]))?,
+            pads: self.array("pads", Some([0; 4]))?,
+            dilations: self.array("dilations", Some([1, 1]))?,
+            count_include_pad: self.flag("count_include_pad"),
+        })
+    }
+}
