@@ -1,1 +1,16 @@
-//! Crate under construction.
+//! Graph to [`Plan`]: which nodes share a kernel, in what order the kernels run, where values live, and the
+//! `.qplan` file.
+//!
+//! A plan is data: it names no instruction and no address. [`build`] is a pure function of a verified graph, so a
+//! file holds the graph and its tensors, and the schedule is derived again where it is loaded: there is no second
+//! truth that a hostile file could bend. [`verify`](Plan::verify) proves that every access of every step stays
+//! within its slot for every batch size.
+#![forbid(unsafe_code)]
+
+pub mod nest;
+pub mod plan;
+pub mod primitive;
+
+pub use nest::{Access, LoopNest, Scalar, Write};
+pub use plan::{Affine, Binding, Kernel, Plan, Slot, SlotId, Step, Storage};
+pub use primitive::{Convolution, Int8, Matmul, Matrix, Place, Pooling, Primitive, Product};

@@ -1,0 +1,117 @@
+//! Loop nests: everything that is not a primitive is emitted from these.
+
+use crate::{Affine, SlotId};
+use qcompile_ir::{BinaryOp, CompareOp, DType, Dim, ReduceOp, UnaryOp};
+
+/// A rectangular iteration domain with a straight-line body.
+///
+/// Every point of `dims` (outermost first) evaluates `body` once; `reads` and `writes` say where the body's values
+/// come from and go to. `dims[0]` is the dimension that is split over threads. A nest with no dims has one point.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LoopNest {
+    /// Sizes of the iteration domain.
+    pub dims: Vec<Dim>,
+    /// What [`Scalar::Read`] refers to.
+    pub reads: Vec<Access>,
+    /// Values in single assignment: value `i` uses only values below `i`.
+    pub body: Vec<Scalar>,
+    /// What leaves the nest.
+    pub writes: Vec<Write>,
+}
+
+/// An affine view of a slot: element `offset + sum(index[d] * strides[d])`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Access {
+    /// The slot.
+    pub slot: SlotId,
+    /// Type of its elements.
+    pub dtype: DType,
+    /// First element.
+    pub offset: Affine,
+    /// Elements from one index to the next, for each dim of the nest; 0 repeats an element.
+    pub strides: Vec<Dim>,
+}
+
+/// One value of a body. Operands are indices of earlier values.
+///
+/// Floats of any width are computed in f32; a bool is 0 or 1. Types follow as in the IR: a read has the type of its
+/// access, arithmetic that of its operands, a comparison is bool.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Scalar {
+    /// The element of `reads[i]`.
+    Read(usize),
+    /// In an epilogue: the f32 element of the finished tile.
+    Tile,
+    /// A constant of a type.
+    Const(DType, f64),
+    /// The size of a dimension as f32.
+    Size(Dim),
+    /// A function of one value.
+    Unary(UnaryOp, usize),
+    /// A function of two values of one type.
+    Binary(BinaryOp, usize, usize),
+    /// A comparison of two values of one type.
+    Compare(CompareOp, usize, usize),
+    /// Value 1 where value 0 is true, else value 2.
+    Select(usize, usize, usize),
+    /// Conversion.
+    Cast(DType, usize),
+    /// `clamp(round_ties_even(x / scale))` as the integer type; 0 if the scale is 0.
+    Quantize(DType, usize, usize),
+    /// `q · scale` as f32.
+    Dequantize(usize, usize),
+    /// `dy` where `|x| <= max · scale`, else 0; operands x, dy, scale, with the maximum of the integer type.
+    StraightThrough(DType, usize, usize, usize),
+}
+
+/// Where a value of the body goes.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Write {
+    /// Stored at each point; no two points store to the same element.
+    Store {
+        /// Where.
+        access: Access,
+        /// Index into the body.
+        value: usize,
+    },
+    /// Combined over all dims whose stride is 0, in an order that depends on the sizes only. Strides of the other
+    /// dims are those of a dense row-major array in order of the dims.
+    Reduce {
+        /// Where.
+        access: Access,
+        /// How.
+        op: ReduceOp,
+        /// Index into the body.
+        value: usize,
+    },
+}
+
+impl Write {
+    /// Where the value goes.
+    #[must_use]
+    pub fn access(&self) -> &Access {
+        match self {
+            Write::Store { access, .. } | Write::Reduce { access, .. } => access,
+        }
+    }
+
+    /// Which value of the body it is.
+    #[must_use]
+    pub fn value(&self) -> usize {
+        match self {
+            Write::Store { value, .. } | Write::Reduce { value, .. } => *value,
+        }
+    }
+}
+
+impl LoopNest {
+    /// Whether a reduction crosses the split dimension, so that it needs partial results that are combined in a
+    /// second phase.
+    #[must_use]
+    pub fn crosses_split(&self) -> bool {
+        self.writes.iter().any(|write| {
+            matches!(write, Write::Reduce { access, .. }
+                if access.strides.first().is_some_and(|stride| stride.scale == 0))
+        })
+    }
+}

@@ -1,0 +1,249 @@
+//! The nouns of a plan: slots, steps, bindings.
+
+use crate::{LoopNest, Primitive};
+use qcompile_ir::{CollectiveOp, Dim, Graph, Region, Tensor, TensorType};
+use std::fmt;
+use std::sync::Arc;
+
+/// `fixed + per_batch · N`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Affine {
+    /// The constant part.
+    pub fixed: usize,
+    /// The factor of the batch size.
+    pub per_batch: usize,
+}
+
+impl Affine {
+    /// Zero.
+    pub const ZERO: Affine = Affine { fixed: 0, per_batch: 0 };
+
+    /// Its value when the batch size is `batch`.
+    #[must_use]
+    pub const fn at(self, batch: usize) -> usize {
+        self.fixed.saturating_add(self.per_batch.saturating_mul(batch))
+    }
+
+    /// Whether it is at most `other` for every batch size from 1 up.
+    #[must_use]
+    pub const fn within(self, other: Affine) -> bool {
+        self.per_batch <= other.per_batch && self.at(1) <= other.at(1)
+    }
+
+    /// The sum; `None` on overflow.
+    #[must_use]
+    pub fn plus(self, other: Affine) -> Option<Affine> {
+        Some(Affine {
+            fixed: self.fixed.checked_add(other.fixed)?,
+            per_batch: self.per_batch.checked_add(other.per_batch)?,
+        })
+    }
+
+    /// The product with a constant; `None` on overflow.
+    #[must_use]
+    pub fn times(self, factor: usize) -> Option<Affine> {
+        Some(Affine {
+            fixed: self.fixed.checked_mul(factor)?,
+            per_batch: self.per_batch.checked_mul(factor)?,
+        })
+    }
+
+    /// The larger of both for every batch size.
+    #[must_use]
+    pub fn max(self, other: Affine) -> Affine {
+        Affine {
+            fixed: self.fixed.max(other.fixed),
+            per_batch: self.per_batch.max(other.per_batch),
+        }
+    }
+}
+
+impl From<Dim> for Affine {
+    fn from(dim: Dim) -> Affine {
+        if dim.batch {
+            Affine { fixed: 0, per_batch: dim.scale }
+        } else {
+            Affine { fixed: dim.scale, per_batch: 0 }
+        }
+    }
+}
+
+impl fmt::Display for Affine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.fixed, self.per_batch) {
+            (fixed, 0) => write!(f, "{fixed}"),
+            (0, per_batch) => write!(f, "{per_batch}N"),
+            (fixed, per_batch) => write!(f, "{per_batch}N+{fixed}"),
+        }
+    }
+}
+
+/// Index of a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SlotId(pub u32);
+
+impl SlotId {
+    /// As an index into [`Plan::slots`].
+    #[must_use]
+    pub const fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// Who owns the memory of a slot, and how long its contents last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Storage {
+    /// Given before every step.
+    Input,
+    /// Kept between steps, saved in checkpoints: parameters and state.
+    Kept,
+    /// Never written after it was loaded.
+    Const,
+    /// Readable after the step.
+    Output,
+    /// Shared by several values whose lifetimes do not overlap.
+    Shared,
+}
+
+/// A piece of memory, aligned to 64 bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slot {
+    /// Who owns it.
+    pub storage: Storage,
+    /// Its size in bytes.
+    pub bytes: Affine,
+}
+
+/// A named value that a host reads or writes, dense row-major in its slot.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Binding {
+    /// Its name: the ONNX name for inputs, outputs and parameters.
+    pub name: String,
+    /// Its type.
+    pub ty: TensorType,
+    /// Where it is.
+    pub slot: SlotId,
+    /// What it holds at first (parameters, state, constants).
+    pub initial: Option<Arc<Tensor>>,
+}
+
+/// What a step runs.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Kernel {
+    /// One or more loop nests over the same split dimension. All nests run over one range of it before the next range, so
+    /// a later nest may read what an earlier one wrote in the same range. At most the last has reductions that cross the split.
+    Loops(Vec<LoopNest>),
+    /// A hand-scheduled kernel.
+    Primitive(Primitive),
+    /// An exchange with the other ranks, in place.
+    AllReduce {
+        /// How ranks combine.
+        op: CollectiveOp,
+        /// The f32 values: where and how many elements.
+        members: Vec<(crate::Place, usize)>,
+    },
+}
+
+/// One kernel at its place in the schedule.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Step {
+    /// The name of the (last) value it computes.
+    pub name: String,
+    /// When it runs.
+    pub region: Region,
+    /// What runs.
+    pub kernel: Kernel,
+    /// So little work, whatever the batch, that one thread does it alone: neighbours that are serial need no barrier.
+    pub serial: bool,
+}
+
+/// A training step as data: what runs in which order on which memory.
+///
+/// Made by [`build`](crate::build) only, from a verified graph.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub(crate) graph: Graph,
+    pub(crate) slots: Vec<Slot>,
+    pub(crate) steps: Vec<Step>,
+    pub(crate) inputs: Vec<Binding>,
+    pub(crate) outputs: Vec<Binding>,
+    pub(crate) params: Vec<Binding>,
+    pub(crate) states: Vec<Binding>,
+    pub(crate) consts: Vec<Binding>,
+}
+
+impl Plan {
+    /// The graph it was built from.
+    #[must_use]
+    pub fn graph(&self) -> &Graph {
+        &self.graph
+    }
+
+    /// All memory.
+    #[must_use]
+    pub fn slots(&self) -> &[Slot] {
+        &self.slots
+    }
+
+    /// The schedule: forward, backward, comm, update.
+    #[must_use]
+    pub fn steps(&self) -> &[Step] {
+        &self.steps
+    }
+
+    /// Values given before every step.
+    #[must_use]
+    pub fn inputs(&self) -> &[Binding] {
+        &self.inputs
+    }
+
+    /// Values readable after a step.
+    #[must_use]
+    pub fn outputs(&self) -> &[Binding] {
+        &self.outputs
+    }
+
+    /// Trained values.
+    #[must_use]
+    pub fn params(&self) -> &[Binding] {
+        &self.params
+    }
+
+    /// Values kept between steps that are not trained.
+    #[must_use]
+    pub fn states(&self) -> &[Binding] {
+        &self.states
+    }
+
+    /// Constants.
+    #[must_use]
+    pub fn consts(&self) -> &[Binding] {
+        &self.consts
+    }
+
+    /// Bytes of all slots when the batch size is `batch` (without kernel scratch), each rounded up to 64.
+    #[must_use]
+    pub fn bytes(&self, batch: usize) -> usize {
+        self.slots.iter().map(|slot| slot.bytes.at(batch).next_multiple_of(64)).sum()
+    }
+}
+
+/// Bytes of a value of this type.
+///
+/// The type must have passed [`infer`](qcompile_ir::infer), which bounds it.
+#[must_use]
+pub fn bytes_of(ty: &TensorType) -> Affine {
+    let elements = ty.shape.elements().expect("verified: types are bounded");
+    Affine::from(elements).times(ty.dtype.size()).expect("verified: types are bounded")
+}
+
+/// Row-major strides of a dense value of this shape. The type must have passed inference.
+#[must_use]
+pub fn dense_strides(dims: &[Dim]) -> Vec<Dim> {
+    let mut strides = vec![Dim::ONE; dims.len()];
+    for axis in (0..dims.len().saturating_sub(1)).rev() {
+        strides[axis] =
+            strides[axis + 1].times(dims[axis + 1]).expect("verified: types are bounded");
+    }
+    strides
+}

@@ -1,0 +1,228 @@
+//! Steps that run a hand-scheduled kernel.
+
+use crate::{Affine, LoopNest, SlotId};
+use qcompile_ir::{ConvGeometry, Dim, PoolGeometry};
+
+/// A dense value in a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    /// The slot.
+    pub slot: SlotId,
+    /// Its first element, counted in elements.
+    pub offset: Affine,
+}
+
+/// A matrix (of a batch of matrices) in a slot; strides in elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Matrix {
+    /// First element.
+    pub place: Place,
+    /// From one matrix of the batch to the next; 0 uses the same for all.
+    pub batch_stride: Dim,
+    /// From one row to the next.
+    pub row_stride: Dim,
+    /// From one column to the next.
+    pub col_stride: Dim,
+}
+
+/// Scales of a product of int8 operands: `y = (a · b) · scale_a · scale_b`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Int8 {
+    /// The scale of the first operand: one value.
+    pub scale_a: Place,
+    /// The scale of the second operand.
+    pub scale_b: Place,
+    /// Whether the second has one scale for each result column (matmul) or channel (convolution).
+    pub per_channel: bool,
+}
+
+/// `c[batch, m, n] = a[batch, m, k] · b[batch, k, n]`, `c` dense f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Matmul {
+    /// Number of matrices.
+    pub batch: Dim,
+    /// Rows of the result.
+    pub m: Dim,
+    /// Columns of the result.
+    pub n: Dim,
+    /// Inner size.
+    pub k: Dim,
+    /// First operand, `[m, k]`.
+    pub a: Matrix,
+    /// Second operand, `[k, n]`.
+    pub b: Matrix,
+    /// Result, dense.
+    pub c: Place,
+    /// Scales, if the operands are i8; else they are f32.
+    pub int8: Option<Int8>,
+}
+
+/// Which of the three products of a convolution.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Product {
+    /// `y = conv(x, w)`: a is x, b is w, c is y.
+    Forward,
+    /// a is dy, b is w, c is dx.
+    GradInput,
+    /// a is x, b is dy, c is dw.
+    GradWeight,
+}
+
+/// One product of a 2-D convolution, NHWC and OIHW, all dense.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Convolution {
+    /// Which product.
+    pub product: Product,
+    /// Geometry of the forward convolution.
+    pub geometry: ConvGeometry,
+    /// Number of images.
+    pub images: Dim,
+    /// Input channels of the forward convolution.
+    pub in_channels: usize,
+    /// Output channels of the forward convolution.
+    pub out_channels: usize,
+    /// First operand.
+    pub a: Place,
+    /// Second operand.
+    pub b: Place,
+    /// Result, f32.
+    pub c: Place,
+    /// Scales, if the operands are i8 (not for the gradient of the weight).
+    pub int8: Option<Int8>,
+}
+
+/// One 2-D pooling, NHWC, dense f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pooling {
+    /// Maximum, else average.
+    pub max: bool,
+    /// The gradient rather than the pooling itself.
+    pub gradient: bool,
+    /// Geometry of the forward pooling.
+    pub geometry: PoolGeometry,
+    /// Number of images.
+    pub images: Dim,
+    /// Channels.
+    pub channels: usize,
+    /// The pooled input (for the average's gradient: the same as `dy`, unused).
+    pub x: Place,
+    /// The incoming gradient of a gradient (else the same as `x`, unused).
+    pub dy: Place,
+    /// The result.
+    pub y: Place,
+}
+
+/// A kernel of `qcompile-kernels` and what it works on.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Primitive {
+    /// Matrix product. The epilogue runs over `[batch · m, n]` tiles and then writes the result itself
+    /// (its [`Scalar::Tile`](crate::Scalar::Tile) is the product), so `c` is not written.
+    Matmul(Matmul, Option<LoopNest>),
+    /// Convolution product. The epilogue runs over `[pixels, channels]` tiles (not for the gradient of the weight).
+    Convolution(Convolution, Option<LoopNest>),
+    /// Pooling.
+    Pooling(Pooling),
+    /// Softmax over rows of a dense f32 matrix.
+    Softmax {
+        /// Its logarithm instead.
+        log: bool,
+        /// Rows.
+        rows: Dim,
+        /// Columns.
+        cols: Dim,
+        /// Operand.
+        x: Place,
+        /// Result.
+        y: Place,
+    },
+    /// Cross-entropy of each row.
+    CrossEntropy {
+        /// Rows.
+        rows: Dim,
+        /// Classes.
+        cols: Dim,
+        /// `[rows, cols]`.
+        logits: Place,
+        /// i64 `[rows]`.
+        label: Place,
+        /// `[rows]`.
+        loss: Place,
+    },
+    /// Gradient of the cross-entropy.
+    CrossEntropyGrad {
+        /// Rows.
+        rows: Dim,
+        /// Classes.
+        cols: Dim,
+        /// `[rows, cols]`.
+        logits: Place,
+        /// i64 `[rows]`.
+        label: Place,
+        /// `[rows]`.
+        dloss: Place,
+        /// `[rows, cols]`.
+        dlogits: Place,
+    },
+    /// Rows of a table by i64 index.
+    Gather {
+        /// Rows of the table.
+        table_rows: Dim,
+        /// Bytes of a row.
+        row_bytes: Affine,
+        /// Number of indices.
+        count: Dim,
+        /// Dense table.
+        table: Place,
+        /// i64 indices.
+        indices: Place,
+        /// Result.
+        y: Place,
+    },
+    /// Sums of f32 rows by i64 index.
+    ScatterAdd {
+        /// Rows of the result.
+        rows: Dim,
+        /// Elements of a row.
+        width: Dim,
+        /// Number of indices.
+        count: Dim,
+        /// i64 indices.
+        indices: Place,
+        /// `[count, width]`.
+        values: Place,
+        /// `[rows, width]`, overwritten.
+        y: Place,
+    },
+}
+
+impl Primitive {
+    /// The word for it in text.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Primitive::Matmul(matmul, _) if matmul.int8.is_some() => "matmul_i8",
+            Primitive::Matmul(..) => "matmul",
+            Primitive::Convolution(convolution, _) => {
+                match (convolution.product, convolution.int8.is_some()) {
+                    (Product::Forward, false) => "conv2d",
+                    (Product::Forward, true) => "conv2d_i8",
+                    (Product::GradInput, false) => "conv2d_grad_input",
+                    (Product::GradInput, true) => "conv2d_grad_input_i8",
+                    (Product::GradWeight, _) => "conv2d_grad_weight",
+                }
+            }
+            Primitive::Pooling(pooling) => match (pooling.max, pooling.gradient) {
+                (true, false) => "max_pool2d",
+                (true, true) => "max_pool2d_grad",
+                (false, false) => "average_pool2d",
+                (false, true) => "average_pool2d_grad",
+            },
+            Primitive::Softmax { log: false, .. } => "softmax",
+            Primitive::Softmax { log: true, .. } => "log_softmax",
+            Primitive::CrossEntropy { .. } => "cross_entropy",
+            Primitive::CrossEntropyGrad { .. } => "cross_entropy_grad",
+            Primitive::Gather { .. } => "gather",
+            Primitive::ScatterAdd { .. } => "scatter_add",
+        }
+    }
+}
