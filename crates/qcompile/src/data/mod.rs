@@ -2,12 +2,17 @@
 
 mod array;
 mod batches;
+mod convert;
 pub mod idx;
 pub mod npy;
 pub mod npz;
 mod source;
+mod spec;
 pub mod table;
+mod transform;
 
 pub use array::{Array, Dtype};
 pub use batches::{Batches, Order};
 pub use source::Limits;
+pub use spec::{Item, parse_spec};
+pub use transform::{Transform, Values};
