@@ -10,7 +10,9 @@
 pub mod nest;
 pub mod plan;
 pub mod primitive;
+pub mod verify;
 
 pub use nest::{Access, LoopNest, Scalar, Write};
 pub use plan::{Affine, Binding, Kernel, Plan, Slot, SlotId, Step, Storage};
 pub use primitive::{Convolution, Int8, Matmul, Matrix, Place, Pooling, Primitive, Product};
+pub use verify::{VerifyError, verify};

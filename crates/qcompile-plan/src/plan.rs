@@ -48,6 +48,16 @@ impl Affine {
         })
     }
 
+    /// As a dimension, if it is one.
+    #[must_use]
+    pub const fn as_dim(self) -> Option<Dim> {
+        match (self.fixed, self.per_batch) {
+            (fixed, 0) => Some(Dim::fixed(fixed)),
+            (0, per_batch) => Some(Dim { scale: per_batch, batch: true }),
+            _ => None,
+        }
+    }
+
     /// The larger of both for every batch size.
     #[must_use]
     pub fn max(self, other: Affine) -> Affine {
@@ -173,6 +183,26 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// A plan from its parts: for tests of what comes after; everybody else uses [`build`](crate::build).
+    ///
+    /// # Errors
+    /// [`VerifyError`](crate::VerifyError) if a step could leave its memory.
+    #[allow(clippy::too_many_arguments, reason = "the parts of a plan")]
+    pub fn assemble(
+        graph: Graph,
+        slots: Vec<Slot>,
+        steps: Vec<Step>,
+        inputs: Vec<Binding>,
+        outputs: Vec<Binding>,
+        params: Vec<Binding>,
+        states: Vec<Binding>,
+        consts: Vec<Binding>,
+    ) -> Result<Plan, crate::VerifyError> {
+        let plan = Plan { graph, slots, steps, inputs, outputs, params, states, consts };
+        crate::verify(&plan)?;
+        Ok(plan)
+    }
+
     /// The graph it was built from.
     #[must_use]
     pub fn graph(&self) -> &Graph {
