@@ -1,1 +1,14 @@
-//! Crate under construction.
+//! Graph to graph: every transformation of a training step.
+//!
+//! A pass is a function `run(&mut Graph, &Options) -> Result<_, PassError>` in a module that says what it finds
+//! (*Before*), what it leaves (*After*) and why it stands where it stands (*Why here*). A list
+//! names them once, in order.
+//!
+//! This crate does no I/O, reads no clock and gives equal output for equal input.
+#![forbid(unsafe_code)]
+
+mod builder;
+pub mod differentiate;
+pub mod error;
+
+pub use error::PassError;
