@@ -6,8 +6,32 @@
 //! `0..units` over its threads in any way: results are bit-identical for every split.
 
 pub mod args;
+mod average_pool;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod buffer;
+#[cfg(test)]
+mod check;
+mod conv;
+mod depthwise;
+#[cfg(test)]
+mod emulated;
+mod gather;
+mod geometry;
+mod grad_weight;
+mod lanes;
+mod matmul;
+mod max_pool;
+mod pack;
+mod portable;
+mod softmax;
 mod tier;
+mod tile;
+mod window;
 
+use lanes::Simd;
 pub use tier::{Tier, UnknownTier};
 
 /// One hand-scheduled kernel.
@@ -108,5 +132,51 @@ impl Kernels {
     #[must_use]
     pub fn get(&self, id: KernelId) -> &Primitive {
         &self.primitives[id as usize]
+    }
+}
+
+/// The table of one tier, in the order of [`KernelId`].
+const fn table<S: Simd>(tier: Tier) -> Kernels {
+    Kernels {
+        tier,
+        primitives: [
+            matmul::primitive::<matmul::RealKind, S>(),
+            matmul::primitive::<matmul::Int8Kind, S>(),
+            conv::primitive::<conv::Forward, S>(),
+            conv::primitive::<conv::GradInput, S>(),
+            grad_weight::primitive::<S>(),
+            conv::primitive::<conv::ForwardI8, S>(),
+            conv::primitive::<conv::GradInputI8, S>(),
+            max_pool::primitive::<S>(),
+            max_pool::grad_primitive::<S>(),
+            average_pool::primitive::<S>(),
+            average_pool::grad_primitive::<S>(),
+            softmax::primitive::<S, false>(),
+            softmax::primitive::<S, true>(),
+            softmax::loss_primitive::<S>(),
+            softmax::grad_primitive::<S>(),
+            gather::gather_primitive(),
+            gather::scatter_primitive::<S>(),
+        ],
+    }
+}
+
+static PORTABLE: Kernels = table::<portable::Portable>(Tier::Portable);
+#[cfg(target_arch = "x86_64")]
+static AVX2: Kernels = table::<avx2::Avx2>(Tier::Avx2);
+#[cfg(target_arch = "x86_64")]
+static AVX512: Kernels = table::<avx512::Avx512>(Tier::Avx512);
+
+/// The kernels of a tier. The caller checks [`Tier::is_supported`] before it runs any of them.
+#[must_use]
+pub fn kernels(tier: Tier) -> &'static Kernels {
+    match tier {
+        Tier::Portable => &PORTABLE,
+        #[cfg(target_arch = "x86_64")]
+        Tier::Avx2 => &AVX2,
+        #[cfg(target_arch = "x86_64")]
+        Tier::Avx512 => &AVX512,
+        #[cfg(not(target_arch = "x86_64"))]
+        Tier::Avx2 | Tier::Avx512 => &PORTABLE,
     }
 }

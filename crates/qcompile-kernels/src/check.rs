@@ -1,0 +1,107 @@
+//! What the tests of all kernels share: tiers to test, operands, and how to run a primitive.
+
+use crate::{KernelId, Kernels, Primitive, Tier, kernels};
+
+/// Every table that this CPU can run, and the AVX-512 algorithms on plain arrays.
+pub(crate) fn tables() -> Vec<&'static Kernels> {
+    let mut tables: Vec<_> =
+        Tier::ALL.into_iter().filter(|tier| tier.is_supported()).map(kernels).collect();
+    tables.push(&crate::emulated::TABLE);
+    tables
+}
+
+/// A small generator (64-bit LCG, upper bits).
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    pub(crate) fn next(&mut self) -> u32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as u32
+    }
+    /// Values in -1..1.
+    pub(crate) fn reals(&mut self, count: usize) -> Vec<f32> {
+        (0..count).map(|_| self.next() as f32 / (1_u64 << 30) as f32 - 1.0).collect()
+    }
+    /// All i8 values, the extreme ones often.
+    pub(crate) fn bytes(&mut self, count: usize) -> Vec<i8> {
+        (0..count)
+            .map(|_| match self.next() % 8 {
+                0 => -128,
+                1 => 127,
+                _ => self.next() as i8,
+            })
+            .collect()
+    }
+    /// A number in `low..=high`.
+    pub(crate) fn between(&mut self, low: usize, high: usize) -> usize {
+        low + self.next() as usize % (high - low + 1)
+    }
+}
+
+/// Scratch of a primitive for an argument block.
+pub(crate) fn scratch<A>(table: &Kernels, id: KernelId, args: &A) -> Vec<[u64; 8]> {
+    // SAFETY: the block is the kernel's.
+    let bytes = unsafe { (table.get(id).scratch)(std::ptr::from_ref(args).cast()) };
+    vec![[u64::MAX; 8]; bytes.div_ceil(64) + 1]
+}
+
+/// Runs all phases, each cut into `pieces` ranges that are run last first.
+pub(crate) fn run<A>(table: &Kernels, id: KernelId, args: &A, pieces: usize) {
+    let primitive: &Primitive = table.get(id);
+    let args: *const u64 = std::ptr::from_ref(args).cast();
+    for phase in 0..primitive.phases {
+        // SAFETY: the block is the kernel's and its pointers are valid, as the tests set them up.
+        unsafe {
+            let units = (primitive.units)(args, phase);
+            for piece in (0..pieces).rev() {
+                (primitive.run)(args, phase, units * piece / pieces, units * (piece + 1) / pieces);
+            }
+        }
+    }
+}
+
+/// Compares with a reference in f64, by `tolerance` times the largest magnitude (at least 1).
+pub(crate) fn assert_close(actual: &[f32], expected: &[f64], tolerance: f64, what: &str) {
+    assert_eq!(actual.len(), expected.len(), "{what}");
+    let scale = expected.iter().fold(1.0_f64, |m, &e| m.max(e.abs()));
+    for (i, (&a, &e)) in actual.iter().zip(expected).enumerate() {
+        let error = (f64::from(a) - e).abs();
+        assert!(error <= tolerance * scale, "{what}: element {i} is {a}, expected {e}");
+    }
+}
+
+/// An epilogue that copies tiles to a dense matrix and counts how often each element came.
+pub(crate) struct Collector {
+    pub(crate) values: Vec<f32>,
+    pub(crate) seen: Vec<u32>,
+    pub(crate) columns: usize,
+}
+
+impl Collector {
+    pub(crate) fn new(rows: usize, columns: usize) -> Collector {
+        let (values, seen) = (vec![f32::NAN; rows * columns], vec![0; rows * columns]);
+        Collector { values, seen, columns }
+    }
+
+    pub(crate) unsafe extern "C" fn collect(
+        ctx: *const u8,
+        tile: *const f32,
+        tile_stride: usize,
+        row0: usize,
+        rows: usize,
+        col0: usize,
+        cols: usize,
+    ) {
+        // SAFETY: the tests pass a collector that nothing else uses, on one thread.
+        unsafe {
+            let this = &mut *ctx.cast_mut().cast::<Collector>();
+            for r in 0..rows {
+                for c in 0..cols {
+                    let at = (row0 + r) * this.columns + col0 + c;
+                    this.values[at] = *tile.add(r * tile_stride + c);
+                    this.seen[at] += 1;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,432 @@
+//! Gradient of a convolution by its weights: sums of outer products over pixels.
+//!
+//! Rows of the tile are pairs of kernel position and input channel, columns are output channels, and K
+//! runs over output pixels. Images are cut into chunks by shape; every chunk has its own partial sums,
+//! and a last phase adds them in order.
+
+use crate::Primitive;
+use crate::args::Conv2dGradWeightArgs;
+use crate::buffer::{Buffer, Slot};
+use crate::geometry::{Geometry, Part, Parts};
+use crate::lanes::{Lanes, Simd, Task};
+use crate::pack::{self, Right, Source};
+use crate::tile::{Block, Depth, Panels, ROW_GROUP};
+use crate::window::Window;
+
+/// Most rows (kernel positions times input channels) of a unit.
+const UNIT_ROWS: usize = 10 * ROW_GROUP;
+/// Most output channels of a unit.
+const UNIT_CHANNELS: usize = 256;
+/// Pixels of one strip, about.
+const STRIP_PIXELS: usize = 256;
+/// Units wanted, for the threads to share.
+const WANTED_UNITS: usize = 32;
+/// Most words of partial sums.
+const MOST_PARTIALS: usize = 8 << 20;
+/// Input channels of a unit of the last phase.
+const SUM_CHANNELS: usize = 4;
+
+/// How the gradient is cut.
+#[derive(Clone, Copy)]
+struct Cut {
+    g: Geometry,
+    panels: Panels,
+    /// Words of one output row of partial sums.
+    stride: usize,
+    /// Rows of a group: kernel positions times input channels.
+    rows: usize,
+    channels: usize,
+    channel_blocks: usize,
+    positions: usize,
+    position_blocks: usize,
+    columns: usize,
+    column_blocks: usize,
+    chunks: usize,
+    depthwise: bool,
+}
+
+impl Cut {
+    fn of<S: Simd>(args: &Conv2dGradWeightArgs) -> Cut {
+        let g = Geometry::new(&args.shape, false);
+        let depthwise = g.is_depthwise();
+        let width = Panels::width::<S::Real>();
+        let panels = Panels { k: 0, n: if depthwise { g.groups } else { g.target_channels } };
+        let stride = panels.count::<S::Real>() * width;
+        let (input, kernel) = (g.source_channels, g.kernel);
+        let rows = kernel * input;
+        // All kernel positions of as many channels as fit; of one channel only some, if there are many.
+        let channels = (UNIT_ROWS / kernel).clamp(1, input.max(1));
+        let channel_blocks = input.div_ceil(channels);
+        let channels = input.div_ceil(channel_blocks.max(1));
+        let positions = kernel.min(UNIT_ROWS);
+        let position_blocks = kernel.div_ceil(positions);
+        let count = panels.count::<S::Real>();
+        let columns = count.min(UNIT_CHANNELS / width).max(1);
+        let column_blocks = count.div_ceil(columns);
+        let groups = if depthwise { 1 } else { g.groups };
+        let blocks = (groups * channel_blocks * position_blocks * column_blocks).max(1);
+        let size = (groups * rows * stride).max(1);
+        let chunks =
+            g.batch.min(WANTED_UNITS.div_ceil(blocks)).min(MOST_PARTIALS / size).max(1);
+        let chunks = g.batch.div_ceil(g.batch.div_ceil(chunks).max(1)).max(1);
+        Cut {
+            g,
+            panels,
+            stride,
+            rows,
+            channels,
+            channel_blocks,
+            positions,
+            position_blocks,
+            columns,
+            column_blocks,
+            chunks,
+            depthwise,
+        }
+    }
+
+    fn groups(&self) -> usize {
+        if self.depthwise { 1 } else { self.g.groups }
+    }
+
+    fn units(&self, phase: usize) -> usize {
+        match (phase, self.depthwise) {
+            (0, true) => self.chunks,
+            (0, false) => {
+                let blocks = self.channel_blocks * self.position_blocks * self.column_blocks;
+                self.chunks * self.g.groups * blocks
+            }
+            (_, true) => 1,
+            (_, false) => self.g.groups * self.g.source_channels.div_ceil(SUM_CHANNELS),
+        }
+    }
+
+    /// First word of a row of partial sums.
+    fn partial(&self, chunk: usize, group: usize, row: usize) -> usize {
+        ((chunk * self.groups() + group) * self.rows + row) * self.stride
+    }
+
+    /// The images of a chunk.
+    fn images(&self, chunk: usize) -> std::ops::Range<usize> {
+        let size = self.g.batch.div_ceil(self.chunks);
+        (chunk * size).min(self.g.batch)..((chunk + 1) * size).min(self.g.batch)
+    }
+}
+
+unsafe extern "C" fn units<S: Simd>(args: *const u64, phase: usize) -> usize {
+    // SAFETY: the caller passes the argument block of this kernel.
+    let cut = Cut::of::<S>(unsafe { &*args.cast::<Conv2dGradWeightArgs>() });
+    if cut.rows == 0 || cut.panels.n == 0 { 0 } else { cut.units(phase) }
+}
+
+unsafe extern "C" fn scratch<S: Simd>(args: *const u64) -> usize {
+    // SAFETY: the caller passes the argument block of this kernel.
+    let cut = Cut::of::<S>(unsafe { &*args.cast::<Conv2dGradWeightArgs>() });
+    cut.partial(cut.chunks, 0, 0) * 4
+}
+
+unsafe extern "C" fn run<S: Simd>(args: *const u64, phase: usize, begin: usize, end: usize) {
+    // SAFETY: the caller passes the argument block of this kernel, on a CPU of the tier.
+    unsafe {
+        let args = *args.cast::<Conv2dGradWeightArgs>();
+        let cut = Cut::of::<S>(&args);
+        match (phase, cut.depthwise) {
+            (0, false) => S::enter(Outer { args, cut, begin, end }),
+            (0, true) => S::enter(Depthwise { args, cut, begin, end }),
+            _ => S::enter(Sum { args, cut, begin, end }),
+        }
+    }
+}
+
+/// The primitive on a tier.
+pub(crate) const fn primitive<S: Simd>() -> Primitive {
+    Primitive { phases: 2, units: units::<S>, run: run::<S>, scratch: scratch::<S> }
+}
+
+/// The strips of a chunk: rows of one image, or several whole images.
+fn strips(cut: &Cut, images: usize) -> Parts {
+    Parts::new(images, cut.g.rows.target, cut.g.columns.target, STRIP_PIXELS, 1)
+}
+
+/// Partial sums of outer products.
+struct Outer {
+    args: Conv2dGradWeightArgs,
+    cut: Cut,
+    begin: usize,
+    end: usize,
+}
+
+impl Task for Outer {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let cut = &self.cut;
+        let mut lines = Vec::new();
+        for unit in self.begin..self.end {
+            let (rest, column_block) = (unit / cut.column_blocks, unit % cut.column_blocks);
+            let (rest, positions) = (rest / cut.position_blocks, rest % cut.position_blocks);
+            let (rest, channels) = (rest / cut.channel_blocks, rest % cut.channel_blocks);
+            let (chunk, group) = (rest / cut.g.groups, rest % cut.g.groups);
+            // SAFETY: the unit lies in the partial sums.
+            unsafe {
+                self.unit::<S>(chunk, group, channels, positions, column_block, &mut lines);
+            }
+        }
+    }
+}
+
+impl Outer {
+    #[inline(always)]
+    unsafe fn unit<S: Simd>(
+        &self,
+        chunk: usize,
+        group: usize,
+        channel_block: usize,
+        position_block: usize,
+        column_block: usize,
+        lines: &mut Vec<isize>,
+    ) {
+        let (cut, g, args) = (&self.cut, &self.cut.g, &self.args);
+        let width = Panels::width::<S::Real>();
+        let first_channel = channel_block * cut.channels;
+        let channels = cut.channels.min(g.source_channels - first_channel);
+        let first_position = position_block * cut.positions;
+        let positions = cut.positions.min(g.kernel - first_position);
+        let panel_begin = column_block * cut.columns;
+        let panel_end = (panel_begin + cut.columns).min(cut.panels.count::<S::Real>());
+        let count = positions * channels;
+        let padded = count.next_multiple_of(ROW_GROUP);
+        let mut rows = [std::ptr::null(); UNIT_ROWS];
+        let mut outs = [std::ptr::null_mut(); UNIT_ROWS];
+        let mut sink = Buffer::take(Slot::Staging, cut.stride);
+        let images = cut.images(chunk);
+        // SAFETY: rows lie in the partial sums; the buffers are sized for each strip.
+        unsafe {
+            let partial: *mut u32 = args.scratch.cast();
+            for (i, out) in outs.iter_mut().enumerate().take(padded) {
+                let (position, channel) = (i / channels, i % channels);
+                let row = (first_position + position) * g.source_channels + first_channel + channel;
+                *out = if i < count {
+                    partial.add(cut.partial(chunk, group, row) + panel_begin * width)
+                } else {
+                    sink.words()
+                };
+            }
+            let strips = strips(cut, images.len());
+            if strips.count() == 0 {
+                for out in &outs[..count] {
+                    out.write_bytes(0, (panel_end - panel_begin) * width);
+                }
+            }
+            for index in 0..strips.count() {
+                let mut part = strips.part(index);
+                part.image += images.start;
+                let (input, output) =
+                    (g.groups * g.source_channels, g.groups * g.target_channels);
+                let first = group * g.source_channels + first_channel;
+                let range = first..first + channels;
+                let words = Window::words::<S::Real>(g, &part, channels);
+                let mut left = Buffer::take(Slot::Left, words);
+                let window =
+                    Window::open::<S::Real>(g, &part, args.x, input, range, &mut left);
+                lines.clear();
+                for image in 0..part.images {
+                    for row in part.row_begin..part.row_end {
+                        let to = window.pixel(image, (row * g.rows.step()) as isize, 0);
+                        let origin = window.pixel(0, 0, 0);
+                        lines.push((to as isize).wrapping_sub(origin as isize) / 4);
+                    }
+                }
+                for (i, pointer) in rows.iter_mut().enumerate().take(padded) {
+                    let i = i.min(count - 1);
+                    let (position, channel) = (first_position + i / channels, i % channels);
+                    let down = g.rows.taps(0).nth(position / g.kernel_width);
+                    let across = g.columns.taps(0).nth(position % g.kernel_width);
+                    let shift = |tap: Option<crate::geometry::Tap>| tap.map_or(0, |tap| tap.shift);
+                    *pointer =
+                        window.pixel(0, shift(down), shift(across)).wrapping_add(channel);
+                }
+                let pixels = lines.len() * g.columns.target;
+                let panels = Panels { k: pixels, n: cut.panels.n };
+                let (first_pixel, _) = self.pixel(&part);
+                let column = panel_begin * width;
+                let mut right =
+                    Buffer::take(Slot::Right, panels.words::<S::Real>());
+                for panel in panel_begin..panel_end {
+                    let from = Source {
+                        first: args.dy.add(
+                            first_pixel * output
+                                + group * g.target_channels
+                                + column
+                                + (panel - panel_begin) * width,
+                        ),
+                        k_stride: output,
+                        column_stride: 1,
+                    };
+                    let to = right.words().add(panels.offset::<S::Real>(panel));
+                    let stored = panels.stored::<S::Real>(panel);
+                    let valid = panels.valid::<S::Real>(panel);
+                    pack::interleave::<S::Real, Right>(from, pixels, valid, to, stored);
+                }
+                let block = Block {
+                    rows: &rows[..padded],
+                    outs: &outs[..padded],
+                    count,
+                    packed: right.words(),
+                    panels,
+                    panel_begin,
+                    panel_end,
+                    exact: false,
+                };
+                let depth = Depth {
+                    segments: lines,
+                    length: g.columns.target,
+                    step: (g.columns.step() * window.pixel_pitch) as isize,
+                    begin: 0,
+                    resume: index > 0,
+                };
+                for first in (0..count).step_by(ROW_GROUP) {
+                    block.sweep::<S::Real>(first, &depth);
+                }
+            }
+        }
+    }
+
+    /// First pixel of a part in the output, and the number of its pixels.
+    fn pixel(&self, part: &Part) -> (usize, usize) {
+        let (height, width) = (self.cut.g.rows.target, self.cut.g.columns.target);
+        (
+            (part.image * height + part.row_begin) * width,
+            part.images * (part.row_end - part.row_begin) * width,
+        )
+    }
+}
+
+/// Partial sums of a depthwise convolution: rows are kernel positions, columns are channels.
+struct Depthwise {
+    args: Conv2dGradWeightArgs,
+    cut: Cut,
+    begin: usize,
+    end: usize,
+}
+
+impl Task for Depthwise {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let (cut, args) = (&self.cut, &self.args);
+        let channels = cut.g.groups;
+        let g = Geometry { groups: 1, source_channels: channels, target_channels: channels, ..cut.g };
+        let lanes = S::Real::LANES;
+        for chunk in self.begin..self.end {
+            let images = cut.images(chunk);
+            let strips = strips(cut, images.len());
+            // SAFETY: rows lie in the partial sums; the buffers are sized for each strip.
+            unsafe {
+                let partial = args.scratch.cast::<f32>().add(cut.partial(chunk, 0, 0));
+                partial.write_bytes(0, g.kernel * cut.stride);
+                for index in 0..strips.count() {
+                    let mut part = strips.part(index);
+                    part.image += images.start;
+                    let words = Window::words::<S::Real>(&g, &part, channels);
+                    let mut left = Buffer::take(Slot::Left, words);
+                    let window = Window::open::<S::Real>(
+                        &g,
+                        &part,
+                        args.x,
+                        channels,
+                        0..channels,
+                        &mut left,
+                    );
+                    let step = g.columns.step() * window.pixel_pitch;
+                    for image in 0..part.images {
+                        for row in part.row_begin..part.row_end {
+                            let line = ((part.image + image) * g.rows.target + row)
+                                * g.columns.target
+                                * channels;
+                            let dy = args.dy.add(line);
+                            let source = window.pixel(image, (row * g.rows.step()) as isize, 0);
+                            for down in g.rows.taps(0) {
+                                for across in g.columns.taps(0) {
+                                    let position = down.kernel * g.kernel_width + across.kernel;
+                                    let out = partial.add(position * cut.stride);
+                                    let shift = window.offset(down.shift, across.shift);
+                                    let x = source.wrapping_offset(shift);
+                                    let mut channel = 0;
+                                    while channel + lanes <= channels {
+                                        let mut sum =
+                                            S::Real::load(out.add(channel).cast());
+                                        for column in 0..g.columns.target {
+                                            let a = x.wrapping_add(column * step + channel);
+                                            let b = dy.add(column * channels + channel);
+                                            sum = S::Real::dot(
+                                                sum,
+                                                S::Real::load(a),
+                                                S::Real::load(b.cast()),
+                                            );
+                                        }
+                                        S::Real::store(out.add(channel).cast(), sum);
+                                        channel += lanes;
+                                    }
+                                    for channel in channel..channels {
+                                        let mut sum = *out.add(channel);
+                                        for column in 0..g.columns.target {
+                                            let a = x.wrapping_add(column * step + channel);
+                                            let b = dy.add(column * channels + channel);
+                                            sum += a.cast::<f32>().read() * *b;
+                                        }
+                                        *out.add(channel) = sum;
+                                    }
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Adds the partial sums of all chunks in order and writes them as OIHW.
+struct Sum {
+    args: Conv2dGradWeightArgs,
+    cut: Cut,
+    begin: usize,
+    end: usize,
+}
+
+impl Task for Sum {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let (cut, g) = (&self.cut, &self.cut.g);
+        let columns = cut.panels.n;
+        let blocks = g.source_channels.div_ceil(SUM_CHANNELS);
+        let mut total = Buffer::take(Slot::Result, cut.stride);
+        for unit in self.begin..self.end {
+            let (group, block) = (unit / blocks, unit % blocks);
+            let begin = block * SUM_CHANNELS;
+            let end = (begin + SUM_CHANNELS).min(g.source_channels);
+            for channel in begin..end {
+                for position in 0..g.kernel {
+                    let row = position * g.source_channels + channel;
+                    // SAFETY: inside the partial sums and the gradient.
+                    unsafe {
+                        let partial = self.args.scratch.cast::<f32>();
+                        let total = total.words().cast::<f32>();
+                        let first = partial.add(cut.partial(0, group, row));
+                        std::ptr::copy_nonoverlapping(first, total, columns);
+                        for chunk in 1..cut.chunks {
+                            let next = partial.add(cut.partial(chunk, group, row));
+                            for c in 0..columns {
+                                *total.add(c) += *next.add(c);
+                            }
+                        }
+                        for c in 0..columns {
+                            let outer = group * g.target_channels + c;
+                            let to = (outer * g.source_channels + channel) * g.kernel + position;
+                            *self.args.dw.add(to) = *total.add(c);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

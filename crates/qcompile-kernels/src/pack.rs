@@ -1,0 +1,183 @@
+//! Packing of operands into words.
+
+use crate::buffer::{Buffer, Slot};
+use crate::lanes::{Lanes, Simd};
+
+/// Which side of the product a packed word is for.
+pub(crate) trait Side {
+    /// Whether it is the left operand.
+    const LEFT: bool;
+}
+
+/// The broadcast operand.
+pub(crate) struct Left;
+/// The operand in panels.
+pub(crate) struct Right;
+
+impl Side for Left {
+    const LEFT: bool = true;
+}
+impl Side for Right {
+    const LEFT: bool = false;
+}
+
+#[inline(always)]
+fn word<L: Lanes, S: Side>(elements: &[L::Element; 4]) -> u32 {
+    if S::LEFT { L::left_word(elements) } else { L::right_word(elements) }
+}
+
+/// Packs `k` adjacent elements into words, the last one filled up with zeros.
+///
+/// # Safety
+/// `from` holds `k` elements, `to` has room for `k / GROUP` words rounded up.
+#[inline(always)]
+pub(crate) unsafe fn row<L: Lanes, S: Side>(from: *const L::Element, k: usize, to: *mut u32) {
+    // SAFETY: granted by the caller.
+    unsafe {
+        if L::GROUP == 1 {
+            std::ptr::copy_nonoverlapping(from.cast::<u8>(), to.cast(), k * 4);
+            return;
+        }
+        let whole = k / L::GROUP;
+        for w in 0..whole {
+            let mut elements = [L::Element::default(); 4];
+            for (g, element) in elements.iter_mut().enumerate().take(L::GROUP) {
+                *element = *from.add(w * L::GROUP + g);
+            }
+            *to.add(w) = word::<L, S>(&elements);
+        }
+        if whole * L::GROUP < k {
+            let mut elements = [L::Element::default(); 4];
+            for (g, element) in elements.iter_mut().enumerate().take(k - whole * L::GROUP) {
+                *element = *from.add(whole * L::GROUP + g);
+            }
+            *to.add(whole) = word::<L, S>(&elements);
+        }
+    }
+}
+
+/// A strided matrix of elements, K by columns.
+#[derive(Clone, Copy)]
+pub(crate) struct Source<E> {
+    pub(crate) first: *const E,
+    /// From one element of K to the next.
+    pub(crate) k_stride: usize,
+    /// From one column to the next.
+    pub(crate) column_stride: usize,
+}
+
+/// Packs `columns` columns of `k` elements as `to[word * width + column]`; columns up to `width` and
+/// the end of the last word are zeros.
+///
+/// # Safety
+/// `from` holds the matrix, `to` has room for `width` times the words; the CPU supports the tier.
+#[inline(always)]
+pub(crate) unsafe fn interleave<L: Lanes, S: Side>(
+    from: Source<L::Element>,
+    k: usize,
+    columns: usize,
+    to: *mut u32,
+    width: usize,
+) {
+    let words = k.div_ceil(L::GROUP);
+    // SAFETY: granted by the caller.
+    unsafe {
+        if from.k_stride == 1 && k > 1 {
+            transposed::<L, S>(from, k, columns, to, width);
+        } else {
+            for w in 0..words {
+                let live = L::GROUP.min(k - w * L::GROUP);
+                let line = from.first.add(w * L::GROUP * from.k_stride);
+                let out = to.add(w * width);
+                if live == L::GROUP && from.column_stride == 1 {
+                    for c in 0..columns {
+                        let mut elements = [L::Element::default(); 4];
+                        for (g, element) in elements.iter_mut().enumerate().take(L::GROUP) {
+                            *element = *line.add(g * from.k_stride + c);
+                        }
+                        *out.add(c) = word::<L, S>(&elements);
+                    }
+                } else {
+                    for c in 0..columns {
+                        let mut elements = [L::Element::default(); 4];
+                        for (g, element) in elements.iter_mut().enumerate().take(live) {
+                            *element = *line.add(g * from.k_stride + c * from.column_stride);
+                        }
+                        *out.add(c) = word::<L, S>(&elements);
+                    }
+                }
+            }
+        }
+        let zero = word::<L, S>(&[L::Element::default(); 4]);
+        for w in 0..words {
+            for c in columns..width {
+                *to.add(w * width + c) = zero;
+            }
+        }
+    }
+}
+
+/// The case of [`interleave`] where K is adjacent in memory: words first, then 8 x 8 transposes.
+#[inline(always)]
+unsafe fn transposed<L: Lanes, S: Side>(
+    from: Source<L::Element>,
+    k: usize,
+    columns: usize,
+    to: *mut u32,
+    width: usize,
+) {
+    let words = k.div_ceil(L::GROUP);
+    let mut staging = Buffer::take(Slot::Staging, if L::GROUP == 1 { 0 } else { 8 * words });
+    // SAFETY: granted by the caller; the staging rows are `words` long.
+    unsafe {
+        for c0 in (0..columns).step_by(8) {
+            let live = 8.min(columns - c0);
+            let first = from.first.add(c0 * from.column_stride);
+            let (rows, stride) = if L::GROUP == 1 {
+                (first.cast::<u32>(), from.column_stride)
+            } else {
+                for c in 0..live {
+                    let line = first.add(c * from.column_stride);
+                    row::<L, S>(line, k, staging.words().add(c * words));
+                }
+                (staging.words().cast_const(), words)
+            };
+            let mut w = 0;
+            if live == 8 {
+                while w + 8 <= words {
+                    L::Tier::transpose8(rows.add(w), stride, to.add(w * width + c0), width);
+                    w += 8;
+                }
+            }
+            for w in w..words {
+                for c in 0..live {
+                    *to.add(w * width + c0 + c) = rows.add(c * stride + w).read_unaligned();
+                }
+            }
+        }
+    }
+}
+
+/// Writes the header of a panel whose `k` elements come from `from`.
+///
+/// # Safety
+/// As [`interleave`]; `to` has room for `width` words.
+#[inline(always)]
+pub(crate) unsafe fn add_header<L: Lanes>(
+    from: Source<L::Element>,
+    k: usize,
+    columns: usize,
+    to: *mut u32,
+) {
+    // SAFETY: granted by the caller.
+    unsafe {
+        for e in 0..k {
+            for c in 0..columns {
+                let element = *from.first.add(e * from.k_stride + c * from.column_stride);
+                let zero = L::Element::default();
+                let sum = to.add(c).cast::<i32>();
+                *sum = (*sum).wrapping_add(L::header(&[element, zero, zero, zero]));
+            }
+        }
+    }
+}

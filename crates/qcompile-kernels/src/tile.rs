@@ -1,0 +1,346 @@
+//! The register tile and the loops around it, shared by matrix products and convolutions.
+//!
+//! A left operand is any set of rows, each with its own pointer, read along K in equal segments (the
+//! taps of a convolution; one segment for a matrix). The right operand is packed in panels of two
+//! vectors' width: an optional header row, then one row of words for each word of K.
+
+use crate::args::Epilogue;
+use crate::lanes::Lanes;
+
+/// Rows are handled in groups of this many, a multiple of every tile height.
+pub(crate) const ROW_GROUP: usize = 24;
+
+/// First values of a tile's accumulators.
+#[derive(Clone, Copy)]
+pub(crate) enum Start {
+    /// Zeros.
+    Zero,
+    /// This row of words, for each row.
+    Header(*const u32),
+    /// What the output holds.
+    Resume,
+}
+
+/// One register tile.
+pub(crate) struct Tile {
+    /// A pointer for each row of the left operand.
+    pub(crate) rows: *const *const u32,
+    /// A pointer for each row of the output.
+    pub(crate) outs: *const *mut u32,
+    /// Columns to skip in each row of the output.
+    pub(crate) column: usize,
+    /// Offset of each segment from the row's pointer, in words.
+    pub(crate) segments: *const isize,
+    /// Number of segments.
+    pub(crate) segment_count: usize,
+    /// Words in a segment.
+    pub(crate) length: usize,
+    /// From one word of a segment to the next.
+    pub(crate) step: isize,
+    /// The packed right operand.
+    pub(crate) right: *const u32,
+    /// First values.
+    pub(crate) start: Start,
+}
+
+/// Computes `R` rows by `N` vectors; always stores whole vectors.
+///
+/// # Safety
+/// All pointers of the tile are valid for its sizes, and the CPU supports the tier.
+#[inline(always)]
+pub(crate) unsafe fn tile<L: Lanes, const R: usize, const N: usize>(t: &Tile) {
+    // SAFETY: granted by the caller.
+    unsafe {
+        let mut rows = [t.right; R];
+        for (i, row) in rows.iter_mut().enumerate() {
+            *row = *t.rows.add(i);
+        }
+        let mut sums = [[L::zero(); N]; R];
+        match t.start {
+            Start::Zero => {}
+            Start::Header(header) => {
+                for row in &mut sums {
+                    for (j, sum) in row.iter_mut().enumerate() {
+                        *sum = L::load(header.add(j * L::LANES));
+                    }
+                }
+            }
+            Start::Resume => {
+                for (i, row) in sums.iter_mut().enumerate() {
+                    let out = (*t.outs.add(i)).add(t.column);
+                    for (j, sum) in row.iter_mut().enumerate() {
+                        *sum = L::load(out.add(j * L::LANES));
+                    }
+                }
+            }
+        }
+        let mut right = t.right;
+        for s in 0..t.segment_count {
+            let mut at = *t.segments.add(s);
+            for _ in 0..t.length {
+                let mut b = [L::zero(); N];
+                for (j, b) in b.iter_mut().enumerate() {
+                    *b = L::load(right.add(j * L::LANES));
+                }
+                for i in 0..R {
+                    let a = L::splat(rows[i].offset(at));
+                    for j in 0..N {
+                        sums[i][j] = L::dot(sums[i][j], a, b[j]);
+                    }
+                }
+                at += t.step;
+                right = right.add(N * L::LANES);
+            }
+        }
+        for (i, row) in sums.iter().enumerate() {
+            let out = (*t.outs.add(i)).add(t.column);
+            for (j, &sum) in row.iter().enumerate() {
+                L::store(out.add(j * L::LANES), sum);
+            }
+        }
+    }
+}
+
+/// Layout of a packed right operand of `k` words by `n` columns.
+#[derive(Clone, Copy)]
+pub(crate) struct Panels {
+    pub(crate) k: usize,
+    pub(crate) n: usize,
+}
+
+impl Panels {
+    /// Columns of a full panel.
+    pub(crate) const fn width<L: Lanes>() -> usize {
+        2 * L::LANES
+    }
+
+    /// Number of panels.
+    pub(crate) fn count<L: Lanes>(self) -> usize {
+        self.n.div_ceil(Self::width::<L>())
+    }
+
+    /// Columns that a panel stores, filled up with zeros: one vector or two.
+    pub(crate) fn stored<L: Lanes>(self, panel: usize) -> usize {
+        if self.valid::<L>(panel) <= L::LANES { L::LANES } else { Self::width::<L>() }
+    }
+
+    /// Columns of the operand in a panel.
+    pub(crate) fn valid<L: Lanes>(self, panel: usize) -> usize {
+        Self::width::<L>().min(self.n - panel * Self::width::<L>())
+    }
+
+    /// First word of a panel.
+    pub(crate) fn offset<L: Lanes>(self, panel: usize) -> usize {
+        panel * Self::width::<L>() * (self.k + usize::from(L::HEADER))
+    }
+
+    /// Words of the whole operand, a multiple of a cache line.
+    pub(crate) fn words<L: Lanes>(self) -> usize {
+        (self.count::<L>() * Self::width::<L>() * (self.k + usize::from(L::HEADER))).next_multiple_of(16)
+    }
+}
+
+/// A part of K.
+#[derive(Clone, Copy)]
+pub(crate) struct Depth<'a> {
+    /// Offset of each segment from a row's pointer, in words.
+    pub(crate) segments: &'a [isize],
+    /// Words in a segment.
+    pub(crate) length: usize,
+    /// From one word of a segment to the next.
+    pub(crate) step: isize,
+    /// First word of the part in the packed panels.
+    pub(crate) begin: usize,
+    /// Whether the output already holds the sum of earlier parts.
+    pub(crate) resume: bool,
+}
+
+/// One block of the output.
+pub(crate) struct Block<'a> {
+    /// A pointer for each row of the left operand, filled up to a multiple of [`ROW_GROUP`].
+    pub(crate) rows: &'a [*const u32],
+    /// A pointer for each row of the output; rows without a result need room all the same.
+    pub(crate) outs: &'a [*mut u32],
+    /// Rows that count.
+    pub(crate) count: usize,
+    /// The packed right operand.
+    pub(crate) packed: *const u32,
+    /// Its layout.
+    pub(crate) panels: Panels,
+    /// First panel of the block; its first column is column 0 of `outs`.
+    pub(crate) panel_begin: usize,
+    /// End of the block's panels.
+    pub(crate) panel_end: usize,
+    /// Whether rows of the output end at the last column, so that no wider store may touch them.
+    pub(crate) exact: bool,
+}
+
+impl Block<'_> {
+    /// Adds a part of K to the rows of one group (`first` is a multiple of [`ROW_GROUP`]).
+    ///
+    /// # Safety
+    /// The pointers are valid for the sizes, and the CPU supports the tier.
+    pub(crate) unsafe fn sweep<L: Lanes>(&self, first: usize, depth: &Depth<'_>) {
+        let count = ROW_GROUP.min(self.count - first);
+        // SAFETY: granted by the caller.
+        unsafe {
+            for panel in self.panel_begin..self.panel_end {
+                let stored = self.panels.stored::<L>(panel);
+                let valid = self.panels.valid::<L>(panel);
+                let panel_words = self.packed.add(self.panels.offset::<L>(panel));
+                let skip = (depth.begin + usize::from(L::HEADER)) * stored;
+                let mut tile = Tile {
+                    rows: self.rows.as_ptr(),
+                    outs: self.outs.as_ptr(),
+                    column: (panel - self.panel_begin) * Panels::width::<L>(),
+                    segments: depth.segments.as_ptr(),
+                    segment_count: depth.segments.len(),
+                    length: depth.length,
+                    step: depth.step,
+                    right: panel_words.add(skip),
+                    start: match (depth.resume, L::HEADER) {
+                        (true, _) => Start::Resume,
+                        (false, true) => Start::Header(panel_words),
+                        (false, false) => Start::Zero,
+                    },
+                };
+                let single = stored == L::LANES;
+                let height = if single { L::ROWS_SINGLE } else { L::ROWS_PAIR };
+                for row in (first..first + count).step_by(height) {
+                    tile.rows = self.rows.as_ptr().add(row);
+                    tile.outs = self.outs.as_ptr().add(row);
+                    if self.exact && valid < stored {
+                        let live = height.min(self.count - row);
+                        narrow::<L>(&mut tile, single, height, live, stored, valid);
+                    } else if single {
+                        L::tile_single(&tile);
+                    } else {
+                        L::tile_pair(&tile);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Computes a tile of which only `live` rows and `valid` columns may be stored.
+///
+/// # Safety
+/// As [`Block::sweep`].
+unsafe fn narrow<L: Lanes>(
+    tile: &mut Tile,
+    single: bool,
+    height: usize,
+    live: usize,
+    stored: usize,
+    valid: usize,
+) {
+    let mut words = [0_u32; ROW_GROUP * 32];
+    let mut outs = [std::ptr::null_mut(); ROW_GROUP];
+    for (i, out) in outs.iter_mut().take(height).enumerate() {
+        *out = words[i * stored..].as_mut_ptr();
+    }
+    let (column, real) = (tile.column, tile.outs);
+    // SAFETY: `height * stored` words fit the local buffer; the rest is granted by the caller.
+    unsafe {
+        if matches!(tile.start, Start::Resume) {
+            for (i, &out) in outs.iter().take(live).enumerate() {
+                std::ptr::copy_nonoverlapping((*real.add(i)).add(column), out, valid);
+            }
+        }
+        (tile.outs, tile.column) = (outs.as_ptr(), 0);
+        if single {
+            L::tile_single(tile);
+        } else {
+            L::tile_pair(tile);
+        }
+        for (i, &out) in outs.iter().take(live).enumerate() {
+            std::ptr::copy_nonoverlapping(out, (*real.add(i)).add(column), valid);
+        }
+    }
+    (tile.outs, tile.column) = (real, column);
+}
+
+/// What turns i32 sums into f32.
+#[derive(Clone, Copy)]
+pub(crate) struct Scale {
+    /// Scale of row 0 of the unit.
+    pub(crate) left: *const f32,
+    /// Rows that share one scale.
+    pub(crate) left_period: usize,
+    /// 0 or 1.
+    pub(crate) left_stride: usize,
+    /// Scale of column 0 of the unit.
+    pub(crate) right: *const f32,
+    /// 0 or 1.
+    pub(crate) right_stride: usize,
+}
+
+/// Where finished rows go.
+#[derive(Clone, Copy)]
+pub(crate) struct Finish {
+    /// Present for i32 sums.
+    pub(crate) scale: Option<Scale>,
+    /// Takes the rows, if present.
+    pub(crate) epilogue: Option<Epilogue>,
+    /// First argument of the epilogue.
+    pub(crate) epilogue_ctx: *const u8,
+    /// Row 0 of the unit in the numbering of the epilogue.
+    pub(crate) row: usize,
+    /// Column 0 of the unit.
+    pub(crate) column: usize,
+    /// Columns of the unit.
+    pub(crate) columns: usize,
+    /// Row 0, column 0 of the unit in the result.
+    pub(crate) result: *mut f32,
+    /// From one row of the result to the next.
+    pub(crate) result_stride: usize,
+}
+
+impl Finish {
+    /// Scales `rows` rows that begin at row `first` of the unit, and hands them over or stores them.
+    ///
+    /// # Safety
+    /// `buffer` holds the rows; the destination is valid.
+    #[inline(always)]
+    pub(crate) unsafe fn rows(&self, buffer: *mut u32, stride: usize, first: usize, rows: usize) {
+        // SAFETY: granted by the caller.
+        unsafe {
+            if let Some(scale) = self.scale {
+                for r in 0..rows {
+                    let period = (first + r) / scale.left_period;
+                    let left = *scale.left.add(period * scale.left_stride);
+                    let row = buffer.add(r * stride);
+                    if scale.right_stride == 0 {
+                        let factor = left * *scale.right;
+                        for c in 0..self.columns {
+                            let sum = row.add(c).cast::<i32>().read() as f32;
+                            row.add(c).cast::<f32>().write(sum * factor);
+                        }
+                    } else {
+                        for c in 0..self.columns {
+                            let sum = row.add(c).cast::<i32>().read() as f32;
+                            row.add(c).cast::<f32>().write(sum * (left * *scale.right.add(c)));
+                        }
+                    }
+                }
+            }
+            if let Some(epilogue) = self.epilogue {
+                epilogue(
+                    self.epilogue_ctx,
+                    buffer.cast(),
+                    stride,
+                    self.row + first,
+                    rows,
+                    self.column,
+                    self.columns,
+                );
+            } else {
+                for r in 0..rows {
+                    let to = self.result.add((first + r) * self.result_stride);
+                    std::ptr::copy_nonoverlapping(buffer.add(r * stride).cast(), to, self.columns);
+                }
+            }
+        }
+    }
+}
