@@ -83,9 +83,7 @@ pub(crate) fn open(path: &Path, limits: Limits) -> Result<Source> {
         [0x93, b'N', b'U', b'M', b'P', b'Y', ..] => Format::Npy,
         [b'P', b'K', 3, 4, ..] | [b'P', b'K', 5, 6, ..] => Format::Npz,
         [0, 0, 8..=14, 0..=32, ..] => Format::Idx,
-        text if text.iter().all(|&byte| byte >= b' ' || matches!(byte, b'\t' | b'\n' | b'\r')) => {
-            Format::Table
-        }
+        text if is_text(text) => Format::Table,
         _ => {
             return Err(Error::new(Code::DataUnsupported, "the file is of no kind that is read")
                 .at(place)
@@ -95,10 +93,20 @@ pub(crate) fn open(path: &Path, limits: Limits) -> Result<Source> {
     Ok(Source { reader, file, limit, format })
 }
 
-/// Up to eight first bytes, without taking them.
+/// Whether content that begins so may be text: UTF-8, perhaps cut in a character, without control characters.
+fn is_text(head: &[u8]) -> bool {
+    let whole = match std::str::from_utf8(head) {
+        Err(e) if e.error_len().is_some() => return false,
+        Err(e) => &head[..e.valid_up_to()],
+        Ok(_) => head,
+    };
+    whole.iter().all(|&byte| byte >= b' ' || matches!(byte, b'\t' | b'\n' | b'\r'))
+}
+
+/// Up to 256 first bytes, without taking them.
 fn peek(reader: &mut dyn BufRead) -> std::io::Result<Vec<u8>> {
     let buffer = reader.fill_buf()?;
-    Ok(buffer[..buffer.len().min(8)].to_vec())
+    Ok(buffer[..buffer.len().min(256)].to_vec())
 }
 
 /// An error met while reading content: damage is the file's fault, anything else the system's.
@@ -152,5 +160,27 @@ pub(crate) fn expect_end(reader: &mut dyn Read) -> Result<()> {
     match reader.read(&mut one).map_err(|e| content_error(&e))? {
         0 => Ok(()),
         _ => Err(Error::new(Code::DataFormat, "the file goes on after the end of its array")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn compressed_files_expand_within_bounds() {
+        let limits = Limits::default();
+        assert_eq!(limits.expanded(1000), 256 << 20);
+        assert_eq!(limits.expanded(10 << 20), 2000 << 20);
+        assert_eq!(limits.expanded(u64::MAX), limits.bytes);
+        assert_eq!(Limits { bytes: 5 }.expanded(1000), 5);
+    }
+
+    #[test]
+    fn tells_text_from_bytes() {
+        assert!(is_text("größe,label\n1,2".as_bytes()));
+        assert!(is_text(&"größe".as_bytes()[..3]));
+        assert!(!is_text(b"\x89PNG\r\n"));
+        assert!(!is_text(b"\x7fELF\x02"));
     }
 }

@@ -48,6 +48,10 @@ pub fn read(reader: &mut dyn BufRead, label: &LabelColumn, limit: u64) -> Result
     if got as u64 == LINE_LIMIT {
         return Err(over_limit("the first line is", LINE_LIMIT));
     }
+    // Spreadsheets mark UTF-8 files with U+FEFF.
+    if first.starts_with("\u{feff}".as_bytes()) {
+        first.drain(..3);
+    }
     let delimiter = if first.contains(&b'\t') { b'\t' } else { b',' };
     let mut records = csv::ReaderBuilder::new()
         .has_headers(false)
@@ -201,7 +205,7 @@ mod tests {
         assert_eq!(named.names, ["a", "b"]);
         assert_eq!(named.x.to_f32().unwrap(), [1.0, 2.0]);
         assert_eq!(named.label.unwrap().to_f32().unwrap(), [0.5]);
-        let first = table("a,b\n7,8\n", &LabelColumn::Called("a".to_owned())).unwrap();
+        let first = table("\u{feff}a,b\n7,8\n", &LabelColumn::Called("a".to_owned())).unwrap();
         assert_eq!(first.label.unwrap().to_i64().unwrap(), [7]);
         let number = table("7,8\n", &LabelColumn::Called("-2".to_owned())).unwrap();
         assert_eq!(number.label.unwrap().to_i64().unwrap(), [7]);

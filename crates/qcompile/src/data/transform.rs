@@ -129,7 +129,6 @@ impl Values {
     }
 
     /// The change of values at entry `channel` of the first sample axis.
-    #[must_use]
     pub fn at(&self, channel: usize) -> impl Fn(f64) -> f64 + use<> {
         let entry = |list: &[f64], default| match *list {
             [] => default,
