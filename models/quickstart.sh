@@ -18,5 +18,6 @@ test=x=data/mnist/t10k-images-idx3-ubyte,label=data/mnist/t10k-labels-idx1-ubyte
 set -x
 "$qcompile" models/mnist_cnn.onnx -o mnist_cnn.qplan --loss cross-entropy --optimizer momentum \
   --precision auto --batch-size 64 --data "$train"
-"$qcompile" train mnist_cnn.qplan --data "$train" --eval "$test" --epochs 3 --batch-size 64 --lr 0.05
+"$qcompile" train mnist_cnn.qplan --data "$train" --eval "$test" --epochs 3 --batch-size 64 \
+  --lr 0.05 --momentum 0.9 --lr-schedule cosine
 "$qcompile" eval mnist_cnn.qplan --data "$test"
