@@ -7,8 +7,11 @@
 //! This crate does no I/O, reads no clock and gives equal output for equal input.
 #![forbid(unsafe_code)]
 
+pub mod attach_loss;
 mod builder;
 pub mod differentiate;
+pub mod distribute;
 pub mod error;
+pub mod update;
 
 pub use error::PassError;
