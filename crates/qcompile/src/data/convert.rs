@@ -116,7 +116,10 @@ fn by_table(
         match size {
             4 => {
                 let (table, _) = table.as_chunks::<4>();
-                out.extend(plane.iter().flat_map(|&byte| table[usize::from(byte)]));
+                let start = out.len();
+                out.resize(start + 4 * plane.len(), 0);
+                let (to, _) = out[start..].as_chunks_mut::<4>();
+                to.iter_mut().zip(plane).for_each(|(to, &byte)| *to = table[usize::from(byte)]);
             }
             _ => plane.iter().for_each(|&byte| {
                 let at = usize::from(byte) * size;

@@ -1,4 +1,4 @@
-//! Tables of numbers as text: CSV, or TSV where the first line has tabs.
+//! Tables of numbers as text. Cells are divided by the first of tab, comma, semicolon and space that the first line has.
 
 use super::array::Array;
 use super::source::over_limit;
@@ -52,7 +52,7 @@ pub fn read(reader: &mut dyn BufRead, label: &LabelColumn, limit: u64) -> Result
     if first.starts_with("\u{feff}".as_bytes()) {
         first.drain(..3);
     }
-    let delimiter = if first.contains(&b'\t') { b'\t' } else { b',' };
+    let delimiter = *b"\t,; ".iter().find(|mark| first.contains(mark)).unwrap_or(&b',');
     let mut records = csv::ReaderBuilder::new()
         .has_headers(false)
         .flexible(true)
@@ -205,6 +205,8 @@ mod tests {
         assert_eq!(named.names, ["a", "b"]);
         assert_eq!(named.x.to_f32().unwrap(), [1.0, 2.0]);
         assert_eq!(named.label.unwrap().to_f32().unwrap(), [0.5]);
+        assert_eq!(table("1; 2\n3; 4", &LabelColumn::Absent).unwrap().x.shape, [2, 2]);
+        assert_eq!(table("1 2\n3 4", &LabelColumn::Absent).unwrap().x.shape, [2, 2]);
         let first = table("\u{feff}a,b\n7,8\n", &LabelColumn::Called("a".to_owned())).unwrap();
         assert_eq!(first.label.unwrap().to_i64().unwrap(), [7]);
         let number = table("7,8\n", &LabelColumn::Called("-2".to_owned())).unwrap();
