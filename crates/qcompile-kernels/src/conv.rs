@@ -6,9 +6,7 @@
 //! `[channel chunk][tap][channel]`.
 
 use crate::Primitive;
-use crate::args::{
-    Conv2dArgs, Conv2dGradInputArgs, Conv2dGradInputI8Args, Conv2dI8Args, Epilogue,
-};
+use crate::args::{Conv2dArgs, Conv2dGradInputArgs, Conv2dGradInputI8Args, Conv2dI8Args, Epilogue};
 use crate::buffer::{Buffer, Slot};
 use crate::depthwise;
 use crate::geometry::{Geometry, Part, Parts, Tap};
@@ -92,9 +90,7 @@ impl<E> Convolution<E> {
 pub(crate) trait Kind: 'static {
     type Lanes<S: Simd>: Lanes;
     /// Reads the argument block.
-    unsafe fn read<S: Simd>(
-        args: *const u64,
-    ) -> Convolution<<Self::Lanes<S> as Lanes>::Element>;
+    unsafe fn read<S: Simd>(args: *const u64) -> Convolution<<Self::Lanes<S> as Lanes>::Element>;
 }
 
 macro_rules! kind {
@@ -160,8 +156,7 @@ impl Cut {
         let panels = panels_per_group.min(UNIT_CHANNELS / width).max(1);
         let column_blocks = panels_per_group.div_ceil(panels);
         let wanted = WANTED_UNITS.div_ceil((g.groups * column_blocks).max(1));
-        let parts =
-            Parts::new(g.batch, g.rows.target, g.columns.target, UNIT_PIXELS, wanted);
+        let parts = Parts::new(g.batch, g.rows.target, g.columns.target, UNIT_PIXELS, wanted);
         Cut { panels_per_group, words, chunk, parts, panels, column_blocks }
     }
 }
@@ -191,8 +186,7 @@ fn phases<L: Lanes>(g: &Geometry) -> (Vec<Phase>, usize) {
                 .flat_map(|down| across.clone().map(move |across| (down, across)))
                 .collect();
             let count = across.clone().count();
-            let adjacent =
-                across.clone().zip(across.skip(1)).all(|(a, b)| b.shift == a.shift + 1);
+            let adjacent = across.clone().zip(across.skip(1)).all(|(a, b)| b.shift == a.shift + 1);
             let panels = Panels { k: taps.len() * words, n: g.target_channels };
             let run = (adjacent && count > 0).then_some(count);
             phases.push(Phase { row, column, taps, run, panels, packed: total });
@@ -459,7 +453,8 @@ impl Unit<'_> {
             first: 0,
         };
         let (height, width) = (part.row_end - part.row_begin, g.columns.target);
-        let (down, across) = (g.rows.number(phase.row, part.row_begin), g.rows.number(phase.row, part.row_end));
+        let (down, across) =
+            (g.rows.number(phase.row, part.row_begin), g.rows.number(phase.row, part.row_end));
         // SAFETY: granted by the caller.
         unsafe {
             for image in 0..part.images {
@@ -475,14 +470,10 @@ impl Unit<'_> {
                         }
                         batch.rows[batch.count] = source;
                         batch.outs[batch.count] = match self.target {
-                            Target::Result => self
-                                .finish
-                                .result
-                                .add(pixel * self.finish.result_stride)
-                                .cast(),
-                            Target::Group => {
-                                self.result.add(batch.count % ROW_GROUP * self.stride)
+                            Target::Result => {
+                                self.finish.result.add(pixel * self.finish.result_stride).cast()
                             }
+                            Target::Group => self.result.add(batch.count % ROW_GROUP * self.stride),
                             Target::Batch => self.result.add(batch.count * self.stride),
                             Target::Unit => self.result.add(pixel * self.stride),
                         };

@@ -45,7 +45,11 @@ impl<L: Lanes> Task for Pack<L> {
 unsafe fn real<L: Lanes>(element: *const L::Element) -> f32 {
     // SAFETY: the element type is f32 or i8, as `INTEGER` says.
     unsafe {
-        if L::INTEGER { f32::from(element.cast::<i8>().read()) } else { element.cast::<f32>().read() }
+        if L::INTEGER {
+            f32::from(element.cast::<i8>().read())
+        } else {
+            element.cast::<f32>().read()
+        }
     }
 }
 

@@ -113,8 +113,7 @@ impl Geometry {
             pad,
             backward,
         };
-        let (inner, outer) =
-            (shape.in_channels / shape.groups, shape.out_channels / shape.groups);
+        let (inner, outer) = (shape.in_channels / shape.groups, shape.out_channels / shape.groups);
         Geometry {
             batch: shape.batch,
             rows: axis(
@@ -153,7 +152,13 @@ impl Geometry {
     }
 
     /// Offset in the OIHW weights of a group's kernel position, source and target channel.
-    pub(crate) fn weight(&self, group: usize, tap: (Tap, Tap), source: usize, target: usize) -> usize {
+    pub(crate) fn weight(
+        &self,
+        group: usize,
+        tap: (Tap, Tap),
+        source: usize,
+        target: usize,
+    ) -> usize {
         let position = tap.0.kernel * self.kernel_width + tap.1.kernel;
         let (outer, inner, inners) = if self.backward {
             (group * self.source_channels + source, target, self.target_channels)
@@ -184,7 +189,13 @@ pub(crate) struct Parts {
 
 impl Parts {
     /// Parts of about `pixels` pixels, smaller if there would be fewer than `wanted`.
-    pub(crate) fn new(batch: usize, height: usize, width: usize, pixels: usize, wanted: usize) -> Parts {
+    pub(crate) fn new(
+        batch: usize,
+        height: usize,
+        width: usize,
+        pixels: usize,
+        wanted: usize,
+    ) -> Parts {
         let image = height * width;
         if image == 0 || batch == 0 {
             return Parts { batch: 0, height, images: 1, rows: 1 };
@@ -226,7 +237,9 @@ mod tests {
 
     #[test]
     fn parts_cover_every_row_once() {
-        for (batch, height, width) in [(1, 1, 1), (7, 8, 8), (128, 7, 7), (2, 224, 224), (3, 5, 700)] {
+        for (batch, height, width) in
+            [(1, 1, 1), (7, 8, 8), (128, 7, 7), (2, 224, 224), (3, 5, 700)]
+        {
             let parts = Parts::new(batch, height, width, 192, 32);
             let mut seen = vec![0; batch * height];
             for index in 0..parts.count() {

@@ -66,8 +66,7 @@ impl Cut {
         let groups = if depthwise { 1 } else { g.groups };
         let blocks = (groups * channel_blocks * position_blocks * column_blocks).max(1);
         let size = (groups * rows * stride).max(1);
-        let chunks =
-            g.batch.min(WANTED_UNITS.div_ceil(blocks)).min(MOST_PARTIALS / size).max(1);
+        let chunks = g.batch.min(WANTED_UNITS.div_ceil(blocks)).min(MOST_PARTIALS / size).max(1);
         let chunks = g.batch.div_ceil(g.batch.div_ceil(chunks).max(1)).max(1);
         Cut {
             g,
@@ -220,14 +219,12 @@ impl Outer {
             for index in 0..strips.count() {
                 let mut part = strips.part(index);
                 part.image += images.start;
-                let (input, output) =
-                    (g.groups * g.source_channels, g.groups * g.target_channels);
+                let (input, output) = (g.groups * g.source_channels, g.groups * g.target_channels);
                 let first = group * g.source_channels + first_channel;
                 let range = first..first + channels;
                 let words = Window::words::<S::Real>(g, &part, channels);
                 let mut left = Buffer::take(Slot::Left, words);
-                let window =
-                    Window::open::<S::Real>(g, &part, args.x, input, range, &mut left);
+                let window = Window::open::<S::Real>(g, &part, args.x, input, range, &mut left);
                 lines.clear();
                 for image in 0..part.images {
                     for row in part.row_begin..part.row_end {
@@ -242,15 +239,13 @@ impl Outer {
                     let down = g.rows.taps(0).nth(position / g.kernel_width);
                     let across = g.columns.taps(0).nth(position % g.kernel_width);
                     let shift = |tap: Option<crate::geometry::Tap>| tap.map_or(0, |tap| tap.shift);
-                    *pointer =
-                        window.pixel(0, shift(down), shift(across)).wrapping_add(channel);
+                    *pointer = window.pixel(0, shift(down), shift(across)).wrapping_add(channel);
                 }
                 let pixels = lines.len() * g.columns.target;
                 let panels = Panels { k: pixels, n: cut.panels.n };
                 let (first_pixel, _) = self.pixel(&part);
                 let column = panel_begin * width;
-                let mut right =
-                    Buffer::take(Slot::Right, panels.words::<S::Real>());
+                let mut right = Buffer::take(Slot::Right, panels.words::<S::Real>());
                 for panel in panel_begin..panel_end {
                     let from = Source {
                         first: args.dy.add(
@@ -314,7 +309,8 @@ impl Task for Depthwise {
     unsafe fn run<S: Simd>(self) {
         let (cut, args) = (&self.cut, &self.args);
         let channels = cut.g.groups;
-        let g = Geometry { groups: 1, source_channels: channels, target_channels: channels, ..cut.g };
+        let g =
+            Geometry { groups: 1, source_channels: channels, target_channels: channels, ..cut.g };
         let lanes = S::Real::LANES;
         for chunk in self.begin..self.end {
             let images = cut.images(chunk);
@@ -352,8 +348,7 @@ impl Task for Depthwise {
                                     let x = source.wrapping_offset(shift);
                                     let mut channel = 0;
                                     while channel + lanes <= channels {
-                                        let mut sum =
-                                            S::Real::load(out.add(channel).cast());
+                                        let mut sum = S::Real::load(out.add(channel).cast());
                                         for column in 0..g.columns.target {
                                             let a = x.wrapping_add(column * step + channel);
                                             let b = dy.add(column * channels + channel);

@@ -28,7 +28,9 @@ pub(crate) trait Simd: Copy + 'static {
         for i in 0..8 {
             for j in 0..8 {
                 // SAFETY: inside the two blocks.
-                unsafe { *dst.add(j * dst_stride + i) = src.add(i * src_stride + j).read_unaligned() }
+                unsafe {
+                    *dst.add(j * dst_stride + i) = src.add(i * src_stride + j).read_unaligned()
+                }
             }
         }
     }

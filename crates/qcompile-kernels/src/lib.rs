@@ -12,12 +12,8 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod buffer;
-#[cfg(test)]
-mod check;
 mod conv;
 mod depthwise;
-#[cfg(test)]
-mod emulated;
 mod gather;
 mod geometry;
 mod grad_weight;
@@ -27,6 +23,8 @@ mod max_pool;
 mod pack;
 mod portable;
 mod softmax;
+#[cfg(test)]
+mod tests;
 mod tier;
 mod tile;
 mod window;

@@ -143,9 +143,8 @@ impl Cut {
         let panels = Panels { k: p.k.div_ceil(L::GROUP), n: p.n };
         let count = panels.count::<L>();
         let (mut rows, mut columns) = (BLOCK_ROWS, BLOCK_COLUMNS / Panels::width::<L>());
-        let units = |rows: usize, columns: usize| {
-            p.batch * p.m.div_ceil(rows) * count.div_ceil(columns)
-        };
+        let units =
+            |rows: usize, columns: usize| p.batch * p.m.div_ceil(rows) * count.div_ceil(columns);
         // Columns first: a narrow block costs less than a low one, whose panels are read more often.
         while units(rows, columns) < WANTED_UNITS && columns > 4 {
             columns /= 2;
@@ -237,9 +236,8 @@ impl<L: Lanes> Task for Pack<L> {
                     k_stride: p.b_strides[1],
                     column_stride: p.b_strides[2],
                 };
-                let mut to = p
-                    .scratch
-                    .add(copy * cut.panels.words::<L>() + cut.panels.offset::<L>(panel));
+                let mut to =
+                    p.scratch.add(copy * cut.panels.words::<L>() + cut.panels.offset::<L>(panel));
                 if L::HEADER {
                     to.write_bytes(0, stored);
                     pack::add_header::<L>(from, p.k, valid, to);
@@ -266,7 +264,8 @@ impl<L: Lanes> Task for Compute<L> {
         for unit in self.begin..self.end {
             let (matrix, block) = (unit / per_matrix, unit % per_matrix);
             // Neighbouring units share columns, so that a thread keeps its panels in L2.
-            let (column_block, row_block) = (block / self.cut.row_blocks, block % self.cut.row_blocks);
+            let (column_block, row_block) =
+                (block / self.cut.row_blocks, block % self.cut.row_blocks);
             // SAFETY: the block lies in C.
             unsafe { self.block(matrix, row_block, column_block) };
         }
@@ -295,7 +294,13 @@ impl<L: Lanes> Compute<L> {
         let in_place = adjacent && L::GROUP == 1;
 
         // Either the whole block, or one row group where nothing has to wait for a later part of K.
-        let held = if direct { 1 } else if parts > 1 { padded } else { ROW_GROUP };
+        let held = if direct {
+            1
+        } else if parts > 1 {
+            padded
+        } else {
+            ROW_GROUP
+        };
         let mut result = Buffer::take(Slot::Result, held * stride);
         let mut left = Buffer::take(Slot::Left, if in_place { 0 } else { padded * part });
         let mut row_pointers = [std::ptr::null(); BLOCK_ROWS + ROW_GROUP];

@@ -136,7 +136,8 @@ impl Panels {
 
     /// Words of the whole operand, a multiple of a cache line.
     pub(crate) fn words<L: Lanes>(self) -> usize {
-        (self.count::<L>() * Self::width::<L>() * (self.k + usize::from(L::HEADER))).next_multiple_of(16)
+        (self.count::<L>() * Self::width::<L>() * (self.k + usize::from(L::HEADER)))
+            .next_multiple_of(16)
     }
 }
 

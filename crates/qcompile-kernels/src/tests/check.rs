@@ -6,7 +6,7 @@ use crate::{KernelId, Kernels, Primitive, Tier, kernels};
 pub(crate) fn tables() -> Vec<&'static Kernels> {
     let mut tables: Vec<_> =
         Tier::ALL.into_iter().filter(|tier| tier.is_supported()).map(kernels).collect();
-    tables.push(&crate::emulated::TABLE);
+    tables.push(&super::emulated::TABLE);
     tables
 }
 
@@ -15,7 +15,8 @@ pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
     pub(crate) fn next(&mut self) -> u32 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) as u32
     }
     /// Values in -1..1.

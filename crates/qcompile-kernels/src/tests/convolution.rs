@@ -1,0 +1,286 @@
+use super::check::{Collector, Random, assert_close, run, scratch, tables};
+use crate::KernelId;
+use crate::args::{
+    Conv2dArgs, Conv2dGradInputArgs, Conv2dGradInputI8Args, Conv2dGradWeightArgs, Conv2dI8Args,
+    ConvShape,
+};
+use std::ptr::{from_mut, null, null_mut};
+
+/// `[batch, height, width, cin, cout, kh, kw, sh, sw, top, left, bottom, right, dh, dw, groups]`
+fn shape(words: [usize; 16]) -> ConvShape {
+    let [batch, height, width, in_channels, out_channels, kernel_height, kernel_width, ..] = words;
+    ConvShape {
+        batch,
+        height,
+        width,
+        in_channels,
+        out_channels,
+        kernel_height,
+        kernel_width,
+        stride_height: words[7],
+        stride_width: words[8],
+        pad_top: words[9],
+        pad_left: words[10],
+        pad_bottom: words[11],
+        pad_right: words[12],
+        dilation_height: words[13],
+        dilation_width: words[14],
+        groups: words[15],
+    }
+}
+
+fn shapes() -> Vec<ConvShape> {
+    let mut shapes: Vec<_> = [
+        [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1],
+        [2, 8, 8, 16, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+        [1, 28, 28, 1, 7, 5, 5, 1, 1, 0, 0, 0, 0, 1, 1, 1],
+        [3, 9, 7, 3, 19, 7, 7, 2, 2, 3, 3, 3, 3, 1, 1, 1],
+        [2, 9, 11, 5, 33, 3, 3, 2, 2, 1, 1, 1, 1, 1, 1, 1],
+        [2, 8, 6, 12, 10, 1, 1, 2, 2, 0, 0, 0, 0, 1, 1, 1],
+        [1, 7, 7, 40, 24, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1],
+        [1, 11, 13, 4, 6, 3, 2, 1, 3, 2, 0, 1, 2, 2, 3, 1],
+        [2, 10, 10, 6, 9, 3, 3, 2, 1, 0, 2, 3, 1, 1, 2, 3],
+        [1, 6, 5, 19, 19, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 19],
+        [2, 9, 8, 32, 32, 3, 5, 2, 2, 1, 2, 1, 2, 1, 1, 32],
+        [1, 7, 9, 21, 21, 3, 3, 1, 2, 2, 2, 2, 2, 2, 2, 21],
+        [1, 5, 5, 8, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 8],
+        [1, 4, 4, 270, 17, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+        [1, 3, 3, 70, 290, 2, 2, 1, 1, 1, 0, 0, 1, 1, 1, 1],
+        [1, 3, 300, 2, 3, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+        [40, 2, 3, 4, 5, 2, 2, 1, 1, 1, 1, 0, 0, 1, 1, 1],
+        [1, 2, 2, 3, 4, 3, 3, 1, 1, 0, 0, 0, 0, 1, 1, 1],
+        [1, 20, 20, 1, 2, 17, 17, 1, 1, 3, 3, 3, 3, 1, 1, 1],
+        [1, 9, 9, 2, 3, 2, 2, 3, 3, 0, 0, 0, 0, 1, 1, 1],
+    ]
+    .map(shape)
+    .to_vec();
+    let mut random = Random(11);
+    for _ in 0..20 {
+        let mut r = |low, high| random.between(low, high);
+        let groups = r(1, 3);
+        let words = [r(1, 3), r(3, 12), r(3, 12), groups * r(1, 9), groups * r(1, 20)];
+        let [n, h, w, i, o] = words;
+        let rest = [r(1, 3), r(1, 3), r(1, 3), r(1, 3), r(0, 2), r(0, 2), r(0, 2), r(0, 2)];
+        let [kh, kw, sh, sw, t, l, b, e] = rest;
+        shapes.push(shape([n, h, w, i, o, kh, kw, sh, sw, t, l, b, e, r(1, 2), r(1, 2), groups]));
+    }
+    shapes
+}
+
+/// Calls `f(x offset, w offset, y offset)` for every product of the convolution.
+fn products(s: &ConvShape, mut f: impl FnMut(usize, usize, usize)) {
+    let (oh, ow) = (s.out_height(), s.out_width());
+    let (inner, outer) = (s.in_channels / s.groups, s.out_channels / s.groups);
+    for n in 0..s.batch {
+        for (oy, ox) in (0..oh).flat_map(|y| (0..ow).map(move |x| (y, x))) {
+            for (ky, kx) in
+                (0..s.kernel_height).flat_map(|y| (0..s.kernel_width).map(move |x| (y, x)))
+            {
+                let y = (oy * s.stride_height + ky * s.dilation_height).wrapping_sub(s.pad_top);
+                let x = (ox * s.stride_width + kx * s.dilation_width).wrapping_sub(s.pad_left);
+                if y >= s.height || x >= s.width {
+                    continue;
+                }
+                for o in 0..s.out_channels {
+                    for i in 0..inner {
+                        f(
+                            ((n * s.height + y) * s.width + x) * s.in_channels
+                                + o / outer * inner
+                                + i,
+                            ((o * inner + i) * s.kernel_height + ky) * s.kernel_width + kx,
+                            ((n * oh + oy) * ow + ox) * s.out_channels + o,
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn sizes(s: &ConvShape) -> (usize, usize, usize) {
+    (
+        s.batch * s.height * s.width * s.in_channels,
+        s.out_channels * s.in_channels / s.groups * s.kernel_height * s.kernel_width,
+        s.batch * s.out_height() * s.out_width() * s.out_channels,
+    )
+}
+
+/// Runs a kernel four ways and checks values, split and epilogue. `args` builds the block from the
+/// result, the collector (null for none) and the scratch.
+macro_rules! check_kernel {
+    ($id:expr, $size:expr, $columns:expr, $check:expr, $what:expr, $args:expr) => {
+        for table in tables() {
+            let what = format!("{:?} {:?} on {}", $id, $what, table.tier);
+            let mut result = vec![7.0_f32; $size];
+            let mut space = scratch(table, $id, &$args(null_mut(), null_mut(), null_mut()));
+            let space: *mut u8 = space.as_mut_ptr().cast();
+            run(table, $id, &$args(result.as_mut_ptr(), null_mut(), space), 1);
+            let check: &dyn Fn(&[f32], &str) = &$check;
+            check(&result, &what);
+            let mut again = vec![9.0_f32; $size];
+            run(table, $id, &$args(again.as_mut_ptr(), null_mut(), space), 7);
+            assert_eq!(result, again, "{what}: split");
+            let mut collector = Collector::new($size / $columns, $columns);
+            run(table, $id, &$args(null_mut(), from_mut(&mut collector), space), 2);
+            if !collector.seen.iter().all(|&seen| seen == 0) || $size == 0 {
+                assert!(collector.seen.iter().all(|&seen| seen == 1), "{what}: coverage");
+                assert_eq!(collector.values, result, "{what}: epilogue");
+            } else {
+                panic!("{what}: epilogue not called");
+            }
+        }
+    };
+}
+
+#[test]
+fn f32_forward_and_grad_input() {
+    let mut random = Random(3);
+    for shape in shapes() {
+        let (nx, nw, ny) = sizes(&shape);
+        let (x, w, dy) = (random.reals(nx), random.reals(nw), random.reals(ny));
+        let (mut y, mut dx) = (vec![0.0_f64; ny], vec![0.0_f64; nx]);
+        products(&shape, |i, j, k| {
+            y[k] += f64::from(x[i]) * f64::from(w[j]);
+            dx[i] += f64::from(dy[k]) * f64::from(w[j]);
+        });
+        check_kernel!(
+            KernelId::Conv2d,
+            ny,
+            shape.out_channels,
+            |result: &[f32], what: &str| assert_close(result, &y, 1e-5, what),
+            shape,
+            |y: *mut f32, collector: *mut Collector, scratch: *mut u8| Conv2dArgs {
+                x: x.as_ptr(),
+                w: w.as_ptr(),
+                y,
+                shape,
+                epilogue: (!collector.is_null()).then_some(Collector::collect),
+                epilogue_ctx: collector.cast(),
+                scratch,
+            }
+        );
+        check_kernel!(
+            KernelId::Conv2dGradInput,
+            nx,
+            shape.in_channels,
+            |result: &[f32], what: &str| assert_close(result, &dx, 1e-5, what),
+            shape,
+            |dx: *mut f32, collector: *mut Collector, scratch: *mut u8| Conv2dGradInputArgs {
+                dy: dy.as_ptr(),
+                w: w.as_ptr(),
+                dx,
+                shape,
+                epilogue: (!collector.is_null()).then_some(Collector::collect),
+                epilogue_ctx: collector.cast(),
+                scratch,
+            }
+        );
+    }
+}
+
+#[test]
+fn f32_grad_weight() {
+    let mut random = Random(4);
+    for shape in shapes() {
+        let (nx, nw, ny) = sizes(&shape);
+        let (x, dy) = (random.reals(nx), random.reals(ny));
+        let mut expected = vec![0.0_f64; nw];
+        products(&shape, |i, j, k| expected[j] += f64::from(x[i]) * f64::from(dy[k]));
+        for table in tables() {
+            let what = format!("{shape:?} on {}", table.tier);
+            let mut dw = vec![7.0_f32; nw];
+            let (x, dy) = (x.as_ptr(), dy.as_ptr());
+            let mut args =
+                Conv2dGradWeightArgs { x, dy, dw: dw.as_mut_ptr(), shape, scratch: null_mut() };
+            let mut space = scratch(table, KernelId::Conv2dGradWeight, &args);
+            args.scratch = space.as_mut_ptr().cast();
+            run(table, KernelId::Conv2dGradWeight, &args, 1);
+            assert_close(&dw, &expected, 1e-5, &what);
+            let mut again = vec![9.0_f32; nw];
+            args.dw = again.as_mut_ptr();
+            run(table, KernelId::Conv2dGradWeight, &args, 7);
+            assert_eq!(dw, again, "{what}: split");
+        }
+    }
+}
+
+#[test]
+fn int8_is_exact_on_every_tier() {
+    let mut random = Random(5);
+    for (at, shape) in shapes().into_iter().enumerate() {
+        let (nx, nw, ny) = sizes(&shape);
+        let (x, w, dy) = (random.bytes(nx), random.bytes(nw), random.bytes(ny));
+        let (mut y, mut dx) = (vec![0_i32; ny], vec![0_i32; nx]);
+        products(&shape, |i, j, k| {
+            y[k] += i32::from(x[i]) * i32::from(w[j]);
+            dx[i] += i32::from(dy[k]) * i32::from(w[j]);
+        });
+        let image_scale = random.reals(shape.batch);
+        let channel_scale = random.reals(shape.in_channels.max(shape.out_channels));
+        let (image_stride, channel_stride) = (at % 2, at / 2 % 2);
+        let scaled = |sums: &[i32], channels: usize| -> Vec<f32> {
+            let image = sums.len() / shape.batch;
+            let scale = |i: usize| {
+                image_scale[i / image * image_stride] * channel_scale[i % channels * channel_stride]
+            };
+            sums.iter().enumerate().map(|(i, &sum)| sum as f32 * scale(i)).collect()
+        };
+        let (y, dx) = (scaled(&y, shape.out_channels), scaled(&dx, shape.in_channels));
+        check_kernel!(
+            KernelId::Conv2dI8,
+            ny,
+            shape.out_channels,
+            |result: &[f32], what: &str| assert_eq!(result, y, "{what}"),
+            shape,
+            |y: *mut f32, collector: *mut Collector, scratch: *mut u8| Conv2dI8Args {
+                x: x.as_ptr(),
+                w: w.as_ptr(),
+                y,
+                x_scale: image_scale.as_ptr(),
+                x_scale_stride: image_stride,
+                w_scale: channel_scale.as_ptr(),
+                w_scale_stride: channel_stride,
+                shape,
+                epilogue: (!collector.is_null()).then_some(Collector::collect),
+                epilogue_ctx: collector.cast(),
+                scratch,
+            }
+        );
+        check_kernel!(
+            KernelId::Conv2dGradInputI8,
+            nx,
+            shape.in_channels,
+            |result: &[f32], what: &str| assert_eq!(result, dx, "{what}"),
+            shape,
+            |dx: *mut f32, collector: *mut Collector, scratch: *mut u8| Conv2dGradInputI8Args {
+                dy: dy.as_ptr(),
+                w: w.as_ptr(),
+                dx,
+                dy_scale: image_scale.as_ptr(),
+                dy_scale_stride: image_stride,
+                w_scale: channel_scale.as_ptr(),
+                w_scale_stride: channel_stride,
+                shape,
+                epilogue: (!collector.is_null()).then_some(Collector::collect),
+                epilogue_ctx: collector.cast(),
+                scratch,
+            }
+        );
+    }
+}
+
+#[test]
+fn scratch_needs_no_tensors() {
+    let args = Conv2dArgs {
+        x: null(),
+        w: null(),
+        y: null_mut(),
+        shape: shapes()[1],
+        epilogue: None,
+        epilogue_ctx: null(),
+        scratch: null_mut(),
+    };
+    for table in tables() {
+        assert!(scratch(table, KernelId::Conv2d, &args).len() > 1);
+    }
+}

@@ -1,0 +1,173 @@
+use super::check::{Collector, Random, assert_close, run, scratch, tables};
+use crate::KernelId;
+use crate::args::{MatmulArgs, MatmulI8Args};
+use std::ptr::{from_mut, null, null_mut};
+
+/// `[batch, rows, columns]` strides of a dense or transposed operand.
+fn strides(rows: usize, columns: usize, transposed: bool, broadcast: bool) -> [usize; 3] {
+    let batch = if broadcast { 0 } else { rows * columns };
+    if transposed { [batch, 1, rows] } else { [batch, columns, 1] }
+}
+
+struct Case {
+    shape: [usize; 4],
+    transposed: (bool, bool),
+    broadcast: (bool, bool),
+}
+
+fn cases() -> Vec<Case> {
+    let mut random = Random(7);
+    let mut shapes = vec![
+        [1, 1, 1, 1],
+        [1, 6, 16, 8],
+        [1, 7, 17, 0],
+        [1, 13, 33, 257],
+        [1, 97, 129, 67],
+        [3, 29, 5, 31],
+        [2, 25, 40, 12],
+        [1, 1, 300, 530],
+        [1, 250, 1, 19],
+    ];
+    for _ in 0..6 {
+        let mut size = |high| random.between(1, high);
+        shapes.push([size(3), size(60), size(70), size(90)]);
+    }
+    let mut cases = Vec::new();
+    for (i, shape) in shapes.into_iter().enumerate() {
+        for (a, b) in [(false, false), (false, true), (true, false), (true, true)] {
+            let broadcast = (i % 5 == 3, i % 2 == 1);
+            cases.push(Case { shape, transposed: (a, b), broadcast });
+        }
+    }
+    cases
+}
+
+#[test]
+fn f32_product() {
+    let mut random = Random(1);
+    for case in cases() {
+        let [batch, m, n, k] = case.shape;
+        let a = random.reals(batch * m * k);
+        let b = random.reals(batch * k * n);
+        let sa = strides(m, k, case.transposed.0, case.broadcast.0);
+        let sb = strides(k, n, case.transposed.1, case.broadcast.1);
+        let mut expected = Vec::new();
+        for x in 0..batch {
+            for i in 0..m {
+                for j in 0..n {
+                    let term = |l| {
+                        let a = a[x * sa[0] + i * sa[1] + l * sa[2]];
+                        f64::from(a) * f64::from(b[x * sb[0] + l * sb[1] + j * sb[2]])
+                    };
+                    expected.push((0..k).map(term).sum::<f64>());
+                }
+            }
+        }
+        for table in tables() {
+            let what = format!("{:?} {:?} on {}", case.shape, case.transposed, table.tier);
+            // One column of the result is beyond the matrix and must stay as it is.
+            let mut c = vec![7.0_f32; batch * m * (n + 1)];
+            let mut args = MatmulArgs {
+                a: a.as_ptr(),
+                b: b.as_ptr(),
+                c: c.as_mut_ptr(),
+                batch,
+                m,
+                n,
+                k,
+                a_batch_stride: sa[0],
+                a_row_stride: sa[1],
+                a_col_stride: sa[2],
+                b_batch_stride: sb[0],
+                b_row_stride: sb[1],
+                b_col_stride: sb[2],
+                c_batch_stride: m * (n + 1),
+                c_row_stride: n + 1,
+                epilogue: None,
+                epilogue_ctx: null(),
+                scratch: null_mut(),
+            };
+            let mut space = scratch(table, KernelId::Matmul, &args);
+            args.scratch = space.as_mut_ptr().cast();
+            run(table, KernelId::Matmul, &args, 1);
+            assert!(c.chunks(n + 1).all(|row| row[n] == 7.0), "{what}: wrote beyond a row");
+            let dense: Vec<f32> = c.chunks(n + 1).flat_map(|row| row[..n].to_vec()).collect();
+            assert_close(&dense, &expected, 1e-5, &what);
+            run(table, KernelId::Matmul, &args, 5);
+            let again: Vec<f32> = c.chunks(n + 1).flat_map(|row| row[..n].to_vec()).collect();
+            assert_eq!(dense, again, "{what}: split");
+            let mut collector = Collector::new(batch * m, n);
+            args.epilogue = Some(Collector::collect);
+            args.c = null_mut();
+            args.epilogue_ctx = from_mut(&mut collector).cast();
+            run(table, KernelId::Matmul, &args, 3);
+            assert!(collector.seen.iter().all(|&seen| seen == 1), "{what}: epilogue coverage");
+            assert_eq!(collector.values, dense, "{what}: epilogue");
+        }
+    }
+}
+
+#[test]
+fn int8_product_is_exact_on_every_tier() {
+    let mut random = Random(2);
+    for (i, case) in cases().into_iter().enumerate() {
+        let [batch, m, n, k] = case.shape;
+        let a = random.bytes(batch * m * k);
+        let b = random.bytes(batch * k * n);
+        let (a_scale, b_scale) = (random.reals(m), random.reals(n));
+        let (a_scale_stride, b_scale_stride) = (i % 2, i / 2 % 2);
+        let sa = strides(m, k, case.transposed.0, case.broadcast.0);
+        let sb = strides(k, n, case.transposed.1, case.broadcast.1);
+        let mut expected = Vec::new();
+        for x in 0..batch {
+            for i in 0..m {
+                for j in 0..n {
+                    let term = |l| {
+                        let a = a[x * sa[0] + i * sa[1] + l * sa[2]];
+                        i32::from(a) * i32::from(b[x * sb[0] + l * sb[1] + j * sb[2]])
+                    };
+                    let scale = a_scale[i * a_scale_stride] * b_scale[j * b_scale_stride];
+                    expected.push((0..k).map(term).sum::<i32>() as f32 * scale);
+                }
+            }
+        }
+        for table in tables() {
+            let what = format!("{:?} {:?} on {}", case.shape, case.transposed, table.tier);
+            let mut c = vec![7.0_f32; batch * m * n];
+            let mut args = MatmulI8Args {
+                a: a.as_ptr(),
+                b: b.as_ptr(),
+                c: c.as_mut_ptr(),
+                a_scale: a_scale.as_ptr(),
+                a_scale_stride,
+                b_scale: b_scale.as_ptr(),
+                b_scale_stride,
+                batch,
+                m,
+                n,
+                k,
+                a_batch_stride: sa[0],
+                a_row_stride: sa[1],
+                a_col_stride: sa[2],
+                b_batch_stride: sb[0],
+                b_row_stride: sb[1],
+                b_col_stride: sb[2],
+                c_batch_stride: m * n,
+                c_row_stride: n,
+                epilogue: None,
+                epilogue_ctx: null(),
+                scratch: null_mut(),
+            };
+            let mut space = scratch(table, KernelId::MatmulI8, &args);
+            args.scratch = space.as_mut_ptr().cast();
+            run(table, KernelId::MatmulI8, &args, 1 + i % 4);
+            assert_eq!(c, expected, "{what}");
+            let mut collector = Collector::new(batch * m, n);
+            args.epilogue = Some(Collector::collect);
+            args.c = null_mut();
+            args.epilogue_ctx = from_mut(&mut collector).cast();
+            run(table, KernelId::MatmulI8, &args, 2);
+            assert_eq!(collector.values, expected, "{what}: epilogue");
+        }
+    }
+}

@@ -1,0 +1,8 @@
+//! Every kernel on every tier against plain loops in f64 or i32.
+
+mod check;
+mod convolution;
+mod emulated;
+mod matrix;
+mod rows;
+mod windows;

@@ -1,0 +1,171 @@
+use super::check::{Random, assert_close, run, tables};
+use crate::KernelId;
+use crate::args::{AveragePoolArgs, AveragePoolGradArgs, MaxPoolArgs, MaxPoolGradArgs, PoolShape};
+
+fn shapes() -> Vec<PoolShape> {
+    let mut shapes = Vec::new();
+    let mut random = Random(21);
+    for i in 0..24 {
+        let mut r = |low, high| random.between(low, high);
+        let (height, width) = (r(3, 11), r(3, 11));
+        let (kernel_height, kernel_width) = (r(1, 3), r(1, 3));
+        let (stride_height, stride_width) = (r(1, 3), r(1, 3));
+        let (dilation_height, dilation_width) = (r(1, 2), r(1, 2));
+        let pad = |kernel: usize| i % 3 % kernel;
+        let out = |size: usize, kernel: usize, stride: usize, dilation: usize| {
+            let padded = size + 2 * pad(kernel);
+            let extent = dilation * (kernel - 1) + 1;
+            // Every fourth shape has the extra row and column of `ceil_mode`.
+            let room = padded.saturating_sub(extent);
+            (if i % 4 == 0 { room.div_ceil(stride) } else { room / stride }) + 1
+        };
+        shapes.push(PoolShape {
+            batch: r(1, 3),
+            height,
+            width,
+            channels: [1, 3, 8, 17, 70][i % 5],
+            out_height: out(height, kernel_height, stride_height, dilation_height),
+            out_width: out(width, kernel_width, stride_width, dilation_width),
+            kernel_height,
+            kernel_width,
+            stride_height,
+            stride_width,
+            pad_top: pad(kernel_height),
+            pad_left: pad(kernel_width),
+            pad_bottom: pad(kernel_height),
+            pad_right: pad(kernel_width),
+            dilation_height,
+            dilation_width,
+        });
+    }
+    shapes
+}
+
+/// For each window, its output offset, the input offsets in row-major order, and how many positions
+/// lie in the padded input.
+fn windows(s: &PoolShape) -> Vec<(usize, Vec<usize>, usize)> {
+    let mut windows = Vec::new();
+    for n in 0..s.batch {
+        for oy in 0..s.out_height {
+            for ox in 0..s.out_width {
+                for c in 0..s.channels {
+                    let (mut inputs, mut padded) = (Vec::new(), 0);
+                    for ky in 0..s.kernel_height {
+                        for kx in 0..s.kernel_width {
+                            let y = oy * s.stride_height + ky * s.dilation_height;
+                            let x = ox * s.stride_width + kx * s.dilation_width;
+                            let inside = y < s.height + s.pad_top + s.pad_bottom
+                                && x < s.width + s.pad_left + s.pad_right;
+                            padded += usize::from(inside);
+                            let (y, x) = (y.wrapping_sub(s.pad_top), x.wrapping_sub(s.pad_left));
+                            if y < s.height && x < s.width {
+                                inputs.push(((n * s.height + y) * s.width + x) * s.channels + c);
+                            }
+                        }
+                    }
+                    let out = ((n * s.out_height + oy) * s.out_width + ox) * s.channels + c;
+                    windows.push((out, inputs, padded));
+                }
+            }
+        }
+    }
+    windows
+}
+
+#[test]
+fn max_pool_and_gradient() {
+    let mut random = Random(22);
+    for shape in shapes() {
+        let nx = shape.batch * shape.height * shape.width * shape.channels;
+        let ny = shape.batch * shape.out_height * shape.out_width * shape.channels;
+        // Few distinct values, so that ties are common.
+        let x: Vec<f32> = (0..nx).map(|_| (random.next() % 5) as f32 - 2.0).collect();
+        let dy = random.reals(ny);
+        let (mut y, mut dx) = (vec![f32::NEG_INFINITY; ny], vec![0.0_f64; nx]);
+        for (out, inputs, _) in windows(&shape) {
+            let mut winner = None;
+            for i in inputs {
+                if winner.is_none_or(|w: usize| x[i] > x[w]) {
+                    winner = Some(i);
+                }
+            }
+            if let Some(winner) = winner {
+                y[out] = x[winner];
+                dx[winner] += f64::from(dy[out]);
+            }
+        }
+        for table in tables() {
+            let what = format!("{shape:?} on {}", table.tier);
+            let mut actual = vec![7.0; ny];
+            let args = MaxPoolArgs { x: x.as_ptr(), y: actual.as_mut_ptr(), shape };
+            run(table, KernelId::MaxPool, &args, 3);
+            assert_eq!(actual, y, "{what}");
+            let mut actual = vec![7.0; nx];
+            let (x, dy) = (x.as_ptr(), dy.as_ptr());
+            let args = MaxPoolGradArgs { x, dy, dx: actual.as_mut_ptr(), shape };
+            run(table, KernelId::MaxPoolGrad, &args, 3);
+            assert_close(&actual, &dx, 1e-6, &what);
+        }
+    }
+}
+
+#[test]
+fn average_pool_and_gradient() {
+    let mut random = Random(23);
+    for (at, shape) in shapes().into_iter().enumerate() {
+        let nx = shape.batch * shape.height * shape.width * shape.channels;
+        let ny = shape.batch * shape.out_height * shape.out_width * shape.channels;
+        let (x, dy) = (random.reals(nx), random.reals(ny));
+        let count_include_pad = at % 2;
+        let (mut y, mut dx) = (vec![0.0_f64; ny], vec![0.0_f64; nx]);
+        for (out, inputs, padded) in windows(&shape) {
+            let count = if count_include_pad == 1 { padded } else { inputs.len() }.max(1) as f64;
+            for i in inputs {
+                y[out] += f64::from(x[i]) / count;
+                dx[i] += f64::from(dy[out]) / count;
+            }
+        }
+        for table in tables() {
+            let what = format!("{shape:?} on {}", table.tier);
+            let mut actual = vec![7.0; ny];
+            let y_out = actual.as_mut_ptr();
+            let args = AveragePoolArgs { x: x.as_ptr(), y: y_out, count_include_pad, shape };
+            run(table, KernelId::AveragePool, &args, 3);
+            assert_close(&actual, &y, 1e-6, &what);
+            let mut actual = vec![7.0; nx];
+            let dx_out = actual.as_mut_ptr();
+            let args =
+                AveragePoolGradArgs { dy: dy.as_ptr(), dx: dx_out, count_include_pad, shape };
+            run(table, KernelId::AveragePoolGrad, &args, 3);
+            assert_close(&actual, &dx, 1e-6, &what);
+        }
+    }
+}
+
+#[test]
+fn max_pool_passes_nan_on() {
+    let shape = PoolShape {
+        batch: 1,
+        height: 1,
+        width: 3,
+        channels: 1,
+        out_height: 1,
+        out_width: 1,
+        kernel_height: 1,
+        kernel_width: 3,
+        stride_height: 1,
+        stride_width: 1,
+        pad_top: 0,
+        pad_left: 0,
+        pad_bottom: 0,
+        pad_right: 0,
+        dilation_height: 1,
+        dilation_width: 1,
+    };
+    for table in tables() {
+        let (x, mut y) = ([1.0, f32::NAN, 5.0], [0.0]);
+        let args = MaxPoolArgs { x: x.as_ptr(), y: y.as_mut_ptr(), shape };
+        run(table, KernelId::MaxPool, &args, 1);
+        assert!(y[0].is_nan());
+    }
+}
