@@ -1,0 +1,466 @@
+//! Which nodes share one kernel. Fusing only groups nodes that are there; it never adds or changes one.
+//!
+//! An elementwise node or a reduction joins a group that iterates over the same sizes in the same region, if it
+//! uses a value of that group or reads what the group reads, and if no path leads from the group out and back to
+//! it. Elementwise nodes join a matmul or convolution as its epilogue under the same conditions.
+
+use crate::view::View;
+use qcompile_ir::{DType, Dim, Graph, NodeId, Op, Region};
+use std::collections::BTreeMap;
+
+/// What kind of kernel a group becomes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Loop nests over a domain.
+    Loop,
+    /// A primitive; matmul and convolution with an epilogue, if the group has more members.
+    Primitive,
+    /// Parts written side by side (concat) or into a filled array (pad).
+    Assembly,
+    /// A dense copy of a view.
+    Copy,
+    /// An exchange between ranks.
+    Collective,
+}
+
+/// Nodes that share one kernel.
+#[derive(Clone, Debug)]
+pub(crate) struct Group {
+    pub(crate) kind: Kind,
+    pub(crate) region: Region,
+    /// In order; of a primitive the first is the primitive itself.
+    pub(crate) members: Vec<NodeId>,
+    /// Sizes of the iteration domain.
+    pub(crate) domain: Vec<Dim>,
+    /// Bases that it reads from memory.
+    pub(crate) reads: Vec<NodeId>,
+    /// Position in the graph's order of its last member.
+    pub(crate) position: usize,
+}
+
+/// A node's int8 form: what `dequantize` hides. See [`int8_operands`].
+#[derive(Clone, Debug)]
+pub(crate) struct Int8Operands {
+    pub(crate) a: View,
+    pub(crate) b: View,
+    pub(crate) scale_a: NodeId,
+    pub(crate) scale_b: NodeId,
+    pub(crate) per_channel: bool,
+}
+
+/// Everything that fusing found out.
+pub(crate) struct Fusion {
+    pub(crate) groups: Vec<Group>,
+    /// Which group computes a node, by node index.
+    pub(crate) group_of: Vec<Option<usize>>,
+    /// Which dense copy a view node has, by node index.
+    pub(crate) copied: Vec<Option<usize>>,
+    /// For each group, the groups that it needs, directly or not.
+    pub(crate) needs: Vec<BitSet>,
+    pub(crate) views: Vec<View>,
+    pub(crate) int8: BTreeMap<NodeId, Int8Operands>,
+}
+
+/// A growing set of small numbers.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct BitSet(Vec<u64>);
+
+impl BitSet {
+    pub(crate) fn insert(&mut self, bit: usize) {
+        if self.0.len() <= bit / 64 {
+            self.0.resize(bit / 64 + 1, 0);
+        }
+        self.0[bit / 64] |= 1 << (bit % 64);
+    }
+
+    pub(crate) fn contains(&self, bit: usize) -> bool {
+        self.0.get(bit / 64).is_some_and(|word| word >> (bit % 64) & 1 == 1)
+    }
+
+    pub(crate) fn union(&mut self, other: &BitSet) {
+        if self.0.len() < other.0.len() {
+            self.0.resize(other.0.len(), 0);
+        }
+        for (word, other) in self.0.iter_mut().zip(&other.0) {
+            *word |= other;
+        }
+    }
+}
+
+/// Registers are few: a kernel with more operands than this spills more than it saves.
+const MAX_READS: usize = 20;
+const MAX_MEMBERS: usize = 64;
+/// How many recent groups of the same domain are tried.
+const MAX_CANDIDATES: usize = 12;
+
+/// Groups the live nodes of a verified graph.
+pub(crate) fn fuse(graph: &Graph, order: &[NodeId], views: Vec<View>) -> Fusion {
+    let int8 = int8_products(graph, &views);
+    let live = live(graph, order, &views, &int8);
+    let mut fusion = Fusion {
+        groups: Vec::new(),
+        group_of: vec![None; graph.len()],
+        copied: vec![None; graph.len()],
+        needs: Vec::new(),
+        views,
+        int8,
+    };
+    let mut by_domain: BTreeMap<(Region, Vec<Dim>), Vec<usize>> = BTreeMap::new();
+    for (position, &id) in order.iter().enumerate() {
+        if !live[id.index()] || graph.op(id).is_leaf() || fusion.is_view(graph, id) {
+            continue;
+        }
+        fusion.place(graph, id, position, &mut by_domain);
+    }
+    fusion
+}
+
+impl Fusion {
+    /// Whether a node only views another's memory.
+    pub(crate) fn is_view(&self, graph: &Graph, id: NodeId) -> bool {
+        is_view_op(graph.op(id)) && self.views[id.index()].base != id
+    }
+
+    /// A constant of one value, or a size: read as an immediate.
+    pub(crate) fn is_immediate(graph: &Graph, id: NodeId) -> bool {
+        match graph.op(id) {
+            Op::Size(_) => true,
+            Op::Const(tensor) => tensor.splat().is_some(),
+            _ => false,
+        }
+    }
+
+    /// The view through which a consumer that needs row-major order reads `id`: itself if it is dense, else a copy.
+    pub(crate) fn dense_view(&self, graph: &Graph, id: NodeId) -> View {
+        let view = &self.views[id.index()];
+        if view.is_dense() { view.clone() } else { View::dense(id, &graph.ty(id).shape) }
+    }
+
+    fn place(
+        &mut self,
+        graph: &Graph,
+        id: NodeId,
+        position: usize,
+        by_domain: &mut BTreeMap<(Region, Vec<Dim>), Vec<usize>>,
+    ) {
+        let region = graph.node(id).region;
+        let kind = kind_of(graph.op(id));
+        let domain = self.domain(graph, id);
+        let reads = self.memory_reads(graph, id, position, kind);
+        let key = (region, domain.clone());
+        let joined = match kind {
+            Kind::Loop | Kind::Collective => by_domain.get(&key).and_then(|candidates| {
+                let mut candidates = candidates.iter().rev().take(MAX_CANDIDATES);
+                candidates.copied().find(|&group| self.may_join(graph, group, id, kind, &reads))
+            }),
+            Kind::Primitive | Kind::Assembly | Kind::Copy => None,
+        };
+        let group = joined.unwrap_or_else(|| {
+            self.groups.push(Group {
+                kind,
+                region,
+                members: Vec::new(),
+                domain,
+                reads: Vec::new(),
+                position,
+            });
+            self.needs.push(BitSet::default());
+            by_domain.entry(key).or_default().push(self.groups.len() - 1);
+            self.groups.len() - 1
+        });
+        self.groups[group].members.push(id);
+        self.groups[group].position = position;
+        self.group_of[id.index()] = Some(group);
+        for read in reads {
+            if let Some(from) = self.producer(read)
+                && from != group
+            {
+                self.depend(group, from);
+            }
+            let direct = self.group_of[read.index()] == Some(group);
+            if !direct && !self.groups[group].reads.contains(&read) {
+                self.groups[group].reads.push(read);
+            }
+        }
+    }
+
+    /// The group that writes the memory of `base`.
+    pub(crate) fn producer(&self, base: NodeId) -> Option<usize> {
+        self.group_of[base.index()].or(self.copied[base.index()])
+    }
+
+    /// Records that `group` runs after `from`.
+    pub(crate) fn depend(&mut self, group: usize, from: usize) {
+        let mut gained = self.needs[from].clone();
+        gained.insert(from);
+        for at in 0..self.groups.len() {
+            if at == group || self.needs[at].contains(group) {
+                self.needs[at].union(&gained);
+            }
+        }
+    }
+
+    fn domain(&self, graph: &Graph, id: NodeId) -> Vec<Dim> {
+        match graph.op(id) {
+            Op::Reduce { .. } => graph.ty(graph.operand(id, 0)).shape.0.clone(),
+            // All exchanges of one kind may share a step.
+            Op::AllReduce(op) => vec![Dim::fixed(*op as usize)],
+            _ if is_view_op(graph.op(id)) => self.views[graph.operand(id, 0).index()].dims.clone(),
+            _ => graph.ty(id).shape.0.clone(),
+        }
+    }
+
+    /// The bases that computing `id` reads. Makes dense copies where a primitive needs them.
+    fn memory_reads(
+        &mut self,
+        graph: &Graph,
+        id: NodeId,
+        position: usize,
+        kind: Kind,
+    ) -> Vec<NodeId> {
+        if let Some(int8) = self.int8.get(&id).cloned() {
+            let mut reads = vec![int8.a.base, int8.b.base];
+            for scale in [int8.scale_a, int8.scale_b] {
+                reads.push(self.dense_base(graph, scale, position));
+            }
+            return reads;
+        }
+        let operands = graph.operands(id);
+        match (kind, graph.op(id)) {
+            (Kind::Loop | Kind::Assembly | Kind::Copy, _) => operands
+                .iter()
+                .map(|&operand| self.views[operand.index()].base)
+                .filter(|&base| !Fusion::is_immediate(graph, base))
+                .collect(),
+            (Kind::Primitive, Op::Matmul { .. }) => operands
+                .iter()
+                .map(|&operand| {
+                    if self.views[operand.index()].as_matrices().is_some() {
+                        self.views[operand.index()].base
+                    } else {
+                        self.dense_base(graph, operand, position)
+                    }
+                })
+                .collect(),
+            (Kind::Primitive | Kind::Collective, _) => operands
+                .iter()
+                .map(|&operand| self.dense_base(graph, operand, position))
+                .collect(),
+        }
+    }
+
+    /// The base of a dense view of `id`, copying it if it has none.
+    fn dense_base(&mut self, graph: &Graph, id: NodeId, position: usize) -> NodeId {
+        let view = self.views[id.index()].clone();
+        if view.is_dense() {
+            return view.base;
+        }
+        if self.copied[id.index()].is_none() && self.group_of[id.index()].is_none() {
+            let group = self.groups.len();
+            self.groups.push(Group {
+                kind: Kind::Copy,
+                region: graph.node(id).region,
+                members: vec![id],
+                domain: view.dims.clone(),
+                reads: vec![view.base],
+                position,
+            });
+            self.needs.push(BitSet::default());
+            self.copied[id.index()] = Some(group);
+            if let Some(from) = self.producer(view.base) {
+                self.depend(group, from);
+            }
+        }
+        id
+    }
+
+    fn may_join(
+        &self,
+        graph: &Graph,
+        group: usize,
+        id: NodeId,
+        kind: Kind,
+        reads: &[NodeId],
+    ) -> bool {
+        let into = &self.groups[group];
+        if into.members.len() >= MAX_MEMBERS || into.reads.len() + reads.len() > MAX_READS {
+            return kind == Kind::Collective
+                && into.kind == kind
+                && !reads.iter().any(|&read| self.needs_group(read, group));
+        }
+        // A path that leaves the group must not come back.
+        if reads.iter().any(|&read| self.needs_group(read, group)) {
+            return false;
+        }
+        if kind == Kind::Collective {
+            return into.kind == kind;
+        }
+        let operands = graph.operands(id);
+        // What the group itself computes can only be used at the same index.
+        let direct = |operand: &NodeId| {
+            let view = &self.views[operand.index()];
+            let own = self.group_of[view.base.index()] == Some(group);
+            let reduced = matches!(graph.op(view.base), Op::Reduce { .. });
+            (own, !own || (view.is_whole(graph) && view.dims == into.domain && !reduced))
+        };
+        let uses = operands.iter().any(|operand| direct(operand).0);
+        if !operands.iter().all(|operand| direct(operand).1) {
+            return false;
+        }
+        match into.kind {
+            Kind::Loop => {
+                uses || reads.iter().any(|read| into.reads.contains(read) && !self.is_small(graph, *read))
+            }
+            Kind::Primitive => {
+                uses && has_epilogue(graph.op(into.members[0]))
+                    && !matches!(graph.op(id), Op::Reduce { .. })
+                    && operands.iter().all(|operand| {
+                        self.views[operand.index()].as_matrix().is_some()
+                            || Fusion::is_immediate(graph, self.views[operand.index()].base)
+                    })
+            }
+            Kind::Assembly | Kind::Copy | Kind::Collective => false,
+        }
+    }
+
+    /// Whether the memory of `base` comes from a group that needs `group` (other than that group itself).
+    fn needs_group(&self, base: NodeId, group: usize) -> bool {
+        self.producer(base).is_some_and(|from| from != group && self.needs[from].contains(group))
+    }
+
+    /// Sharing the read of a small operand is no reason to share a kernel.
+    fn is_small(&self, graph: &Graph, base: NodeId) -> bool {
+        let elements = graph.ty(base).shape.elements();
+        elements.is_some_and(|elements| !elements.batch && elements.scale < 1024)
+    }
+}
+
+fn is_view_op(op: &Op) -> bool {
+    matches!(op, Op::Reshape(_) | Op::Transpose(_) | Op::Broadcast(_) | Op::Slice { .. })
+}
+
+/// Whether elementwise nodes may follow within the kernel of this op.
+fn has_epilogue(op: &Op) -> bool {
+    matches!(op, Op::Matmul { .. } | Op::Conv2d(_) | Op::Conv2dGradInput(_))
+}
+
+fn kind_of(op: &Op) -> Kind {
+    match op {
+        Op::Size(_)
+        | Op::Unary(_)
+        | Op::Cast(_)
+        | Op::Binary(_)
+        | Op::Compare(_)
+        | Op::Select
+        | Op::Reduce { .. }
+        | Op::Quantize { .. }
+        | Op::Dequantize { .. }
+        | Op::StraightThrough { .. } => Kind::Loop,
+        Op::Matmul { .. }
+        | Op::Conv2d(_)
+        | Op::Conv2dGradInput(_)
+        | Op::Conv2dGradWeight(_)
+        | Op::MaxPool2d(_)
+        | Op::MaxPool2dGrad(_)
+        | Op::AveragePool2d(_)
+        | Op::AveragePool2dGrad(_)
+        | Op::Gather
+        | Op::ScatterAdd { .. }
+        | Op::Softmax
+        | Op::LogSoftmax
+        | Op::CrossEntropy
+        | Op::CrossEntropyGrad => Kind::Primitive,
+        Op::Pad { .. } | Op::Concat { .. } => Kind::Assembly,
+        Op::AllReduce(_) => Kind::Collective,
+        Op::Reshape(_) | Op::Transpose(_) | Op::Broadcast(_) | Op::Slice { .. } => Kind::Copy,
+        Op::Input(_) | Op::Param(_) | Op::State(_) | Op::Const(_) => {
+            unreachable!("verified: leaves are not computed")
+        }
+    }
+}
+
+/// The products whose operands are both dequantized: they run on the integers.
+fn int8_products(graph: &Graph, views: &[View]) -> BTreeMap<NodeId, Int8Operands> {
+    let products = graph.ids().filter(|&id| has_epilogue(graph.op(id)));
+    products.filter_map(|id| Some((id, int8_operands(graph, views, id)?))).collect()
+}
+
+/// `product(dequantize(q, s), dequantize(r, t))` as a product of `q` and `r`, if the kernels have it: `s` one
+/// scale; `t` one scale, or one for each result column of a forward product.
+fn int8_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<Int8Operands> {
+    let (a, scale_a, None) = hidden(graph, views, graph.operand(id, 0))? else { return None };
+    let (b, scale_b, axis) = hidden(graph, views, graph.operand(id, 1))?;
+    let per_channel = match (axis, graph.op(id)) {
+        (None, _) => false,
+        (Some(0), Op::Conv2d(_)) => true,
+        (Some(axis), Op::Matmul { transpose_b, .. }) => {
+            let rank = b.dims.len();
+            let column = if *transpose_b { rank - 2 } else { rank - 1 };
+            let base = graph.ty(b.base);
+            let own = View::dense(b.base, &base.shape);
+            if base.shape.rank() != 2
+                || own.strides[axis] != b.strides[column]
+                || own.dims[axis] != b.dims[column]
+            {
+                return None;
+            }
+            true
+        }
+        _ => return None,
+    };
+    let fits = match graph.op(id) {
+        Op::Matmul { .. } => a.as_matrices().is_some() && b.as_matrices().is_some(),
+        _ => a.is_dense() && b.is_dense(),
+    };
+    fits.then_some(Int8Operands { a, b, scale_a, scale_b, per_channel })
+}
+
+/// If `id` views a `dequantize` of i8: the view of the integers, the scale and its axis.
+fn hidden(
+    graph: &Graph,
+    views: &[View],
+    id: NodeId,
+) -> Option<(View, NodeId, Option<usize>)> {
+    let view = &views[id.index()];
+    let Op::Dequantize { axis } = *graph.op(view.base) else { return None };
+    let (q, scale) = (graph.operand(view.base, 0), graph.operand(view.base, 1));
+    let under = &views[q.index()];
+    if graph.ty(q).dtype != DType::I8 || !under.is_dense() {
+        return None;
+    }
+    let offset = view.offset.plus(under.offset)?;
+    let view = View { base: under.base, offset, ..view.clone() };
+    // The axis of the scale counts dims of the dequantized value, which must be those of the integers' memory.
+    let same_dims = graph.ty(under.base).shape == graph.ty(q).shape;
+    (axis.is_none() || same_dims).then_some((view, scale, axis))
+}
+
+/// Which nodes some output or next value needs.
+fn live(
+    graph: &Graph,
+    order: &[NodeId],
+    views: &[View],
+    int8: &BTreeMap<NodeId, Int8Operands>,
+) -> Vec<bool> {
+    let mut live = vec![false; graph.len()];
+    for id in graph.outputs().iter().map(|(_, id)| id).chain(graph.next().values()) {
+        live[id.index()] = true;
+    }
+    for &id in order.iter().rev().filter(|id| !graph.op(**id).is_leaf()) {
+        if !live[id.index()] {
+            continue;
+        }
+        live[views[id.index()].base.index()] = true;
+        if let Some(int8) = int8.get(&id) {
+            for needed in [int8.a.base, int8.b.base, int8.scale_a, int8.scale_b] {
+                live[needed.index()] = true;
+            }
+        } else if views[id.index()].base == id {
+            for operand in graph.operands(id) {
+                live[operand.index()] = true;
+                live[views[operand.index()].base.index()] = true;
+            }
+        }
+    }
+    live
+}
