@@ -154,12 +154,17 @@ impl fmt::Display for Array {
     }
 }
 
-/// Product of the extents, unless it overflows. An array with an empty axis has none, whatever the others are.
+/// Product of the extents, unless the array would not fit in memory. The extents beside an empty axis count too, as
+/// in numpy, so that no product of some of them overflows either.
 pub(crate) fn elements(shape: &[usize]) -> Option<usize> {
-    if shape.contains(&0) {
-        return Some(0);
+    const MOST: usize = isize::MAX as usize / 8;
+    let mut filled = shape.iter().filter(|&&extent| extent > 0);
+    let product = filled.try_fold(1_usize, |n, &extent| n.checked_mul(extent))?;
+    match product {
+        n if n > MOST => None,
+        _ if shape.contains(&0) => Some(0),
+        n => Some(n),
     }
-    shape.iter().try_fold(1_usize, |n, &extent| n.checked_mul(extent))
 }
 
 macro_rules! numbers {
@@ -215,6 +220,7 @@ mod tests {
         assert!(Array::new(Dtype::F32, vec![2], vec![0; 8]).is_ok());
         assert!(Array::new(Dtype::F32, vec![3], vec![0; 8]).is_err());
         assert!(Array::new(Dtype::U8, vec![usize::MAX, 2], vec![0; 8]).is_err());
-        assert!(Array::new(Dtype::U8, vec![usize::MAX, 2, 0], vec![]).is_ok());
+        assert!(Array::new(Dtype::U8, vec![usize::MAX, 2, 0], vec![]).is_err());
+        assert!(Array::new(Dtype::U8, vec![7, 2, 0], vec![]).is_ok());
     }
 }

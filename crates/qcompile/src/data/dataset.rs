@@ -12,6 +12,7 @@ use crate::error::{Code, Error, Result};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::io::{BufReader, Read};
+use std::path::Path;
 
 /// Name of the array that holds what the model is to learn.
 pub const LABEL: &str = "label";
@@ -230,6 +231,25 @@ impl Dataset {
         }
         Ok(binding)
     }
+}
+
+/// The arrays of one npz, npy or IDX file as they are, without a samples axis being asked for; an npy or IDX file's
+/// is called `x`.
+///
+/// # Errors
+/// As [`Dataset::load`]; [`Code::DataUnsupported`] for tables.
+pub fn read_arrays(path: &Path, limits: Limits) -> Result<BTreeMap<String, Array>> {
+    let mut source = open(path, limits)?;
+    let one = |array: Array| BTreeMap::from([(UNNAMED.to_owned(), array)]);
+    let arrays = match source.format {
+        Format::Npy => npy::read(&mut source.reader, source.limit).map(one),
+        Format::Idx => idx::read(&mut source.reader, source.limit).map(one),
+        Format::Npz => npz::read(BufReader::new(source.file), None, limits),
+        Format::Table => {
+            Err(Error::new(Code::DataUnsupported, "an npz or npy file is wanted here"))
+        }
+    };
+    arrays.map_err(|error| error.at(path.display().to_string()))
 }
 
 fn list(arrays: &BTreeMap<String, Array>) -> String {

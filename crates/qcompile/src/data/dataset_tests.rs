@@ -96,6 +96,7 @@ fn archives_answer_inputs_by_name_and_sequences_by_row() {
         ("mask".to_owned(), mask),
     ]);
     crate::output::write_atomically(&path, &npz::write(&arrays).unwrap()).unwrap();
+    assert_eq!(read_arrays(&path, Limits::default()).unwrap(), arrays);
     let data = load(path.to_str().unwrap()).unwrap();
     let target = Target::Classes { classes: 7, rows_per_sample: 3, dtype: Dtype::I32 };
     let binding = data.bind(&input("tokens", Dtype::I64, &[3]), Some(&target)).unwrap();

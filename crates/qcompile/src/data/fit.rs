@@ -52,6 +52,21 @@ pub fn fit(name: &str, array: &Array, want: &InputType) -> Result<Array> {
     fit_checked(name, array.clone(), &Values::default(), want, &[])
 }
 
+/// Checks that `array` is exactly what the input `want` takes: its element type, its rank and its extents, where any
+/// number of axes may be `None` and take every extent. Nothing is converted.
+///
+/// # Errors
+/// [`Code::DataType`] or [`Code::DataShape`], naming the array.
+pub fn check_exact(name: &str, array: &Array, want: &InputType) -> Result<()> {
+    let cause = || format!("array `{name}` is {array}, the model wants {want}");
+    if array.dtype != want.dtype {
+        return Err(Error::new(Code::DataType, cause()));
+    }
+    let fits = array.shape.len() == want.shape.len()
+        && array.shape.iter().zip(&want.shape).all(|(n, want)| want.is_none_or(|want| *n == want));
+    if fits { Ok(()) } else { Err(Error::new(Code::DataShape, cause())) }
+}
+
 /// [`fit`] with a change of values, for arrays whose samples are known to suit.
 pub(crate) fn fit_checked(
     name: &str,
@@ -205,6 +220,20 @@ mod tests {
         assert!(error.help_lines()[0].contains("--batch-size 4"), "{error}");
         let scalar = Array::from_f32(vec![], &[0.0]).unwrap();
         assert_eq!(fit("x", &scalar, &f32_of(&[None])).unwrap_err().code(), Code::DataShape);
+    }
+
+    #[test]
+    fn exact_means_type_rank_and_extents() {
+        let array = Array::from_i32(vec![2, 3], &[0; 6]).unwrap();
+        let check = |dtype, shape: &[Option<usize>]| {
+            let want = InputType { dtype, shape: shape.to_vec() };
+            check_exact("x", &array, &want).map_err(|e| e.code())
+        };
+        assert_eq!(check(Dtype::I32, &[None, None]), Ok(()));
+        assert_eq!(check(Dtype::I32, &[None, Some(3)]), Ok(()));
+        assert_eq!(check(Dtype::I64, &[None, Some(3)]), Err(Code::DataType));
+        assert_eq!(check(Dtype::I32, &[None, Some(4)]), Err(Code::DataShape));
+        assert_eq!(check(Dtype::I32, &[None, Some(3), Some(1)]), Err(Code::DataShape));
     }
 
     #[test]

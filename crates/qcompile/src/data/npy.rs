@@ -399,6 +399,20 @@ mod tests {
             let error = read(&mut bytes.as_slice(), LIMIT).unwrap_err();
             assert_eq!(error.code(), *code, "{error} for {:?}", String::from_utf8_lossy(bytes));
         }
+        let empty = file(
+            "{'descr': '<f8', 'fortran_order': True, 'shape': (0, 9223372036854775807, 4)}",
+            &[],
+        );
+        assert_eq!(read(&mut empty.as_slice(), LIMIT).unwrap_err().code(), Code::Limit);
+        // Any byte of a header changed: an error or an array, never a panic.
+        let whole = write(&Array::from_f32(vec![2, 3], &[0.0; 6]).unwrap());
+        for at in 0..128 {
+            for mask in [1, 0x20, 0x80, 0xff] {
+                let mut bad = whole.clone();
+                bad[at] ^= mask;
+                let _ = read(&mut bad.as_slice(), LIMIT);
+            }
+        }
         // A claim within the limit costs no more memory than what is there.
         let claim = file(&format!("{{'descr': '<f8', {good}(100000000000,)}}"), &[0; 8]);
         let error = read(&mut claim.as_slice(), u64::MAX).unwrap_err();

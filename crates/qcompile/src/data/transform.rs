@@ -30,7 +30,7 @@ pub struct Values {
 }
 
 /// Most elements a changed sample may have.
-const SAMPLE_LIMIT: usize = 1 << 30;
+const SAMPLE_LIMIT: usize = 1 << 26;
 
 impl Transform {
     /// Shape of a changed sample.
