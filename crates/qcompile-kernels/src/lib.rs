@@ -21,6 +21,7 @@ mod lanes;
 mod matmul;
 mod max_pool;
 mod pack;
+pub mod pool;
 mod portable;
 mod softmax;
 #[cfg(test)]
