@@ -431,6 +431,15 @@ impl Graph {
         &mut self.dag[id.0].note
     }
 
+    /// Exchanges the names of two nodes: a value that takes another's place takes its name.
+    pub fn swap_names(&mut self, a: NodeId, b: NodeId) {
+        let (name_a, name_b) = (self.node(a).name.clone(), self.node(b).name.clone());
+        self.by_name.insert(name_a.clone(), b);
+        self.by_name.insert(name_b.clone(), a);
+        self.dag[a.0].name = name_b;
+        self.dag[b.0].name = name_a;
+    }
+
     /// The node of this name.
     #[must_use]
     pub fn find(&self, name: &str) -> Option<NodeId> {

@@ -12,6 +12,7 @@ mod builder;
 pub mod differentiate;
 pub mod distribute;
 pub mod error;
+pub mod simplify;
 pub mod update;
 
 pub use error::PassError;
