@@ -150,8 +150,8 @@ impl Fusion {
         let key = (region, domain.clone());
         let joined = match kind {
             Kind::Loop | Kind::Collective => by_domain.get(&key).and_then(|candidates| {
-                let mut candidates = candidates.iter().rev().take(MAX_CANDIDATES);
-                candidates.copied().find(|&group| self.may_join(graph, group, id, kind, &reads))
+                let recent = candidates.iter().rev().take(MAX_CANDIDATES);
+                recent.copied().find(|&group| self.may_join(graph, group, id, kind, &reads))
             }),
             Kind::Primitive | Kind::Assembly | Kind::Copy => None,
         };
@@ -242,10 +242,9 @@ impl Fusion {
                     }
                 })
                 .collect(),
-            (Kind::Primitive | Kind::Collective, _) => operands
-                .iter()
-                .map(|&operand| self.dense_base(graph, operand, position))
-                .collect(),
+            (Kind::Primitive | Kind::Collective, _) => {
+                operands.iter().map(|&operand| self.dense_base(graph, operand, position)).collect()
+            }
         }
     }
 
@@ -309,7 +308,9 @@ impl Fusion {
         }
         match into.kind {
             Kind::Loop => {
-                uses || reads.iter().any(|read| into.reads.contains(read) && !self.is_small(graph, *read))
+                uses || reads
+                    .iter()
+                    .any(|read| into.reads.contains(read) && !self.is_small(graph, *read))
             }
             Kind::Primitive => {
                 uses && has_epilogue(graph.op(into.members[0]))
@@ -416,11 +417,7 @@ fn int8_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<Int8Operan
 }
 
 /// If `id` views a `dequantize` of i8: the view of the integers, the scale and its axis.
-fn hidden(
-    graph: &Graph,
-    views: &[View],
-    id: NodeId,
-) -> Option<(View, NodeId, Option<usize>)> {
+fn hidden(graph: &Graph, views: &[View], id: NodeId) -> Option<(View, NodeId, Option<usize>)> {
     let view = &views[id.index()];
     let Op::Dequantize { axis } = *graph.op(view.base) else { return None };
     let (q, scale) = (graph.operand(view.base, 0), graph.operand(view.base, 1));

@@ -7,11 +7,19 @@
 //! within its slot for every batch size.
 #![forbid(unsafe_code)]
 
+mod build;
+mod fuse;
+mod lower;
+mod memory;
 pub mod nest;
+mod nest_builder;
 pub mod plan;
 pub mod primitive;
+mod primitives;
 pub mod verify;
+mod view;
 
+pub use build::{BuildOptions, PlanError, build};
 pub use nest::{Access, LoopNest, Scalar, Write};
 pub use plan::{Affine, Binding, Kernel, Plan, Slot, SlotId, Step, Storage};
 pub use primitive::{Convolution, Int8, Matmul, Matrix, Place, Pooling, Primitive, Product};

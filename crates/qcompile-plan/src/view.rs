@@ -49,9 +49,7 @@ impl View {
 
     /// Whether it is the whole of its base, unchanged.
     pub(crate) fn is_whole(&self, graph: &Graph) -> bool {
-        self.offset == Affine::ZERO
-            && self.dims == graph.ty(self.base).shape.0
-            && self.is_dense()
+        self.offset == Affine::ZERO && self.dims == graph.ty(self.base).shape.0 && self.is_dense()
     }
 
     /// This view seen through one more view op; `None` if that takes a copy.
@@ -130,8 +128,7 @@ impl View {
     /// Leading dims merged to one stride each for batch, row and column; `None` if the batch dims do not merge.
     pub(crate) fn as_matrices(&self) -> Option<[(Dim, Dim); 3]> {
         let rank = self.dims.len();
-        let (batch, batch_stride) =
-            merged(&self.dims[..rank - 2], &self.strides[..rank - 2])?;
+        let (batch, batch_stride) = merged(&self.dims[..rank - 2], &self.strides[..rank - 2])?;
         Some([
             (batch, batch_stride),
             (self.dims[rank - 2], self.strides[rank - 2]),

@@ -1,0 +1,145 @@
+//! Graph to plan: fuse, order, allocate, lower.
+
+use crate::fuse::{Fusion, fuse};
+use crate::lower::lower;
+use crate::memory::{Item, Placement, allocate, place};
+use crate::view::views;
+use crate::{Binding, Plan, VerifyError};
+use qcompile_ir::{Graph, Name, NodeId, Op, Region};
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use thiserror::Error;
+
+/// Why a graph has no plan.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum PlanError {
+    /// A leaf takes over another leaf's value.
+    #[error("next {leaf} is the leaf {value}; only a computed value can be kept")]
+    NextIsLeaf {
+        /// The leaf.
+        leaf: Name,
+        /// What it would hold.
+        value: Name,
+    },
+    /// An op on a type that no kernel has.
+    #[error("{name}: {op} has no kernel for {ty}")]
+    Unsupported {
+        /// The value.
+        name: Name,
+        /// Its op.
+        op: &'static str,
+        /// The type.
+        ty: String,
+    },
+    /// The plan that was made is wrong: a bug of this crate.
+    #[error(transparent)]
+    Verify(#[from] VerifyError),
+}
+
+/// How to build a plan.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BuildOptions {
+    /// The batch size that memory is shared for; any batch size runs.
+    pub batch_size: usize,
+}
+
+impl Default for BuildOptions {
+    fn default() -> BuildOptions {
+        BuildOptions { batch_size: 32 }
+    }
+}
+
+/// The plan of a verified graph. A pure function: equal graphs give equal plans.
+///
+/// # Errors
+/// [`PlanError`] names the value that has no kernel.
+pub fn build(graph: Graph, options: &BuildOptions) -> Result<Plan, PlanError> {
+    for (&leaf, &value) in graph.next() {
+        if leaf != value && graph.op(value).is_leaf() {
+            let name = |id: NodeId| graph.node(id).name.clone();
+            return Err(PlanError::NextIsLeaf { leaf: name(leaf), value: name(value) });
+        }
+    }
+    let order = graph.order();
+    let views = views(&graph, &order);
+    let mut fusion = fuse(&graph, &order, views);
+    let placement = place(&graph, &mut fusion);
+    let schedule = schedule(&graph, &fusion, &placement);
+    let memory = allocate(&graph, &fusion, &placement, &schedule, options.batch_size.max(1));
+    let steps = lower(&graph, &fusion, &memory, &schedule)?;
+
+    let binding = |id: NodeId| {
+        let node = graph.node(id);
+        let initial = match &node.op {
+            Op::Param(tensor) | Op::State(tensor) | Op::Const(tensor) => Some(tensor.clone()),
+            _ => None,
+        };
+        Binding {
+            name: node.name.as_str().to_owned(),
+            ty: node.ty.clone(),
+            slot: memory.slot_of[&id],
+            initial,
+        }
+    };
+    let leaves =
+        |kind: fn(&Op) -> bool| graph.leaves(kind).into_iter().map(binding).collect::<Vec<_>>();
+    let inputs = leaves(|op| matches!(op, Op::Input(_)));
+    let params = leaves(|op| matches!(op, Op::Param(_)));
+    let states = leaves(|op| matches!(op, Op::State(_)));
+    let consts = leaves(|op| matches!(op, Op::Const(_)));
+    let outputs = graph
+        .outputs()
+        .iter()
+        .zip(&memory.outputs)
+        .map(|((name, id), &slot)| Binding {
+            name: name.clone(),
+            ty: graph.ty(*id).clone(),
+            slot,
+            initial: None,
+        })
+        .collect();
+    let slots = memory.slots;
+    Ok(Plan::assemble(graph, slots, steps, inputs, outputs, params, states, consts)?)
+}
+
+/// Groups in a stable order: regions in order, operands first, otherwise as the graph has them. Copies of outputs end
+/// their region; copies of next values end the step.
+fn schedule(graph: &Graph, fusion: &Fusion, placement: &Placement) -> Vec<Item> {
+    let groups = &fusion.groups;
+    let mut waiting: Vec<usize> = vec![0; groups.len()];
+    let mut users: Vec<Vec<usize>> = vec![Vec::new(); groups.len()];
+    for (group, waiting) in waiting.iter_mut().enumerate() {
+        for (from, users) in users.iter_mut().enumerate() {
+            if fusion.needs[group].contains(from) {
+                *waiting += 1;
+                users.push(group);
+            }
+        }
+    }
+    let key = |group: usize| Reverse((groups[group].region, groups[group].position, group));
+    let mut ready: BinaryHeap<_> =
+        (0..groups.len()).filter(|&group| waiting[group] == 0).map(key).collect();
+    let mut ordered: Vec<usize> = Vec::with_capacity(groups.len());
+    while let Some(Reverse((_, _, group))) = ready.pop() {
+        ordered.push(group);
+        for &user in &users[group] {
+            waiting[user] -= 1;
+            if waiting[user] == 0 {
+                ready.push(key(user));
+            }
+        }
+    }
+    let mut schedule = Vec::with_capacity(groups.len());
+    for region in Region::ALL {
+        let members = ordered.iter().filter(|&&group| groups[group].region == region);
+        schedule.extend(members.map(|&group| Item::Group(group)));
+        for (position, (_, id)) in graph.outputs().iter().enumerate() {
+            let direct = placement.direct_outputs.get(id) == Some(&position);
+            if graph.node(*id).region == region && !direct {
+                schedule.push(Item::Output(position));
+            }
+        }
+    }
+    schedule.extend(placement.copied.iter().map(|&(leaf, value)| Item::Next(leaf, value)));
+    schedule
+}

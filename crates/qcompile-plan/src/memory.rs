@@ -1,0 +1,279 @@
+//! Where values live: which are stored at all, which share a slot, and what is updated in place.
+
+use crate::fuse::{Fusion, Kind};
+use crate::plan::bytes_of;
+use crate::{Affine, Slot, SlotId, Storage};
+use qcompile_ir::{Graph, NodeId, Op, Region};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// One place of the schedule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Item {
+    /// A fused group.
+    Group(usize),
+    /// A dense copy of a value into an output's own slot.
+    Output(usize),
+    /// A copy of a next value into its leaf, where it could not be written in place.
+    Next(NodeId, NodeId),
+}
+
+/// The slots and who is where.
+pub(crate) struct Memory {
+    pub(crate) slots: Vec<Slot>,
+    /// The slot of each stored value (the base of views) or dense copy.
+    pub(crate) slot_of: BTreeMap<NodeId, SlotId>,
+    /// The slot of each output, in order.
+    pub(crate) outputs: Vec<SlotId>,
+    /// The all-reduces that exchange their operand's own memory.
+    pub(crate) exchanged_in_place: BTreeSet<NodeId>,
+}
+
+/// Decisions that the schedule depends on.
+pub(crate) struct Placement {
+    /// `next` values that are written straight into their leaf.
+    pub(crate) in_place: BTreeMap<NodeId, NodeId>,
+    /// `(leaf, value)` copied at the end.
+    pub(crate) copied: Vec<(NodeId, NodeId)>,
+    /// Outputs (by position) that are computed into their own slot, by value.
+    pub(crate) direct_outputs: BTreeMap<NodeId, usize>,
+}
+
+/// Decides what is written in place; orders every other reader of an overwritten leaf before its writer.
+pub(crate) fn place(graph: &Graph, fusion: &mut Fusion) -> Placement {
+    let mut placement = Placement {
+        in_place: BTreeMap::new(),
+        copied: Vec::new(),
+        direct_outputs: BTreeMap::new(),
+    };
+    for (position, (_, id)) in graph.outputs().iter().enumerate() {
+        let computed = fusion.group_of[id.index()].is_some();
+        if computed && !placement.direct_outputs.contains_key(id) {
+            placement.direct_outputs.insert(*id, position);
+        }
+    }
+    let readers = readers(fusion);
+    for (&leaf, &value) in graph.next() {
+        if leaf == value {
+            continue;
+        }
+        let taken = placement.direct_outputs.contains_key(&value)
+            || placement.in_place.contains_key(&value);
+        // Evaluation runs the forward region alone and must leave leaves as they are.
+        let updates = |group: &usize| fusion.groups[*group].region == Region::Update;
+        let group = fusion.group_of[value.index()].filter(|_| !taken).filter(updates);
+        let in_place = group.is_some_and(|group| {
+            let others = readers.get(&leaf).into_iter().flatten().copied();
+            let others: Vec<usize> = others.filter(|&other| other != group).collect();
+            let ordered = others.iter().all(|&other| !fusion.needs[other].contains(group));
+            if ordered && same_index_only(graph, fusion, group, leaf) {
+                others.into_iter().for_each(|other| fusion.depend(group, other));
+                true
+            } else {
+                false
+            }
+        });
+        if in_place {
+            placement.in_place.insert(value, leaf);
+        } else {
+            placement.copied.push((leaf, value));
+        }
+    }
+    placement
+}
+
+/// Which groups read the memory of each base.
+pub(crate) fn readers(fusion: &Fusion) -> BTreeMap<NodeId, Vec<usize>> {
+    let mut readers: BTreeMap<NodeId, Vec<usize>> = BTreeMap::new();
+    for (position, group) in fusion.groups.iter().enumerate() {
+        for &read in &group.reads {
+            readers.entry(read).or_default().push(position);
+        }
+    }
+    readers
+}
+
+/// The bases that someone reads from memory; what only its own group uses stays in registers.
+pub(crate) fn stored(graph: &Graph, fusion: &Fusion) -> BTreeSet<NodeId> {
+    let mut stored: BTreeSet<NodeId> = readers(fusion).into_keys().collect();
+    for id in graph.outputs().iter().map(|(_, id)| id).chain(graph.next().values()) {
+        stored.insert(fusion.views[id.index()].base);
+    }
+    stored
+}
+
+/// Whether a group of loops reads `leaf` only at the index that it writes.
+fn same_index_only(graph: &Graph, fusion: &Fusion, group: usize, leaf: NodeId) -> bool {
+    let group = &fusion.groups[group];
+    if !group.reads.contains(&leaf) {
+        return matches!(group.kind, Kind::Loop | Kind::Primitive | Kind::Copy);
+    }
+    let elementwise = group.kind == Kind::Loop
+        && !group.members.iter().any(|&id| matches!(graph.op(id), Op::Reduce { .. }));
+    elementwise
+        && group.members.iter().flat_map(|&id| graph.operands(id)).all(|operand| {
+            let view = &fusion.views[operand.index()];
+            view.base != leaf || (view.is_whole(graph) && view.dims == group.domain)
+        })
+}
+
+/// Colours the values of a schedule: each gets a slot for its lifetime.
+pub(crate) fn allocate(
+    graph: &Graph,
+    fusion: &Fusion,
+    placement: &Placement,
+    schedule: &[Item],
+    batch: usize,
+) -> Memory {
+    let mut memory = Memory {
+        slots: Vec::new(),
+        slot_of: BTreeMap::new(),
+        outputs: Vec::new(),
+        exchanged_in_place: BTreeSet::new(),
+    };
+    for id in graph.ids() {
+        let storage = match graph.op(id) {
+            Op::Input(_) => Storage::Input,
+            Op::Param(_) | Op::State(_) => Storage::Kept,
+            Op::Const(_) => Storage::Const,
+            _ => continue,
+        };
+        let slot = memory.new_slot(storage, bytes_of(graph.ty(id)));
+        memory.slot_of.insert(id, slot);
+    }
+    for (_, id) in graph.outputs() {
+        let slot = memory.new_slot(Storage::Output, bytes_of(graph.ty(*id)));
+        memory.outputs.push(slot);
+    }
+    for (&id, &position) in &placement.direct_outputs {
+        memory.slot_of.insert(id, memory.outputs[position]);
+    }
+    for (&value, leaf) in &placement.in_place {
+        memory.slot_of.insert(value, memory.slot_of[leaf]);
+    }
+    memory.exchange_in_place(graph, fusion);
+    memory.colour(graph, fusion, schedule, batch);
+    memory
+}
+
+impl Memory {
+    fn new_slot(&mut self, storage: Storage, bytes: Affine) -> SlotId {
+        self.slots.push(Slot { storage, bytes });
+        let index = u32::try_from(self.slots.len() - 1).expect("fewer slots than nodes");
+        SlotId(index)
+    }
+
+    /// An all-reduce works on its operand's memory if nobody else reads that.
+    fn exchange_in_place(&mut self, graph: &Graph, fusion: &Fusion) {
+        let readers = readers(fusion);
+        for group in fusion.groups.iter().filter(|group| group.kind == Kind::Collective) {
+            for &id in &group.members {
+                let operand = graph.operand(id, 0);
+                let view = &fusion.views[operand.index()];
+                let alone = readers.get(&view.base).is_some_and(|readers| readers.len() == 1)
+                    && group
+                        .members
+                        .iter()
+                        .filter(|&&other| {
+                            fusion.views[graph.operand(other, 0).index()].base == view.base
+                        })
+                        .count()
+                        == 1;
+                let computed = fusion.producer(view.base).is_some();
+                let free =
+                    !self.slot_of.contains_key(&view.base) && !self.slot_of.contains_key(&id);
+                let whole = view.is_dense()
+                    && view.offset == Affine::ZERO
+                    && bytes_of(graph.ty(view.base)) == bytes_of(graph.ty(id));
+                if alone && computed && free && whole {
+                    self.exchanged_in_place.insert(id);
+                }
+            }
+        }
+    }
+
+    fn colour(&mut self, graph: &Graph, fusion: &Fusion, schedule: &[Item], batch: usize) {
+        // An exchanged value lives in its operand's memory.
+        let owner = |id: NodeId| -> NodeId {
+            if self.exchanged_in_place.contains(&id) {
+                fusion.views[graph.operand(id, 0).index()].base
+            } else {
+                id
+            }
+        };
+        let mut first: BTreeMap<NodeId, usize> = BTreeMap::new();
+        let mut last: BTreeMap<NodeId, usize> = BTreeMap::new();
+        for (at, item) in schedule.iter().enumerate() {
+            let (written, read) = touched(graph, fusion, item);
+            for id in written {
+                let id = owner(id);
+                first.entry(id).or_insert(at);
+                last.entry(id).or_insert(at);
+            }
+            for id in read {
+                last.insert(owner(id), at);
+            }
+        }
+        let exchanged: Vec<(NodeId, NodeId)> =
+            self.exchanged_in_place.iter().map(|&id| (id, owner(id))).collect();
+        let mut starting: Vec<Vec<NodeId>> = vec![Vec::new(); schedule.len()];
+        let mut ending: Vec<Vec<NodeId>> = vec![Vec::new(); schedule.len()];
+        let stored = stored(graph, fusion);
+        for (&id, &at) in &first {
+            if !self.slot_of.contains_key(&id) && stored.contains(&id) {
+                starting[at].push(id);
+                ending[last[&id]].push(id);
+            }
+        }
+        let mut free: Vec<SlotId> = Vec::new();
+        for at in 0..schedule.len() {
+            for &id in &starting[at] {
+                let bytes = bytes_of(graph.ty(id));
+                let slot = self.take(&mut free, bytes, batch);
+                self.slot_of.insert(id, slot);
+            }
+            free.extend(ending[at].iter().map(|id| self.slot_of[id]));
+        }
+        for (id, owner) in exchanged {
+            self.slot_of.insert(id, self.slot_of[&owner]);
+        }
+    }
+
+    /// The free slot that wastes least: the smallest that is large enough, else the largest, grown.
+    fn take(&mut self, free: &mut Vec<SlotId>, bytes: Affine, batch: usize) -> SlotId {
+        let wanted = bytes.at(batch);
+        let waste = |slot: SlotId| {
+            let size = self.slots[slot.index()].bytes.at(batch);
+            (size < wanted, size.abs_diff(wanted), slot)
+        };
+        let best = (0..free.len()).min_by_key(|&at| waste(free[at]));
+        // A slot more than four times too large is left for those who need it.
+        let best = best.filter(|&at| {
+            let size = self.slots[free[at].index()].bytes.at(batch);
+            size <= wanted.saturating_mul(4).max(4096)
+        });
+        match best {
+            Some(at) => {
+                let slot = free.swap_remove(at);
+                let grown = self.slots[slot.index()].bytes.max(bytes);
+                self.slots[slot.index()].bytes = grown;
+                slot
+            }
+            None => self.new_slot(Storage::Shared, bytes),
+        }
+    }
+}
+
+/// The bases that an item writes and reads.
+fn touched(graph: &Graph, fusion: &Fusion, item: &Item) -> (Vec<NodeId>, Vec<NodeId>) {
+    match *item {
+        Item::Group(group) => {
+            let group = &fusion.groups[group];
+            (group.members.clone(), group.reads.clone())
+        }
+        Item::Output(position) => {
+            let (_, id) = &graph.outputs()[position];
+            (Vec::new(), vec![fusion.views[id.index()].base])
+        }
+        Item::Next(_, value) => (Vec::new(), vec![fusion.views[value.index()].base]),
+    }
+}

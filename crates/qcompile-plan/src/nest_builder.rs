@@ -1,0 +1,265 @@
+//! Builds one loop nest from the members of a group.
+
+use crate::fuse::Fusion;
+use crate::lower::Lowering;
+use crate::plan::dense_strides;
+use crate::view::{View, collapse};
+use crate::{Access, Affine, LoopNest, Place, Scalar, Write};
+use qcompile_ir::{DType, Dim, NodeId, Op};
+use std::collections::BTreeMap;
+
+/// A loop nest in the making, over the uncollapsed sizes of its group.
+pub(crate) struct NestBuilder<'a> {
+    lowering: &'a Lowering<'a>,
+    domain: Vec<Dim>,
+    nest: LoopNest,
+    values: BTreeMap<NodeId, usize>,
+}
+
+impl<'a> NestBuilder<'a> {
+    pub(crate) fn new(lowering: &'a Lowering<'a>, domain: Vec<Dim>) -> NestBuilder<'a> {
+        let nest =
+            LoopNest { dims: Vec::new(), reads: Vec::new(), body: Vec::new(), writes: Vec::new() };
+        NestBuilder { lowering, domain, nest, values: BTreeMap::new() }
+    }
+
+    /// Starts an epilogue: the value of `id` is the finished tile.
+    pub(crate) fn tile(&mut self, id: NodeId) {
+        let value = self.push(Scalar::Tile);
+        self.values.insert(id, value);
+        if self.lowering.is_stored(id) {
+            self.store_dense(id, value);
+        }
+    }
+
+    /// Adds members in order, with the writes of those that are read from memory.
+    pub(crate) fn members(&mut self, members: &[NodeId]) {
+        for &id in members {
+            if let Op::Reduce { op, .. } = *self.lowering.graph.op(id) {
+                let value = self.operand(self.lowering.graph.operand(id, 0));
+                let shape = &self.lowering.graph.ty(id).shape;
+                let view = View::dense(id, shape);
+                let access = Access {
+                    slot: self.lowering.memory.slot_of[&id],
+                    dtype: self.lowering.graph.ty(id).dtype,
+                    offset: Affine::ZERO,
+                    strides: view.strides,
+                };
+                self.nest.writes.push(Write::Reduce { access, op, value });
+                continue;
+            }
+            let value = self.compute(id);
+            self.values.insert(id, value);
+            if self.lowering.is_stored(id) {
+                self.store_dense(id, value);
+            }
+        }
+    }
+
+    fn store_dense(&mut self, id: NodeId, value: usize) {
+        let place = Place { slot: self.lowering.memory.slot_of[&id], offset: Affine::ZERO };
+        let strides = dense_strides(&self.domain);
+        self.store(value, place, strides, self.lowering.graph.ty(id).dtype);
+    }
+
+    /// Stores a value at every point.
+    pub(crate) fn store(&mut self, value: usize, place: Place, strides: Vec<Dim>, dtype: DType) {
+        let access = Access { slot: place.slot, dtype, offset: place.offset, strides };
+        self.nest.writes.push(Write::Store { access, value });
+    }
+
+    /// A constant.
+    pub(crate) fn constant(&mut self, dtype: DType, value: f64) -> usize {
+        self.push(Scalar::Const(dtype, value))
+    }
+
+    /// The elements of a view whose sizes are those of the domain.
+    pub(crate) fn read_view(&mut self, view: &View) -> usize {
+        let graph = self.lowering.graph;
+        match graph.op(view.base) {
+            Op::Size(dim) => return self.push(Scalar::Size(*dim)),
+            Op::Const(tensor) if Fusion::is_immediate(graph, view.base) => {
+                let value = tensor.splat().expect("an immediate has one value");
+                return self.constant(tensor.dtype(), value);
+            }
+            _ => {}
+        }
+        let access = Access {
+            slot: self.lowering.memory.slot_of[&view.base],
+            dtype: graph.ty(view.base).dtype,
+            offset: view.offset,
+            strides: view.strides.clone(),
+        };
+        let known = self.nest.reads.iter().position(|read| *read == access);
+        let read = known.unwrap_or_else(|| {
+            self.nest.reads.push(access);
+            self.nest.reads.len() - 1
+        });
+        self.push(Scalar::Read(read))
+    }
+
+    fn operand(&mut self, id: NodeId) -> usize {
+        let view = &self.lowering.fusion.views[id.index()];
+        if let Some(&value) = self.values.get(&view.base) {
+            return value;
+        }
+        self.read_view(view)
+    }
+
+    /// Equal values are computed once.
+    fn push(&mut self, scalar: Scalar) -> usize {
+        let known = self.nest.body.iter().position(|value| *value == scalar);
+        known.unwrap_or_else(|| {
+            self.nest.body.push(scalar);
+            self.nest.body.len() - 1
+        })
+    }
+
+    fn compute(&mut self, id: NodeId) -> usize {
+        let graph = self.lowering.graph;
+        let scale_at = match graph.op(id) {
+            Op::Quantize { .. } | Op::Dequantize { .. } => 1,
+            Op::StraightThrough { .. } => 2,
+            _ => usize::MAX,
+        };
+        let mut operands = Vec::new();
+        for (position, operand) in graph.operands(id).into_iter().enumerate() {
+            let value =
+                if position == scale_at { self.scale(id, operand) } else { self.operand(operand) };
+            operands.push(value);
+        }
+        let scalar = match (graph.op(id), &operands[..]) {
+            (Op::Size(dim), []) => Scalar::Size(*dim),
+            (Op::Unary(op), &[x]) => Scalar::Unary(*op, x),
+            (Op::Cast(dtype), &[x]) => Scalar::Cast(*dtype, x),
+            (Op::Binary(op), &[a, b]) => Scalar::Binary(*op, a, b),
+            (Op::Compare(op), &[a, b]) => Scalar::Compare(*op, a, b),
+            (Op::Select, &[condition, a, b]) => Scalar::Select(condition, a, b),
+            (Op::Quantize { dtype, .. }, &[x, scale]) => Scalar::Quantize(*dtype, x, scale),
+            (Op::Dequantize { .. }, &[q, scale]) => Scalar::Dequantize(q, scale),
+            (Op::StraightThrough { dtype, .. }, &[x, dy, scale]) => {
+                Scalar::StraightThrough(*dtype, x, dy, scale)
+            }
+            _ => unreachable!("verified: only elementwise nodes are members of a nest"),
+        };
+        self.push(scalar)
+    }
+
+    /// A scale has its own shape: it is read along its axis of the domain.
+    fn scale(&mut self, id: NodeId, scale: NodeId) -> usize {
+        let axis = match *self.lowering.graph.op(id) {
+            Op::Quantize { axis, .. }
+            | Op::Dequantize { axis }
+            | Op::StraightThrough { axis, .. } => axis,
+            _ => None,
+        };
+        let view = &self.lowering.fusion.views[scale.index()];
+        let mut strides = vec![Dim::fixed(0); self.domain.len()];
+        if let (Some(axis), Some(&stride)) = (axis, view.strides.first()) {
+            strides[axis] = stride;
+        }
+        self.read_view(&View { strides, dims: self.domain.clone(), ..view.clone() })
+    }
+
+    /// The nest over collapsed dims.
+    pub(crate) fn finish(mut self) -> LoopNest {
+        self.drop_unused();
+        let mut accesses: Vec<&mut Vec<Dim>> = self
+            .nest
+            .reads
+            .iter_mut()
+            .map(|read| &mut read.strides)
+            .chain(self.nest.writes.iter_mut().map(|write| match write {
+                Write::Store { access, .. } | Write::Reduce { access, .. } => &mut access.strides,
+            }))
+            .collect();
+        self.nest.dims = collapse(&self.domain, &mut accesses);
+        self.nest
+    }
+
+    /// The nest over the rows and columns of a product.
+    pub(crate) fn finish_epilogue(mut self, dims: [Dim; 2]) -> LoopNest {
+        self.drop_unused();
+        let domain = self.domain.clone();
+        let flatten = |access: &mut Access| {
+            let last = domain.len() - 1;
+            let merged =
+                crate::view::merged(&domain[..last], &access.strides[..last]).map(|(_, row)| row);
+            let row = merged.expect("fused: every operand of an epilogue is a matrix");
+            access.strides = vec![row, access.strides[last]];
+        };
+        self.nest.reads.iter_mut().for_each(flatten);
+        for write in &mut self.nest.writes {
+            match write {
+                Write::Store { access, .. } | Write::Reduce { access, .. } => flatten(access),
+            }
+        }
+        self.nest.dims = dims.to_vec();
+        self.nest
+    }
+
+    /// Members that only others in the group use, and of those only some, may leave values that no write needs.
+    fn drop_unused(&mut self) {
+        let body = &self.nest.body;
+        let mut live = vec![false; body.len()];
+        self.nest.writes.iter().for_each(|write| live[write.value()] = true);
+        for at in (0..body.len()).rev() {
+            if live[at] {
+                operands(&body[at]).into_iter().for_each(|operand| live[operand] = true);
+            }
+        }
+        let used =
+            |read: usize| (0..body.len()).any(|at| live[at] && body[at] == Scalar::Read(read));
+        let reads: Vec<usize> = (0..self.nest.reads.len()).filter(|&read| used(read)).collect();
+        let kept: Vec<usize> = (0..body.len()).filter(|&at| live[at]).collect();
+        let renumbered = |old: &[usize], at: usize| {
+            old.iter().position(|&kept| kept == at).expect("live values use live values")
+        };
+        let new_body = kept
+            .iter()
+            .map(|&at| {
+                map(&body[at], |value| renumbered(&kept, value), |read| renumbered(&reads, read))
+            })
+            .collect();
+        for write in &mut self.nest.writes {
+            match write {
+                Write::Store { value, .. } | Write::Reduce { value, .. } => {
+                    *value = renumbered(&kept, *value);
+                }
+            }
+        }
+        self.nest.body = new_body;
+        self.nest.reads = reads.iter().map(|&read| self.nest.reads[read].clone()).collect();
+    }
+}
+
+/// The values that a body value uses.
+fn operands(scalar: &Scalar) -> Vec<usize> {
+    match *scalar {
+        Scalar::Read(_) | Scalar::Tile | Scalar::Const(..) | Scalar::Size(_) => Vec::new(),
+        Scalar::Unary(_, x) | Scalar::Cast(_, x) => vec![x],
+        Scalar::Binary(_, a, b)
+        | Scalar::Compare(_, a, b)
+        | Scalar::Quantize(_, a, b)
+        | Scalar::Dequantize(a, b) => vec![a, b],
+        Scalar::Select(a, b, c) | Scalar::StraightThrough(_, a, b, c) => vec![a, b, c],
+    }
+}
+
+/// The same value with renumbered operands and reads.
+fn map(scalar: &Scalar, value: impl Fn(usize) -> usize, read: impl Fn(usize) -> usize) -> Scalar {
+    match *scalar {
+        Scalar::Read(at) => Scalar::Read(read(at)),
+        Scalar::Tile | Scalar::Const(..) | Scalar::Size(_) => *scalar,
+        Scalar::Unary(op, x) => Scalar::Unary(op, value(x)),
+        Scalar::Cast(dtype, x) => Scalar::Cast(dtype, value(x)),
+        Scalar::Binary(op, a, b) => Scalar::Binary(op, value(a), value(b)),
+        Scalar::Compare(op, a, b) => Scalar::Compare(op, value(a), value(b)),
+        Scalar::Select(c, a, b) => Scalar::Select(value(c), value(a), value(b)),
+        Scalar::Quantize(dtype, x, s) => Scalar::Quantize(dtype, value(x), value(s)),
+        Scalar::Dequantize(q, s) => Scalar::Dequantize(value(q), value(s)),
+        Scalar::StraightThrough(dtype, x, dy, s) => {
+            Scalar::StraightThrough(dtype, value(x), value(dy), value(s))
+        }
+    }
+}

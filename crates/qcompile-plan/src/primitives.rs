@@ -1,0 +1,227 @@
+//! Nodes that run a hand-scheduled kernel, with their operands in slots.
+
+use crate::build::PlanError;
+use crate::lower::Lowering;
+use crate::view::View;
+use crate::{
+    Affine, Convolution, Int8, LoopNest, Matmul, Matrix, Place, Pooling, Primitive, Product, SlotId,
+};
+use qcompile_ir::{ConvGeometry, DType, Dim, NodeId, Op, PoolGeometry};
+
+/// The primitive of a node. `epilogue` follows it within the same kernel.
+pub(crate) fn primitive(
+    lowering: &Lowering,
+    id: NodeId,
+    epilogue: Option<LoopNest>,
+) -> Result<Primitive, PlanError> {
+    let graph = lowering.graph;
+    check_types(lowering, id)?;
+    let y = Place {
+        // With an epilogue the value may have no memory of its own; then nothing writes this place.
+        slot: lowering.memory.slot_of.get(&id).copied().unwrap_or(SlotId(0)),
+        offset: Affine::ZERO,
+    };
+    let dense = |position: usize| lowering.dense_place(graph.operand(id, position));
+    Ok(match graph.op(id) {
+        Op::Matmul { transpose_a, transpose_b } => {
+            Primitive::Matmul(matmul(lowering, id, [*transpose_a, *transpose_b], y), epilogue)
+        }
+        Op::Conv2d(geometry) => {
+            let convolution = convolution(lowering, id, Product::Forward, geometry, y);
+            Primitive::Convolution(convolution, epilogue)
+        }
+        Op::Conv2dGradInput(geometry) => {
+            let convolution = convolution(lowering, id, Product::GradInput, geometry, y);
+            Primitive::Convolution(convolution, epilogue)
+        }
+        Op::Conv2dGradWeight(geometry) => {
+            let convolution = convolution(lowering, id, Product::GradWeight, geometry, y);
+            Primitive::Convolution(convolution, None)
+        }
+        Op::MaxPool2d(geometry) => pooling(lowering, id, geometry, [true, false], dense(0), y),
+        Op::AveragePool2d(geometry) => pooling(lowering, id, geometry, [false, false], dense(0), y),
+        Op::MaxPool2dGrad(geometry) => pooling(lowering, id, geometry, [true, true], dense(1), y),
+        Op::AveragePool2dGrad(geometry) => {
+            pooling(lowering, id, geometry, [false, true], dense(0), y)
+        }
+        op @ (Op::Softmax | Op::LogSoftmax) => {
+            let (cols, rows) = split_last(&graph.ty(id).shape.0);
+            Primitive::Softmax { log: *op == Op::LogSoftmax, rows, cols, x: dense(0), y }
+        }
+        Op::CrossEntropy => {
+            let (cols, rows) = split_last(&graph.ty(graph.operand(id, 0)).shape.0);
+            Primitive::CrossEntropy { rows, cols, logits: dense(0), label: dense(1), loss: y }
+        }
+        Op::CrossEntropyGrad => {
+            let (cols, rows) = split_last(&graph.ty(id).shape.0);
+            Primitive::CrossEntropyGrad {
+                rows,
+                cols,
+                logits: dense(0),
+                label: dense(1),
+                dloss: dense(2),
+                dlogits: y,
+            }
+        }
+        Op::Gather => {
+            let table = graph.ty(graph.operand(id, 0));
+            let row = Affine::from(product(&table.shape.0[1..])).times(table.dtype.size());
+            Primitive::Gather {
+                table_rows: table.shape.0[0],
+                row_bytes: row.expect("verified: types are bounded"),
+                count: product(&graph.ty(graph.operand(id, 1)).shape.0),
+                table: dense(0),
+                indices: dense(1),
+                y,
+            }
+        }
+        Op::ScatterAdd { rows } => Primitive::ScatterAdd {
+            rows: (*rows).into(),
+            width: product(&graph.ty(id).shape.0[1..]),
+            count: product(&graph.ty(graph.operand(id, 0)).shape.0),
+            indices: dense(0),
+            values: dense(1),
+            y,
+        },
+        _ => unreachable!("fused: only primitives come here"),
+    })
+}
+
+/// The kernels compute in f32 (the gather moves any type; int8 products were recognised before).
+fn check_types(lowering: &Lowering, id: NodeId) -> Result<(), PlanError> {
+    let graph = lowering.graph;
+    if *graph.op(id) == Op::Gather {
+        return Ok(());
+    }
+    let mut types = graph.operands(id).into_iter().map(|operand| graph.ty(operand));
+    match types.find(|ty| ty.dtype != DType::F32 && ty.dtype != DType::I64) {
+        None => Ok(()),
+        Some(ty) => Err(PlanError::Unsupported {
+            name: graph.node(id).name.clone(),
+            op: graph.op(id).name(),
+            ty: ty.to_string(),
+        }),
+    }
+}
+
+fn product(dims: &[Dim]) -> Dim {
+    dims.iter()
+        .try_fold(Dim::ONE, |product, &dim| product.times(dim))
+        .expect("verified: types are bounded")
+}
+
+fn split_last(dims: &[Dim]) -> (Dim, Dim) {
+    let (last, lead) = dims.split_last().expect("verified: rows have columns");
+    (*last, product(lead))
+}
+
+impl Lowering<'_> {
+    /// Where a dense operand is.
+    fn dense_place(&self, id: NodeId) -> Place {
+        let view = self.fusion.dense_view(self.graph, id);
+        self.place(&view)
+    }
+
+    fn place(&self, view: &View) -> Place {
+        Place { slot: self.memory.slot_of[&view.base], offset: view.offset }
+    }
+
+    fn int8(&self, id: NodeId) -> Option<Int8> {
+        let operands = self.fusion.int8.get(&id)?;
+        Some(Int8 {
+            scale_a: self.dense_place(operands.scale_a),
+            scale_b: self.dense_place(operands.scale_b),
+            per_channel: operands.per_channel,
+        })
+    }
+
+    /// The views of the two operands of a product: of the integers, if it runs on those.
+    fn product_operands(&self, id: NodeId, matrices: bool) -> [View; 2] {
+        if let Some(int8) = self.fusion.int8.get(&id) {
+            return [int8.a.clone(), int8.b.clone()];
+        }
+        [0, 1].map(|position| {
+            let operand = self.graph.operand(id, position);
+            let view = &self.fusion.views[operand.index()];
+            if matrices && view.as_matrices().is_some() {
+                view.clone()
+            } else {
+                self.fusion.dense_view(self.graph, operand)
+            }
+        })
+    }
+}
+
+fn matmul(lowering: &Lowering, id: NodeId, transposed: [bool; 2], c: Place) -> Matmul {
+    let [a, b] = lowering.product_operands(id, true);
+    let matrix = |view: &View, transposed: bool| {
+        let [(batch, batch_stride), mut rows, mut cols] =
+            view.as_matrices().expect("fused: operands of a matmul are matrices");
+        if transposed {
+            std::mem::swap(&mut rows, &mut cols);
+        }
+        let matrix = Matrix {
+            place: lowering.place(view),
+            batch_stride,
+            row_stride: rows.1,
+            col_stride: cols.1,
+        };
+        (matrix, batch, rows.0, cols.0)
+    };
+    let (a, batch, m, k) = matrix(&a, transposed[0]);
+    let (b, _, _, n) = matrix(&b, transposed[1]);
+    Matmul { batch, m, n, k, a, b, c, int8: lowering.int8(id) }
+}
+
+fn convolution(
+    lowering: &Lowering,
+    id: NodeId,
+    product: Product,
+    geometry: &ConvGeometry,
+    c: Place,
+) -> Convolution {
+    let graph = lowering.graph;
+    let [a, b] = lowering.product_operands(id, false);
+    let first = &graph.ty(graph.operand(id, 0)).shape.0;
+    let second = &graph.ty(graph.operand(id, 1)).shape.0;
+    let result = &graph.ty(id).shape.0;
+    let (in_channels, out_channels) = match product {
+        Product::Forward => (first[3], result[3]),
+        Product::GradInput => (result[3], first[3]),
+        Product::GradWeight => (first[3], second[3]),
+    };
+    Convolution {
+        product,
+        geometry: *geometry,
+        images: first[0],
+        in_channels: in_channels.scale,
+        out_channels: out_channels.scale,
+        a: lowering.place(&a),
+        b: lowering.place(&b),
+        c,
+        int8: lowering.int8(id),
+    }
+}
+
+fn pooling(
+    lowering: &Lowering,
+    id: NodeId,
+    geometry: &PoolGeometry,
+    [max, gradient]: [bool; 2],
+    dy: Place,
+    y: Place,
+) -> Primitive {
+    let graph = lowering.graph;
+    let x = lowering.dense_place(graph.operand(id, 0));
+    let result = &graph.ty(id).shape.0;
+    Primitive::Pooling(Pooling {
+        max,
+        gradient,
+        geometry: *geometry,
+        images: result[0],
+        channels: result[3].scale,
+        x,
+        dy,
+        y,
+    })
+}
