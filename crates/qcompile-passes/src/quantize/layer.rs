@@ -1,0 +1,95 @@
+//! What a layer is: a forward product of data and a trained weight.
+
+use qcompile_ir::{Graph, NodeId, Op, Region};
+
+/// A forward `conv2d` or `matmul` whose first operand depends on an input and whose second is a parameter, perhaps
+/// reshaped or transposed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layer {
+    /// The product.
+    pub node: NodeId,
+    /// The axis of the second operand that runs over the output channels: 0 of OIHW, n of a matrix.
+    pub weight_axis: usize,
+    /// The axis of the result that runs over the output channels.
+    pub result_axis: usize,
+    /// Number of output channels.
+    pub channels: usize,
+    /// Whether it is a convolution of more than one group.
+    pub grouped: bool,
+}
+
+impl Layer {
+    /// The layer that `node` is, if its operands are data and a weight.
+    fn of(graph: &Graph, node: NodeId, from_data: &[bool]) -> Option<Layer> {
+        if graph.node(node).region != Region::Forward {
+            return None;
+        }
+        let (conv, transpose_b) = match graph.op(node) {
+            Op::Conv2d(geometry) => (Some(*geometry), false),
+            Op::Matmul { transpose_b, .. } => (None, *transpose_b),
+            _ => return None,
+        };
+        let [x, weight] = graph.operands(node)[..] else { return None };
+        if !from_data[x.index()] || from_data[weight.index()] {
+            return None;
+        }
+        parameter(graph, weight)?;
+        let shape = graph.ty(weight).shape.as_fixed()?;
+        let rank = shape.len();
+        let result_rank = graph.ty(node).shape.rank();
+        let weight_axis = match (conv, transpose_b) {
+            (Some(_), _) => 0,
+            (None, true) => rank - 2,
+            (None, false) => rank - 1,
+        };
+        Some(Layer {
+            node,
+            weight_axis,
+            result_axis: result_rank - 1,
+            channels: shape[weight_axis],
+            grouped: conv.is_some_and(|geometry| geometry.groups != 1),
+        })
+    }
+}
+
+/// Every layer, in [`Graph::order`].
+#[must_use]
+pub fn layers(graph: &Graph) -> Vec<Layer> {
+    let order = graph.order();
+    let mut from_data = vec![false; graph.len()];
+    for &id in &order {
+        from_data[id.index()] = matches!(graph.op(id), Op::Input(_))
+            || graph.operands(id).iter().any(|operand| from_data[operand.index()]);
+    }
+    order.into_iter().filter_map(|id| Layer::of(graph, id, &from_data)).collect()
+}
+
+/// The parameter whose elements `id` holds, if only their layout or precision changed on the way.
+pub(super) fn parameter(graph: &Graph, mut id: NodeId) -> Option<NodeId> {
+    loop {
+        match graph.op(id) {
+            Op::Param(_) => return Some(id),
+            Op::Reshape(_)
+            | Op::Transpose(_)
+            | Op::Broadcast(_)
+            | Op::Slice { .. }
+            | Op::Concat { .. }
+            | Op::Quantize { .. }
+            | Op::Dequantize { .. } => id = graph.operand(id, 0),
+            _ => return None,
+        }
+    }
+}
+
+/// A weight as it is before any quantization: the operand of `quantize` below a `dequantize`, else itself.
+pub(super) fn unquantized(graph: &Graph, id: NodeId) -> NodeId {
+    if !matches!(graph.op(id), Op::Dequantize { .. }) {
+        return id;
+    }
+    let quantized = graph.operand(id, 0);
+    if matches!(graph.op(quantized), Op::Quantize { .. }) {
+        graph.operand(quantized, 0)
+    } else {
+        id
+    }
+}

@@ -1,0 +1,243 @@
+//! Scores every layer, and every output channel of it, by what int8 would do to it.
+//!
+//! *Before*: a forward graph with its loss. *After*: each layer (see [`crate::quantize::layers`]) carries a note
+//! `sensitivity`; the caller gets all scores. *Why here*: the loss must exist to be measured, and the decisions of
+//! `quantize` rest on the scores.
+//!
+//! The pass computes no product itself: an [`Evaluate`] that the caller brings runs the graph on its calibration
+//! data.
+
+mod noise;
+
+use crate::PassError;
+use crate::quantize::{Inserted, Layer, insert_forward, layers};
+use noise::Noise;
+use qcompile_ir::{Graph, Name, Tensor};
+
+const PASS: &str = "sensitivity";
+
+/// Runs forward graphs on calibration data that it holds.
+pub trait Evaluate {
+    /// The mean of the output `loss` over the calibration data.
+    ///
+    /// # Errors
+    /// Why the graph could not be run.
+    fn loss(&mut self, graph: &Graph) -> Result<f64, String>;
+
+    /// These values, in this order, on (at least a part of) the calibration data: the same part in every call.
+    ///
+    /// # Errors
+    /// Why the graph could not be run.
+    fn values(&mut self, graph: &Graph, names: &[Name]) -> Result<Vec<Tensor>, String>;
+}
+
+/// What a score means. Less is better for all of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Metric {
+    /// `(loss with only this layer in int8 - loss in f32) / |loss in f32|` over the calibration data. May be
+    /// slightly negative.
+    #[default]
+    LeaveOneOut,
+    /// Energy of the rounding error of the weight over energy of the weight, one scale per output channel: the
+    /// reciprocal of the signal-to-quantization-noise ratio, as a ratio, not in decibels.
+    WeightSqnr,
+    /// The same of the layer's result, when only this layer is in int8.
+    OutputSqnr,
+}
+
+impl Metric {
+    /// Every metric, the default first.
+    pub const ALL: [Metric; 3] = [Metric::LeaveOneOut, Metric::WeightSqnr, Metric::OutputSqnr];
+
+    /// The word on the command line.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Metric::LeaveOneOut => "leave-one-out",
+            Metric::WeightSqnr => "weight-sqnr",
+            Metric::OutputSqnr => "output-sqnr",
+        }
+    }
+}
+
+impl std::str::FromStr for Metric {
+    type Err = ();
+    fn from_str(text: &str) -> Result<Self, ()> {
+        Metric::ALL.into_iter().find(|metric| metric.name() == text).ok_or(())
+    }
+}
+
+/// What [`run`] is asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// What the scores mean.
+    pub metric: Metric,
+    /// Number of calibration samples that the evaluator holds; repeated in [`Scores`].
+    pub samples: usize,
+}
+
+/// The scores of one layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerScore {
+    /// The product.
+    pub name: Name,
+    /// The ONNX node it came from.
+    pub origin: Option<String>,
+    /// Its mnemonic.
+    pub op: String,
+    /// The layer's score; infinite if the quantized loss is not finite.
+    pub score: f32,
+    /// One score per output channel: the ratio noise : signal of the weight, or of the result for
+    /// [`Metric::OutputSqnr`].
+    pub channels: Vec<f32>,
+}
+
+/// What [`run`] measured.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Scores {
+    /// In the graph's order.
+    pub layers: Vec<LayerScore>,
+    /// What the scores mean.
+    pub metric: Metric,
+    /// The loss of the f32 graph.
+    pub baseline_loss: f64,
+    /// Number of calibration samples.
+    pub samples: usize,
+}
+
+impl Scores {
+    /// The scores of the layer of this name.
+    #[must_use]
+    pub fn find(&self, name: &str) -> Option<&LayerScore> {
+        self.layers.iter().find(|layer| layer.name.as_str() == name)
+    }
+
+    /// Writes the note `sensitivity` beside every layer of `graph` that has a score here; returns how many got one.
+    pub fn annotate(&self, graph: &mut Graph) -> usize {
+        let mut annotated = 0;
+        for layer in layers(graph) {
+            let name = graph.node(layer.node).name.clone();
+            if let Some(score) = self.find(name.as_str()) {
+                graph.note_mut(layer.node).sensitivity = Some(score.score);
+                annotated += 1;
+            }
+        }
+        annotated
+    }
+}
+
+/// Scores all layers and notes their sensitivity. `progress` is told how many layers are done, of how many, and the
+/// name of the next.
+///
+/// # Errors
+/// [`PassError::Evaluation`] if the evaluator fails, returns what was not asked for, or the loss of the f32 graph is
+/// not finite.
+pub fn run(
+    graph: &mut Graph,
+    evaluator: &mut dyn Evaluate,
+    options: &Options,
+    progress: &mut dyn FnMut(usize, usize, &str),
+) -> Result<Scores, PassError> {
+    let layers = layers(graph);
+    let baseline_loss = evaluator.loss(graph).map_err(failure)?;
+    if !baseline_loss.is_finite() {
+        return Err(failure(format!("the loss of the f32 model is {baseline_loss}")));
+    }
+    let mut measured = Vec::with_capacity(layers.len());
+    for (done, layer) in layers.iter().enumerate() {
+        let node = graph.node(layer.node);
+        progress(done, layers.len(), node.name.as_str());
+        let (score, channels) = match options.metric {
+            Metric::LeaveOneOut => (
+                loss_increase(graph, layer, evaluator, baseline_loss)?,
+                weight_noise(graph, layer, evaluator)?,
+            ),
+            Metric::WeightSqnr => {
+                let channels = weight_noise(graph, layer, evaluator)?;
+                (noise::total(&channels).ratio(), channels)
+            }
+            Metric::OutputSqnr => {
+                let channels = output_noise(graph, layer, evaluator)?;
+                (noise::total(&channels).ratio(), channels)
+            }
+        };
+        measured.push(LayerScore {
+            name: node.name.clone(),
+            origin: node.note.origin.clone(),
+            op: node.op.name().to_owned(),
+            score: if score.is_nan() { f32::INFINITY } else { score },
+            channels: channels.into_iter().map(finite_ratio).collect(),
+        });
+    }
+    progress(layers.len(), layers.len(), "");
+    let Options { metric, samples } = *options;
+    let scores = Scores { layers: measured, metric, baseline_loss, samples };
+    scores.annotate(graph);
+    Ok(scores)
+}
+
+fn failure(reason: impl Into<String>) -> PassError {
+    PassError::Evaluation { pass: PASS, reason: reason.into() }
+}
+
+fn finite_ratio(noise: Noise) -> f32 {
+    let ratio = noise.ratio();
+    if ratio.is_nan() { f32::INFINITY } else { ratio }
+}
+
+/// The graph with only this layer in int8.
+fn with_layer_quantized(graph: &Graph, layer: &Layer) -> Result<Graph, PassError> {
+    let mut variant = graph.clone();
+    insert_forward(&mut variant, layer, &mut Inserted::default())?;
+    Ok(variant)
+}
+
+#[allow(clippy::cast_possible_truncation, reason = "a score needs no more than f32")]
+fn loss_increase(
+    graph: &Graph,
+    layer: &Layer,
+    evaluator: &mut dyn Evaluate,
+    baseline: f64,
+) -> Result<f32, PassError> {
+    let loss = evaluator.loss(&with_layer_quantized(graph, layer)?).map_err(failure)?;
+    if !loss.is_finite() {
+        return Ok(f32::INFINITY);
+    }
+    // A loss of exactly 0 has no relative change: then the absolute one stands.
+    let unit = if baseline == 0.0 { 1.0 } else { baseline.abs() };
+    Ok(((loss - baseline) / unit) as f32)
+}
+
+/// The one value of that name.
+fn value(graph: &Graph, evaluator: &mut dyn Evaluate, name: &Name) -> Result<Tensor, PassError> {
+    let mut values = evaluator.values(graph, std::slice::from_ref(name)).map_err(failure)?;
+    let value = values.pop().ok_or_else(|| failure(format!("the evaluator returned no {name}")))?;
+    let wanted = graph.find(name.as_str()).map(|id| graph.ty(id).shape.rank());
+    if wanted == Some(value.shape().len()) {
+        Ok(value)
+    } else {
+        Err(failure(format!("{name} has the unexpected shape {:?}", value.shape())))
+    }
+}
+
+fn weight_noise(
+    graph: &Graph,
+    layer: &Layer,
+    evaluator: &mut dyn Evaluate,
+) -> Result<Vec<Noise>, PassError> {
+    let name = &graph.node(graph.operand(layer.node, 1)).name;
+    Ok(noise::of_weight(&value(graph, evaluator, name)?, layer.weight_axis))
+}
+
+fn output_noise(
+    graph: &Graph,
+    layer: &Layer,
+    evaluator: &mut dyn Evaluate,
+) -> Result<Vec<Noise>, PassError> {
+    let name = &graph.node(layer.node).name;
+    let exact = value(graph, evaluator, name)?;
+    let variant = with_layer_quantized(graph, layer)?;
+    let rounded = value(&variant, evaluator, name)?;
+    noise::between(&exact, &rounded, layer.result_axis)
+        .ok_or_else(|| failure(format!("{name} changed its shape")))
+}

@@ -1,0 +1,97 @@
+//! Quantization noise of a tensor, computed on the host.
+
+use qcompile_ir::Tensor;
+
+/// Energy of a signal and of its quantization noise.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Noise {
+    signal: f64,
+    noise: f64,
+}
+
+impl Noise {
+    /// The ratio noise : signal; 0 if both are 0, infinite if only the signal is.
+    #[allow(clippy::cast_possible_truncation, reason = "a score needs no more than f32")]
+    pub(super) fn ratio(self) -> f32 {
+        if self.noise == 0.0 { 0.0 } else { (self.noise / self.signal) as f32 }
+    }
+
+    fn add(&mut self, exact: f64, rounded: f64) {
+        self.signal += exact * exact;
+        self.noise += (exact - rounded) * (exact - rounded);
+    }
+}
+
+/// The sum over channels.
+pub(super) fn total(channels: &[Noise]) -> Noise {
+    channels.iter().fold(Noise::default(), |sum, part| Noise {
+        signal: sum.signal + part.signal,
+        noise: sum.noise + part.noise,
+    })
+}
+
+/// The channel of each element of a row-major tensor.
+fn channel_of(shape: &[usize], axis: usize) -> impl Fn(usize) -> usize {
+    let inner: usize = shape[axis + 1..].iter().product();
+    let channels = shape[axis];
+    move |element| element / inner % channels
+}
+
+/// Noise per index of `axis` of what rounding to i8 with one scale per index leaves of `weight`.
+pub(super) fn of_weight(weight: &Tensor, axis: usize) -> Vec<Noise> {
+    let values = weight.to_f32();
+    let channel = channel_of(weight.shape(), axis);
+    let mut scales = vec![0.0_f32; weight.shape()[axis]];
+    for (element, value) in values.iter().enumerate() {
+        let scale = &mut scales[channel(element)];
+        *scale = scale.max(value.abs());
+    }
+    for scale in &mut scales {
+        *scale = (*scale / 127.0).max(1e-30);
+    }
+    let mut noise = vec![Noise::default(); scales.len()];
+    for (element, &value) in values.iter().enumerate() {
+        let at = channel(element);
+        let rounded = (value / scales[at]).round_ties_even().clamp(-127.0, 127.0) * scales[at];
+        noise[at].add(f64::from(value), f64::from(rounded));
+    }
+    noise
+}
+
+/// Noise per index of `axis` of `rounded` against `exact`; `None` if their shapes differ.
+pub(super) fn between(exact: &Tensor, rounded: &Tensor, axis: usize) -> Option<Vec<Noise>> {
+    if exact.shape() != rounded.shape() {
+        return None;
+    }
+    let channel = channel_of(exact.shape(), axis);
+    let mut noise = vec![Noise::default(); *exact.shape().get(axis)?];
+    for (element, (a, b)) in exact.to_f64().into_iter().zip(rounded.to_f64()).enumerate() {
+        noise[channel(element)].add(a, b);
+    }
+    Some(noise)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn noise_of_a_channel_ignores_the_size_of_the_others() {
+        let weight = Tensor::from_f32(&[2, 3], &[0.1, 0.25, 0.7, 100.0, 250.0, 700.0]).expect("6");
+        let noise = of_weight(&weight, 0);
+        let (a, b) = (noise[0].ratio(), noise[1].ratio());
+        assert!(a > 0.0 && (a - b).abs() < 1e-3 * a, "{a} {b}");
+        // By columns, the large row drowns the small one: more noise than by rows.
+        assert!(total(&of_weight(&weight, 1)).ratio() > 0.0);
+        assert_eq!(total(&of_weight(&Tensor::zeros(weight.dtype(), &[2, 2]), 0)).ratio(), 0.0);
+    }
+
+    #[test]
+    fn noise_between_tensors_is_relative_energy() {
+        let a = Tensor::from_f32(&[2, 2], &[1.0, 2.0, 1.0, 2.0]).expect("4");
+        let b = Tensor::from_f32(&[2, 2], &[1.0, 1.0, 1.0, 2.0]).expect("4");
+        let noise = between(&a, &b, 1).expect("same shape");
+        assert_eq!(noise.iter().map(|n| n.ratio()).collect::<Vec<_>>(), [0.0, 0.125]);
+        assert!(between(&a, &Tensor::zeros(a.dtype(), &[4]), 0).is_none());
+    }
+}
