@@ -99,7 +99,9 @@ pub fn build(graph: Graph, options: &BuildOptions) -> Result<Plan, PlanError> {
         })
         .collect();
     let slots = memory.slots;
-    Ok(Plan::assemble(graph, slots, steps, inputs, outputs, params, states, consts)?)
+    let mut plan = Plan::assemble(graph, slots, steps, inputs, outputs, params, states, consts)?;
+    plan.batch_size = options.batch_size.max(1);
+    Ok(plan)
 }
 
 /// Groups in a stable order: regions in order, operands first, otherwise as the graph has them. Copies of outputs end

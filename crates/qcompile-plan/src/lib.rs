@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod build;
+pub mod file;
 mod fuse;
 mod lower;
 mod memory;
@@ -16,10 +17,12 @@ mod nest_builder;
 pub mod plan;
 pub mod primitive;
 mod primitives;
+mod text;
 pub mod verify;
 mod view;
 
 pub use build::{BuildOptions, PlanError, build};
+pub use file::FileError;
 pub use nest::{Access, LoopNest, Scalar, Write};
 pub use plan::{Affine, Binding, Kernel, Plan, Slot, SlotId, Step, Storage};
 pub use primitive::{Convolution, Int8, Matmul, Matrix, Place, Pooling, Primitive, Product};

@@ -2,6 +2,7 @@
 
 use crate::{LoopNest, Primitive};
 use qcompile_ir::{CollectiveOp, Dim, Graph, Region, Tensor, TensorType};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -180,6 +181,8 @@ pub struct Plan {
     pub(crate) params: Vec<Binding>,
     pub(crate) states: Vec<Binding>,
     pub(crate) consts: Vec<Binding>,
+    pub(crate) meta: BTreeMap<String, String>,
+    pub(crate) batch_size: usize,
 }
 
 impl Plan {
@@ -198,7 +201,18 @@ impl Plan {
         states: Vec<Binding>,
         consts: Vec<Binding>,
     ) -> Result<Plan, crate::VerifyError> {
-        let plan = Plan { graph, slots, steps, inputs, outputs, params, states, consts };
+        let plan = Plan {
+            graph,
+            slots,
+            steps,
+            inputs,
+            outputs,
+            params,
+            states,
+            consts,
+            meta: BTreeMap::new(),
+            batch_size: 1,
+        };
         crate::verify(&plan)?;
         Ok(plan)
     }
@@ -207,6 +221,25 @@ impl Plan {
     #[must_use]
     pub fn graph(&self) -> &Graph {
         &self.graph
+    }
+
+    /// What was said about it: decisions, loss, optimizer and whatever else the compiler wants to remember.
+    #[must_use]
+    pub fn meta(&self) -> &BTreeMap<String, String> {
+        &self.meta
+    }
+
+    /// The same plan with other things said about it.
+    #[must_use]
+    pub fn with_meta(mut self, meta: BTreeMap<String, String>) -> Plan {
+        self.meta = meta;
+        self
+    }
+
+    /// The batch size that its memory is shared for.
+    #[must_use]
+    pub fn batch_size(&self) -> usize {
+        self.batch_size
     }
 
     /// All memory.

@@ -1,0 +1,217 @@
+//! A plan as text, for `--emit plan-text` and snapshots.
+//!
+//! ```text
+//! slot 0 input 40N
+//! step 0 forward %fc = matmul slot 0, slot 3 -> slot 1
+//! ```
+
+use crate::{
+    Access, Kernel, LoopNest, Matrix, Place, Plan, Primitive, Scalar, SlotId, Storage, Write,
+};
+use qcompile_ir::Dim;
+use std::fmt;
+
+impl fmt::Display for SlotId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "s{}", self.0)
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.offset {
+            crate::Affine::ZERO => write!(f, "{}", self.slot),
+            offset => write!(f, "{}+{offset}", self.slot),
+        }
+    }
+}
+
+impl fmt::Display for Matrix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let strides = [self.batch_stride, self.row_stride, self.col_stride];
+        write!(f, "{}{}", self.place, List(&strides))
+    }
+}
+
+impl fmt::Display for Access {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let place = Place { slot: self.slot, offset: self.offset };
+        write!(f, "{} {place}{}", self.dtype, List(&self.strides))
+    }
+}
+
+/// `[a, b]`.
+struct List<'a>(&'a [Dim]);
+
+impl fmt::Display for List<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let dims: Vec<String> = self.0.iter().map(Dim::to_string).collect();
+        write!(f, "[{}]", dims.join(", "))
+    }
+}
+
+impl Storage {
+    /// The word in text.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Storage::Input => "input",
+            Storage::Kept => "kept",
+            Storage::Const => "const",
+            Storage::Output => "output",
+            Storage::Shared => "shared",
+        }
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "plan @{}", self.graph().name())?;
+        let kinds = [
+            ("input", self.inputs()),
+            ("output", self.outputs()),
+            ("param", self.params()),
+            ("state", self.states()),
+            ("const", self.consts()),
+        ];
+        for (kind, bindings) in kinds {
+            for binding in bindings {
+                let name = qcompile_ir::Name::from(&binding.name);
+                writeln!(f, "{kind} {name} : {} in {}", binding.ty, binding.slot)?;
+            }
+        }
+        for (index, slot) in self.slots().iter().enumerate() {
+            writeln!(f, "slot s{index} {} {}", slot.storage.name(), slot.bytes)?;
+        }
+        for (index, step) in self.steps().iter().enumerate() {
+            let name = qcompile_ir::Name::from(&step.name);
+            let serial = if step.serial { " serial" } else { "" };
+            write!(f, "step {index} {}{serial} {name} = ", step.region.name())?;
+            match &step.kernel {
+                Kernel::Loops(nests) => {
+                    writeln!(f, "loops")?;
+                    nests.iter().try_for_each(|nest| write_nest(f, nest))?;
+                }
+                Kernel::Primitive(primitive) => write_primitive(f, primitive)?,
+                Kernel::AllReduce { op, members } => {
+                    let members: Vec<String> = members
+                        .iter()
+                        .map(|(place, elements)| format!("{place}[{elements}]"))
+                        .collect();
+                    writeln!(f, "all_reduce {} {}", op.name(), members.join(", "))?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn write_nest(f: &mut fmt::Formatter<'_>, nest: &LoopNest) -> fmt::Result {
+    writeln!(f, "  for {}", List(&nest.dims))?;
+    for (value, scalar) in nest.body.iter().enumerate() {
+        write!(f, "    v{value} = ")?;
+        match *scalar {
+            Scalar::Read(read) => writeln!(f, "{}", nest.reads[read])?,
+            Scalar::Tile => writeln!(f, "tile")?,
+            Scalar::Const(dtype, value) => writeln!(f, "{dtype} {value}")?,
+            Scalar::Size(dim) => writeln!(f, "size {dim}")?,
+            Scalar::Unary(op, x) => writeln!(f, "{} v{x}", op.name())?,
+            Scalar::Binary(op, a, b) => writeln!(f, "{} v{a}, v{b}", op.name())?,
+            Scalar::Compare(op, a, b) => writeln!(f, "{} v{a}, v{b}", op.name())?,
+            Scalar::Select(c, a, b) => writeln!(f, "select v{c}, v{a}, v{b}")?,
+            Scalar::Cast(dtype, x) => writeln!(f, "cast {dtype} v{x}")?,
+            Scalar::Quantize(dtype, x, s) => writeln!(f, "quantize {dtype} v{x}, v{s}")?,
+            Scalar::Dequantize(q, s) => writeln!(f, "dequantize v{q}, v{s}")?,
+            Scalar::StraightThrough(dtype, x, dy, s) => {
+                writeln!(f, "straight_through {dtype} v{x}, v{dy}, v{s}")?;
+            }
+        }
+    }
+    for write in &nest.writes {
+        match write {
+            Write::Store { access, value } => writeln!(f, "    {access} = v{value}")?,
+            Write::Reduce { access, op, value } => {
+                writeln!(f, "    {access} = {} v{value}", op.name())?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn write_primitive(f: &mut fmt::Formatter<'_>, primitive: &Primitive) -> fmt::Result {
+    write!(f, "{}", primitive.name())?;
+    let mut epilogue = None;
+    match primitive {
+        Primitive::Matmul(matmul, nest) => {
+            let crate::Matmul { batch, m, n, k, a, b, c, int8 } = matmul;
+            write!(f, " {} {a}, {b}", List(&[*batch, *m, *n, *k]))?;
+            write_scales(f, int8.as_ref())?;
+            epilogue = nest.as_ref();
+            if epilogue.is_none() {
+                write!(f, " -> {c}")?;
+            }
+        }
+        Primitive::Convolution(convolution, nest) => {
+            let crate::Convolution {
+                geometry,
+                images,
+                in_channels,
+                out_channels,
+                a,
+                b,
+                c,
+                int8,
+                ..
+            } = convolution;
+            let [height, width] = geometry.input;
+            let [kernel_height, kernel_width] = geometry.kernel;
+            write!(
+                f,
+                " {images}x{height}x{width}x{in_channels} kernel {kernel_height}x{kernel_width}"
+            )?;
+            write!(f, " strides {:?} pads {:?}", geometry.strides, geometry.pads)?;
+            write!(f, " dilations {:?} groups {}", geometry.dilations, geometry.groups)?;
+            write!(f, " channels {out_channels} {a}, {b}")?;
+            write_scales(f, int8.as_ref())?;
+            epilogue = nest.as_ref();
+            if epilogue.is_none() {
+                write!(f, " -> {c}")?;
+            }
+        }
+        Primitive::Pooling(pooling) => {
+            let geometry = &pooling.geometry;
+            let [height, width] = geometry.input;
+            write!(f, " {}x{height}x{width}x{}", pooling.images, pooling.channels)?;
+            write!(f, " kernel {:?} strides {:?}", geometry.kernel, geometry.strides)?;
+            write!(f, " pads {:?} {}", geometry.pads, pooling.x)?;
+            if pooling.gradient {
+                write!(f, ", {}", pooling.dy)?;
+            }
+            write!(f, " -> {}", pooling.y)?;
+        }
+        Primitive::Softmax { rows, cols, x, y, .. } => {
+            write!(f, " {} {x} -> {y}", List(&[*rows, *cols]))?;
+        }
+        Primitive::CrossEntropy { rows, cols, logits, label, loss } => {
+            write!(f, " {} {logits}, {label} -> {loss}", List(&[*rows, *cols]))?;
+        }
+        Primitive::CrossEntropyGrad { rows, cols, logits, label, dloss, dlogits } => {
+            write!(f, " {} {logits}, {label}, {dloss} -> {dlogits}", List(&[*rows, *cols]))?;
+        }
+        Primitive::Gather { table_rows, row_bytes, count, table, indices, y } => {
+            write!(f, " {table_rows} rows of {row_bytes} bytes, {count} times")?;
+            write!(f, " {table}, {indices} -> {y}")?;
+        }
+        Primitive::ScatterAdd { rows, width, count, indices, values, y } => {
+            write!(f, " {} {count} times {indices}, {values} -> {y}", List(&[*rows, *width]))?;
+        }
+    }
+    writeln!(f)?;
+    epilogue.map_or(Ok(()), |nest| write_nest(f, nest))
+}
+
+fn write_scales(f: &mut fmt::Formatter<'_>, int8: Option<&crate::Int8>) -> fmt::Result {
+    let Some(int8) = int8 else { return Ok(()) };
+    let channels = if int8.per_channel { " per channel" } else { "" };
+    write!(f, " scales {}, {}{channels}", int8.scale_a, int8.scale_b)
+}
