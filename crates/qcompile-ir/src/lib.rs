@@ -14,6 +14,7 @@
 //! This crate does no I/O and depends on nothing else of this project.
 #![forbid(unsafe_code)]
 
+pub mod eval;
 pub mod graph;
 pub mod infer;
 pub mod note;

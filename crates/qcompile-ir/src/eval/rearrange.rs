@@ -1,0 +1,159 @@
+//! Ops that move elements: transpose, broadcast, slice, pad, concat, gather, scatter.
+
+use super::{Data, Value};
+use crate::DType;
+
+/// The elements at these positions; `None` takes `fill`.
+fn pick(data: &Data, positions: impl Iterator<Item = Option<usize>>, fill: f64) -> Data {
+    match data {
+        Data::Float(values) => {
+            Data::Float(positions.map(|at| at.map_or(fill, |at| values[at])).collect())
+        }
+        Data::Int(values) => {
+            Data::Int(positions.map(|at| at.map_or(fill as i64, |at| values[at])).collect())
+        }
+    }
+}
+
+/// Row-major distances between neighbours along each axis.
+pub(super) fn strides(shape: &[usize]) -> Vec<usize> {
+    let mut strides = vec![1; shape.len()];
+    for axis in (1..shape.len()).rev() {
+        strides[axis - 1] = strides[axis] * shape[axis];
+    }
+    strides
+}
+
+/// For each place of `shape` in row-major order, the sum of index times stride.
+pub(super) fn positions(shape: &[usize], strides: &[usize]) -> impl Iterator<Item = usize> {
+    let total: usize = shape.iter().product();
+    let axes: Vec<(usize, usize)> = shape.iter().copied().zip(strides.iter().copied()).collect();
+    (0..total).map(move |flat| {
+        let mut rest = flat;
+        let mut position = 0;
+        for &(size, stride) in axes.iter().rev() {
+            position += rest % size * stride;
+            rest /= size;
+        }
+        position
+    })
+}
+
+/// Products of the sizes before and after an axis.
+fn around(shape: &[usize], axis: usize) -> (usize, usize) {
+    (shape[..axis].iter().product(), shape[axis + 1..].iter().product())
+}
+
+pub(super) fn transpose(permutation: &[usize], x: &Value, shape: &[usize]) -> Data {
+    let own = strides(&x.shape);
+    let moved: Vec<usize> = permutation.iter().map(|&axis| own[axis]).collect();
+    pick(&x.data, positions(shape, &moved).map(Some), 0.0)
+}
+
+pub(super) fn broadcast(x: &Value, shape: &[usize]) -> Data {
+    let own = strides(&x.shape);
+    let missing = shape.len() - x.shape.len();
+    let repeated: Vec<usize> = (0..shape.len())
+        .map(|axis| match axis.checked_sub(missing) {
+            Some(own_axis) if x.shape[own_axis] != 1 => own[own_axis],
+            _ => 0,
+        })
+        .collect();
+    pick(&x.data, positions(shape, &repeated).map(Some), 0.0)
+}
+
+/// Maps every place of `shape` through a function of its index along `axis` to the index in `x`.
+fn along(
+    axis: usize,
+    x: &Value,
+    shape: &[usize],
+    fill: f64,
+    index: impl Fn(usize) -> Option<usize>,
+) -> Data {
+    let (outer, inner) = around(shape, axis);
+    let total = outer * shape[axis] * inner;
+    let mut places = Vec::with_capacity(total);
+    // Without elements there may still be very many rows of none.
+    for o in 0..if total == 0 { 0 } else { outer } {
+        for k in 0..shape[axis] {
+            let row = index(k).map(|k| (o * x.shape[axis] + k) * inner);
+            places.extend((0..inner).map(|i| row.map(|row| row + i)));
+        }
+    }
+    pick(&x.data, places.into_iter(), fill)
+}
+
+pub(super) fn slice(axis: usize, start: usize, step: usize, x: &Value, shape: &[usize]) -> Data {
+    along(axis, x, shape, 0.0, |k| Some(start + k * step))
+}
+
+pub(super) fn pad(
+    axis: usize,
+    low: usize,
+    interior: usize,
+    value: f64,
+    dtype: DType,
+    x: &Value,
+    shape: &[usize],
+) -> Data {
+    let size = x.shape[axis];
+    let fill = if dtype == DType::Bool { f64::from(u8::from(value != 0.0)) } else { value };
+    along(axis, x, shape, fill, |k| {
+        let k = k.checked_sub(low)?;
+        let (index, between) = (k / interior.saturating_add(1), k % interior.saturating_add(1));
+        (between == 0 && index < size).then_some(index)
+    })
+}
+
+pub(super) fn concat(axis: usize, operands: &[&Value], shape: &[usize]) -> Data {
+    let (outer, inner) = around(shape, axis);
+    let mut floats = Vec::new();
+    let mut ints = Vec::new();
+    for o in 0..if shape.contains(&0) { 0 } else { outer } {
+        for x in operands {
+            let part = x.shape[axis] * inner;
+            match &x.data {
+                Data::Float(values) => floats.extend_from_slice(&values[o * part..(o + 1) * part]),
+                Data::Int(values) => ints.extend_from_slice(&values[o * part..(o + 1) * part]),
+            }
+        }
+    }
+    if matches!(operands[0].data, Data::Float(_)) { Data::Float(floats) } else { Data::Int(ints) }
+}
+
+/// The row of an index that may count from the end.
+fn row(index: i64, rows: usize, place: usize) -> Result<usize, String> {
+    let counted = if index < 0 { index.checked_add_unsigned(rows as u64) } else { Some(index) };
+    counted
+        .and_then(|row| usize::try_from(row).ok())
+        .filter(|&row| row < rows)
+        .ok_or_else(|| format!("index {index} at place {place} is out of range for {rows} rows"))
+}
+
+pub(super) fn gather(table: &Value, indices: &Value) -> Result<Data, String> {
+    let (_, width) = around(&table.shape, 0);
+    let mut places = Vec::with_capacity(indices.data.len() * width);
+    for (place, &index) in indices.data.ints().iter().enumerate() {
+        let row = row(index, table.shape[0], place)?;
+        places.extend((0..width).map(|i| Some(row * width + i)));
+    }
+    Ok(pick(&table.data, places.into_iter(), 0.0))
+}
+
+pub(super) fn scatter_add(
+    rows: usize,
+    indices: &Value,
+    values: &Value,
+    shape: &[usize],
+) -> Result<Data, String> {
+    let (_, width) = around(shape, 0);
+    let mut sums = vec![0.0; rows * width];
+    let values = values.data.floats();
+    for (place, &index) in indices.data.ints().iter().enumerate() {
+        let row = row(index, rows, place)?;
+        for i in 0..width {
+            sums[row * width + i] += values[place * width + i];
+        }
+    }
+    Ok(Data::Float(sums))
+}
