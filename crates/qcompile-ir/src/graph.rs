@@ -458,6 +458,14 @@ impl Graph {
         operands.into_iter().map(|(_, id)| id).collect()
     }
 
+    /// The positions of the operands, ascending: 0, 1, 2, ... in a graph that verifies.
+    pub(crate) fn operand_positions(&self, id: NodeId) -> Vec<usize> {
+        let edges = self.dag.edges_directed(id.0, Incoming);
+        let mut positions: Vec<usize> = edges.map(|edge| *edge.weight() as usize).collect();
+        positions.sort_unstable();
+        positions
+    }
+
     /// The operand at `position`. Panics if there is none.
     #[must_use]
     pub fn operand(&self, id: NodeId, position: usize) -> NodeId {

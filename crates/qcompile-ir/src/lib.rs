@@ -22,6 +22,7 @@ pub mod op;
 pub mod tensor;
 pub mod text;
 pub mod types;
+pub mod verify;
 
 pub use graph::{Graph, GraphError, Name, Node, NodeId, Region};
 pub use infer::{TypeError, infer};
@@ -31,3 +32,4 @@ pub use op::{
 };
 pub use tensor::Tensor;
 pub use types::{DType, Dim, Shape, TensorType};
+pub use verify::{VerifyError, VerifyErrors, verify};

@@ -92,6 +92,7 @@ impl Lanes for Int8 {
     const HALO: u32 = 0x8080_8080;
     const HEADER: bool = true;
     const INTEGER: bool = true;
+    const UNROLL: usize = 4;
     tile_entries!(12, 12, "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni");
 
     #[inline(always)]

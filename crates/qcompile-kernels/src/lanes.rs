@@ -61,6 +61,9 @@ pub(crate) trait Lanes: Copy + 'static {
     const ROWS_PAIR: usize;
     /// Rows of the tile that is one vector wide; divides [`ROW_GROUP`](crate::tile::ROW_GROUP).
     const ROWS_SINGLE: usize;
+    /// Words of K in one turn of the inner loop. More than one spoils sums made of two instructions:
+    /// the compiler reorders the additions of a turn, and then lacks registers.
+    const UNROLL: usize = if Self::INTEGER { 1 } else { 4 };
     /// The word of a left operand that stands for zeros.
     const HALO: u32;
     /// Whether a packed panel begins with the first values of its accumulators.

@@ -126,9 +126,25 @@ impl Kind for Int8Kind {
     }
 }
 
+/// How the left operand is read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum LeftForm {
+    /// Where it is.
+    InPlace,
+    /// Packed row by row.
+    Rows,
+    /// Packed by groups of rows, a word of each row after the other.
+    Groups,
+}
+
 /// How a product is cut into units.
 struct Cut {
     panels: Panels,
+    left: LeftForm,
+    /// Packed copies of A.
+    left_copies: usize,
+    /// Words of one packed copy of A.
+    left_words: usize,
     /// Packed copies of B.
     copies: usize,
     row_blocks: usize,
@@ -157,8 +173,26 @@ impl Cut {
         let rows = p.m.div_ceil(row_blocks).next_multiple_of(ROW_GROUP);
         let column_blocks = count.div_ceil(columns).max(1);
         let columns = count.div_ceil(column_blocks);
+        let adjacent = p.a_strides[2] == 1 || p.k <= 1;
+        let left = match (L::GROUP == 1, adjacent) {
+            (true, true) => LeftForm::InPlace,
+            // A single panel reads A once, which is no more than packing does.
+            (true, false) if count <= 1 => LeftForm::InPlace,
+            (_, false) => LeftForm::Groups,
+            (false, true) => LeftForm::Rows,
+        };
+        let packed = left != LeftForm::InPlace;
         Cut {
             panels,
+            left,
+            left_copies: if !packed {
+                0
+            } else if p.a_strides[0] == 0 {
+                1
+            } else {
+                p.batch
+            },
+            left_words: p.m.next_multiple_of(ROW_GROUP) * panels.k,
             copies: if p.b_strides[0] == 0 { 1 } else { p.batch },
             row_blocks: p.m.div_ceil(rows),
             rows,
@@ -176,7 +210,10 @@ unsafe extern "C" fn units<K: Kind, S: Simd>(args: *const u64, phase: usize) -> 
     }
     let cut = Cut::of::<K::Lanes<S>>(&p);
     match phase {
-        0 => cut.copies * cut.panels.count::<K::Lanes<S>>(),
+        0 => {
+            cut.copies * cut.panels.count::<K::Lanes<S>>()
+                + cut.left_copies * p.m.div_ceil(ROW_GROUP)
+        }
         _ => p.batch * cut.row_blocks * cut.column_blocks,
     }
 }
@@ -185,7 +222,7 @@ unsafe extern "C" fn scratch<K: Kind, S: Simd>(args: *const u64) -> usize {
     // SAFETY: the caller passes the argument block of this kernel.
     let ProductOf(p) = unsafe { K::read::<S>(args) };
     let cut = Cut::of::<K::Lanes<S>>(&p);
-    cut.copies * cut.panels.words::<K::Lanes<S>>() * 4
+    (cut.copies * cut.panels.words::<K::Lanes<S>>() + cut.left_copies * cut.left_words) * 4
 }
 
 unsafe extern "C" fn run<K: Kind, S: Simd>(
@@ -211,7 +248,7 @@ pub(crate) const fn primitive<K: Kind, S: Simd>() -> Primitive {
     Primitive { phases: 2, units: units::<K, S>, run: run::<K, S>, scratch: scratch::<K, S> }
 }
 
-/// Packs panels of B.
+/// Packs panels of B, then row groups of A.
 struct Pack<L: Lanes> {
     product: Product<L::Element>,
     cut: Cut,
@@ -224,7 +261,13 @@ impl<L: Lanes> Task for Pack<L> {
     unsafe fn run<S: Simd>(self) {
         let Pack { product: p, cut, begin, end } = self;
         let count = cut.panels.count::<L>();
+        let right_units = cut.copies * count;
         for unit in begin..end {
+            if unit >= right_units {
+                // SAFETY: the group lies in A and in the scratch.
+                unsafe { pack_left::<L>(&p, &cut, unit - right_units) };
+                continue;
+            }
             let (copy, panel) = (unit / count, unit % count);
             let stored = cut.panels.stored::<L>(panel);
             let valid = cut.panels.valid::<L>(panel);
@@ -245,6 +288,34 @@ impl<L: Lanes> Task for Pack<L> {
                 }
                 pack::interleave::<L, Right>(from, p.k, valid, to, stored);
             }
+        }
+    }
+}
+
+/// Packs a group of rows of A.
+#[inline(always)]
+unsafe fn pack_left<L: Lanes>(p: &Product<L::Element>, cut: &Cut, unit: usize) {
+    let groups = p.m.div_ceil(ROW_GROUP);
+    let (copy, row) = (unit / groups, unit % groups * ROW_GROUP);
+    let live = ROW_GROUP.min(p.m - row);
+    let words = cut.panels.k;
+    // SAFETY: granted by the caller.
+    unsafe {
+        let from = p.a.add(copy * p.a_strides[0] + row * p.a_strides[1]);
+        let to = p.scratch.add(
+            cut.copies * cut.panels.words::<L>() + copy * cut.left_words + row * words,
+        );
+        if cut.left == LeftForm::Rows {
+            for r in 0..live {
+                pack::row::<L, Left>(from.add(r * p.a_strides[1]), p.k, to.add(r * words));
+            }
+        } else {
+            let source = Source {
+                first: from,
+                k_stride: p.a_strides[2],
+                column_stride: p.a_strides[1],
+            };
+            pack::interleave::<L, Left>(source, p.k, live, to, ROW_GROUP);
         }
     }
 }
@@ -290,9 +361,6 @@ impl<L: Lanes> Compute<L> {
         let parts = words.div_ceil(BLOCK_WORDS).max(1);
         let part = words.div_ceil(parts);
         let parts = if part == 0 { 1 } else { words.div_ceil(part) };
-        let adjacent = p.a_strides[2] == 1 || p.k == 1;
-        let in_place = adjacent && L::GROUP == 1;
-
         // Either the whole block, or one row group where nothing has to wait for a later part of K.
         let held = if direct {
             1
@@ -302,7 +370,6 @@ impl<L: Lanes> Compute<L> {
             ROW_GROUP
         };
         let mut result = Buffer::take(Slot::Result, held * stride);
-        let mut left = Buffer::take(Slot::Left, if in_place { 0 } else { padded * part });
         let mut row_pointers = [std::ptr::null(); BLOCK_ROWS + ROW_GROUP];
         let mut out_pointers = [std::ptr::null_mut(); BLOCK_ROWS + ROW_GROUP];
         // SAFETY: rows lie in A, C and the buffers taken above.
@@ -332,36 +399,29 @@ impl<L: Lanes> Compute<L> {
             };
             let copy = if cut.copies == 1 { 0 } else { matrix };
             let packed = p.scratch.add(copy * cut.panels.words::<L>()).cast_const();
+            let left_copy = if cut.left_copies == 1 { 0 } else { matrix };
+            let left = p.scratch.wrapping_add(
+                cut.copies * cut.panels.words::<L>() + left_copy * cut.left_words + row * words,
+            );
+            // Distance from one word of a row to the next.
+            let step = match cut.left {
+                LeftForm::InPlace => p.a_strides[2],
+                LeftForm::Rows => 1,
+                LeftForm::Groups => ROW_GROUP,
+            };
+            for (r, pointer) in row_pointers.iter_mut().enumerate().take(padded) {
+                *pointer = match cut.left {
+                    LeftForm::InPlace => a.add(r.min(rows - 1) * p.a_strides[1]).cast(),
+                    LeftForm::Rows => left.add(r.min(rows - 1) * words),
+                    LeftForm::Groups => {
+                        left.add(r / ROW_GROUP * ROW_GROUP * words + r % ROW_GROUP)
+                    }
+                };
+            }
             for at in 0..parts {
                 let begin = at * part;
                 let length = part.min(words - begin);
-                let elements = (length * L::GROUP).min(p.k - begin * L::GROUP);
-                let from = a.add(begin * L::GROUP * p.a_strides[2]);
-                let mut step = 1;
-                for (r, pointer) in row_pointers.iter_mut().enumerate().take(padded) {
-                    *pointer = if in_place {
-                        from.add(r.min(rows - 1) * p.a_strides[1]).cast()
-                    } else if adjacent {
-                        let to = left.words().add(r * part);
-                        if r < rows {
-                            pack::row::<L, Left>(from.add(r * p.a_strides[1]), elements, to);
-                        }
-                        to.cast_const()
-                    } else {
-                        step = ROW_GROUP as isize;
-                        if r % ROW_GROUP == 0 {
-                            let source = Source {
-                                first: from.add(r * p.a_strides[1]),
-                                k_stride: p.a_strides[2],
-                                column_stride: p.a_strides[1],
-                            };
-                            let live = ROW_GROUP.min(rows - r);
-                            let to = left.words().add(r * part);
-                            pack::interleave::<L, Left>(source, elements, live, to, ROW_GROUP);
-                        }
-                        left.words().add(r / ROW_GROUP * ROW_GROUP * part + r % ROW_GROUP)
-                    };
-                }
+                let segments = [(begin * step) as isize];
                 let block = Block {
                     rows: &row_pointers[..padded],
                     outs: &out_pointers[..padded],
@@ -372,7 +432,8 @@ impl<L: Lanes> Compute<L> {
                     panel_end,
                     exact: direct,
                 };
-                let depth = Depth { segments: &[0], length, step, begin, resume: at > 0 };
+                let step = step as isize;
+                let depth = Depth { segments: &segments, length, step, begin, resume: at > 0 };
                 for first in (0..rows).step_by(ROW_GROUP) {
                     block.sweep::<L>(first, &depth);
                     if !direct && at + 1 == parts {

@@ -90,6 +90,10 @@ pub(crate) unsafe fn interleave<L: Lanes, S: Side>(
                 let line = from.first.add(w * L::GROUP * from.k_stride);
                 let out = to.add(w * width);
                 if live == L::GROUP && from.column_stride == 1 {
+                    if L::GROUP == 1 {
+                        std::ptr::copy_nonoverlapping(line.cast(), out, columns);
+                        continue;
+                    }
                     for c in 0..columns {
                         let mut elements = [L::Element::default(); 4];
                         for (g, element) in elements.iter_mut().enumerate().take(L::GROUP) {

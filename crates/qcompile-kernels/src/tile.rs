@@ -77,18 +77,20 @@ pub(crate) unsafe fn tile<L: Lanes, const R: usize, const N: usize>(t: &Tile) {
         let mut right = t.right;
         for s in 0..t.segment_count {
             let mut at = *t.segments.add(s);
-            for _ in 0..t.length {
-                let mut b = [L::zero(); N];
-                for (j, b) in b.iter_mut().enumerate() {
-                    *b = L::load(right.add(j * L::LANES));
-                }
-                for i in 0..R {
-                    let a = L::splat(rows[i].offset(at));
-                    for j in 0..N {
-                        sums[i][j] = L::dot(sums[i][j], a, b[j]);
+            let mut left = t.length;
+            if t.step == 1 {
+                while left >= L::UNROLL {
+                    for u in 0..L::UNROLL {
+                        multiply::<L, R, N>(&rows, at + u as isize, right, &mut sums);
+                        right = right.add(N * L::LANES);
                     }
+                    at = opaque(at + L::UNROLL as isize);
+                    left -= L::UNROLL;
                 }
-                at += t.step;
+            }
+            for _ in 0..left {
+                multiply::<L, R, N>(&rows, at, right, &mut sums);
+                at = opaque(at + t.step);
                 right = right.add(N * L::LANES);
             }
         }
@@ -99,6 +101,46 @@ pub(crate) unsafe fn tile<L: Lanes, const R: usize, const N: usize>(t: &Tile) {
             }
         }
     }
+}
+
+/// Adds the products of one word of K.
+#[inline(always)]
+unsafe fn multiply<L: Lanes, const R: usize, const N: usize>(
+    rows: &[*const u32; R],
+    at: isize,
+    right: *const u32,
+    sums: &mut [[L::V; N]; R],
+) {
+    // SAFETY: granted by the caller.
+    unsafe {
+        let mut b = [L::zero(); N];
+        for (j, b) in b.iter_mut().enumerate() {
+            *b = L::load(right.add(j * L::LANES));
+        }
+        for i in 0..R {
+            let a = L::splat(rows[i].offset(at));
+            for j in 0..N {
+                sums[i][j] = L::dot(sums[i][j], a, b[j]);
+            }
+        }
+    }
+}
+
+/// Hides how an index moves. Otherwise the compiler turns one index and `R` fixed pointers into `R`
+/// moving pointers, which costs `R` additions for each word of K.
+#[inline(always)]
+fn opaque(index: isize) -> isize {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let mut index = index;
+        // SAFETY: no instruction at all; the operand only passes through a register.
+        unsafe {
+            std::arch::asm!("/* {0} */", inout(reg) index, options(pure, nomem, nostack, preserves_flags));
+        }
+        index
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    index
 }
 
 /// Layout of a packed right operand of `k` words by `n` columns.

@@ -1,1 +1,103 @@
-//! Crate under construction.
+//! `model.onnx` to [`Graph`].
+//!
+//! [`import`] scans the bytes against [`Limits`], decodes them, orders the nodes, and imports each through one
+//! function per operator. Shapes are computed at compile time, with the batch size N inside them; everything that
+//! is not supported is reported at once.
+#![forbid(unsafe_code)]
+
+mod build;
+mod dims;
+mod draft;
+mod error;
+mod fold;
+mod import;
+mod known;
+mod node;
+mod ops;
+mod order;
+mod pattern;
+mod scan;
+mod tensor;
+
+pub use error::{ImportError, MissingDim, Problem, UnsupportedNode};
+pub use import::import;
+pub use scan::{Census, Limits, scan};
+
+use qcompile_ir::{Graph, TensorType};
+use std::collections::BTreeMap;
+
+/// Reads `length` bytes at `offset` of the external data file `location`, a path relative to the model's folder.
+/// Whoever provides it confines it to that folder; this crate does no I/O.
+pub type External<'a> = &'a dyn Fn(&str, u64, u64) -> Result<Vec<u8>, String>;
+
+/// What `BatchNormalization` does, whatever the model says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BatchNorm {
+    /// As the model says.
+    #[default]
+    Model,
+    /// Statistics of the batch; running statistics are updated.
+    Train,
+    /// Running statistics, which stay as they are.
+    Frozen,
+}
+
+/// How a model is imported.
+#[derive(Clone)]
+pub struct ImportOptions<'a> {
+    /// Sizes of symbolic dimensions by name, or by `INPUT.AXIS`.
+    pub dims: BTreeMap<String, usize>,
+    /// Reads external data.
+    pub external: External<'a>,
+    /// What to train: globs on names of initializers and nodes, `op:Conv` on operators. Everything, if empty.
+    pub train: Vec<String>,
+    /// What not to train, in the same form.
+    pub freeze: Vec<String>,
+    /// What `BatchNormalization` does.
+    pub batch_norm: BatchNorm,
+    /// What the file may contain.
+    pub limits: Limits,
+}
+
+impl Default for ImportOptions<'_> {
+    fn default() -> Self {
+        ImportOptions {
+            dims: BTreeMap::new(),
+            external: &no_external,
+            train: Vec::new(),
+            freeze: Vec::new(),
+            batch_norm: BatchNorm::Model,
+            limits: Limits::default(),
+        }
+    }
+}
+
+fn no_external(_: &str, _: u64, _: u64) -> Result<Vec<u8>, String> {
+    Err("external data is not available here".to_owned())
+}
+
+/// An input or output of the model, in the layout that ONNX gives it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Port {
+    /// Its ONNX name.
+    pub name: String,
+    /// Its type in the graph; N is the batch size.
+    pub ty: TensorType,
+    /// Its ONNX element type (`float64` where the graph has f32).
+    pub onnx_dtype: String,
+}
+
+/// An imported model.
+#[derive(Clone, Debug)]
+pub struct Import {
+    /// The model as a graph: parameters carry the names of their initializers.
+    pub graph: Graph,
+    /// Inputs in ONNX order.
+    pub inputs: Vec<Port>,
+    /// Outputs in ONNX order.
+    pub outputs: Vec<Port>,
+    /// The trainable initializers: ONNX name to name in the graph.
+    pub parameters: BTreeMap<String, String>,
+    /// What was changed or assumed, to be told.
+    pub warnings: Vec<String>,
+}

@@ -12,6 +12,8 @@ mod builder;
 pub mod differentiate;
 pub mod distribute;
 pub mod error;
+pub mod quantize;
+pub mod sensitivity;
 pub mod simplify;
 pub mod update;
 

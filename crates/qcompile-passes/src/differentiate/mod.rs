@@ -199,3 +199,6 @@ fn note_product(graph: &mut Graph, forward: NodeId, product: NodeId) {
     note.origin = origin;
     note.precision = precision;
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

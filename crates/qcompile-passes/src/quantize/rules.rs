@@ -24,8 +24,10 @@ pub(super) fn rules() -> Vec<Rewrite<Term, Facts>> {
         rewrite!("concat-past-quantize"; "(quantize (concat ?x ?y ?a) ?s)" <=> "(concat (quantize ?x ?s) (quantize ?y ?s) ?a)"),
         rewrite!("relu-past-dequantize-along"; "(relu (dequantize_along ?q ?s ?i))" <=> "(dequantize_along (relu ?q) ?s ?i)" if positive("?s")),
         rewrite!("relu-past-quantize-along"; "(quantize_along (relu ?x) ?s ?i)" <=> "(relu (quantize_along ?x ?s ?i))" if positive("?s")),
-        vec![rewrite!("transpose-past-dequantize-along"; "(dequantize_along (transpose ?q ?a) ?s ?i)" => { along(Term::DequantizeAlong) })],
-        vec![rewrite!("transpose-past-quantize-along"; "(quantize_along (transpose ?q ?a) ?s ?i)" => { along(Term::QuantizeAlong) })],
+        vec![rewrite!("transpose-past-dequantize-along"; "(transpose (dequantize_along ?q ?s ?i) ?a)" => { Along::outwards(Term::DequantizeAlong) })],
+        vec![rewrite!("transpose-past-dequantize-along-rev"; "(dequantize_along (transpose ?q ?a) ?s ?i)" => { Along::inwards(Term::DequantizeAlong) })],
+        vec![rewrite!("transpose-past-quantize-along"; "(quantize_along (transpose ?q ?a) ?s ?i)" => { Along::inwards(Term::QuantizeAlong) })],
+        vec![rewrite!("transpose-past-quantize-along-rev"; "(transpose (quantize_along ?q ?s ?i) ?a)" => { Along::outwards(Term::QuantizeAlong) })],
         vec![rewrite!("quantize-of-dequantize"; "(quantize (dequantize ?q ?s) ?s)" => "?q" if in_range("?q") if positive("?s"))],
         vec![rewrite!("quantize-of-dequantize-along"; "(quantize_along (dequantize_along ?q ?s ?i) ?s ?i)" => "?q" if in_range("?q") if positive("?s"))],
         vec![rewrite!("amax-of-reshape"; "(amax (reshape ?x ?a))" => "(amax ?x)")],
@@ -137,17 +139,27 @@ impl Applier<Term, Facts> for Compose {
     }
 }
 
-/// A transpose below an op with a scale along an axis, to above it, where the axis is `a[i]`.
+/// Swaps a transpose by `a` with an op whose scale runs along axis i: along axis `a[i]` of the transpose's operand.
 struct Along {
     term: fn([Id; 3]) -> Term,
+    /// Whether the op ends up outside the transpose.
+    outwards: bool,
     q: Var,
     a: Var,
     s: Var,
     i: Var,
 }
 
-fn along(term: fn([Id; 3]) -> Term) -> Along {
-    Along { term, q: var("?q"), a: var("?a"), s: var("?s"), i: var("?i") }
+impl Along {
+    /// The op, which is outside, goes inside.
+    fn inwards(term: fn([Id; 3]) -> Term) -> Along {
+        Along { term, outwards: false, q: var("?q"), a: var("?a"), s: var("?s"), i: var("?i") }
+    }
+
+    /// The op, which is inside, goes outside.
+    fn outwards(term: fn([Id; 3]) -> Term) -> Along {
+        Along { outwards: true, ..Along::inwards(term) }
+    }
 }
 
 impl Applier<Term, Facts> for Along {
@@ -159,12 +171,25 @@ impl Applier<Term, Facts> for Along {
         _: Option<&PatternAst<Term>>,
         rule: Symbol,
     ) -> Vec<Id> {
+        let (q, scale, permuted) = (subst[self.q], subst[self.s], subst[self.a]);
         let Some(axes) = permutation(egraph, subst, self.a) else { return Vec::new() };
         let Some(Leaf::Axis(axis)) = fact(egraph, subst, self.i).attribute else {
             return Vec::new();
         };
-        let axis = egraph.add(Term::Leaf(Leaf::Axis(axes[axis])));
-        let inner = egraph.add((self.term)([subst[self.q], subst[self.s], axis]));
-        unite(egraph, class, Term::Transpose([inner, subst[self.a]]), rule)
+        let moved = if self.outwards {
+            axes.iter().position(|&from| from == axis)
+        } else {
+            axes.get(axis).copied()
+        };
+        let Some(moved) = moved else { return Vec::new() };
+        let moved = egraph.add(Term::Leaf(Leaf::Axis(moved)));
+        let term = if self.outwards {
+            let inner = egraph.add(Term::Transpose([q, permuted]));
+            (self.term)([inner, scale, moved])
+        } else {
+            let inner = egraph.add((self.term)([q, scale, moved]));
+            Term::Transpose([inner, permuted])
+        };
+        unite(egraph, class, term, rule)
     }
 }

@@ -33,12 +33,19 @@ pub struct Moves {
 /// # Errors
 /// [`PassError::Graph`], a defect of this pass.
 pub fn optimise(graph: &mut Graph) -> Result<Moves, PassError> {
-    let rules = rules();
+    optimise_by(graph, &rules())
+}
+
+/// [`optimise`] by these rules only.
+pub(super) fn optimise_by(
+    graph: &mut Graph,
+    rules: &[Rewrite<Term, Facts>],
+) -> Result<Moves, PassError> {
     let mut moves = Moves::default();
     graph.sweep();
     for window in windows(graph) {
         moves.windows += 1;
-        window.optimise(graph, &rules, &mut moves)?;
+        window.optimise(graph, rules, &mut moves)?;
     }
     graph.sweep();
     Ok(moves)

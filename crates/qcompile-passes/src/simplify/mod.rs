@@ -1,12 +1,13 @@
 //! Removes what need not be computed.
 //!
-//! *Before*: any graph. *After*: a graph that computes the same values with no ops that do
+//! *Before*: any graph. *After*: a graph that computes the same values with no op over constants alone, no ops that do
 //! nothing, no value computed twice in a region, and as few layout changes as possible: transposes have moved
 //! down and met their inverses, so that an imported image network is channels-last throughout.
 //!
 //! *Why here*: first, because every later pass sees fewer and plainer nodes (a layer is one product of its
 //! weight); and last, because gradients and updates are written in general forms.
 
+mod fold;
 mod identity;
 mod share;
 mod transpose;
@@ -32,7 +33,8 @@ const ROUNDS: usize = 20;
 pub fn run(graph: &mut Graph, options: &Options) -> Result<(), PassError> {
     for _ in 0..ROUNDS {
         graph.sweep();
-        let mut changed = identity::run(graph, options)?;
+        let mut changed = fold::run(graph)?;
+        changed |= identity::run(graph, options)?;
         changed |= share::run(graph)?;
         changed |= transpose::sink(graph)?;
         if !changed && !transpose::flatten(graph)? {

@@ -1,0 +1,330 @@
+//! The straight-line body of a nest: one value at a time, on one element or four lanes.
+
+use crate::emitter::Emitter;
+use crate::math;
+use cranelift_codegen::ir::condcodes::{FloatCC, IntCC};
+use cranelift_codegen::ir::types::{F32, F32X4, I32, I32X4, I64};
+use cranelift_codegen::ir::{InstBuilder, Type, Value};
+use qcompile_ir::{BinaryOp, CompareOp, DType, Op, ReduceOp, UnaryOp};
+use qcompile_plan::{LoopNest, Scalar};
+
+/// Indices of the values that a value uses.
+pub(crate) fn operands(scalar: Scalar) -> impl Iterator<Item = usize> {
+    let (list, count) = match scalar {
+        Scalar::Read(_) | Scalar::Tile | Scalar::Const(..) | Scalar::Size(_) => ([0; 3], 0),
+        Scalar::Unary(_, x) | Scalar::Cast(_, x) => ([x, 0, 0], 1),
+        Scalar::Binary(_, x, y)
+        | Scalar::Compare(_, x, y)
+        | Scalar::Quantize(_, x, y)
+        | Scalar::Dequantize(x, y) => ([x, y, 0], 2),
+        Scalar::Select(x, y, z) | Scalar::StraightThrough(_, x, y, z) => ([x, y, z], 3),
+    };
+    list.into_iter().take(count)
+}
+
+/// The element type of every value of a body.
+pub(crate) fn dtypes(nest: &LoopNest) -> Vec<DType> {
+    let mut types: Vec<DType> = Vec::with_capacity(nest.body.len());
+    for &scalar in &nest.body {
+        types.push(match scalar {
+            Scalar::Read(read) => nest.reads[read].dtype,
+            Scalar::Tile
+            | Scalar::Size(_)
+            | Scalar::Dequantize(..)
+            | Scalar::StraightThrough(..) => DType::F32,
+            Scalar::Const(dtype, _) | Scalar::Cast(dtype, _) | Scalar::Quantize(dtype, ..) => dtype,
+            Scalar::Unary(_, x) | Scalar::Binary(_, x, _) => types[x],
+            Scalar::Compare(..) => DType::Bool,
+            Scalar::Select(_, x, _) => types[x],
+        });
+    }
+    types
+}
+
+/// About how many instructions a value costs.
+pub(crate) fn cost(scalar: Scalar) -> usize {
+    match scalar {
+        Scalar::Read(_) | Scalar::Tile | Scalar::Const(..) | Scalar::Size(_) => 1,
+        Scalar::Unary(op, _) => match op {
+            UnaryOp::Exp | UnaryOp::Erf => 20,
+            UnaryOp::Sigmoid | UnaryOp::Tanh | UnaryOp::Log => 32,
+            UnaryOp::Sin | UnaryOp::Cos => 60,
+            _ => 1,
+        },
+        Scalar::Binary(BinaryOp::Pow, ..) => 60,
+        Scalar::Binary(..) | Scalar::Compare(..) | Scalar::Select(..) => 1,
+        Scalar::Cast(dtype, _) => {
+            if matches!(dtype, DType::F16 | DType::BF16) {
+                10
+            } else {
+                1
+            }
+        }
+        Scalar::Quantize(..) => 6,
+        Scalar::Dequantize(..) | Scalar::StraightThrough(..) => 3,
+    }
+}
+
+/// Whether a value has a form on four lanes.
+pub(crate) fn has_lanes(scalar: Scalar, types: &[DType], at: usize) -> bool {
+    let small = types[at] != DType::I64 && operands(scalar).all(|x| types[x] != DType::I64);
+    small
+        && match scalar {
+            Scalar::Binary(BinaryOp::Div | BinaryOp::Pow, x, _) => types[x].is_float(),
+            _ => true,
+        }
+}
+
+impl Emitter<'_, '_> {
+    /// A constant of an element type, on one element or four lanes.
+    pub(crate) fn constant(&mut self, dtype: DType, value: f64, vector: bool) -> Value {
+        let float: Type = if vector { F32X4 } else { F32 };
+        let int: Type = if vector { I32X4 } else { I32 };
+        match dtype {
+            DType::F32 => self.float(float, value as f32),
+            DType::BF16 | DType::F16 => {
+                let exact = self.float(float, value as f32);
+                self.convert(DType::F32, dtype, exact)
+            }
+            DType::I64 => self.b.ins().iconst(I64, value as i64),
+            DType::Bool => self.bits(int, if value == 0.0 { 0 } else { u32::MAX }),
+            DType::I8 => self.bits(int, i32::from(value as i8) as u32),
+            DType::U8 => self.bits(int, u32::from(value as u8)),
+            DType::I32 => self.bits(int, value as i32 as u32),
+        }
+    }
+
+    /// One value of a body from its operands; reads, tiles, constants and sizes are the caller's.
+    pub(crate) fn apply(
+        &mut self,
+        nest: &LoopNest,
+        types: &[DType],
+        at: usize,
+        value_of: &dyn Fn(usize) -> Value,
+    ) -> Value {
+        match nest.body[at] {
+            Scalar::Read(_) | Scalar::Tile | Scalar::Const(..) | Scalar::Size(_) => {
+                unreachable!("verified: leaves are loaded by the nest")
+            }
+            Scalar::Unary(op, x) => self.unary(op, types[x], value_of(x)),
+            Scalar::Binary(op, x, y) => {
+                let constant = match nest.body[y] {
+                    Scalar::Const(_, value) => Some(value),
+                    _ => None,
+                };
+                self.binary(op, types[x], value_of(x), value_of(y), constant)
+            }
+            Scalar::Compare(op, x, y) => self.comparison(op, types[x], value_of(x), value_of(y)),
+            Scalar::Select(mask, x, y) => self.choose(value_of(mask), value_of(x), value_of(y)),
+            Scalar::Cast(to, x) => self.convert(types[x], to, value_of(x)),
+            Scalar::Quantize(dtype, x, scale) => {
+                let max = Op::quantized_max(dtype).unwrap_or(127.0) as f32;
+                let (x, scale) = (value_of(x), value_of(scale));
+                let quotient = self.div(x, scale);
+                let (low, high) = (self.f(x, -max), self.f(x, max));
+                let clamped = self.larger(quotient, low);
+                let clamped = self.smaller(clamped, high);
+                let whole = self.nearest_int(clamped);
+                let zero = self.f(x, 0.0);
+                let scaled = self.compare(FloatCC::NotEqual, scale, zero);
+                self.b.ins().band(whole, scaled)
+            }
+            Scalar::Dequantize(q, scale) => {
+                let whole = self.convert(types[q], DType::F32, value_of(q));
+                self.mul(whole, value_of(scale))
+            }
+            Scalar::StraightThrough(dtype, x, dy, scale) => {
+                let max = Op::quantized_max(dtype).unwrap_or(127.0) as f32;
+                let (x, dy, scale) = (value_of(x), value_of(dy), value_of(scale));
+                let max = self.f(x, max);
+                let limit = self.mul(max, scale);
+                let magnitude = self.b.ins().fabs(x);
+                let inside = self.compare(FloatCC::LessThanOrEqual, magnitude, limit);
+                let zero = self.f(x, 0.0);
+                self.choose(inside, dy, zero)
+            }
+        }
+    }
+
+    fn unary(&mut self, op: UnaryOp, dtype: DType, x: Value) -> Value {
+        if !dtype.is_float() {
+            return self.unary_int(op, dtype, x);
+        }
+        match op {
+            UnaryOp::Neg => self.b.ins().fneg(x),
+            UnaryOp::Abs => self.b.ins().fabs(x),
+            UnaryOp::Exp => self.exp(x),
+            UnaryOp::Log => self.log(x),
+            UnaryOp::Sqrt => self.b.ins().sqrt(x),
+            UnaryOp::Reciprocal => {
+                let one = self.f(x, 1.0);
+                self.div(one, x)
+            }
+            UnaryOp::Erf => self.erf(x),
+            UnaryOp::Relu => {
+                let zero = self.f(x, 0.0);
+                self.larger(x, zero)
+            }
+            UnaryOp::Sigmoid => self.sigmoid(x),
+            UnaryOp::Tanh => self.tanh(x),
+            UnaryOp::Sin => self.libm1(math::sin, x),
+            UnaryOp::Cos => self.libm1(math::cos, x),
+            UnaryOp::Floor => self.b.ins().floor(x),
+            UnaryOp::Ceil => self.b.ins().ceil(x),
+            UnaryOp::Round => self.b.ins().nearest(x),
+            UnaryOp::Sign => {
+                let zero = self.f(x, 0.0);
+                let one = self.f(x, 1.0);
+                let signed = self.b.ins().fcopysign(one, x);
+                // Zero keeps its sign, and what is not a number stays so.
+                let ordinary = self.compare(FloatCC::OrderedNotEqual, x, zero);
+                self.choose(ordinary, signed, x)
+            }
+            UnaryOp::Not => {
+                let zero = self.f(x, 0.0);
+                let null = self.compare(FloatCC::Equal, x, zero);
+                let one = self.f(x, 1.0);
+                self.choose(null, one, zero)
+            }
+            UnaryOp::StopGradient => x,
+        }
+    }
+
+    fn int_constant(&mut self, like: Value, value: i32) -> Value {
+        if self.ty(like) == I64 {
+            self.b.ins().iconst(I64, i64::from(value))
+        } else {
+            self.i(like, value as u32)
+        }
+    }
+
+    fn unary_int(&mut self, op: UnaryOp, dtype: DType, x: Value) -> Value {
+        let zero = self.int_constant(x, 0);
+        match op {
+            UnaryOp::Neg => {
+                let result = self.b.ins().ineg(x);
+                self.wrap(dtype, result)
+            }
+            UnaryOp::Abs => {
+                let negative = self.b.ins().ineg(x);
+                let result = self.b.ins().smax(x, negative);
+                self.wrap(dtype, result)
+            }
+            UnaryOp::Relu => self.b.ins().smax(x, zero),
+            UnaryOp::Sign => {
+                let (one, minus) = (self.int_constant(x, 1), self.int_constant(x, -1));
+                let low = self.b.ins().smax(x, minus);
+                self.b.ins().smin(low, one)
+            }
+            UnaryOp::Not if dtype == DType::Bool => self.b.ins().bnot(x),
+            UnaryOp::Floor
+            | UnaryOp::Ceil
+            | UnaryOp::Round
+            | UnaryOp::StopGradient
+            | UnaryOp::Not => x,
+            // Transcendental functions of integers: through f32, truncated.
+            _ => {
+                let float = self.convert(dtype, DType::F32, x);
+                let result = self.unary(op, DType::F32, float);
+                self.convert(DType::F32, dtype, result)
+            }
+        }
+    }
+
+    fn binary(
+        &mut self,
+        op: BinaryOp,
+        dtype: DType,
+        x: Value,
+        y: Value,
+        constant: Option<f64>,
+    ) -> Value {
+        if !dtype.is_float() {
+            return self.binary_int(op, dtype, x, y);
+        }
+        match op {
+            BinaryOp::Add => self.add(x, y),
+            BinaryOp::Sub => self.sub(x, y),
+            BinaryOp::Mul => self.mul(x, y),
+            BinaryOp::Div => self.div(x, y),
+            BinaryOp::Max => self.maximum(x, y),
+            BinaryOp::Min => self.minimum(x, y),
+            BinaryOp::Pow => self.power(x, y, constant),
+            BinaryOp::And | BinaryOp::Or => {
+                let x = self.convert(dtype, DType::Bool, x);
+                let y = self.convert(dtype, DType::Bool, y);
+                let result = self.binary_int(op, DType::Bool, x, y);
+                self.convert(DType::Bool, dtype, result)
+            }
+        }
+    }
+
+    fn binary_int(&mut self, op: BinaryOp, dtype: DType, x: Value, y: Value) -> Value {
+        let logical = dtype == DType::Bool;
+        let result = match op {
+            BinaryOp::Or => self.b.ins().bor(x, y),
+            BinaryOp::And => self.b.ins().band(x, y),
+            BinaryOp::Add | BinaryOp::Max if logical => self.b.ins().bor(x, y),
+            BinaryOp::Mul | BinaryOp::Min if logical => self.b.ins().band(x, y),
+            BinaryOp::Add => self.b.ins().iadd(x, y),
+            BinaryOp::Sub => self.b.ins().isub(x, y),
+            BinaryOp::Mul => self.b.ins().imul(x, y),
+            BinaryOp::Max => self.b.ins().smax(x, y),
+            BinaryOp::Min => self.b.ins().smin(x, y),
+            BinaryOp::Pow => self.power_int(x, y),
+            BinaryOp::Div => {
+                // The instruction traps on 0 and on the smallest number by -1.
+                let (zero, one) = (self.int_constant(x, 0), self.int_constant(x, 1));
+                let minus = self.int_constant(x, -1);
+                let null = self.b.ins().icmp(IntCC::Equal, y, zero);
+                let negated = self.b.ins().icmp(IntCC::Equal, y, minus);
+                let unsafe_divisor = self.b.ins().bor(null, negated);
+                let divisor = self.b.ins().select(unsafe_divisor, one, y);
+                let quotient = self.b.ins().sdiv(x, divisor);
+                let negative = self.b.ins().ineg(x);
+                let quotient = self.b.ins().select(negated, negative, quotient);
+                self.b.ins().select(null, zero, quotient)
+            }
+        };
+        self.wrap(dtype, result)
+    }
+
+    fn comparison(&mut self, op: CompareOp, dtype: DType, x: Value, y: Value) -> Value {
+        if dtype.is_float() {
+            let cc = match op {
+                CompareOp::Equal => FloatCC::Equal,
+                CompareOp::Less => FloatCC::LessThan,
+                CompareOp::LessEqual => FloatCC::LessThanOrEqual,
+            };
+            return self.compare(cc, x, y);
+        }
+        // A set mask is -1, so truth values compare the other way round.
+        let (x, y) = if dtype == DType::Bool { (y, x) } else { (x, y) };
+        let cc = match op {
+            CompareOp::Equal => IntCC::Equal,
+            CompareOp::Less => IntCC::SignedLessThan,
+            CompareOp::LessEqual => IntCC::SignedLessThanOrEqual,
+        };
+        self.compare_int(cc, x, y)
+    }
+
+    /// Two partial results of a reduction as one.
+    pub(crate) fn combine(&mut self, op: ReduceOp, dtype: DType, x: Value, y: Value) -> Value {
+        match (op, dtype) {
+            (ReduceOp::Sum, dtype) => self.binary(BinaryOp::Add, dtype, x, y, None),
+            (ReduceOp::Max, dtype) => self.binary(BinaryOp::Max, dtype, x, y, None),
+        }
+    }
+
+    /// What a reduction of nothing gives.
+    pub(crate) fn identity(&mut self, op: ReduceOp, dtype: DType, vector: bool) -> Value {
+        let value = match (op, dtype) {
+            (ReduceOp::Sum, _) | (ReduceOp::Max, DType::U8 | DType::Bool) => 0.0,
+            (ReduceOp::Max, DType::F32 | DType::BF16 | DType::F16) => f64::NEG_INFINITY,
+            (ReduceOp::Max, DType::I8) => f64::from(i8::MIN),
+            (ReduceOp::Max, DType::I32) => f64::from(i32::MIN),
+            (ReduceOp::Max, DType::I64) => i64::MIN as f64,
+        };
+        self.constant(dtype, value, vector)
+    }
+}

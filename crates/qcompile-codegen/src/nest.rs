@@ -1,0 +1,400 @@
+//! One loop nest: loops, the innermost one on four lanes where it can be, and reductions.
+
+use crate::emitter::Emitter;
+use crate::facts::{Facts, innermost, partial_type, written_once};
+use crate::lanes::int_like;
+use cranelift_codegen::ir::types::{F32, I64};
+use cranelift_codegen::ir::{InstBuilder, Value};
+use qcompile_ir::{DType, Dim, ReduceOp};
+use qcompile_plan::{LoopNest, Scalar, Write};
+
+/// A range of one dimension.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Range {
+    pub begin: Value,
+    pub end: Value,
+    /// How many, where that is known when code is emitted.
+    pub size: Option<usize>,
+}
+
+/// The finished tile that an epilogue reads: element (0, 0) of the result and the bytes from row to row.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tile {
+    pub base: Value,
+    pub row_bytes: Value,
+}
+
+/// Where a nest goes over which part of its domain.
+pub(crate) struct Sweep<'n> {
+    pub nest: &'n LoopNest,
+    pub facts: &'n Facts,
+    /// One for each dim.
+    pub ranges: Vec<Range>,
+    /// For each write: where partial results go instead, of [`partial_type`].
+    pub partials: Vec<Option<Value>>,
+    pub tile: Option<Tile>,
+}
+
+/// A view with its address at the current indices of the outer loops.
+#[derive(Clone, Copy)]
+struct Cursor {
+    address: Value,
+    dtype: DType,
+}
+
+impl Sweep<'_> {
+    /// Emits the nest.
+    pub(crate) fn emit(&self, e: &mut Emitter<'_, '_>) {
+        let mut cursors: Vec<Cursor> = Vec::new();
+        for read in &self.nest.reads {
+            let address = e.element(read.slot, read.offset, read.dtype.size());
+            cursors.push(Cursor { address, dtype: read.dtype });
+        }
+        for (write, partial) in self.nest.writes.iter().zip(&self.partials) {
+            let access = write.access();
+            cursors.push(match *partial {
+                Some(address) => Cursor { address, dtype: partial_type(access.dtype) },
+                None => Cursor {
+                    address: e.element(access.slot, access.offset, access.dtype.size()),
+                    dtype: access.dtype,
+                },
+            });
+        }
+        if let Some(tile) = self.tile {
+            cursors.push(Cursor { address: tile.base, dtype: DType::F32 });
+        }
+        self.level(e, 0, &cursors);
+    }
+
+    /// Strides of all cursors along one dim, in bytes; `None` for 0.
+    fn strides(&self, e: &mut Emitter<'_, '_>, dim: usize, cursors: &[Cursor]) -> Vec<Option<Value>> {
+        let accesses =
+            self.nest.reads.iter().chain(self.nest.writes.iter().map(Write::access));
+        let mut strides: Vec<Option<Value>> = Vec::with_capacity(cursors.len());
+        for (access, cursor) in accesses.zip(cursors) {
+            let stride = access.strides.get(dim).copied().unwrap_or(Dim::fixed(0));
+            strides.push(if stride.scale == 0 {
+                None
+            } else {
+                let stride = e.dim(stride);
+                Some(e.times(stride, cursor.dtype.size()))
+            });
+        }
+        if let Some(tile) = self.tile {
+            strides.push(Some(if dim == 0 { tile.row_bytes } else { e.int(4) }));
+        }
+        strides
+    }
+
+    fn level(&self, e: &mut Emitter<'_, '_>, dim: usize, cursors: &[Cursor]) {
+        if dim + 1 >= self.ranges.len() {
+            self.innermost(e, cursors);
+            return;
+        }
+        let strides = self.strides(e, dim, cursors);
+        let Range { begin, end, size } = self.ranges[dim];
+        e.count((begin, end, 1), size, &[], &mut |e, index, _| {
+            let mut inner = cursors.to_vec();
+            for (cursor, stride) in inner.iter_mut().zip(&strides) {
+                if let Some(stride) = *stride {
+                    let offset = e.b.ins().imul(index, stride);
+                    cursor.address = e.b.ins().iadd(cursor.address, offset);
+                }
+            }
+            self.level(e, dim + 1, &inner);
+            Vec::new()
+        });
+    }
+
+    /// Reductions that stay in registers during the innermost loop: index of the write, operation, type.
+    fn accumulators(&self) -> Vec<(usize, ReduceOp, DType)> {
+        let writes = self.nest.writes.iter().enumerate();
+        writes
+            .filter_map(|(index, write)| match write {
+                Write::Reduce { access, op, value }
+                    if innermost(&access.strides).scale == 0 =>
+                {
+                    Some((index, *op, partial_type(self.facts.types[*value])))
+                }
+                _ => None,
+            })
+            .collect()
+    }
+
+    fn innermost(&self, e: &mut Emitter<'_, '_>, cursors: &[Cursor]) {
+        let last = self.ranges.len().saturating_sub(1);
+        let (range, strides) = match self.ranges.last() {
+            Some(&range) => (range, self.strides(e, last, cursors)),
+            None => {
+                let (begin, end) = (e.int(0), e.int(1));
+                (Range { begin, end, size: Some(1) }, vec![None; cursors.len()])
+            }
+        };
+        let accumulators = self.accumulators();
+        let fixed = self.invariants(e, cursors);
+        let parts = self.facts.parts;
+        let step = 4 * parts;
+
+        let mut scalars: Vec<Option<Value>> = vec![None; accumulators.len()];
+        let (mut begin, mut left) = (range.begin, range.size);
+        if parts > 0 && range.size.is_none_or(|size| size >= step) {
+            let splats = self.splats(e, &fixed);
+            let (end, turns) = match range.size {
+                Some(size) => {
+                    left = Some(size % step);
+                    (e.plus(range.begin, size / step * step), Some(size / step))
+                }
+                None => {
+                    let count = e.b.ins().isub(range.end, range.begin);
+                    let mask = e.b.ins().iconst(I64, -(step as i64));
+                    let count = e.b.ins().band(count, mask);
+                    (e.b.ins().iadd(range.begin, count), None)
+                }
+            };
+            let mut start: Vec<Value> = Vec::new();
+            for &(_, op, dtype) in &accumulators {
+                let identity = e.identity(op, dtype, true);
+                start.extend((0..parts).map(|_| identity));
+            }
+            let sums = e.count((range.begin, end, step), turns, &start, &mut |e, index, carried| {
+                self.vectors(e, index, cursors, &strides, &splats, &accumulators, carried)
+            });
+            begin = end;
+            for (at, &(_, op, dtype)) in accumulators.iter().enumerate() {
+                let vectors = &sums[at * parts..(at + 1) * parts];
+                scalars[at] = Some(horizontal(e, op, dtype, vectors));
+            }
+        }
+        let start: Vec<Value> = accumulators
+            .iter()
+            .zip(&scalars)
+            .map(|(&(_, op, dtype), &scalar)| match scalar {
+                Some(scalar) => scalar,
+                None => e.identity(op, dtype, false),
+            })
+            .collect();
+        let sums = e.count((begin, range.end, 1), left, &start, &mut |e, index, carried| {
+            self.elements(e, index, cursors, &strides, &fixed, &accumulators, carried)
+        });
+        for (&(index, op, dtype), &sum) in accumulators.iter().zip(&sums) {
+            let write = &self.nest.writes[index];
+            let cursor = cursors[self.nest.reads.len() + index];
+            let sum = if self.partials[index].is_none() && written_once(self.nest, write) {
+                sum
+            } else {
+                let old = e.load(cursor.dtype, cursor.address);
+                e.combine(op, dtype, old, sum)
+            };
+            e.store(cursor.dtype, sum, cursor.address);
+        }
+    }
+
+    /// Values that stay the same during the innermost loop, as scalars.
+    fn invariants(&self, e: &mut Emitter<'_, '_>, cursors: &[Cursor]) -> Vec<Option<Value>> {
+        let mut values: Vec<Option<Value>> = vec![None; self.nest.body.len()];
+        for (at, &scalar) in self.nest.body.iter().enumerate() {
+            if !self.facts.invariant[at] {
+                continue;
+            }
+            values[at] = Some(match scalar {
+                Scalar::Read(read) => {
+                    let cursor = cursors[read];
+                    e.load(cursor.dtype, cursor.address)
+                }
+                Scalar::Const(dtype, value) => e.constant(dtype, value, false),
+                Scalar::Size(dim) => {
+                    let size = e.dim(dim);
+                    e.b.ins().fcvt_from_sint(F32, size)
+                }
+                _ => e.apply(self.nest, &self.facts.types, at, &|x| {
+                    values[x].expect("verified: operands come first")
+                }),
+            });
+        }
+        values
+    }
+
+    /// The same in all lanes, where the loop uses them.
+    fn splats(&self, e: &mut Emitter<'_, '_>, fixed: &[Option<Value>]) -> Vec<Option<Value>> {
+        let mut used = vec![false; self.nest.body.len()];
+        for (at, &scalar) in self.nest.body.iter().enumerate() {
+            if !self.facts.invariant[at] {
+                crate::body::operands(scalar).for_each(|x| used[x] = true);
+            }
+        }
+        self.nest.writes.iter().for_each(|write| used[write.value()] = true);
+        let mut splats = vec![None; self.nest.body.len()];
+        for (at, value) in fixed.iter().enumerate() {
+            if let (Some(value), true) = (*value, used[at]) {
+                splats[at] = Some(match self.nest.body[at] {
+                    Scalar::Const(dtype, constant) => e.constant(dtype, constant, true),
+                    _ => e.spread(value),
+                });
+            }
+        }
+        splats
+    }
+
+    /// One turn on vectors; returns the new accumulators.
+    #[allow(clippy::too_many_arguments, reason = "the state of one innermost loop")]
+    fn vectors(
+        &self,
+        e: &mut Emitter<'_, '_>,
+        index: Value,
+        cursors: &[Cursor],
+        strides: &[Option<Value>],
+        splats: &[Option<Value>],
+        accumulators: &[(usize, ReduceOp, DType)],
+        carried: &[Value],
+    ) -> Vec<Value> {
+        let parts = self.facts.parts;
+        let addresses = advance(e, index, cursors, strides);
+        let mut values: Vec<Vec<Value>> = Vec::with_capacity(self.nest.body.len());
+        for (at, &scalar) in self.nest.body.iter().enumerate() {
+            let value = if self.facts.invariant[at] {
+                match splats[at] {
+                    Some(splat) => vec![splat; parts],
+                    None => Vec::new(),
+                }
+            } else {
+                (0..parts)
+                    .map(|part| match scalar {
+                        Scalar::Read(read) => {
+                            let unit = innermost(&self.nest.reads[read].strides) == Dim::ONE;
+                            let (address, dtype) = (addresses[read], cursors[read].dtype);
+                            if unit {
+                                let offset = (4 * part * dtype.size()) as i32;
+                                e.load4(dtype, address, offset)
+                            } else {
+                                pick4(e, address, strides[read], part)
+                            }
+                        }
+                        Scalar::Tile => {
+                            let address = addresses[addresses.len() - 1];
+                            e.load4(DType::F32, address, 16 * part as i32)
+                        }
+                        _ => e.apply(self.nest, &self.facts.types, at, &|x| values[x][part]),
+                    })
+                    .collect()
+            };
+            values.push(value);
+        }
+        let mut sums = carried.to_vec();
+        for (index, write) in self.nest.writes.iter().enumerate() {
+            let parts_of = &values[write.value()];
+            if let Some(at) = accumulators.iter().position(|&(write, ..)| write == index) {
+                let (_, op, dtype) = accumulators[at];
+                for (part, &value) in parts_of.iter().enumerate() {
+                    let sum = &mut sums[at * parts + part];
+                    *sum = e.combine(op, dtype, *sum, value);
+                }
+                continue;
+            }
+            let at = self.nest.reads.len() + index;
+            let (address, dtype) = (addresses[at], cursors[at].dtype);
+            match write {
+                Write::Store { .. } => e.store4(dtype, parts_of, address),
+                Write::Reduce { op, .. } => {
+                    let kind = partial_type(dtype);
+                    let mut new = Vec::with_capacity(parts);
+                    for (part, &value) in parts_of.iter().enumerate() {
+                        let old = e.load4(dtype, address, (4 * part * dtype.size()) as i32);
+                        new.push(e.combine(*op, kind, old, value));
+                    }
+                    e.store4(dtype, &new, address);
+                }
+            }
+        }
+        sums
+    }
+
+    /// One turn on single elements; returns the new accumulators.
+    #[allow(clippy::too_many_arguments, reason = "the state of one innermost loop")]
+    fn elements(
+        &self,
+        e: &mut Emitter<'_, '_>,
+        index: Value,
+        cursors: &[Cursor],
+        strides: &[Option<Value>],
+        fixed: &[Option<Value>],
+        accumulators: &[(usize, ReduceOp, DType)],
+        carried: &[Value],
+    ) -> Vec<Value> {
+        let addresses = advance(e, index, cursors, strides);
+        let mut values: Vec<Value> = Vec::with_capacity(self.nest.body.len());
+        for (at, &scalar) in self.nest.body.iter().enumerate() {
+            values.push(match (fixed[at], scalar) {
+                (Some(value), _) => value,
+                (None, Scalar::Read(read)) => e.load(cursors[read].dtype, addresses[read]),
+                (None, Scalar::Tile) => e.load(DType::F32, addresses[addresses.len() - 1]),
+                (None, _) => e.apply(self.nest, &self.facts.types, at, &|x| values[x]),
+            });
+        }
+        let mut sums = carried.to_vec();
+        for (index, write) in self.nest.writes.iter().enumerate() {
+            let value = values[write.value()];
+            if let Some(at) = accumulators.iter().position(|&(write, ..)| write == index) {
+                let (_, op, dtype) = accumulators[at];
+                sums[at] = e.combine(op, dtype, sums[at], value);
+                continue;
+            }
+            let at = self.nest.reads.len() + index;
+            let (address, dtype) = (addresses[at], cursors[at].dtype);
+            match write {
+                Write::Store { .. } => e.store(dtype, value, address),
+                Write::Reduce { op, .. } => {
+                    let old = e.load(dtype, address);
+                    let new = e.combine(*op, partial_type(dtype), old, value);
+                    e.store(dtype, new, address);
+                }
+            }
+        }
+        sums
+    }
+}
+
+/// Addresses at an index of the innermost loop.
+fn advance(
+    e: &mut Emitter<'_, '_>,
+    index: Value,
+    cursors: &[Cursor],
+    strides: &[Option<Value>],
+) -> Vec<Value> {
+    cursors
+        .iter()
+        .zip(strides)
+        .map(|(cursor, stride)| match *stride {
+            Some(stride) => {
+                let offset = e.b.ins().imul(index, stride);
+                e.b.ins().iadd(cursor.address, offset)
+            }
+            None => cursor.address,
+        })
+        .collect()
+}
+
+/// Four floats that are `stride` bytes apart.
+fn pick4(e: &mut Emitter<'_, '_>, address: Value, stride: Option<Value>, part: usize) -> Value {
+    let stride = stride.expect("verified: a read without stride is invariant");
+    let mut vector = e.constant(DType::F32, 0.0, true);
+    for lane in 0..4_u8 {
+        let offset = e.times(stride, 4 * part + usize::from(lane));
+        let at = e.b.ins().iadd(address, offset);
+        let value = e.load(DType::F32, at);
+        vector = e.b.ins().insertlane(vector, value, lane);
+    }
+    vector
+}
+
+/// All lanes of all vectors combined, in a fixed order.
+fn horizontal(e: &mut Emitter<'_, '_>, op: ReduceOp, dtype: DType, vectors: &[Value]) -> Value {
+    let mut level = vectors.to_vec();
+    while level.len() > 1 {
+        level = level.chunks(2).map(|pair| e.combine(op, dtype, pair[0], pair[pair.len() - 1])).collect();
+    }
+    debug_assert!(level.len() == 1 && int_like(e.ty(level[0])).is_vector());
+    let lanes: Vec<Value> = (0..4_u8).map(|lane| e.b.ins().extractlane(level[0], lane)).collect();
+    let low = e.combine(op, dtype, lanes[0], lanes[1]);
+    let high = e.combine(op, dtype, lanes[2], lanes[3]);
+    e.combine(op, dtype, low, high)
+}

@@ -1,0 +1,147 @@
+//! What to train: patterns over names of initializers, nodes and operators.
+
+use crate::ImportError;
+use onnx_protobuf::{GraphProto, NodeProto};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Whether `text` matches a pattern of literal characters, `*` (any run) and `?` (any one).
+pub(crate) fn matches(pattern: &str, text: &str) -> bool {
+    let (pattern, text): (Vec<char>, Vec<char>) = (pattern.chars().collect(), text.chars().collect());
+    let (mut p, mut t) = (0, 0);
+    // Where to go on if the run that the last star stands for must be longer.
+    let mut retry: Option<(usize, usize)> = None;
+    while t < text.len() {
+        if p < pattern.len() && pattern[p] == '*' {
+            retry = Some((p + 1, t));
+            p += 1;
+        } else if p < pattern.len() && (pattern[p] == '?' || pattern[p] == text[t]) {
+            p += 1;
+            t += 1;
+        } else if let Some((after, start)) = retry {
+            retry = Some((after, start + 1));
+            (p, t) = (after, start + 1);
+        } else {
+            return false;
+        }
+    }
+    pattern[p..].iter().all(|&c| c == '*')
+}
+
+/// The three names closest to `name`.
+pub(crate) fn nearest<'a>(name: &str, names: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let mut by_distance: Vec<(usize, &str)> =
+        names.take(10_000).map(|other| (distance(name, other), other)).collect();
+    by_distance.sort_unstable();
+    by_distance.truncate(3);
+    by_distance.into_iter().map(|(_, name)| name.to_owned()).collect()
+}
+
+/// Levenshtein's distance of the first 64 characters.
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().take(64).collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().take(64).enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.iter().enumerate() {
+            let replaced = diagonal + usize::from(x != *y);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+/// Operators that pass a weight on, as far as patterns go.
+const PASSING: [&str; 7] = ["Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Flatten"];
+
+/// Names of the initializers to be trained, if floats: those that `train` matches (all, if it is empty) and `freeze`
+/// does not. `nodes` come in order, each with the name that it is reported by.
+pub(crate) fn trainable<'a>(
+    graph: &'a GraphProto,
+    nodes: &[(&'a NodeProto, String)],
+    train: &[String],
+    freeze: &[String],
+) -> Result<BTreeSet<String>, ImportError> {
+    let initializers: BTreeSet<&str> =
+        graph.initializer.iter().map(|tensor| tensor.name.as_str()).collect();
+    // Which initializer a value is, perhaps under another shape.
+    let mut source: BTreeMap<&str, &str> = initializers.iter().map(|&name| (name, name)).collect();
+    for (node, _) in nodes {
+        if PASSING.contains(&node.op_type.as_str())
+            && let (Some(input), [output]) = (node.input.first(), &node.output[..])
+            && let Some(&initializer) = source.get(input.as_str())
+        {
+            source.entry(output).or_insert(initializer);
+        }
+    }
+    let select = |option: &'static str, patterns: &[String]| {
+        let mut selected = BTreeSet::new();
+        for pattern in patterns {
+            let mut found = false;
+            if !pattern.starts_with("op:") {
+                for &name in initializers.iter().filter(|name| matches(pattern, name)) {
+                    found = true;
+                    selected.insert(name.to_owned());
+                }
+            }
+            for (node, name) in nodes {
+                let hit = match pattern.strip_prefix("op:") {
+                    Some(op) => matches(op, &node.op_type),
+                    None => matches(pattern, name),
+                };
+                if hit {
+                    found = true;
+                    let weights = node.input.iter().filter_map(|input| source.get(input.as_str()));
+                    selected.extend(weights.map(|&name| name.to_owned()));
+                }
+            }
+            if !found {
+                let names = initializers.iter().copied();
+                let names = names.chain(nodes.iter().map(|(_, name)| name.as_str()));
+                return Err(ImportError::NoMatch {
+                    option,
+                    value: pattern.clone(),
+                    nearest: nearest(pattern, names),
+                });
+            }
+        }
+        Ok(selected)
+    };
+    let mut trained = if train.is_empty() {
+        initializers.iter().map(|&name| name.to_owned()).collect()
+    } else {
+        select("train", train)?
+    };
+    for name in select("freeze", freeze)? {
+        trained.remove(&name);
+    }
+    Ok(trained)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn globs_match_as_in_a_shell() {
+        for (pattern, text, expected) in [
+            ("*", "", true),
+            ("layer?.*", "layer1.weight", true),
+            ("layer?.*", "layer12.weight", false),
+            ("*.bias", "a.bias.b", false),
+            ("*a*b*c", "xxaxxbxxbxxc", true),
+            ("conv", "conv1", false),
+        ] {
+            assert_eq!(matches(pattern, text), expected, "{pattern} {text}");
+        }
+        // Linear in the retries: no exponential blow-up.
+        assert!(!matches(&"*a".repeat(30), &"a".repeat(29)));
+    }
+
+    #[test]
+    fn the_nearest_names_come_first() {
+        let names = ["fc1.weight", "fc2.weight", "conv.bias", "head"];
+        assert_eq!(nearest("fc1.wieght", names.into_iter())[0], "fc1.weight");
+    }
+}

@@ -1,0 +1,211 @@
+//! `TensorProto` to [`Tensor`]: every typed field, raw bytes and external data.
+
+use crate::External;
+use crate::error::Obstacle;
+use onnx_protobuf::TensorProto;
+use onnx_protobuf::tensor_proto::DataLocation;
+use qcompile_ir::{DType, Tensor};
+
+/// Names of ONNX element types by number.
+const NAMES: [&str; 24] = [
+    "undefined", "float32", "uint8", "int8", "uint16", "int16", "int32", "int64", "string", "bool", "float16",
+    "float64", "uint32", "uint64", "complex64", "complex128", "bfloat16", "float8e4m3fn", "float8e4m3fnuz",
+    "float8e5m2", "float8e5m2fnuz", "uint4", "int4", "float4e2m1",
+];
+
+/// The name of an ONNX element type.
+pub(crate) fn dtype_name(number: i32) -> String {
+    usize::try_from(number)
+        .ok()
+        .and_then(|number| NAMES.get(number))
+        .map_or_else(|| format!("element type {number}"), |&name| name.to_owned())
+}
+
+/// The ONNX name of an element type of the graph.
+pub(crate) fn onnx_name(dtype: DType) -> String {
+    let number = match dtype {
+        DType::F32 => 1,
+        DType::U8 => 2,
+        DType::I8 => 3,
+        DType::I32 => 6,
+        DType::I64 => 7,
+        DType::Bool => 9,
+        DType::F16 => 10,
+        DType::BF16 => 16,
+    };
+    dtype_name(number)
+}
+
+const DOUBLE: i32 = 11;
+
+/// The element type that stands for an ONNX one; float64 becomes float32.
+pub(crate) fn dtype(number: i32) -> Result<DType, Obstacle> {
+    Ok(match number {
+        1 | DOUBLE => DType::F32,
+        2 => DType::U8,
+        3 => DType::I8,
+        6 => DType::I32,
+        7 => DType::I64,
+        9 => DType::Bool,
+        10 => DType::F16,
+        16 => DType::BF16,
+        0 => return Err(Obstacle::invalid("the element type is undefined")),
+        4 | 5 | 8 | 12..=15 | 17.. => {
+            return Err(Obstacle::unsupported(format!("element type {}", dtype_name(number))));
+        }
+        _ => return Err(Obstacle::invalid(format!("there is no element type {number}"))),
+    })
+}
+
+/// Whether an ONNX element type is kept in a narrower one.
+pub(crate) fn is_narrowed(number: i32) -> bool {
+    number == DOUBLE
+}
+
+/// The value of a tensor, whose bytes are moved where possible.
+pub(crate) fn decode(mut proto: TensorProto, external: External) -> Result<Tensor, Obstacle> {
+    let dtype = dtype(proto.data_type)?;
+    let mut shape = Vec::with_capacity(proto.dims.len());
+    for &dim in &proto.dims {
+        shape.push(usize::try_from(dim).map_err(|_| Obstacle::invalid(format!("a dimension of {dim}")))?);
+    }
+    if proto.segment.is_some() {
+        return Err(Obstacle::unsupported("a tensor in segments"));
+    }
+    let elements = shape
+        .iter()
+        .try_fold(1_usize, |count, &dim| count.checked_mul(dim))
+        .ok_or_else(|| Obstacle::invalid(format!("dimensions {shape:?} overflow")))?;
+    let stored_size = if proto.data_type == DOUBLE { 8 } else { dtype.size() };
+    let wanted = elements
+        .checked_mul(stored_size)
+        .ok_or_else(|| Obstacle::invalid(format!("dimensions {shape:?} overflow")))?;
+    if proto.data_location.enum_value() == Ok(DataLocation::EXTERNAL) {
+        proto.raw_data = read_external(&proto, wanted, external)?;
+    }
+    let bytes = if !proto.raw_data.is_empty() || elements == 0 {
+        std::mem::take(&mut proto.raw_data)
+    } else {
+        typed_bytes(&proto, dtype)?
+    };
+    if bytes.len() != wanted {
+        return Err(Obstacle::invalid(format!(
+            "{} bytes of data for {}{shape:?}, which has {wanted}",
+            bytes.len(),
+            dtype_name(proto.data_type)
+        )));
+    }
+    let bytes = match (proto.data_type, dtype) {
+        (DOUBLE, _) => narrowed(&bytes),
+        (_, DType::Bool) => bytes.into_iter().map(|byte| u8::from(byte != 0)).collect(),
+        _ => bytes,
+    };
+    Tensor::from_bytes(dtype, shape, bytes)
+        .ok_or_else(|| Obstacle::invalid("the data does not have the length of the shape"))
+}
+
+#[allow(clippy::cast_possible_truncation, reason = "float64 is kept as float32, which is reported")]
+fn narrowed(bytes: &[u8]) -> Vec<u8> {
+    let (words, _) = bytes.as_chunks::<8>();
+    words.iter().flat_map(|&word| (f64::from_le_bytes(word) as f32).to_le_bytes()).collect()
+}
+
+/// Little-endian bytes from the typed fields.
+#[allow(clippy::cast_possible_truncation, reason = "small types are stored in wider fields")]
+fn typed_bytes(proto: &TensorProto, dtype: DType) -> Result<Vec<u8>, Obstacle> {
+    let wide = &proto.int32_data;
+    let out_of_range = |value: &i32| Obstacle::invalid(format!("{value} does not fit {dtype}"));
+    Ok(match proto.data_type {
+        DOUBLE => proto.double_data.iter().flat_map(|value| value.to_le_bytes()).collect(),
+        _ => match dtype {
+            DType::F32 => proto.float_data.iter().flat_map(|value| value.to_le_bytes()).collect(),
+            DType::I64 => proto.int64_data.iter().flat_map(|value| value.to_le_bytes()).collect(),
+            DType::I32 => wide.iter().flat_map(|value| value.to_le_bytes()).collect(),
+            DType::F16 | DType::BF16 => {
+                let mut bytes = Vec::with_capacity(wide.len() * 2);
+                for value in wide {
+                    bytes.extend(u16::try_from(*value).map_err(|_| out_of_range(value))?.to_le_bytes());
+                }
+                bytes
+            }
+            DType::I8 => {
+                let mut bytes = Vec::with_capacity(wide.len());
+                for value in wide {
+                    bytes.extend(i8::try_from(*value).map_err(|_| out_of_range(value))?.to_le_bytes());
+                }
+                bytes
+            }
+            DType::U8 => {
+                let mut bytes = Vec::with_capacity(wide.len());
+                for value in wide {
+                    bytes.push(u8::try_from(*value).map_err(|_| out_of_range(value))?);
+                }
+                bytes
+            }
+            DType::Bool => wide.iter().map(|&value| u8::from(value != 0)).collect(),
+        },
+    })
+}
+
+fn read_external(proto: &TensorProto, wanted: usize, external: External) -> Result<Vec<u8>, Obstacle> {
+    let mut location = None;
+    let (mut offset, mut length) = (0_u64, None);
+    for entry in &proto.external_data {
+        let number = || {
+            entry.value.parse::<u64>().map_err(|_| {
+                Obstacle::invalid(format!("external data: {} is `{}`", entry.key, entry.value))
+            })
+        };
+        match entry.key.as_str() {
+            "location" => location = Some(entry.value.as_str()),
+            "offset" => offset = number()?,
+            "length" => length = Some(number()?),
+            "checksum" => {}
+            key => return Err(Obstacle::invalid(format!("external data: unknown key `{key}`"))),
+        }
+    }
+    let location = location.ok_or_else(|| Obstacle::invalid("external data without a location"))?;
+    let length = length.unwrap_or(wanted as u64);
+    if length != wanted as u64 {
+        return Err(Obstacle::invalid(format!(
+            "external data of {length} bytes for a tensor of {wanted}"
+        )));
+    }
+    external(location, offset, length)
+        .map_err(|reason| Obstacle::invalid(format!("external data `{location}`: {reason}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn none(_: &str, _: u64, _: u64) -> Result<Vec<u8>, String> {
+        Err("there is none".to_owned())
+    }
+
+    #[test]
+    fn every_typed_field_is_read() {
+        let cases: [(i32, TensorProto); 7] = [
+            (1, TensorProto { float_data: vec![1.0, 2.0], ..Default::default() }),
+            (11, TensorProto { double_data: vec![1.0, 2.0], ..Default::default() }),
+            (7, TensorProto { int64_data: vec![1, 2], ..Default::default() }),
+            (6, TensorProto { int32_data: vec![1, 2], ..Default::default() }),
+            (3, TensorProto { int32_data: vec![1, 2], ..Default::default() }),
+            (10, TensorProto { int32_data: vec![0x3c00, 0x4000], ..Default::default() }),
+            (16, TensorProto { raw_data: vec![0x80, 0x3f, 0x00, 0x40], ..Default::default() }),
+        ];
+        for (data_type, proto) in cases {
+            let proto = TensorProto { data_type, dims: vec![2], ..proto };
+            let tensor = decode(proto, &none).expect("well-formed");
+            assert_eq!(tensor.to_f64(), [1.0, 2.0], "{}", dtype_name(data_type));
+        }
+    }
+
+    #[test]
+    fn data_of_another_length_is_refused() {
+        for dims in [vec![3], vec![-1], vec![1 << 62, 1 << 62]] {
+            let proto = TensorProto { data_type: 1, dims, float_data: vec![0.0; 2], ..Default::default() };
+            assert!(matches!(decode(proto, &none), Err(Obstacle::Invalid(_))));
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! What a compile is asked for, with the defaults filled in.
+
+use crate::cli::{BatchNormMode, CompileArgs, ImportArgs, Machine};
+use qcompile_kernels::Tier;
+use qcompile_passes::attach_loss::LossKind;
+use qcompile_passes::quantize::{Operations, PrecisionChoice};
+use qcompile_passes::sensitivity::Metric;
+use qcompile_passes::update::Optimizer;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+/// Batch size that is tuned for unless another is given.
+pub const BATCH_SIZE: usize = 32;
+/// Samples that sensitivity is measured on unless another number is given.
+pub const SAMPLES: usize = 256;
+
+/// Options of [`compile`](crate::compile()). `Default` is what `qcompile MODEL.onnx` does.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Options {
+    /// The loss; none takes the one that suits the model's first output.
+    pub loss: Option<LossKind>,
+    /// The optimizer.
+    pub optimizer: Optimizer,
+    /// The batch size that is tuned and measured for.
+    pub batch_size: usize,
+    /// Patterns of initializers that are not trained.
+    pub freeze: Vec<String>,
+    /// Patterns of initializers that are trained; none means all.
+    pub train: Vec<String>,
+    /// What BatchNormalization does.
+    pub batch_norm: BatchNormMode,
+    /// Sizes of symbolic dimensions.
+    pub dims: BTreeMap<String, usize>,
+    /// Whether batch statistics are those of all workers' samples.
+    pub sync_batch_norm: bool,
+    /// How precision is chosen.
+    pub precision: PrecisionChoice,
+    /// What a score is.
+    pub metric: Metric,
+    /// Layers with a score up to this become int8.
+    pub threshold: Option<f32>,
+    /// Channels with a score above this stay f32.
+    pub channel_threshold: Option<f32>,
+    /// Sum of predicted relative loss increases that int8 may cost.
+    pub max_loss_increase: f32,
+    /// Patterns of layers that stay f32.
+    pub keep_f32: Vec<String>,
+    /// Operations of a layer that may be int8.
+    pub operations: Operations,
+    /// Scores to be read instead of measured.
+    pub scores: Option<PathBuf>,
+    /// The text of `--data`.
+    pub data: Option<String>,
+    /// Samples that sensitivity is measured on.
+    pub samples: usize,
+    /// Threads of measurements; 0 takes every core.
+    pub threads: usize,
+    /// Instruction set; none takes the best.
+    pub tier: Option<Tier>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            loss: None,
+            optimizer: Optimizer::Momentum { nesterov: false },
+            batch_size: BATCH_SIZE,
+            freeze: Vec::new(),
+            train: Vec::new(),
+            batch_norm: BatchNormMode::Model,
+            dims: BTreeMap::new(),
+            sync_batch_norm: false,
+            precision: PrecisionChoice::Auto,
+            metric: Metric::default(),
+            threshold: None,
+            channel_threshold: None,
+            max_loss_increase: 0.01,
+            keep_f32: Vec::new(),
+            operations: Operations::default(),
+            scores: None,
+            data: None,
+            samples: SAMPLES,
+            threads: 0,
+            tier: None,
+        }
+    }
+}
+
+impl Options {
+    /// The flags given, the defaults for the others.
+    #[must_use]
+    pub fn from_args(args: &CompileArgs, machine: &Machine) -> Options {
+        let standard = Options::default();
+        let precision = &args.precision;
+        Options {
+            loss: args.loss,
+            optimizer: args.optimizer.unwrap_or(standard.optimizer),
+            batch_size: args.batch_size.unwrap_or(standard.batch_size),
+            sync_batch_norm: args.sync_batch_norm,
+            precision: precision.precision.unwrap_or(standard.precision),
+            metric: precision.metric.unwrap_or(standard.metric),
+            threshold: precision.threshold,
+            channel_threshold: precision.channel_threshold,
+            max_loss_increase: precision.max_loss_increase.unwrap_or(standard.max_loss_increase),
+            keep_f32: precision.keep.clone(),
+            operations: precision.quantize_ops.unwrap_or(standard.operations),
+            scores: precision.scores.clone(),
+            samples: precision.samples.unwrap_or(standard.samples),
+            threads: machine.threads,
+            tier: machine.tier,
+            ..standard
+        }
+        .with_import(&args.import)
+    }
+
+    /// With the flags of the import.
+    #[must_use]
+    pub fn with_import(self, args: &ImportArgs) -> Options {
+        Options {
+            freeze: args.freeze.clone(),
+            train: args.train.clone(),
+            batch_norm: args.batch_norm.unwrap_or(self.batch_norm),
+            dims: args.dim.iter().cloned().collect(),
+            ..self
+        }
+    }
+
+    /// With this `--data`.
+    #[must_use]
+    pub fn with_data(self, data: Option<String>) -> Options {
+        Options { data, ..self }
+    }
+
+    /// Whether layers have to be scored: not where precision is fixed and channels are not looked at.
+    #[must_use]
+    pub fn needs_scores(&self) -> bool {
+        match self.precision {
+            PrecisionChoice::F32 => false,
+            PrecisionChoice::Int8 => self.channel_threshold.is_some(),
+            PrecisionChoice::Auto | PrecisionChoice::Mixed => true,
+        }
+    }
+}
