@@ -4,7 +4,7 @@
 
 use crate::emitter::Emitter;
 use cranelift_codegen::ir::condcodes::FloatCC;
-use cranelift_codegen::ir::types::{F32, I64};
+use cranelift_codegen::ir::types::{F32, I32, I64};
 use cranelift_codegen::ir::{InstBuilder, Value};
 
 /// Adding it rounds to an integer (ties to even) whose value is in the low bits.
@@ -64,10 +64,6 @@ impl Emitter<'_, '_> {
 
     /// An integer power, element by element.
     pub(crate) fn power_int(&mut self, x: Value, y: Value) -> Value {
-        self.b_call_pow_int(x, y)
-    }
-
-    fn b_call_pow_int(&mut self, x: Value, y: Value) -> Value {
         let function: extern "C" fn(i64, i64) -> i64 = pow_int;
         let narrow = self.ty(x).lane_type() != I64;
         self.per_lane(&[x, y], |e, lane| {
@@ -77,7 +73,7 @@ impl Emitter<'_, '_> {
                 .collect();
             let result = e.call_address(function as usize, &[I64, I64], I64, &wide);
             if narrow {
-                e.b.ins().ireduce(cranelift_codegen::ir::types::I32, result)
+                e.b.ins().ireduce(I32, result)
             } else {
                 result
             }

@@ -219,7 +219,7 @@ impl Sweep<'_> {
         let mut used = vec![false; self.nest.body.len()];
         for (at, &scalar) in self.nest.body.iter().enumerate() {
             if !self.facts.invariant[at] {
-                crate::body::operands(scalar).for_each(|x| used[x] = true);
+                scalar.operands().for_each(|x| used[x] = true);
             }
         }
         self.nest.writes.iter().for_each(|write| used[write.value()] = true);
