@@ -142,9 +142,11 @@ impl Emitter<'_, '_> {
             UnaryOp::Sign => {
                 let zero = self.f(x, 0.0);
                 let one = self.f(x, 1.0);
-                let signed = self.b.ins().fcopysign(one, x);
+                let signed = self.copy_sign(one, x);
                 // Zero keeps its sign, and what is not a number stays so.
-                let ordinary = self.compare(FloatCC::OrderedNotEqual, x, zero);
+                let above = self.compare(FloatCC::GreaterThan, x, zero);
+                let below = self.compare(FloatCC::LessThan, x, zero);
+                let ordinary = self.b.ins().bor(above, below);
                 self.choose(ordinary, signed, x)
             }
             UnaryOp::Not => {

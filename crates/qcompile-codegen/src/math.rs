@@ -228,7 +228,7 @@ impl Emitter<'_, '_> {
         let two = self.f(x, 2.0);
         let quotient = self.div(two, below);
         let far = self.sub(one, quotient);
-        let far = self.b.ins().fcopysign(far, x);
+        let far = self.copy_sign(far, x);
         let limit = self.f(x, 0.625);
         let small = self.compare(FloatCC::LessThan, magnitude, limit);
         self.choose(small, near, far)
