@@ -150,6 +150,7 @@ impl Plan {
             .ok_or_else(|| damaged("a tensor leaves its section"))?;
         let graph = text::parse(graph, &|digest| tensors.get(&digest).cloned())
             .map_err(|errors| FileError::Graph(errors.to_string()))?;
+        qcompile_ir::verify(&graph).map_err(|errors| FileError::Graph(errors.to_string()))?;
         let batch_size = usize::try_from(head.batch_size).map_err(|_| damaged("batch size"))?;
         Ok(build(graph, &BuildOptions { batch_size })?.with_meta(head.meta))
     }
