@@ -154,6 +154,8 @@ fn check_nest(plan: &Plan, nest: &LoopNest) -> Checked {
         writable(plan, write.access().slot)?;
         let mut strides = nest.dims.iter().zip(&write.access().strides);
         let repeats = strides.any(|(dim, stride)| *dim != Dim::ONE && stride.scale == 0);
+        // A nest without points stores nothing; the strides of its empty arrays are 0.
+        let repeats = repeats && nest.dims.iter().all(|dim| dim.scale > 0);
         if matches!(write, Write::Store { .. }) && repeats {
             return Err("a store repeats an element".to_owned());
         }
