@@ -171,6 +171,7 @@ impl Plan {
             let text = std::str::from_utf8(section).map_err(|_| damaged("a graph is not text"))?;
             let graph = text::parse(text, &|digest| tensors.get(&digest).cloned())
                 .map_err(|errors| FileError::Graph(errors.to_string()))?;
+            qcompile_ir::verify(&graph).map_err(|errors| FileError::Graph(errors.to_string()))?;
             Ok(build(graph, &BuildOptions { batch_size })?)
         };
         let evaluation = if evaluation.is_empty() { None } else { Some(plan(evaluation)?) };

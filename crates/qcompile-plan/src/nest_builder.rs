@@ -154,6 +154,10 @@ impl<'a> NestBuilder<'a> {
             _ => None,
         };
         let view = &self.lowering.fusion.views[scale.index()];
+        // A scale of the group's own is as large as the domain, so it is used at the index where it is computed.
+        if let Some(&value) = self.values.get(&view.base) {
+            return value;
+        }
         let mut strides = vec![Dim::fixed(0); self.domain.len()];
         if let (Some(axis), Some(&stride)) = (axis, view.strides.first()) {
             strides[axis] = stride;

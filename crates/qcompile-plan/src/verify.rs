@@ -177,8 +177,9 @@ fn check_nest(plan: &Plan, nest: &LoopNest) -> Checked {
     for write in &nest.writes {
         writable(plan, write.access().slot)?;
         let mut strides = nest.dims.iter().zip(&write.access().strides);
-        let empty = nest.dims.iter().any(|dim| dim.scale == 0);
-        let repeats = !empty && strides.any(|(dim, stride)| *dim != Dim::ONE && stride.scale == 0);
+        let repeats = strides.any(|(dim, stride)| *dim != Dim::ONE && stride.scale == 0);
+        // A nest without points stores nothing; the strides of its empty arrays are 0.
+        let repeats = repeats && nest.dims.iter().all(|dim| dim.scale > 0);
         if matches!(write, Write::Store { .. }) && repeats {
             return Err("a store repeats an element".to_owned());
         }
