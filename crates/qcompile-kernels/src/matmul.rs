@@ -302,19 +302,16 @@ unsafe fn pack_left<L: Lanes>(p: &Product<L::Element>, cut: &Cut, unit: usize) {
     // SAFETY: granted by the caller.
     unsafe {
         let from = p.a.add(copy * p.a_strides[0] + row * p.a_strides[1]);
-        let to = p.scratch.add(
-            cut.copies * cut.panels.words::<L>() + copy * cut.left_words + row * words,
-        );
+        let to = p
+            .scratch
+            .add(cut.copies * cut.panels.words::<L>() + copy * cut.left_words + row * words);
         if cut.left == LeftForm::Rows {
             for r in 0..live {
                 pack::row::<L, Left>(from.add(r * p.a_strides[1]), p.k, to.add(r * words));
             }
         } else {
-            let source = Source {
-                first: from,
-                k_stride: p.a_strides[2],
-                column_stride: p.a_strides[1],
-            };
+            let source =
+                Source { first: from, k_stride: p.a_strides[2], column_stride: p.a_strides[1] };
             pack::interleave::<L, Left>(source, p.k, live, to, ROW_GROUP);
         }
     }
@@ -413,9 +410,7 @@ impl<L: Lanes> Compute<L> {
                 *pointer = match cut.left {
                     LeftForm::InPlace => a.add(r.min(rows - 1) * p.a_strides[1]).cast(),
                     LeftForm::Rows => left.add(r.min(rows - 1) * words),
-                    LeftForm::Groups => {
-                        left.add(r / ROW_GROUP * ROW_GROUP * words + r % ROW_GROUP)
-                    }
+                    LeftForm::Groups => left.add(r / ROW_GROUP * ROW_GROUP * words + r % ROW_GROUP),
                 };
             }
             for at in 0..parts {
