@@ -69,6 +69,10 @@ impl Lanes for Real {
         unsafe { _mm512_fmadd_ps(a, b, sum) }
     }
     #[inline(always)]
+    unsafe fn scale(sum: Self::V, _left: *const f32, _right: *const f32) -> Self::V {
+        sum
+    }
+    #[inline(always)]
     fn left_word(elements: &[f32; 4]) -> u32 {
         elements[0].to_bits()
     }
@@ -121,15 +125,19 @@ impl Lanes for Int8 {
         unsafe { _mm512_dpbusd_epi32(sum, a, b) }
     }
     #[inline(always)]
+    unsafe fn scale(sum: Self::V, left: *const f32, right: *const f32) -> Self::V {
+        // SAFETY: the caller grants one value on the left, `LANES` on the right.
+        unsafe {
+            let factor = _mm512_mul_ps(_mm512_set1_ps(*left), _mm512_loadu_ps(right));
+            _mm512_castps_si512(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), factor))
+        }
+    }
+    #[inline(always)]
     fn left_word(elements: &[i8; 4]) -> u32 {
         word_of_i8(elements) ^ Self::HALO
     }
     #[inline(always)]
     fn right_word(elements: &[i8; 4]) -> u32 {
         word_of_i8(elements)
-    }
-    #[inline(always)]
-    fn header(elements: &[i8; 4]) -> i32 {
-        -128 * elements.iter().map(|&e| i32::from(e)).sum::<i32>()
     }
 }

@@ -12,7 +12,7 @@ use crate::depthwise;
 use crate::geometry::{Geometry, Part, Parts, Tap};
 use crate::lanes::{Lanes, Simd, Task};
 use crate::pack::{self, Right, Source};
-use crate::tile::{Block, Depth, Finish, Panels, ROW_GROUP, Scale};
+use crate::tile::{self, Block, Depth, Finish, Panels, ROW_GROUP};
 use crate::window::Window;
 
 /// Pixels whose pointers are set up at once.
@@ -68,13 +68,6 @@ impl<E> Convolution<E> {
         let row = part.image * image + part.row_begin * g.columns.target;
         let total = self.target_total();
         Finish {
-            scale: self.scales.map(|scales| Scale {
-                left: scales.source.wrapping_add(part.image * scales.source_stride),
-                left_period: image,
-                left_stride: scales.source_stride,
-                right: scales.weight.wrapping_add(columns.start * scales.weight_stride),
-                right_stride: scales.weight_stride,
-            }),
             epilogue: self.epilogue,
             epilogue_ctx: self.epilogue_ctx,
             row,
@@ -281,11 +274,8 @@ impl<L: Lanes> Task for Pack<L> {
                         + group * phase.panels.words::<L>()
                         + phase.panels.offset::<L>(panel),
                 );
-                let mut to = panel_words;
-                if L::HEADER {
-                    to.write_bytes(0, stored);
-                    to = to.add(stored);
-                }
+                let first_word = panel_words.add(if L::HEADER { stored } else { 0 });
+                let mut to = first_word;
                 for begin in (0..cut.words).step_by(cut.chunk) {
                     let channel = begin * L::GROUP;
                     let end = (begin + cut.chunk).min(cut.words);
@@ -299,12 +289,12 @@ impl<L: Lanes> Task for Pack<L> {
                             k_stride: at(channel + 1, column) - first,
                             column_stride: at(channel, column + 1) - first,
                         };
-                        if L::HEADER {
-                            pack::add_header::<L>(from, channels, valid, panel_words);
-                        }
                         pack::interleave::<L, Right>(from, channels, valid, to, stored);
                         to = to.add((end - begin) * stored);
                     }
+                }
+                if L::HEADER {
+                    pack::header::<L>(first_word, phase.panels.k, stored, panel_words);
                 }
             }
         }
@@ -333,6 +323,9 @@ struct Compute<L: Lanes> {
 
 /// What the batches of one unit share.
 struct Unit<'a> {
+    /// Scale of the unit's first image, and from one image's scale to the next.
+    source_scales: Option<(*const f32, usize)>,
+    column_scales: *const f32,
     finish: Finish,
     target: Target,
     result: *mut u32,
@@ -354,7 +347,7 @@ impl<L: Lanes> Task for Compute<L> {
         let several = phases
             .iter()
             .any(|phase| phase.panels.k > PART_WORDS || phase.taps.len() > MOST_SEGMENTS);
-        let target = if c.epilogue.is_none() && !L::INTEGER {
+        let target = if c.epilogue.is_none() {
             Target::Result
         } else if phases.len() > 1 {
             Target::Unit
@@ -390,7 +383,20 @@ impl<L: Lanes> Task for Compute<L> {
                 let window =
                     Window::open::<L>(g, &part, c.source, c.source_total(), channels, &mut left);
                 let finish = c.finish(&part, first_column..first_column + columns);
+                // Scales of the columns, filled up to whole vectors.
+                let mut scale_buffer = Buffer::take(Slot::Scales, stride);
+                let column_scales = scale_buffer.words().cast::<f32>();
+                if let Some(scales) = c.scales {
+                    for c in 0..stride {
+                        let from = (first_column + c.min(columns - 1)) * scales.weight_stride;
+                        *column_scales.add(c) = *scales.weight.add(from);
+                    }
+                }
                 let mut unit = Unit {
+                    source_scales: c.scales.map(|scales| {
+                        (scales.source.add(part.image * scales.source_stride), scales.source_stride)
+                    }),
+                    column_scales,
                     finish,
                     target,
                     result: result.words(),
@@ -421,6 +427,8 @@ impl<L: Lanes> Task for Compute<L> {
 struct Batch {
     rows: [*const u32; BATCH_PIXELS],
     outs: [*mut u32; BATCH_PIXELS],
+    /// Scales of the pixels' images, for int8.
+    scales: [f32; BATCH_PIXELS],
     count: usize,
     /// First pixel in the unit.
     first: usize,
@@ -449,6 +457,7 @@ impl Unit<'_> {
         let mut batch = Batch {
             rows: [std::ptr::null(); BATCH_PIXELS],
             outs: [std::ptr::null_mut(); BATCH_PIXELS],
+            scales: [0.0; BATCH_PIXELS],
             count: 0,
             first: 0,
         };
@@ -458,6 +467,7 @@ impl Unit<'_> {
         // SAFETY: granted by the caller.
         unsafe {
             for image in 0..part.images {
+                let scale = self.source_scales.map(|(first, stride)| *first.add(image * stride));
                 for j in down..across {
                     let row = phase.row + j * g.rows.phases() - part.row_begin;
                     let line = (image * height + row) * width;
@@ -469,6 +479,9 @@ impl Unit<'_> {
                             batch.first = pixel;
                         }
                         batch.rows[batch.count] = source;
+                        if let Some(scale) = scale {
+                            batch.scales[batch.count] = scale;
+                        }
                         batch.outs[batch.count] = match self.target {
                             Target::Result => {
                                 self.finish.result.add(pixel * self.finish.result_stride).cast()
@@ -516,6 +529,9 @@ impl Unit<'_> {
             panel_begin: self.panel_begin,
             panel_end: self.panel_end,
             exact: self.target == Target::Result,
+            scales: self
+                .source_scales
+                .map(|_| tile::Scales { left: batch.scales.as_ptr(), right: self.column_scales }),
         };
         let (words, chunk) = (self.cut.words, self.cut.chunk);
         let mut shifted = [0_isize; MOST_SEGMENTS];
@@ -532,9 +548,9 @@ impl Unit<'_> {
                         *to = from + first_word as isize;
                     }
                     let segments = &shifted[..part.len()];
-                    let depth = Depth { segments, length, step: 1, begin, resume };
+                    let last = begin + part.len() * length == phase.panels.k;
+                    let depth = Depth { segments, length, step: 1, begin, resume, last };
                     begin += part.len() * length;
-                    let last = begin == phase.panels.k;
                     for first in (0..count).step_by(ROW_GROUP) {
                         block.sweep::<L>(first, &depth);
                         if last && matches!(self.target, Target::Group | Target::Batch) {

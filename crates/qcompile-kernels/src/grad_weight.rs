@@ -271,6 +271,7 @@ impl Outer {
                     panel_begin,
                     panel_end,
                     exact: false,
+                    scales: None,
                 };
                 let depth = Depth {
                     segments: lines,
@@ -278,6 +279,7 @@ impl Outer {
                     step: (g.columns.step() * window.pixel_pitch) as isize,
                     begin: 0,
                     resume: index > 0,
+                    last: true,
                 };
                 for first in (0..count).step_by(ROW_GROUP) {
                     block.sweep::<S::Real>(first, &depth);
