@@ -464,34 +464,49 @@ impl Unit<'_> {
         let (height, width) = (part.row_end - part.row_begin, g.columns.target);
         let (down, across) =
             (g.rows.number(phase.row, part.row_begin), g.rows.number(phase.row, part.row_end));
+        let (columns, apart) = (g.columns.number(phase.column, width), g.columns.phases());
+        let step = g.columns.step() * window.pixel_pitch;
+        // From one pixel's place to the next one's.
+        let (out, out_step) = match self.target {
+            Target::Result => (self.finish.result.cast(), self.finish.result_stride),
+            Target::Group | Target::Batch | Target::Unit => (self.result, self.stride),
+        };
         // SAFETY: granted by the caller.
         unsafe {
+            if matches!(self.target, Target::Group | Target::Batch) {
+                let held = if self.target == Target::Group { ROW_GROUP } else { BATCH_PIXELS };
+                for (i, to) in batch.outs.iter_mut().enumerate() {
+                    *to = out.add(i % held * out_step);
+                }
+            }
             for image in 0..part.images {
                 let scale = self.source_scales.map(|(first, stride)| *first.add(image * stride));
                 for j in down..across {
                     let row = phase.row + j * g.rows.phases() - part.row_begin;
-                    let line = (image * height + row) * width;
-                    let mut source = window.pixel(image, (j * g.rows.step()) as isize, 0);
-                    let step = g.columns.step() * window.pixel_pitch;
-                    for column in (phase.column..width).step_by(g.columns.phases()) {
-                        let pixel = line + column;
+                    let line = (image * height + row) * width + phase.column;
+                    let source = window.pixel(image, (j * g.rows.step()) as isize, 0);
+                    let mut done = 0;
+                    while done < columns {
+                        let some = (columns - done).min(BATCH_PIXELS - batch.count);
+                        let pixel = line + done * apart;
                         if batch.count == 0 {
                             batch.first = pixel;
                         }
-                        batch.rows[batch.count] = source;
-                        if let Some(scale) = scale {
-                            batch.scales[batch.count] = scale;
+                        let range = batch.count..batch.count + some;
+                        for (i, to) in batch.rows[range.clone()].iter_mut().enumerate() {
+                            *to = source.wrapping_add((done + i) * step);
                         }
-                        batch.outs[batch.count] = match self.target {
-                            Target::Result => {
-                                self.finish.result.add(pixel * self.finish.result_stride).cast()
+                        if matches!(self.target, Target::Result | Target::Unit) {
+                            let first = out.add(pixel * out_step);
+                            for (i, to) in batch.outs[range.clone()].iter_mut().enumerate() {
+                                *to = first.wrapping_add(i * apart * out_step);
                             }
-                            Target::Group => self.result.add(batch.count % ROW_GROUP * self.stride),
-                            Target::Batch => self.result.add(batch.count * self.stride),
-                            Target::Unit => self.result.add(pixel * self.stride),
-                        };
-                        batch.count += 1;
-                        source = source.wrapping_add(step);
+                        }
+                        if let Some(scale) = scale {
+                            batch.scales[range].fill(scale);
+                        }
+                        done += some;
+                        batch.count += some;
                         if batch.count == BATCH_PIXELS {
                             self.flush::<L>(phase, run, segments, &mut batch);
                         }
@@ -517,7 +532,9 @@ impl Unit<'_> {
         }
         for i in count..count.next_multiple_of(ROW_GROUP) {
             batch.rows[i] = batch.rows[count - 1];
-            batch.outs[i] = self.sink;
+            if matches!(self.target, Target::Result | Target::Unit) {
+                batch.outs[i] = self.sink;
+            }
         }
         let padded = count.next_multiple_of(ROW_GROUP);
         let block = Block {
