@@ -13,7 +13,7 @@ use crate::geometry::{Geometry, Part, Parts, Tap};
 use crate::lanes::{Lanes, Simd, Task};
 use crate::pack::{self, Right, Source};
 use crate::tile::{self, Block, Depth, Finish, Panels, ROW_GROUP};
-use crate::window::Window;
+use crate::window::{Ahead, Window};
 
 /// Pixels whose pointers are set up at once.
 const BATCH_PIXELS: usize = 10 * ROW_GROUP;
@@ -357,9 +357,9 @@ impl<L: Lanes> Task for Compute<L> {
             Target::Group
         };
         let mut segments = Vec::new();
-        for unit in self.begin..self.end {
-            let part = cut.parts.part(unit % cut.parts.count());
-            let block = unit / cut.parts.count();
+        for unit_index in self.begin..self.end {
+            let part = cut.parts.part(unit_index % cut.parts.count());
+            let block = unit_index / cut.parts.count();
             let (group, column_block) = (block / cut.column_blocks, block % cut.column_blocks);
             let panel_begin = column_block * cut.panels;
             let panel_end = (panel_begin + cut.panels).min(cut.panels_per_group);
@@ -407,10 +407,17 @@ impl<L: Lanes> Task for Compute<L> {
                     panel_end,
                     cut: &cut,
                 };
+                // The next unit reads other pixels, unless it begins another block of channels.
+                let mut ahead = Ahead::NONE;
+                if unit_index + 1 < self.end && (unit_index + 1) % cut.parts.count() != 0 {
+                    let next = cut.parts.part((unit_index + 1) % cut.parts.count());
+                    let groups = phases.len() + pixels / ROW_GROUP;
+                    ahead = Ahead::source(g, &next, c.source, c.source_total()).steps(groups);
+                }
                 for phase in &phases {
                     let skip = phase.packed + group * phase.panels.words::<L>();
                     unit.packed = c.scratch.add(skip);
-                    unit.phase::<L>(g, &part, phase, &window, &mut segments);
+                    unit.phase::<L>(g, &part, phase, &window, &mut segments, &mut ahead);
                 }
                 if target == Target::Unit {
                     for first in (0..pixels).step_by(ROW_GROUP) {
@@ -444,6 +451,7 @@ impl Unit<'_> {
         phase: &Phase,
         window: &Window,
         segments: &mut Vec<isize>,
+        ahead: &mut Ahead,
     ) {
         // Taps that read adjacent pixels make one long segment, if all their words are adjacent.
         let words = self.cut.words;
@@ -508,12 +516,12 @@ impl Unit<'_> {
                         done += some;
                         batch.count += some;
                         if batch.count == BATCH_PIXELS {
-                            self.flush::<L>(phase, run, segments, &mut batch);
+                            self.flush::<L>(phase, run, segments, &mut batch, ahead);
                         }
                     }
                 }
             }
-            self.flush::<L>(phase, run, segments, &mut batch);
+            self.flush::<L>(phase, run, segments, &mut batch, ahead);
         }
     }
 
@@ -525,6 +533,7 @@ impl Unit<'_> {
         run: Option<usize>,
         segments: &[isize],
         batch: &mut Batch,
+        ahead: &mut Ahead,
     ) {
         let count = batch.count;
         if count == 0 {
@@ -569,6 +578,9 @@ impl Unit<'_> {
                     let depth = Depth { segments, length, step: 1, begin, resume, last };
                     begin += part.len() * length;
                     for first in (0..count).step_by(ROW_GROUP) {
+                        if last {
+                            ahead.step::<L::Tier>();
+                        }
                         block.sweep::<L>(first, &depth);
                         if last && matches!(self.target, Target::Group | Target::Batch) {
                             let live = ROW_GROUP.min(count - first);

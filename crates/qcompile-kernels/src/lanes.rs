@@ -19,6 +19,10 @@ pub(crate) trait Simd: Copy + 'static {
     /// The CPU supports the tier, and the task's own requirements hold.
     unsafe fn enter<T: Task>(task: T);
 
+    /// Asks for the cache line of an address, which may be any; nothing where the tier cannot.
+    #[inline(always)]
+    fn prefetch(_address: *const u8) {}
+
     /// Transposes an 8 x 8 block of words: `dst[j * dst_stride + i] = src[i * src_stride + j]`.
     ///
     /// # Safety
