@@ -66,14 +66,16 @@ fn compare(name: &str, graph: &Graph, batch: usize, tier: Tier) {
     for threads in [1, 2, 5] {
         let options = TrainerOptions { threads, workers: 1, tier: Some(tier) };
         let mut trainer = Trainer::new(Arc::clone(&plan), &options).expect("compiles");
-        let got = trainer.run(&given, Region::Comm).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let got =
+            trainer.run(&given, Region::Comm).unwrap_or_else(|error| panic!("{name}: {error}"));
         for (output, id) in graph.outputs() {
             let node = graph.node(*id);
             let exact = wanted.get_f64(node.name.as_str()).expect("evaluated");
             let tolerance = if node.ty.dtype.is_float() { narrowest } else { 0.0 };
             let values = got[output].to_f64();
             assert_eq!(values.len(), exact.len(), "{name}: {output}");
-            let largest = exact.iter().filter(|x| x.is_finite()).fold(1e-2_f64, |m, x| m.max(x.abs()));
+            let largest =
+                exact.iter().filter(|x| x.is_finite()).fold(1e-2_f64, |m, x| m.max(x.abs()));
             for (at, (value, exact)) in values.iter().zip(exact).enumerate() {
                 let same = *value == exact || (value.is_nan() && exact.is_nan());
                 assert!(
@@ -150,7 +152,8 @@ fn elementwise(op: &str, dtype: &str, result: &str, operands: usize) -> String {
         let given = if operands == 1 { format!("%a{size}") } else { format!("%a{size}, %b{size}") };
         body += &format!("%y{size} : {result}[{size}] = {op} {given}\n");
     }
-    let outputs: Vec<String> = [1, 3, 4, 5, 16, 63, 1000].iter().map(|n| format!("%y{n}")).collect();
+    let outputs: Vec<String> =
+        [1, 3, 4, 5, 16, 63, 1000].iter().map(|n| format!("%y{n}")).collect();
     format!("graph @g {{\n{leaves}forward:\n{body}return {}\n}}\n", outputs.join(", "))
 }
 
@@ -163,8 +166,22 @@ fn every_type_and_function() {
         let unary: &[&str] = match dtype {
             "bool" => &["not"],
             _ if float => &[
-                "neg", "abs", "exp", "relu", "sigmoid", "tanh", "erf", "sin", "cos", "floor", "ceil",
-                "round", "sign", "reciprocal", "sqrt", "log",
+                "neg",
+                "abs",
+                "exp",
+                "relu",
+                "sigmoid",
+                "tanh",
+                "erf",
+                "sin",
+                "cos",
+                "floor",
+                "ceil",
+                "round",
+                "sign",
+                "reciprocal",
+                "sqrt",
+                "log",
             ],
             "u8" => &["abs", "relu", "sign"],
             _ => &["neg", "abs", "relu", "sign"],
@@ -183,10 +200,8 @@ fn every_type_and_function() {
             check(&format!("{op} {dtype}"), &parse(&elementwise(op, dtype, "bool", 2)), &[1]);
         }
         for to in DTYPES.iter().filter(|to| **to != dtype) {
-            let source = elementwise(&format!("cast {to}"), dtype, to, 1).replace(
-                &format!("cast {to} %"),
-                "cast %",
-            );
+            let source = elementwise(&format!("cast {to}"), dtype, to, 1)
+                .replace(&format!("cast {to} %"), "cast %");
             check(&format!("cast {dtype} to {to}"), &parse(&source), &[1]);
         }
     }

@@ -54,8 +54,7 @@ impl<'a, 'b> Emitter<'a, 'b> {
         let frame = params[0];
         let batch = b.ins().load(I64, trusted(), frame, Frame::BATCH);
         let table = b.ins().load(I64, trusted(), frame, Frame::SLOTS);
-        let mut emitter =
-            Emitter { b, target, frame, batch, slots: table, bases: BTreeMap::new() };
+        let mut emitter = Emitter { b, target, frame, batch, slots: table, bases: BTreeMap::new() };
         for slot in slots {
             emitter.slot(slot);
         }

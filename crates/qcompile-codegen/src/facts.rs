@@ -1,8 +1,8 @@
 //! What lowering must know of a nest before it emits anything.
 
 use crate::body::{cost, has_lanes};
-use qcompile_plan::verify::body_types;
 use qcompile_ir::{DType, Dim};
+use qcompile_plan::verify::body_types;
 use qcompile_plan::{LoopNest, Scalar, Write};
 
 /// Decisions about one nest; they depend on the plan only.
@@ -55,8 +55,8 @@ impl Facts {
         }
         let writes = nest.writes.iter().all(|write| {
             let stride = innermost(&write.access().strides);
-            let along = stride == Dim::ONE
-                || (stride.scale == 0 && matches!(write, Write::Reduce { .. }));
+            let along =
+                stride == Dim::ONE || (stride.scale == 0 && matches!(write, Write::Reduce { .. }));
             along && write.access().dtype != DType::I64
         });
         let body = nest
@@ -96,8 +96,9 @@ impl Facts {
 pub(crate) fn written_once(nest: &LoopNest, write: &Write) -> bool {
     let strides = &write.access().strides;
     let outer = strides.len().saturating_sub(1);
-    strides[..outer].iter().zip(&nest.dims).all(|(stride, &dim)| {
-        stride.scale != 0 || dim == Dim::ONE
-    })
+    strides[..outer]
+        .iter()
+        .zip(&nest.dims)
+        .all(|(stride, &dim)| stride.scale != 0 || dim == Dim::ONE)
         && innermost(strides).scale == 0
 }

@@ -67,8 +67,7 @@ fn partials(nest: &LoopNest) -> Vec<Partial> {
             continue;
         }
         let elements = kept_elements(nest, write);
-        let partial =
-            Partial { write: index, op: *op, dtype: access.dtype, elements, offset };
+        let partial = Partial { write: index, op: *op, dtype: access.dtype, elements, offset };
         let aligned = Affine {
             fixed: partial.bytes().fixed.next_multiple_of(64),
             per_batch: partial.bytes().per_batch.next_multiple_of(64),
@@ -177,7 +176,8 @@ impl Chunks {
     fn of(e: &mut Emitter<'_, '_>, nest: &LoopNest) -> Chunks {
         let total = e.dim(nest.dims[0]);
         // Inner sizes that depend on N count as their factor: the number of chunks may depend on sizes, and this does.
-        let inner = nest.dims[1..].iter().fold(1_usize, |points, dim| points.saturating_mul(dim.scale));
+        let inner =
+            nest.dims[1..].iter().fold(1_usize, |points, dim| points.saturating_mul(dim.scale));
         let mut least = CHUNK_POINTS.div_ceil(inner.max(1)).max(1);
         if nest.dims.len() == 1 {
             least = least.next_multiple_of(SHARE_POINTS);

@@ -100,72 +100,91 @@ pub(crate) fn arguments(
         Primitive::Pooling(pooling) => self::pooling(e, pooling),
         Primitive::Softmax { rows, cols, x, y, .. } => {
             let block = Block::new::<SoftmaxArgs>(e);
-            fields!(e, block, SoftmaxArgs {
-                x: e.place(*x, 4),
-                y: e.place(*y, 4),
-                rows: e.dim(*rows),
-                cols: e.dim(*cols),
-            });
+            fields!(
+                e,
+                block,
+                SoftmaxArgs {
+                    x: e.place(*x, 4),
+                    y: e.place(*y, 4),
+                    rows: e.dim(*rows),
+                    cols: e.dim(*cols),
+                }
+            );
             block
         }
         Primitive::CrossEntropy { rows, cols, logits, label, loss } => {
             let block = Block::new::<CrossEntropyArgs>(e);
-            fields!(e, block, CrossEntropyArgs {
-                logits: e.place(*logits, 4),
-                labels: e.place(*label, 8),
-                losses: e.place(*loss, 4),
-                rows: e.dim(*rows),
-                cols: e.dim(*cols),
-                ignore_index: e.b.ins().iconst(I64, IGNORED_LABEL),
-                error: e.error_word(step),
-            });
+            fields!(
+                e,
+                block,
+                CrossEntropyArgs {
+                    logits: e.place(*logits, 4),
+                    labels: e.place(*label, 8),
+                    losses: e.place(*loss, 4),
+                    rows: e.dim(*rows),
+                    cols: e.dim(*cols),
+                    ignore_index: e.b.ins().iconst(I64, IGNORED_LABEL),
+                    error: e.error_word(step),
+                }
+            );
             block
         }
         Primitive::CrossEntropyGrad { rows, cols, logits, label, dloss, dlogits } => {
             let block = Block::new::<CrossEntropyGradArgs>(e);
-            fields!(e, block, CrossEntropyGradArgs {
-                logits: e.place(*logits, 4),
-                labels: e.place(*label, 8),
-                dy: e.place(*dloss, 4),
-                dy_stride: e.int(1),
-                dlogits: e.place(*dlogits, 4),
-                rows: e.dim(*rows),
-                cols: e.dim(*cols),
-                ignore_index: e.b.ins().iconst(I64, IGNORED_LABEL),
-                error: e.error_word(step),
-            });
+            fields!(
+                e,
+                block,
+                CrossEntropyGradArgs {
+                    logits: e.place(*logits, 4),
+                    labels: e.place(*label, 8),
+                    dy: e.place(*dloss, 4),
+                    dy_stride: e.int(1),
+                    dlogits: e.place(*dlogits, 4),
+                    rows: e.dim(*rows),
+                    cols: e.dim(*cols),
+                    ignore_index: e.b.ins().iconst(I64, IGNORED_LABEL),
+                    error: e.error_word(step),
+                }
+            );
             block
         }
         Primitive::Gather { table_rows, row_bytes, count, table, indices, y } => {
             let block = Block::new::<GatherArgs>(e);
-            fields!(e, block, GatherArgs {
-                table: e.place(*table, 1),
-                indices: e.place(*indices, 8),
-                out: e.place(*y, 1),
-                rows: e.dim(*table_rows),
-                width: e.affine(*row_bytes),
-                element_bytes: e.int(1),
-                count: e.dim(*count),
-                error: e.error_word(step),
-            });
+            fields!(
+                e,
+                block,
+                GatherArgs {
+                    table: e.place(*table, 1),
+                    indices: e.place(*indices, 8),
+                    out: e.place(*y, 1),
+                    rows: e.dim(*table_rows),
+                    width: e.affine(*row_bytes),
+                    element_bytes: e.int(1),
+                    count: e.dim(*count),
+                    error: e.error_word(step),
+                }
+            );
             block
         }
         Primitive::ScatterAdd { rows, width, count, indices, values, y } => {
             let block = Block::new::<ScatterAddArgs>(e);
-            fields!(e, block, ScatterAddArgs {
-                values: e.place(*values, 4),
-                indices: e.place(*indices, 8),
-                out: e.place(*y, 4),
-                rows: e.dim(*rows),
-                width: e.dim(*width),
-                count: e.dim(*count),
-                error: e.error_word(step),
-            });
+            fields!(
+                e,
+                block,
+                ScatterAddArgs {
+                    values: e.place(*values, 4),
+                    indices: e.place(*indices, 8),
+                    out: e.place(*y, 4),
+                    rows: e.dim(*rows),
+                    width: e.dim(*width),
+                    count: e.dim(*count),
+                    error: e.error_word(step),
+                }
+            );
             block
         }
     }
 }
-
 
 impl Emitter<'_, '_> {
     /// The address of the step's word for errors.
@@ -191,24 +210,45 @@ fn matmul(e: &mut Emitter<'_, '_>, matmul: &Matmul, tail: Tail) -> Block {
     let scratch = e.field(Frame::SCRATCH);
     macro_rules! common {
         ($block:ident, $args:ident) => {
-            fields!(e, $block, $args {
-                a: a, b: b, c: c, batch: batch, m: m, n: n, k: k,
-                a_batch_stride: a_batch, a_row_stride: a_row, a_col_stride: a_col,
-                b_batch_stride: b_batch, b_row_stride: b_row, b_col_stride: b_col,
-                c_batch_stride: c_batch, c_row_stride: n,
-                epilogue: tail.function, epilogue_ctx: tail.context, scratch: scratch,
-            })
+            fields!(
+                e,
+                $block,
+                $args {
+                    a: a,
+                    b: b,
+                    c: c,
+                    batch: batch,
+                    m: m,
+                    n: n,
+                    k: k,
+                    a_batch_stride: a_batch,
+                    a_row_stride: a_row,
+                    a_col_stride: a_col,
+                    b_batch_stride: b_batch,
+                    b_row_stride: b_row,
+                    b_col_stride: b_col,
+                    c_batch_stride: c_batch,
+                    c_row_stride: n,
+                    epilogue: tail.function,
+                    epilogue_ctx: tail.context,
+                    scratch: scratch,
+                }
+            )
         };
     }
     if let Some(int8) = &matmul.int8 {
         let block = Block::new::<MatmulI8Args>(e);
         common!(block, MatmulI8Args);
-        fields!(e, block, MatmulI8Args {
-            a_scale: e.place(int8.scale_a, 4),
-            a_scale_stride: e.int(0),
-            b_scale: e.place(int8.scale_b, 4),
-            b_scale_stride: e.int(usize::from(int8.per_channel)),
-        });
+        fields!(
+            e,
+            block,
+            MatmulI8Args {
+                a_scale: e.place(int8.scale_a, 4),
+                a_scale_stride: e.int(0),
+                b_scale: e.place(int8.scale_b, 4),
+                b_scale_stride: e.int(usize::from(int8.per_channel)),
+            }
+        );
         return block;
     }
     let block = Block::new::<MatmulArgs>(e);
@@ -217,12 +257,7 @@ fn matmul(e: &mut Emitter<'_, '_>, matmul: &Matmul, tail: Tail) -> Block {
 }
 
 /// Stores the geometry of a convolution.
-fn put_conv_shape(
-    e: &mut Emitter<'_, '_>,
-    block: &Block,
-    at: usize,
-    convolution: &Convolution,
-) {
+fn put_conv_shape(e: &mut Emitter<'_, '_>, block: &Block, at: usize, convolution: &Convolution) {
     let ConvGeometry { input, kernel, strides, pads, dilations, groups } = convolution.geometry;
     let words: [(usize, usize); 15] = [
         (offset_of!(ConvShape, height), input[0]),
@@ -276,20 +311,36 @@ fn convolution(e: &mut Emitter<'_, '_>, convolution: &Convolution, tail: Tail) -
     }
     match (product, int8) {
         (Product::Forward, None) => block!(Conv2dArgs {
-            x: a, w: b, y: c, epilogue: tail.function, epilogue_ctx: tail.context,
+            x: a,
+            w: b,
+            y: c,
+            epilogue: tail.function,
+            epilogue_ctx: tail.context,
         }),
         (Product::Forward, Some(int8)) => block!(Conv2dI8Args {
-            x: a, w: b, y: c, epilogue: tail.function, epilogue_ctx: tail.context,
+            x: a,
+            w: b,
+            y: c,
+            epilogue: tail.function,
+            epilogue_ctx: tail.context,
             x_scale: e.place(int8.scale_a, 4),
             x_scale_stride: e.int(0),
             w_scale: e.place(int8.scale_b, 4),
             w_scale_stride: e.int(usize::from(int8.per_channel)),
         }),
         (Product::GradInput, None) => block!(Conv2dGradInputArgs {
-            dy: a, w: b, dx: c, epilogue: tail.function, epilogue_ctx: tail.context,
+            dy: a,
+            w: b,
+            dx: c,
+            epilogue: tail.function,
+            epilogue_ctx: tail.context,
         }),
         (Product::GradInput, Some(int8)) => block!(Conv2dGradInputI8Args {
-            dy: a, w: b, dx: c, epilogue: tail.function, epilogue_ctx: tail.context,
+            dy: a,
+            w: b,
+            dx: c,
+            epilogue: tail.function,
+            epilogue_ctx: tail.context,
             dy_scale: e.place(int8.scale_a, 4),
             dy_scale_stride: e.int(0),
             w_scale: e.place(int8.scale_b, 4),
@@ -394,9 +445,7 @@ pub(crate) fn places(primitive: &Primitive) -> (Vec<Place>, Vec<Place>) {
         }
         Primitive::Pooling(pooling) => (vec![pooling.x, pooling.dy], vec![pooling.y]),
         Primitive::Softmax { x, y, .. } => (vec![*x], vec![*y]),
-        Primitive::CrossEntropy { logits, label, loss, .. } => {
-            (vec![*logits, *label], vec![*loss])
-        }
+        Primitive::CrossEntropy { logits, label, loss, .. } => (vec![*logits, *label], vec![*loss]),
         Primitive::CrossEntropyGrad { logits, label, dloss, dlogits, .. } => {
             (vec![*logits, *label, *dloss], vec![*dlogits])
         }

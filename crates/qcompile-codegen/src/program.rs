@@ -134,7 +134,8 @@ pub fn compile(plan: &Plan, options: &Options) -> Result<Program, CodegenError> 
         .regions
         .map(|id| unsafe { std::mem::transmute::<*const u8, RegionFunction>(address(id)) });
     // SAFETY: as above.
-    let scratch = unsafe { std::mem::transmute::<*const u8, ScratchFunction>(address(emitted.scratch)) };
+    let scratch =
+        unsafe { std::mem::transmute::<*const u8, ScratchFunction>(address(emitted.scratch)) };
     Ok(Program { module: Mutex::new(Some(unit.module)), regions, scratch, tier: options.tier })
 }
 
@@ -206,8 +207,17 @@ fn isa(tier: Tier) -> Result<OwnedTargetIsa, CodegenError> {
     let mut builder = cranelift_native::builder().map_err(|error| host(&error))?;
     if tier == Tier::Portable && cfg!(target_arch = "x86_64") {
         for feature in [
-            "has_avx", "has_avx2", "has_fma", "has_avx512f", "has_avx512vl", "has_avx512dq",
-            "has_avx512bitalg", "has_avx512vbmi", "has_bmi1", "has_bmi2", "has_lzcnt",
+            "has_avx",
+            "has_avx2",
+            "has_fma",
+            "has_avx512f",
+            "has_avx512vl",
+            "has_avx512dq",
+            "has_avx512bitalg",
+            "has_avx512vbmi",
+            "has_bmi1",
+            "has_bmi2",
+            "has_lzcnt",
         ] {
             builder.set(feature, "false").map_err(|error| host(&error))?;
         }
@@ -355,8 +365,13 @@ impl<'p> Unit<'p> {
 
     /// The function of a region: `(frame, thread)`.
     fn region(&mut self, region: Region, ids: &[FuncId], signature: Signature) -> Function {
-        let steps: Vec<(usize, &Step)> =
-            self.plan.steps().iter().enumerate().filter(|(_, step)| step.region == region).collect();
+        let steps: Vec<(usize, &Step)> = self
+            .plan
+            .steps()
+            .iter()
+            .enumerate()
+            .filter(|(_, step)| step.region == region)
+            .collect();
         let members: Vec<&Step> = steps.iter().map(|&(_, step)| step).collect();
         let barriers = schedule::barriers(&members, self.kernels);
         self.function(signature, BTreeSet::new(), |module, e, params| {

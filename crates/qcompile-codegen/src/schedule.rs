@@ -73,7 +73,10 @@ struct Pending {
 impl Pending {
     fn conflicts(&self, step: &Touched) -> bool {
         (self.scratch && step.scratch)
-            || step.writes.iter().any(|slot| self.reads.contains(slot) || self.writes.contains(slot))
+            || step
+                .writes
+                .iter()
+                .any(|slot| self.reads.contains(slot) || self.writes.contains(slot))
             || step.reads.iter().any(|slot| self.writes.contains(slot))
     }
 
@@ -91,8 +94,7 @@ pub(crate) fn barriers(steps: &[&Step], kernels: &Kernels) -> Vec<bool> {
     let mut barriers = Vec::with_capacity(steps.len());
     for step in steps {
         let touched = Touched::of(step, kernels);
-        let needed =
-            parallel.conflicts(&touched) || (!step.serial && serial.conflicts(&touched));
+        let needed = parallel.conflicts(&touched) || (!step.serial && serial.conflicts(&touched));
         if needed || touched.barrier {
             (serial, parallel) = (Pending::default(), Pending::default());
         }

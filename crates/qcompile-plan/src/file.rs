@@ -122,7 +122,10 @@ impl Plan {
         let sections = [
             head.encode_to_vec(),
             self.graph.to_string().into_bytes(),
-            self.evaluation.as_ref().map(|plan| plan.graph.to_string().into_bytes()).unwrap_or_default(),
+            self.evaluation
+                .as_ref()
+                .map(|plan| plan.graph.to_string().into_bytes())
+                .unwrap_or_default(),
             index.encode_to_vec(),
             data,
         ];

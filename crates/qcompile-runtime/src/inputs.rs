@@ -32,10 +32,10 @@ impl<'a> Inputs<'a> {
         let mut inputs = Inputs { tensors: Vec::new(), batch: 1 };
         let mut first: Option<&str> = None;
         for input in plan.inputs() {
-            let tensor = given
-                .get(&input.name)
-                .or_else(|| kept.get(&input.name))
-                .ok_or_else(|| refused(&input.name, format!("it is missing; it is {}", input.ty)))?;
+            let tensor =
+                given.get(&input.name).or_else(|| kept.get(&input.name)).ok_or_else(|| {
+                    refused(&input.name, format!("it is missing; it is {}", input.ty))
+                })?;
             match (batch_size(input, tensor)?, first) {
                 (Some(batch), None) => {
                     inputs.batch = batch;

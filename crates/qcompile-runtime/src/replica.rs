@@ -175,15 +175,20 @@ impl Replica {
         let room = bytes_of(&binding.ty).at(batch);
         assert!(bytes.len() == room && batch <= self.capacity, "inputs were checked");
         // SAFETY: the slot has `room` bytes at the batch size it was prepared for, and no thread runs.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.slots[binding.slot.index()], room) };
+        unsafe {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.slots[binding.slot.index()], room)
+        };
     }
 
     /// The value of a binding after a run of its form with that batch size.
     pub(crate) fn read(&self, binding: &Binding, batch: usize) -> Tensor {
         assert!(batch <= self.capacity, "read after a run with this batch size");
-        let shape = binding.ty.shape.0.iter().map(|&dim| {
-            if dim.batch { dim.scale * batch } else { dim.scale }
-        });
+        let shape = binding
+            .ty
+            .shape
+            .0
+            .iter()
+            .map(|&dim| if dim.batch { dim.scale * batch } else { dim.scale });
         self.copied(binding, self.slots[binding.slot.index()], shape.collect())
     }
 
@@ -269,6 +274,10 @@ impl Replica {
     /// The first step that met a bad index, and where.
     pub(crate) fn error(&self) -> Option<(usize, usize)> {
         let position = |word: u64| usize::try_from(word - 1).unwrap_or(usize::MAX);
-        self.errors.iter().enumerate().find(|(_, word)| **word > 0).map(|(step, &word)| (step, position(word)))
+        self.errors
+            .iter()
+            .enumerate()
+            .find(|(_, word)| **word > 0)
+            .map(|(step, &word)| (step, position(word)))
     }
 }

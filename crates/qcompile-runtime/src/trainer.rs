@@ -209,7 +209,12 @@ impl Trainer {
             }
         }
         all_ranks(workers, replicas, |rank, replica| {
-            replica.run(&forms[TRAINING], &shares.call(&[Region::Update], rank, group), None, &times)
+            replica.run(
+                &forms[TRAINING],
+                &shares.call(&[Region::Update], rank, group),
+                None,
+                &times,
+            )
         })?;
         let first = lock(&self.replicas[0]);
         let scalar = |binding: &Binding| first.read(binding, shares.batch(0)).get_f64(0);
@@ -312,10 +317,7 @@ impl Trainer {
 
     fn kept(&self, bindings: &[Binding]) -> Values {
         let replica = lock(&self.replicas[0]);
-        bindings
-            .iter()
-            .map(|binding| (binding.name.clone(), replica.read_kept(binding)))
-            .collect()
+        bindings.iter().map(|binding| (binding.name.clone(), replica.read_kept(binding))).collect()
     }
 }
 
@@ -372,9 +374,8 @@ impl Shares {
     fn of(batch: usize, ranks: usize) -> Shares {
         let mut shares = Shares { batch, ranks, weights: Vec::new() };
         #[allow(clippy::cast_precision_loss, reason = "a part of a batch needs no more than f32")]
-        let weight = |rank: usize| {
-            (shares.begin(rank + 1) - shares.begin(rank)) as f32 / batch as f32
-        };
+        let weight =
+            |rank: usize| (shares.begin(rank + 1) - shares.begin(rank)) as f32 / batch as f32;
         shares.weights = (0..ranks).map(weight).collect();
         shares
     }
