@@ -133,15 +133,17 @@ impl Replica {
         training: &Plan,
         batch: usize,
     ) -> Result<(), RuntimeError> {
-        if batch > self.capacity {
-            let bytes = forms.iter().map(|form| layout(form.plan, batch, is_workspace).1).max();
+        let Form { plan, code } = forms[chosen];
+        let wanted = self.capacity.max(batch);
+        let bytes = layout(plan, wanted, is_workspace).1;
+        if batch > self.capacity || bytes > self.workspace.bytes() {
+            let most = forms.iter().map(|form| layout(form.plan, wanted, is_workspace).1).max();
             let room = self.limit.saturating_sub(self.kept.bytes());
             self.workspace = Arena::new(0, 0)?;
             self.capacity = 0;
-            self.workspace = Arena::new(bytes.unwrap_or(0), room)?;
-            self.capacity = batch;
+            self.workspace = Arena::new(most.unwrap_or(0), room)?;
+            self.capacity = wanted;
         }
-        let Form { plan, code } = forms[chosen];
         let (offsets, _) = layout(plan, self.capacity, is_workspace);
         self.slots.clear();
         for (index, slot) in plan.slots().iter().enumerate() {
