@@ -225,6 +225,21 @@ impl Trainer {
         Ok((report, region_times(&times, self.replicas.len())))
     }
 
+    /// Takes one step, on the first worker alone, and returns how long each step of the plan took, in its order. For
+    /// measuring: afterwards the workers no longer hold the same parameters, so the trainer should be dropped.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step), for inputs that do not fit.
+    pub fn profile(&mut self, inputs: &Values) -> Result<Vec<Duration>, RuntimeError> {
+        let plan = Arc::clone(&self.plan);
+        let forms = forms(&plan, &self.codes);
+        let inputs = Inputs::of(&plan, &plan, inputs, &self.kept_inputs)?;
+        let shares = Shares::of(inputs.batch, 1);
+        let mut replica = lock(&self.replicas[0]);
+        shares.load(0, &mut replica, &forms, TRAINING, &inputs)?;
+        replica.profile(&forms[TRAINING], inputs.batch)
+    }
+
     /// Runs the training form up to a region, but never the update, on the first worker's parameters; the whole batch
     /// stays together. Returns the outputs computed by then.
     ///
