@@ -263,6 +263,15 @@ update:
 }
 ";
 
+const EVALUATION: &str = "graph @g {
+  input %x : f32[N, 8]
+  param %w : f32[8, 4] = uniform seed=7
+forward:
+  %y : f32[N, 4] = matmul %x, %w
+  return %y
+}
+";
+
 /// CRC-32 as in zip, bit by bit.
 fn crc32(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0_u32, |crc, &byte| {
@@ -272,30 +281,33 @@ fn crc32(bytes: &[u8]) -> u32 {
     })
 }
 
+/// Where the first section begins.
+const FIRST_SECTION: u64 = 192;
+
 /// A file of these sections with every checksum right.
-fn file(sections: [&[u8]; 4]) -> Vec<u8> {
-    let mut header = b"\x89QPLAN\r\n\x01\0\0\0\x04\0\0\0".to_vec();
+fn file(sections: [&[u8]; 5]) -> Vec<u8> {
+    let mut header = b"\x89QPLAN\r\n\x01\0\0\0\x05\0\0\0".to_vec();
     let mut body: Vec<u8> = Vec::new();
     let mut table: Vec<u8> = Vec::new();
     for (kind, section) in (0_u32..).zip(sections) {
         table.extend(kind.to_le_bytes());
         table.extend(crc32(section).to_le_bytes());
-        table.extend((128 + body.len() as u64).to_le_bytes());
+        table.extend((FIRST_SECTION + body.len() as u64).to_le_bytes());
         table.extend((section.len() as u64).to_le_bytes());
         body.extend(section);
         body.resize(body.len().next_multiple_of(64), 0);
     }
-    header.extend((128 + body.len() as u64).to_le_bytes());
+    header.extend((FIRST_SECTION + body.len() as u64).to_le_bytes());
     header.extend(table);
     header.extend(crc32(&header).to_le_bytes());
-    header.resize(128, 0);
+    header.resize(FIRST_SECTION as usize, 0);
     header.extend(body);
     header
 }
 
 /// The sections of a file.
-fn sections(bytes: &[u8]) -> [Vec<u8>; 4] {
-    [0, 1, 2, 3].map(|section| {
+fn sections(bytes: &[u8]) -> [Vec<u8>; 5] {
+    [0, 1, 2, 3, 4].map(|section| {
         let long = |at: usize| {
             let bytes = bytes[at..at + 8].try_into().expect("eight");
             usize::try_from(u64::from_le_bytes(bytes)).expect("small")
@@ -306,8 +318,12 @@ fn sections(bytes: &[u8]) -> [Vec<u8>; 4] {
 }
 
 fn plan_file() -> Vec<u8> {
-    let graph = qcompile_ir::text::parse(GRAPH, &|_| None).expect("parses");
-    build(graph, &BuildOptions::default()).expect("builds").to_bytes()
+    let plan = |source: &str| {
+        let graph = qcompile_ir::text::parse(source, &|_| None).expect("parses");
+        build(graph, &BuildOptions::default()).expect("builds")
+    };
+    let evaluation = Some(plan(EVALUATION));
+    plan(GRAPH).with_evaluation(evaluation).expect("fits").to_bytes()
 }
 
 #[test]
@@ -315,7 +331,7 @@ fn every_changed_or_missing_byte_of_a_plan_is_found() {
     let bytes = plan_file();
     let parts = sections(&bytes);
     assert!(
-        file([&parts[0], &parts[1], &parts[2], &parts[3]]) == bytes,
+        file([&parts[0], &parts[1], &parts[2], &parts[3], &parts[4]]) == bytes,
         "the file is as documented"
     );
     for at in 0..bytes.len() {
@@ -333,7 +349,7 @@ fn a_forged_plan_is_checked_like_any_other() {
     for _ in 0..1500 {
         let mut forged = parts.clone();
         for _ in 0..=random.below(3) {
-            let section = &mut forged[random.below(4)];
+            let section = &mut forged[random.below(5)];
             if section.is_empty() {
                 continue;
             }
@@ -349,7 +365,7 @@ fn a_forged_plan_is_checked_like_any_other() {
                 }
             }
         }
-        let bytes = file([&forged[0], &forged[1], &forged[2], &forged[3]]);
+        let bytes = file([&forged[0], &forged[1], &forged[2], &forged[3], &forged[4]]);
         if let Ok(plan) = Plan::from_bytes(&bytes) {
             // What is accepted is a plan like any other.
             Plan::from_bytes(&plan.to_bytes()).expect("its own file");
@@ -360,7 +376,7 @@ fn a_forged_plan_is_checked_like_any_other() {
 #[test]
 fn a_forged_plan_is_refused_within_limits() {
     let parts = sections(&plan_file());
-    let plan = |graph: &str| Plan::from_bytes(&file([&parts[0], graph.as_bytes(), &[], &[]]));
+    let plan = |graph: &str| Plan::from_bytes(&file([&parts[0], graph.as_bytes(), &[], &[], &[]]));
     let mut chain = "graph @g {\n  input %v0 : f32[2, 2]\nforward:\n".to_owned();
     for at in 0..60_000 {
         chain += &format!("  %v{} : f32[2, 2] = softmax %v{at}\n", at + 1);
@@ -368,6 +384,17 @@ fn a_forged_plan_is_refused_within_limits() {
     chain += "  return %v60000\n}\n";
     let message = plan(&chain).expect_err("too many kernels").to_string();
     assert!(message.contains("kernels"), "{message}");
+    // An evaluation form runs on what the plan has.
+    let evaluation = |graph: &str| {
+        let parts = parts.each_ref().map(Vec::as_slice);
+        Plan::from_bytes(&file([parts[0], parts[1], graph.as_bytes(), parts[3], parts[4]]))
+    };
+    evaluation(EVALUATION).expect("it does");
+    for (from, to) in
+        [("param %w", "param %v"), ("[N, 8]", "[N, 8, 1]"), ("f32[8, 4] =", "f32[4, 8] =")]
+    {
+        assert!(evaluation(&EVALUATION.replace(from, to)).is_err(), "{from} as {to}");
+    }
     for (graph, wanted) in [
         ("graph @g {\n  const %a : f32[9999999999] = splat 1\n}\n", "too large"),
         (
