@@ -4,6 +4,7 @@ mod evaluation;
 mod filetests;
 mod hostile;
 mod models;
+mod oracle;
 mod properties;
 mod random_graph;
 mod support;
