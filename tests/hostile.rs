@@ -296,29 +296,29 @@ fn crc32(bytes: &[u8]) -> u32 {
 }
 
 /// A file of these sections with every checksum right.
-fn file(sections: [&[u8]; 4]) -> Vec<u8> {
-    let mut header = b"\x89QPLAN\r\n\x01\0\0\0\x04\0\0\0".to_vec();
+fn file(sections: [&[u8]; 5]) -> Vec<u8> {
+    let mut header = b"\x89QPLAN\r\n\x01\0\0\0\x05\0\0\0".to_vec();
     let mut body: Vec<u8> = Vec::new();
     let mut table: Vec<u8> = Vec::new();
     for (kind, section) in (0_u32..).zip(sections) {
         table.extend(kind.to_le_bytes());
         table.extend(crc32(section).to_le_bytes());
-        table.extend((128 + body.len() as u64).to_le_bytes());
+        table.extend((192 + body.len() as u64).to_le_bytes());
         table.extend((section.len() as u64).to_le_bytes());
         body.extend(section);
         body.resize(body.len().next_multiple_of(64), 0);
     }
-    header.extend((128 + body.len() as u64).to_le_bytes());
+    header.extend((192 + body.len() as u64).to_le_bytes());
     header.extend(table);
     header.extend(crc32(&header).to_le_bytes());
-    header.resize(128, 0);
+    header.resize(192, 0);
     header.extend(body);
     header
 }
 
 /// The sections of a file.
-fn sections(bytes: &[u8]) -> [Vec<u8>; 4] {
-    [0, 1, 2, 3].map(|section| {
+fn sections(bytes: &[u8]) -> [Vec<u8>; 5] {
+    [0, 1, 2, 3, 4].map(|section| {
         let long = |at: usize| {
             let bytes = bytes[at..at + 8].try_into().expect("eight");
             usize::try_from(u64::from_le_bytes(bytes)).expect("small")
@@ -330,7 +330,11 @@ fn sections(bytes: &[u8]) -> [Vec<u8>; 4] {
 
 fn plan_file() -> Vec<u8> {
     let graph = qcompile_ir::text::parse(GRAPH, &|_| None).expect("parses");
-    build(graph, &BuildOptions::default()).expect("builds").to_bytes()
+    let mut form = graph.clone();
+    qcompile_passes::evaluation::run(&mut form).expect("has a forward region");
+    let form = build(form, &BuildOptions::default()).expect("builds");
+    let plan = build(graph, &BuildOptions::default()).expect("builds");
+    plan.with_evaluation(Some(form)).expect("its own form").to_bytes()
 }
 
 #[test]
@@ -338,7 +342,7 @@ fn every_changed_or_missing_byte_of_a_plan_is_found() {
     let bytes = plan_file();
     let parts = sections(&bytes);
     assert!(
-        file([&parts[0], &parts[1], &parts[2], &parts[3]]) == bytes,
+        file(parts.each_ref().map(Vec::as_slice)) == bytes,
         "the file is as documented"
     );
     for at in 0..bytes.len() {
@@ -356,7 +360,7 @@ fn a_forged_plan_is_checked_like_any_other() {
     for _ in 0..1500 {
         let mut forged = parts.clone();
         for _ in 0..=random.below(3) {
-            let section = &mut forged[random.below(4)];
+            let section = &mut forged[random.below(5)];
             if section.is_empty() {
                 continue;
             }
@@ -372,7 +376,7 @@ fn a_forged_plan_is_checked_like_any_other() {
                 }
             }
         }
-        let bytes = file([&forged[0], &forged[1], &forged[2], &forged[3]]);
+        let bytes = file(forged.each_ref().map(Vec::as_slice));
         if let Ok(plan) = Plan::from_bytes(&bytes) {
             // What is accepted is a plan like any other.
             Plan::from_bytes(&plan.to_bytes()).expect("its own file");
@@ -383,7 +387,7 @@ fn a_forged_plan_is_checked_like_any_other() {
 #[test]
 fn a_forged_plan_is_refused_within_limits() {
     let parts = sections(&plan_file());
-    let plan = |graph: &str| Plan::from_bytes(&file([&parts[0], graph.as_bytes(), &[], &[]]));
+    let plan = |graph: &str| Plan::from_bytes(&file([&parts[0], graph.as_bytes(), &[], &[], &[]]));
     let mut chain = "graph @g {\n  input %v0 : f32[2, 2]\nforward:\n".to_owned();
     for at in 0..60_000 {
         chain += &format!("  %v{} : f32[2, 2] = softmax %v{at}\n", at + 1);
