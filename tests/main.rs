@@ -9,3 +9,4 @@ mod properties;
 mod random_graph;
 mod support;
 mod tidy;
+mod training;

@@ -238,7 +238,7 @@ impl Plan {
         self
     }
 
-    /// The plan of the evaluation form, if that is another graph: batch statistics are replaced by running ones.
+    /// The plan of the evaluation form: the forward region alone, where batch statistics are replaced by running ones.
     #[must_use]
     pub fn evaluation(&self) -> Option<&Plan> {
         self.evaluation.as_deref()

@@ -61,8 +61,9 @@ const EVALUATION: usize = 1;
 /// [checkpoint](crate::checkpoint).
 pub struct Trainer {
     plan: Arc<Plan>,
-    /// Of the training form, and of the evaluation form if that is another.
+    /// Of the training form, and of the evaluation form once it has been used.
     codes: Vec<Code>,
+    limit: usize,
     replicas: Vec<Mutex<Replica>>,
     /// Runs the replicas side by side.
     workers: Team,
@@ -97,11 +98,7 @@ impl Trainer {
         let each = (threads / workers).max(1);
         let tier = options.tier.unwrap_or_else(Tier::detect);
         let limit = physical_memory();
-        let mut codes = Vec::new();
-        for form in [Some(&*plan), plan.evaluation()].into_iter().flatten() {
-            let program = qcompile_codegen::compile(form, &qcompile_codegen::Options { tier })?;
-            codes.push(Code::new(form, program, limit)?);
-        }
+        let codes = vec![code(&plan, tier, limit)?];
         let mut replicas = Vec::with_capacity(workers);
         for _ in 0..workers {
             replicas.push(Mutex::new(Replica::new(&plan, Team::new(each)?, limit)?));
@@ -109,6 +106,7 @@ impl Trainer {
         Ok(Trainer {
             plan,
             codes,
+            limit,
             replicas,
             workers: Team::new(workers)?,
             group: Group::new(workers),
@@ -227,6 +225,21 @@ impl Trainer {
         Ok((report, region_times(&times, self.replicas.len())))
     }
 
+    /// Takes one step, on the first worker alone, and returns how long each step of the plan took, in its order. For
+    /// measuring: afterwards the workers no longer hold the same parameters, so the trainer should be dropped.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step), for inputs that do not fit.
+    pub fn profile(&mut self, inputs: &Values) -> Result<Vec<Duration>, RuntimeError> {
+        let plan = Arc::clone(&self.plan);
+        let forms = forms(&plan, &self.codes);
+        let inputs = Inputs::of(&plan, &plan, inputs, &self.kept_inputs)?;
+        let shares = Shares::of(inputs.batch, 1);
+        let mut replica = lock(&self.replicas[0]);
+        shares.load(0, &mut replica, &forms, TRAINING, &inputs)?;
+        replica.profile(&forms[TRAINING], inputs.batch)
+    }
+
     /// Runs the training form up to a region, but never the update, on the first worker's parameters; the whole batch
     /// stays together. Returns the outputs computed by then.
     ///
@@ -239,12 +252,20 @@ impl Trainer {
     }
 
     /// The forward pass in evaluation form (running statistics instead of those of the batch): the loss and the
-    /// model's outputs.
+    /// model's outputs. A plan without that form gives the outputs of its own forward region.
     ///
     /// # Errors
     /// As [`step`](Self::step), for a bad batch.
     pub fn evaluate(&mut self, inputs: &Values) -> Result<Values, RuntimeError> {
-        let form = if self.codes.len() > EVALUATION { EVALUATION } else { TRAINING };
+        let form = match self.plan.evaluation() {
+            None => TRAINING,
+            Some(evaluation) => {
+                if self.codes.len() == EVALUATION {
+                    self.codes.push(code(evaluation, self.tier, self.limit)?);
+                }
+                EVALUATION
+            }
+        };
         self.alone(inputs, form, &[Region::Forward])
     }
 
@@ -327,7 +348,13 @@ fn lock(replica: &Mutex<Replica>) -> std::sync::MutexGuard<'_, Replica> {
     replica.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The training form, and the evaluation form if it is another.
+/// Compiles one form of a plan.
+fn code(plan: &Plan, tier: Tier, limit: usize) -> Result<Code, RuntimeError> {
+    let program = qcompile_codegen::compile(plan, &qcompile_codegen::Options { tier })?;
+    Code::new(plan, program, limit)
+}
+
+/// The forms that are compiled.
 fn forms<'p>(plan: &'p Plan, codes: &'p [Code]) -> Vec<Form<'p>> {
     let plans = [Some(plan), plan.evaluation()].into_iter().flatten();
     plans.zip(codes).map(|(plan, code)| Form { plan, code }).collect()
