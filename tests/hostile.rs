@@ -341,10 +341,7 @@ fn plan_file() -> Vec<u8> {
 fn every_changed_or_missing_byte_of_a_plan_is_found() {
     let bytes = plan_file();
     let parts = sections(&bytes);
-    assert!(
-        file(parts.each_ref().map(Vec::as_slice)) == bytes,
-        "the file is as documented"
-    );
+    assert!(file(parts.each_ref().map(Vec::as_slice)) == bytes, "the file is as documented");
     for at in 0..bytes.len() {
         let mut changed = bytes.clone();
         changed[at] ^= 0x10;
@@ -388,6 +385,11 @@ fn a_forged_plan_is_checked_like_any_other() {
 fn a_forged_plan_is_refused_within_limits() {
     let parts = sections(&plan_file());
     let plan = |graph: &str| Plan::from_bytes(&file([&parts[0], graph.as_bytes(), &[], &[], &[]]));
+    // One tensor of the file under many names would take memory for each.
+    let mut shared = parts.clone();
+    shared[3] = shared[3].repeat(2);
+    let error = Plan::from_bytes(&file(shared.each_ref().map(Vec::as_slice))).expect_err("shared");
+    assert!(error.to_string().contains("a tensor is out of place"), "{error}");
     let mut chain = "graph @g {\n  input %v0 : f32[2, 2]\nforward:\n".to_owned();
     for at in 0..60_000 {
         chain += &format!("  %v{} : f32[2, 2] = softmax %v{at}\n", at + 1);
