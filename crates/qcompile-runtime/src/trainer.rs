@@ -240,14 +240,18 @@ impl Trainer {
         replica.profile(&forms[TRAINING], inputs.batch)
     }
 
-    /// Runs the training form up to a region, but never the update, on the first worker's parameters; the whole batch
-    /// stays together. Returns the outputs computed by then.
+    /// Runs the training form up to a region on the first worker; the whole batch stays together. Returns the outputs
+    /// computed by then. Only [`Region::Update`] changes parameters and state.
     ///
     /// # Errors
-    /// As [`step`](Self::step), for a bad batch.
+    /// As [`step`](Self::step), for a bad batch; [`RuntimeError::Missing`] for an update that several workers would
+    /// have to share.
     pub fn run(&mut self, inputs: &Values, last: Region) -> Result<Values, RuntimeError> {
+        if last == Region::Update && self.workers() > 1 {
+            return Err(RuntimeError::Missing("update by one worker of several"));
+        }
         let regions: Vec<Region> =
-            BEFORE_UPDATE.into_iter().filter(|region| *region <= last).collect();
+            Region::ALL.into_iter().filter(|region| *region <= last).collect();
         self.alone(inputs, TRAINING, &regions)
     }
 
