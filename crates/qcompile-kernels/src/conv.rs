@@ -16,6 +16,8 @@ use crate::tile::{Finish, Panels, ROW_GROUP};
 
 /// Pixels of a unit, about.
 const UNIT_PIXELS: usize = 8 * ROW_GROUP;
+/// Most pixels of a unit whose size suits the tiles.
+const MOST_PIXELS: usize = 10 * ROW_GROUP;
 /// Units wanted, for the threads to share.
 const WANTED_UNITS: usize = 32;
 /// Most target channels of a unit.
@@ -143,6 +145,12 @@ impl Cut {
         let column_blocks = panels_per_group.div_ceil(panels);
         let wanted = WANTED_UNITS.div_ceil((g.groups * column_blocks).max(1));
         let parts = Parts::new(g.batch, g.rows.target, g.columns.target, UNIT_PIXELS, wanted);
+        let height = if g.target_channels <= L::LANES { L::ROWS_SINGLE } else { L::ROWS_PAIR };
+        let parts = if g.phases() == 1 && parts.count() > 0 {
+            parts.filling(height, g.columns.target, MOST_PIXELS, wanted.div_ceil(4))
+        } else {
+            parts
+        };
         Cut { panels_per_group, words, chunk, parts, panels, column_blocks }
     }
 }

@@ -183,9 +183,23 @@ impl Cut {
             (if whole { p.m.max(1) } else { BLOCK_ROWS }, BLOCK_COLUMNS / width);
         let units =
             |rows: usize, columns: usize| p.batch * p.m.div_ceil(rows) * count.div_ceil(columns);
+        let adjacent = p.a_strides[2] == 1 || p.k <= 1;
+        let left = match (L::GROUP == 1, adjacent) {
+            (true, true) => LeftForm::InPlace,
+            // A single panel reads A once, which is no more than packing does.
+            (true, false) if count <= 1 => LeftForm::InPlace,
+            (_, false) => LeftForm::Groups,
+            (false, true) => LeftForm::Rows,
+        };
+        let in_place = left == LeftForm::InPlace;
         let narrowest = if whole { 1 } else { 4 };
         let fits = |columns: usize| !whole || panels.k * columns * width <= ALONE_WORDS;
-        while columns > narrowest && !(units(rows, columns) >= WANTED_UNITS && fits(columns)) {
+        // Fewer units will do where each packs its rows of A for itself.
+        let enough = |columns: usize| {
+            let wanted = if count <= columns && !in_place { LEAST_UNITS } else { WANTED_UNITS };
+            units(rows, columns) >= wanted && fits(columns)
+        };
+        while columns > narrowest && !enough(columns) {
             columns /= 2;
         }
         while units(rows, columns) < LEAST_UNITS && rows > 2 * ROW_GROUP {
@@ -197,17 +211,8 @@ impl Cut {
         let row_blocks = p.m.div_ceil(rows.max(1));
         let columns = count.div_ceil(count.div_ceil(columns).max(1));
         let column_blocks = if count == 0 { 0 } else { count.div_ceil(columns) };
-        let adjacent = p.a_strides[2] == 1 || p.k <= 1;
-        let left = match (L::GROUP == 1, adjacent) {
-            (true, true) => LeftForm::InPlace,
-            // A single panel reads A once, which is no more than packing does.
-            (true, false) if count <= 1 => LeftForm::InPlace,
-            (_, false) => LeftForm::Groups,
-            (false, true) => LeftForm::Rows,
-        };
         let copies = |stride: usize| if stride == 0 { 1 } else { p.batch };
         let (left_copies, right_copies) = (copies(p.a_strides[0]), copies(p.b_strides[0]));
-        let in_place = left == LeftForm::InPlace;
         let left_alone = !in_place && column_blocks <= 1 && left_copies == p.batch;
         let right_alone = row_blocks <= 1 && right_copies == p.batch;
         Cut {
