@@ -1,30 +1,29 @@
 //! What each pass makes of the graphs in `tests/filetests/<pass>/`, as snapshots.
+//!
+//! `verify` and `gradients` have folders, too, but expect something else than a text: `verify` an error on the line
+//! that says so, `gradients` agreement with central differences. Their tests stand with the verifier and with
+//! differentiation; here it is checked that every op has its files.
 
-use qcompile_ir::{Graph, text};
-use std::path::Path;
-
-fn parse(path: &Path) -> Graph {
-    let source = std::fs::read_to_string(path).unwrap();
-    text::parse(&source, &|_| None).unwrap_or_else(|errors| panic!("{}: {errors}", path.display()))
-}
+use crate::support::{cases, parse, root, snapshot};
+use qcompile_ir::{BinaryOp, ReduceOp, UnaryOp};
+use qcompile_passes::{PassError, quantize, simplify};
+use std::collections::BTreeSet;
 
 /// One snapshot for each file of the kind: `snapshots/<kind>/<case>.snap`.
-fn check(kind: &str, show: impl Fn(Graph) -> String) {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/filetests").join(kind);
-    let mut cases: Vec<_> = std::fs::read_dir(&folder)
-        .unwrap_or_else(|error| panic!("{}: {error}", folder.display()))
-        .map(|entry| entry.unwrap().path())
-        .collect();
-    cases.sort();
-    assert!(!cases.is_empty(), "{} has no case", folder.display());
-    for path in cases {
-        let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
-        let mut settings = insta::Settings::clone_current();
-        settings.set_snapshot_path(format!("../snapshots/{kind}"));
-        settings.set_prepend_module_to_snapshot(false);
-        settings.set_omit_expression(true);
-        settings.set_input_file(&path);
-        settings.bind(|| insta::assert_snapshot!(name.as_str(), show(parse(&path))));
+fn check(kind: &str, show: impl Fn(qcompile_ir::Graph) -> String) {
+    for path in cases(kind) {
+        let name = path.file_stem().expect("a file").to_string_lossy().into_owned();
+        snapshot(kind, &name, &show(parse(&path)));
+    }
+}
+
+fn shown(result: Result<qcompile_ir::Graph, PassError>) -> String {
+    match result {
+        Ok(graph) => {
+            qcompile_ir::verify(&graph).expect("a pass leaves a graph that verifies");
+            graph.to_string()
+        }
+        Err(error) => format!("error: {error}\n"),
     }
 }
 
@@ -37,4 +36,88 @@ fn plan() {
             Err(error) => format!("error: {error}\n"),
         }
     });
+}
+
+#[test]
+fn quantize() {
+    check("quantize", |mut graph| shown(quantize::optimise(&mut graph).map(|_| graph)));
+}
+
+#[test]
+fn simplify() {
+    check("simplify", |mut graph| {
+        let options = simplify::Options { keep_stop_gradient: true };
+        shown(simplify::run(&mut graph, &options).map(|()| graph))
+    });
+}
+
+#[test]
+fn evaluation() {
+    check("evaluation", |mut graph| {
+        shown(qcompile_passes::evaluation::run(&mut graph).map(|_| graph))
+    });
+}
+
+/// Every mnemonic that stands in a file of `tests/filetests/<kind>/`.
+fn mnemonics(kind: &str) -> BTreeSet<&'static str> {
+    let mut found = BTreeSet::new();
+    for path in cases(kind) {
+        let graph = parse(&path);
+        found.extend(graph.ids().map(|id| graph.op(id).name()));
+    }
+    found
+}
+
+#[test]
+fn every_op_with_a_gradient_has_a_file() {
+    let mut wanted: BTreeSet<&str> = [
+        "cast",
+        "select",
+        "matmul",
+        "conv2d",
+        "max_pool2d",
+        "average_pool2d",
+        "reshape",
+        "transpose",
+        "broadcast",
+        "slice",
+        "pad",
+        "concat",
+        "gather",
+        "scatter_add",
+        "softmax",
+        "log_softmax",
+        "cross_entropy",
+    ]
+    .into();
+    let flat = ["floor", "ceil", "round", "sign", "not", "stop_gradient", "and", "or"];
+    wanted.extend(UnaryOp::ALL.iter().map(|op| op.name()).filter(|name| !flat.contains(name)));
+    wanted.extend(BinaryOp::ALL.iter().map(|op| op.name()).filter(|name| !flat.contains(name)));
+    wanted.extend(ReduceOp::ALL.iter().map(|op| op.name()));
+    let tested = mnemonics("gradients");
+    let untested: Vec<_> = wanted.difference(&tested).collect();
+    assert!(untested.is_empty(), "no file in tests/filetests/gradients has {untested:?}");
+}
+
+#[test]
+fn every_file_says_its_idea_in_its_first_line() {
+    for kind in ["evaluation", "gradients", "plan", "quantize", "simplify", "verify"] {
+        for path in cases(kind) {
+            let text = std::fs::read_to_string(&path).expect("readable");
+            assert!(text.starts_with("; "), "{} does not say what it is about", path.display());
+        }
+    }
+}
+
+#[test]
+fn no_snapshot_is_left_over() {
+    for kind in ["evaluation", "plan", "quantize", "simplify"] {
+        let names: BTreeSet<_> =
+            cases(kind).iter().map(|path| path.file_stem().map(|stem| stem.to_owned())).collect();
+        for entry in std::fs::read_dir(root().join("snapshots").join(kind)).expect("snapshots") {
+            let path = entry.expect("readable").path();
+            let stem = path.file_stem().map(|stem| stem.to_owned());
+            assert!(names.contains(&stem), "{} belongs to no file", path.display());
+        }
+    }
 }

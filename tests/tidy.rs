@@ -139,7 +139,8 @@ fn every_unsafe_block_says_why_it_is_sound() {
             if !code.contains("unsafe {") {
                 continue;
             }
-            let argued = lines[at.saturating_sub(8)..=at].iter().any(|line| line.contains("SAFETY:"));
+            let argued =
+                lines[at.saturating_sub(8)..=at].iter().any(|line| line.contains("SAFETY:"));
             assert!(argued, "{}:{} has no SAFETY argument", path.display(), at + 1);
         }
     }

@@ -8,39 +8,6 @@ use cranelift_codegen::ir::{InstBuilder, Type, Value};
 use qcompile_ir::{BinaryOp, CompareOp, DType, Op, ReduceOp, UnaryOp};
 use qcompile_plan::{LoopNest, Scalar};
 
-/// Indices of the values that a value uses.
-pub(crate) fn operands(scalar: Scalar) -> impl Iterator<Item = usize> {
-    let (list, count) = match scalar {
-        Scalar::Read(_) | Scalar::Tile | Scalar::Const(..) | Scalar::Size(_) => ([0; 3], 0),
-        Scalar::Unary(_, x) | Scalar::Cast(_, x) => ([x, 0, 0], 1),
-        Scalar::Binary(_, x, y)
-        | Scalar::Compare(_, x, y)
-        | Scalar::Quantize(_, x, y)
-        | Scalar::Dequantize(x, y) => ([x, y, 0], 2),
-        Scalar::Select(x, y, z) | Scalar::StraightThrough(_, x, y, z) => ([x, y, z], 3),
-    };
-    list.into_iter().take(count)
-}
-
-/// The element type of every value of a body.
-pub(crate) fn dtypes(nest: &LoopNest) -> Vec<DType> {
-    let mut types: Vec<DType> = Vec::with_capacity(nest.body.len());
-    for &scalar in &nest.body {
-        types.push(match scalar {
-            Scalar::Read(read) => nest.reads[read].dtype,
-            Scalar::Tile
-            | Scalar::Size(_)
-            | Scalar::Dequantize(..)
-            | Scalar::StraightThrough(..) => DType::F32,
-            Scalar::Const(dtype, _) | Scalar::Cast(dtype, _) | Scalar::Quantize(dtype, ..) => dtype,
-            Scalar::Unary(_, x) | Scalar::Binary(_, x, _) => types[x],
-            Scalar::Compare(..) => DType::Bool,
-            Scalar::Select(_, x, _) => types[x],
-        });
-    }
-    types
-}
-
 /// About how many instructions a value costs.
 pub(crate) fn cost(scalar: Scalar) -> usize {
     match scalar {
@@ -67,7 +34,7 @@ pub(crate) fn cost(scalar: Scalar) -> usize {
 
 /// Whether a value has a form on four lanes.
 pub(crate) fn has_lanes(scalar: Scalar, types: &[DType], at: usize) -> bool {
-    let small = types[at] != DType::I64 && operands(scalar).all(|x| types[x] != DType::I64);
+    let small = types[at] != DType::I64 && scalar.operands().all(|x| types[x] != DType::I64);
     small
         && match scalar {
             Scalar::Binary(BinaryOp::Div | BinaryOp::Pow, x, _) => types[x].is_float(),
@@ -175,9 +142,11 @@ impl Emitter<'_, '_> {
             UnaryOp::Sign => {
                 let zero = self.f(x, 0.0);
                 let one = self.f(x, 1.0);
-                let signed = self.b.ins().fcopysign(one, x);
+                let signed = self.copy_sign(one, x);
                 // Zero keeps its sign, and what is not a number stays so.
-                let ordinary = self.compare(FloatCC::OrderedNotEqual, x, zero);
+                let above = self.compare(FloatCC::GreaterThan, x, zero);
+                let below = self.compare(FloatCC::LessThan, x, zero);
+                let ordinary = self.b.ins().bor(above, below);
                 self.choose(ordinary, signed, x)
             }
             UnaryOp::Not => {

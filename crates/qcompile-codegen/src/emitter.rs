@@ -9,6 +9,7 @@ use cranelift_codegen::ir::{
 use cranelift_codegen::isa::CallConv;
 use cranelift_frontend::FunctionBuilder;
 use qcompile_ir::Dim;
+use qcompile_kernels::pool::{Barrier, barrier_wait};
 use qcompile_plan::{Affine, Place, SlotId};
 use std::collections::BTreeMap;
 
@@ -53,8 +54,7 @@ impl<'a, 'b> Emitter<'a, 'b> {
         let frame = params[0];
         let batch = b.ins().load(I64, trusted(), frame, Frame::BATCH);
         let table = b.ins().load(I64, trusted(), frame, Frame::SLOTS);
-        let mut emitter =
-            Emitter { b, target, frame, batch, slots: table, bases: BTreeMap::new() };
+        let mut emitter = Emitter { b, target, frame, batch, slots: table, bases: BTreeMap::new() };
         for slot in slots {
             emitter.slot(slot);
         }
@@ -210,13 +210,14 @@ impl<'a, 'b> Emitter<'a, 'b> {
     }
 
     /// Waits for the other threads, if there are any.
-    pub(crate) fn barrier(&mut self, thread: Value, threads: Value) {
+    pub(crate) fn barrier(&mut self, threads: Value) {
         let one = self.int(1);
         let several = self.b.ins().icmp(IntCC::NotEqual, threads, one);
         self.when(several, |e| {
-            let wait = e.field(Frame::BARRIER_WAIT);
             let barrier = e.field(Frame::BARRIER);
-            e.call_words(wait, &[barrier, thread]);
+            let wait: unsafe extern "C" fn(*const Barrier) -> usize = barrier_wait;
+            // Emitted code and kernels do not panic, so nobody breaks the barrier while it is waited on.
+            e.call_address(wait as usize, &[I64], I64, &[barrier]);
         });
     }
 
@@ -284,11 +285,6 @@ impl<'a, 'b> Emitter<'a, 'b> {
         let product = self.b.ins().iadd(product, units);
         let end = self.b.ins().udiv(product, threads);
         (begin, end)
-    }
-
-    /// Ends the function.
-    pub(crate) fn finish(self) {
-        self.b.ins().return_(&[]);
     }
 
     /// A scalar truth value (I8) as a mask of 32 bits.

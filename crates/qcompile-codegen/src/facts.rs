@@ -1,7 +1,8 @@
 //! What lowering must know of a nest before it emits anything.
 
-use crate::body::{cost, dtypes, has_lanes, operands};
+use crate::body::{cost, has_lanes};
 use qcompile_ir::{DType, Dim};
+use qcompile_plan::verify::body_types;
 use qcompile_plan::{LoopNest, Scalar, Write};
 
 /// Decisions about one nest; they depend on the plan only.
@@ -29,14 +30,14 @@ pub(crate) fn innermost(strides: &[Dim]) -> Dim {
 
 impl Facts {
     pub(crate) fn of(nest: &LoopNest) -> Facts {
-        let types = dtypes(nest);
+        let types = body_types(nest).expect("verified: every value has a type");
         let mut invariant: Vec<bool> = Vec::with_capacity(nest.body.len());
         for &scalar in &nest.body {
             invariant.push(match scalar {
                 Scalar::Read(read) => innermost(&nest.reads[read].strides).scale == 0,
                 Scalar::Tile => false,
                 Scalar::Const(..) | Scalar::Size(_) => true,
-                _ => operands(scalar).all(|x| invariant[x]),
+                _ => scalar.operands().all(|x| invariant[x]),
             });
         }
         let cost: usize = nest.body.iter().map(|&scalar| cost(scalar)).sum::<usize>().max(1);
@@ -54,8 +55,8 @@ impl Facts {
         }
         let writes = nest.writes.iter().all(|write| {
             let stride = innermost(&write.access().strides);
-            let along = stride == Dim::ONE
-                || (stride.scale == 0 && matches!(write, Write::Reduce { .. }));
+            let along =
+                stride == Dim::ONE || (stride.scale == 0 && matches!(write, Write::Reduce { .. }));
             along && write.access().dtype != DType::I64
         });
         let body = nest
@@ -95,8 +96,9 @@ impl Facts {
 pub(crate) fn written_once(nest: &LoopNest, write: &Write) -> bool {
     let strides = &write.access().strides;
     let outer = strides.len().saturating_sub(1);
-    strides[..outer].iter().zip(&nest.dims).all(|(stride, &dim)| {
-        stride.scale != 0 || dim == Dim::ONE
-    })
+    strides[..outer]
+        .iter()
+        .zip(&nest.dims)
+        .all(|(stride, &dim)| stride.scale != 0 || dim == Dim::ONE)
         && innermost(strides).scale == 0
 }

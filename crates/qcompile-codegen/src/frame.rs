@@ -1,5 +1,6 @@
 //! The one calling contract between a program and whoever runs it.
 
+use qcompile_kernels::pool::Barrier;
 use std::mem::offset_of;
 
 /// What emitted code is given: one value shared by all threads of a team.
@@ -16,16 +17,17 @@ pub struct Frame {
     pub batch: usize,
     /// Number of threads that run the region.
     pub threads: usize,
+    /// Number of ranks that exchange values; 1 makes every exchange the identity.
+    pub ranks: usize,
     /// Shared scratch of [`Program::scratch_bytes`](crate::Program::scratch_bytes), aligned to 64.
     pub scratch: *mut u8,
-    /// First argument of `barrier_wait`.
-    pub barrier: *const (),
-    /// Returns when all threads have called it.
-    pub barrier_wait: unsafe extern "C" fn(barrier: *const (), thread: usize),
+    /// Where the threads of the team meet. Not used by one thread alone.
+    pub barrier: *const Barrier,
     /// First argument of `collective`.
-    pub collective_ctx: *const (),
-    /// Performs the all-reduce of a step, given by its index in the plan. Called by thread 0 only.
-    pub collective: unsafe extern "C" fn(ctx: *const (), step: usize),
+    pub collective_context: *const (),
+    /// Performs the all-reduce of a step, given by its index in the plan. Called by thread 0, and only if there are
+    /// several ranks.
+    pub collective: unsafe extern "C" fn(context: *const (), step: usize),
     /// One word for each step of the plan: a step with a bad index (a label, a row) stores 1 + its position there.
     pub errors: *mut u64,
 }
@@ -46,10 +48,10 @@ impl Frame {
     pub(crate) const SLOTS: i32 = field!(slots);
     pub(crate) const BATCH: i32 = field!(batch);
     pub(crate) const THREADS: i32 = field!(threads);
+    pub(crate) const RANKS: i32 = field!(ranks);
     pub(crate) const SCRATCH: i32 = field!(scratch);
     pub(crate) const BARRIER: i32 = field!(barrier);
-    pub(crate) const BARRIER_WAIT: i32 = field!(barrier_wait);
-    pub(crate) const COLLECTIVE_CTX: i32 = field!(collective_ctx);
+    pub(crate) const COLLECTIVE_CONTEXT: i32 = field!(collective_context);
     pub(crate) const COLLECTIVE: i32 = field!(collective);
     pub(crate) const ERRORS: i32 = field!(errors);
 }

@@ -70,6 +70,14 @@ impl Emitter<'_, '_> {
         sum
     }
 
+    /// The magnitude of `x` with the sign of `y`.
+    pub(crate) fn copy_sign(&mut self, x: Value, y: Value) -> Value {
+        let (x, y) = (self.as_bits(x), self.as_bits(y));
+        let sign = self.i(x, 0x8000_0000);
+        let result = self.b.ins().bitselect(sign, y, x);
+        self.as_float(result)
+    }
+
     /// A comparison of floats as a mask.
     pub(crate) fn compare(&mut self, cc: FloatCC, x: Value, y: Value) -> Value {
         let result = self.b.ins().fcmp(cc, x, y);

@@ -1,1 +1,23 @@
-//! Crate under construction.
+//! [`Plan`](qcompile_plan::Plan) to [`Program`]: native code through Cranelift.
+//!
+//! Loop nests, epilogues, the calls of kernels and the schedule are emitted; the inner products and whatever else
+//! needs wide vectors are kernels of [`qcompile_kernels`], called by address. A program is reached through one
+//! calling contract, [`Frame`].
+//!
+//! `unsafe` is confined to [`mod@program`], which owns the code, and to the frame's claim to be shared.
+
+mod body;
+mod emitter;
+mod facts;
+mod frame;
+mod lanes;
+mod loops;
+mod math;
+mod memory;
+mod nest;
+mod primitives;
+pub mod program;
+mod schedule;
+
+pub use frame::Frame;
+pub use program::{CodegenError, Options, Program, asm_text, clif_text, compile};

@@ -4,7 +4,7 @@
 
 use crate::emitter::Emitter;
 use cranelift_codegen::ir::condcodes::FloatCC;
-use cranelift_codegen::ir::types::{F32, I64};
+use cranelift_codegen::ir::types::{F32, I32, I64};
 use cranelift_codegen::ir::{InstBuilder, Value};
 
 /// Adding it rounds to an integer (ties to even) whose value is in the low bits.
@@ -50,37 +50,23 @@ pub(crate) extern "C" fn pow_int(x: i64, y: i64) -> i64 {
 impl Emitter<'_, '_> {
     /// A libm function, element by element.
     pub(crate) fn libm1(&mut self, function: Libm1, x: Value) -> Value {
-        self.per_lane(&[x], |e, lane| {
-            e.call_address(function as usize, &[F32], F32, lane)
-        })
+        self.per_lane(&[x], |e, lane| e.call_address(function as usize, &[F32], F32, lane))
     }
 
     /// A libm function, element by element.
     pub(crate) fn libm2(&mut self, function: Libm2, x: Value, y: Value) -> Value {
-        self.per_lane(&[x, y], |e, lane| {
-            e.call_address(function as usize, &[F32, F32], F32, lane)
-        })
+        self.per_lane(&[x, y], |e, lane| e.call_address(function as usize, &[F32, F32], F32, lane))
     }
 
     /// An integer power, element by element.
     pub(crate) fn power_int(&mut self, x: Value, y: Value) -> Value {
-        self.b_call_pow_int(x, y)
-    }
-
-    fn b_call_pow_int(&mut self, x: Value, y: Value) -> Value {
         let function: extern "C" fn(i64, i64) -> i64 = pow_int;
         let narrow = self.ty(x).lane_type() != I64;
         self.per_lane(&[x, y], |e, lane| {
-            let wide: Vec<Value> = lane
-                .iter()
-                .map(|&v| if narrow { e.b.ins().sextend(I64, v) } else { v })
-                .collect();
+            let wide: Vec<Value> =
+                lane.iter().map(|&v| if narrow { e.b.ins().sextend(I64, v) } else { v }).collect();
             let result = e.call_address(function as usize, &[I64, I64], I64, &wide);
-            if narrow {
-                e.b.ins().ireduce(cranelift_codegen::ir::types::I32, result)
-            } else {
-                result
-            }
+            if narrow { e.b.ins().ireduce(I32, result) } else { result }
         })
     }
 
@@ -215,13 +201,7 @@ impl Emitter<'_, '_> {
         let square = self.mul(x, x);
         let p = self.polynomial(
             square,
-            &[
-                -5.704_988_7e-3,
-                2.063_908_9e-2,
-                -5.373_971_6e-2,
-                1.333_144_2e-1,
-                -3.333_328_2e-1,
-            ],
+            &[-5.704_988_7e-3, 2.063_908_9e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328_2e-1],
         );
         let p = self.mul(p, square);
         let near = self.mul_add(p, x, x);
@@ -232,7 +212,7 @@ impl Emitter<'_, '_> {
         let two = self.f(x, 2.0);
         let quotient = self.div(two, below);
         let far = self.sub(one, quotient);
-        let far = self.b.ins().fcopysign(far, x);
+        let far = self.copy_sign(far, x);
         let limit = self.f(x, 0.625);
         let small = self.compare(FloatCC::LessThan, magnitude, limit);
         self.choose(small, near, far)
@@ -259,13 +239,7 @@ impl Emitter<'_, '_> {
         let p = self.mul(p, x);
         let q = self.polynomial(
             square,
-            &[
-                -1.456_607_2e-5,
-                -2.133_740_6e-4,
-                -1.682_827e-3,
-                -7.373_329_2e-3,
-                -1.426_474e-2,
-            ],
+            &[-1.456_607_2e-5, -2.133_740_6e-4, -1.682_827e-3, -7.373_329_2e-3, -1.426_474e-2],
         );
         self.div(p, q)
     }

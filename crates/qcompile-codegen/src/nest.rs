@@ -67,9 +67,13 @@ impl Sweep<'_> {
     }
 
     /// Strides of all cursors along one dim, in bytes; `None` for 0.
-    fn strides(&self, e: &mut Emitter<'_, '_>, dim: usize, cursors: &[Cursor]) -> Vec<Option<Value>> {
-        let accesses =
-            self.nest.reads.iter().chain(self.nest.writes.iter().map(Write::access));
+    fn strides(
+        &self,
+        e: &mut Emitter<'_, '_>,
+        dim: usize,
+        cursors: &[Cursor],
+    ) -> Vec<Option<Value>> {
+        let accesses = self.nest.reads.iter().chain(self.nest.writes.iter().map(Write::access));
         let mut strides: Vec<Option<Value>> = Vec::with_capacity(cursors.len());
         for (access, cursor) in accesses.zip(cursors) {
             let stride = access.strides.get(dim).copied().unwrap_or(Dim::fixed(0));
@@ -111,9 +115,7 @@ impl Sweep<'_> {
         let writes = self.nest.writes.iter().enumerate();
         writes
             .filter_map(|(index, write)| match write {
-                Write::Reduce { access, op, value }
-                    if innermost(&access.strides).scale == 0 =>
-                {
+                Write::Reduce { access, op, value } if innermost(&access.strides).scale == 0 => {
                     Some((index, *op, partial_type(self.facts.types[*value])))
                 }
                 _ => None,
@@ -156,9 +158,10 @@ impl Sweep<'_> {
                 let identity = e.identity(op, dtype, true);
                 start.extend((0..parts).map(|_| identity));
             }
-            let sums = e.count((range.begin, end, step), turns, &start, &mut |e, index, carried| {
-                self.vectors(e, index, cursors, &strides, &splats, &accumulators, carried)
-            });
+            let sums =
+                e.count((range.begin, end, step), turns, &start, &mut |e, index, carried| {
+                    self.vectors(e, index, cursors, &strides, &splats, &accumulators, carried)
+                });
             begin = end;
             for (at, &(_, op, dtype)) in accumulators.iter().enumerate() {
                 let vectors = &sums[at * parts..(at + 1) * parts];
@@ -219,7 +222,7 @@ impl Sweep<'_> {
         let mut used = vec![false; self.nest.body.len()];
         for (at, &scalar) in self.nest.body.iter().enumerate() {
             if !self.facts.invariant[at] {
-                crate::body::operands(scalar).for_each(|x| used[x] = true);
+                scalar.operands().for_each(|x| used[x] = true);
             }
         }
         self.nest.writes.iter().for_each(|write| used[write.value()] = true);
@@ -390,7 +393,10 @@ fn pick4(e: &mut Emitter<'_, '_>, address: Value, stride: Option<Value>, part: u
 fn horizontal(e: &mut Emitter<'_, '_>, op: ReduceOp, dtype: DType, vectors: &[Value]) -> Value {
     let mut level = vectors.to_vec();
     while level.len() > 1 {
-        level = level.chunks(2).map(|pair| e.combine(op, dtype, pair[0], pair[pair.len() - 1])).collect();
+        level = level
+            .chunks(2)
+            .map(|pair| e.combine(op, dtype, pair[0], pair[pair.len() - 1]))
+            .collect();
     }
     debug_assert!(level.len() == 1 && int_like(e.ty(level[0])).is_vector());
     let lanes: Vec<Value> = (0..4_u8).map(|lane| e.b.ins().extractlane(level[0], lane)).collect();

@@ -1,67 +1,13 @@
 //! Storage of a graph and the only doors of mutation: [`Graph::add`], [`Graph::set_operand`],
 //! [`Graph::replace_uses`], [`Graph::sweep`] (and the footer: outputs and `next`).
 
-use crate::{Note, Op, TensorType, TypeError, infer};
+use crate::{Name, Note, Op, TensorType, TypeError, infer};
 use petgraph::Direction::{Incoming, Outgoing};
 use petgraph::graph::{DiGraph, NodeIndex};
 use petgraph::visit::EdgeRef;
-use std::borrow::Borrow;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
-use std::fmt;
-use std::sync::Arc;
 use thiserror::Error;
-
-/// The name of a value: unique in its graph, derived from the ONNX name.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Name(Arc<str>);
-
-impl Name {
-    /// The name as text, without sigil or quotes.
-    #[must_use]
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl<T: AsRef<str> + ?Sized> From<&T> for Name {
-    fn from(text: &T) -> Name {
-        Name(text.as_ref().into())
-    }
-}
-
-impl From<String> for Name {
-    fn from(text: String) -> Name {
-        Name(text.into())
-    }
-}
-
-impl Borrow<str> for Name {
-    fn borrow(&self) -> &str {
-        &self.0
-    }
-}
-
-/// Prints with its sigil, quoted if it is not plain: `%conv1.weight`, `%"a b"`.
-impl fmt::Display for Name {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_./:-".contains(&byte);
-        if !self.0.is_empty() && self.0.bytes().all(plain) {
-            write!(f, "%{}", self.0)
-        } else {
-            write!(f, "%\"")?;
-            for c in self.0.chars() {
-                match c {
-                    '"' => f.write_str("\\\"")?,
-                    '\\' => f.write_str("\\\\")?,
-                    c if c.is_control() => write!(f, "\\u{{{:x}}}", u32::from(c))?,
-                    c => write!(f, "{c}")?,
-                }
-            }
-            f.write_str("\"")
-        }
-    }
-}
 
 /// Which part of a step computes a value. Edges never go back a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -566,6 +512,7 @@ impl Graph {
 mod tests {
     use super::*;
     use crate::{BinaryOp, DType, Shape, Tensor, UnaryOp};
+    use std::sync::Arc;
 
     fn input(graph: &mut Graph, name: &str) -> NodeId {
         let ty = TensorType::f32(Shape::fixed(&[2]));
@@ -604,10 +551,5 @@ mod tests {
         graph.sweep();
         assert_eq!(graph.len(), 2);
         assert_eq!(graph.find("unused"), None);
-    }
-
-    #[test]
-    fn odd_names_print_quoted() {
-        assert_eq!(Name::from("a b\"\n").to_string(), "%\"a b\\\"\\u{a}\"");
     }
 }

@@ -25,10 +25,11 @@ pub fn infer(op: &Op, operands: Types) -> Result<TensorType, TypeError> {
         .map_err(|reason| TypeError { op: op.name(), reason })
 }
 
-/// A type that can be laid out: at most one dimension depends on N and the bytes fit into an address.
+/// A type that can be laid out: at most one dimension depends on N and the bytes fit into an address, even if empty
+/// dimensions had an element, so that strides fit, too.
 fn bounded(ty: &TensorType) -> Result<(), String> {
-    let elements = ty
-        .shape
+    let fewest = |&dim: &Dim| Dim { scale: dim.scale.max(1), ..dim };
+    let elements = Shape(ty.shape.0.iter().map(fewest).collect())
         .elements()
         .ok_or_else(|| format!("{ty} is too large or depends on the batch size twice"))?;
     elements
@@ -477,6 +478,8 @@ mod tests {
         let shape = Shape(vec![Dim::N, Dim::N]);
         let error = infer(&Op::Broadcast(shape), &[&x]).expect_err("quadratic");
         assert!(error.to_string().contains("twice"), "{error}");
+        let empty = f32(&[0.into(), (1 << 40).into(), (1 << 40).into()]);
+        assert!(infer(&Op::Input(empty), &[]).is_err());
     }
 
     #[test]

@@ -17,6 +17,7 @@
 pub mod eval;
 pub mod graph;
 pub mod infer;
+pub mod name;
 pub mod note;
 pub mod op;
 pub mod tensor;
@@ -24,8 +25,9 @@ pub mod text;
 pub mod types;
 pub mod verify;
 
-pub use graph::{Graph, GraphError, Name, Node, NodeId, Region};
+pub use graph::{Graph, GraphError, Node, NodeId, Region};
 pub use infer::{TypeError, infer};
+pub use name::Name;
 pub use note::{Note, Precision};
 pub use op::{
     BinaryOp, CollectiveOp, CompareOp, ConvGeometry, Op, PoolGeometry, ReduceOp, UnaryOp,

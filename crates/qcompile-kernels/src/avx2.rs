@@ -23,6 +23,12 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn prefetch(address: *const u8) {
+        // SAFETY: a hint, which faults nowhere; every x86-64 CPU has the instruction.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
+    }
+
+    #[inline(always)]
     unsafe fn transpose8(src: *const u32, src_stride: usize, dst: *mut u32, dst_stride: usize) {
         // SAFETY: the caller grants both blocks and the CPU.
         unsafe { transpose8(src, src_stride, dst, dst_stride) }
@@ -113,6 +119,10 @@ impl Lanes for Real {
         unsafe { _mm256_fmadd_ps(a, b, sum) }
     }
     #[inline(always)]
+    unsafe fn scale(sum: Self::V, _left: *const f32, _right: *const f32) -> Self::V {
+        sum
+    }
+    #[inline(always)]
     fn left_word(elements: &[f32; 4]) -> u32 {
         elements[0].to_bits()
     }
@@ -160,6 +170,14 @@ impl Lanes for Int8 {
     unsafe fn dot(sum: Self::V, a: Self::V, b: Self::V) -> Self::V {
         // SAFETY: the caller checked the CPU.
         unsafe { _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)) }
+    }
+    #[inline(always)]
+    unsafe fn scale(sum: Self::V, left: *const f32, right: *const f32) -> Self::V {
+        // SAFETY: the caller grants one value on the left, `LANES` on the right.
+        unsafe {
+            let factor = _mm256_mul_ps(_mm256_set1_ps(*left), _mm256_loadu_ps(right));
+            _mm256_castps_si256(_mm256_mul_ps(_mm256_cvtepi32_ps(sum), factor))
+        }
     }
     #[inline(always)]
     fn left_word(elements: &[i8; 4]) -> u32 {

@@ -23,6 +23,12 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn prefetch(address: *const u8) {
+        // SAFETY: a hint, which faults nowhere; every x86-64 CPU has the instruction.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
+    }
+
+    #[inline(always)]
     unsafe fn transpose8(src: *const u32, src_stride: usize, dst: *mut u32, dst_stride: usize) {
         // SAFETY: the caller grants both blocks and the CPU.
         unsafe { crate::avx2::transpose8(src, src_stride, dst, dst_stride) }
@@ -67,6 +73,10 @@ impl Lanes for Real {
     unsafe fn dot(sum: Self::V, a: Self::V, b: Self::V) -> Self::V {
         // SAFETY: the caller checked the CPU.
         unsafe { _mm512_fmadd_ps(a, b, sum) }
+    }
+    #[inline(always)]
+    unsafe fn scale(sum: Self::V, _left: *const f32, _right: *const f32) -> Self::V {
+        sum
     }
     #[inline(always)]
     fn left_word(elements: &[f32; 4]) -> u32 {
@@ -121,15 +131,19 @@ impl Lanes for Int8 {
         unsafe { _mm512_dpbusd_epi32(sum, a, b) }
     }
     #[inline(always)]
+    unsafe fn scale(sum: Self::V, left: *const f32, right: *const f32) -> Self::V {
+        // SAFETY: the caller grants one value on the left, `LANES` on the right.
+        unsafe {
+            let factor = _mm512_mul_ps(_mm512_set1_ps(*left), _mm512_loadu_ps(right));
+            _mm512_castps_si512(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), factor))
+        }
+    }
+    #[inline(always)]
     fn left_word(elements: &[i8; 4]) -> u32 {
         word_of_i8(elements) ^ Self::HALO
     }
     #[inline(always)]
     fn right_word(elements: &[i8; 4]) -> u32 {
         word_of_i8(elements)
-    }
-    #[inline(always)]
-    fn header(elements: &[i8; 4]) -> i32 {
-        -128 * elements.iter().map(|&e| i32::from(e)).sum::<i32>()
     }
 }

@@ -13,6 +13,8 @@ pub(crate) enum Slot {
     Result,
     /// Rows on their way into a packed panel.
     Staging,
+    /// Scales of rows and columns.
+    Scales,
 }
 
 #[repr(C, align(64))]
@@ -20,7 +22,7 @@ pub(crate) enum Slot {
 struct Line([u8; 64]);
 
 thread_local! {
-    static BUFFERS: [Cell<Vec<Line>>; 4] = const { [const { Cell::new(Vec::new()) }; 4] };
+    static BUFFERS: [Cell<Vec<Line>>; 5] = const { [const { Cell::new(Vec::new()) }; 5] };
 }
 
 /// A buffer taken from this thread; it goes back when dropped.

@@ -12,8 +12,8 @@ use crate::depthwise;
 use crate::geometry::{Geometry, Part, Parts, Tap};
 use crate::lanes::{Lanes, Simd, Task};
 use crate::pack::{self, Right, Source};
-use crate::tile::{Block, Depth, Finish, Panels, ROW_GROUP, Scale};
-use crate::window::Window;
+use crate::tile::{self, Block, Depth, Finish, Panels, ROW_GROUP};
+use crate::window::{Ahead, Window};
 
 /// Pixels whose pointers are set up at once.
 const BATCH_PIXELS: usize = 10 * ROW_GROUP;
@@ -68,13 +68,6 @@ impl<E> Convolution<E> {
         let row = part.image * image + part.row_begin * g.columns.target;
         let total = self.target_total();
         Finish {
-            scale: self.scales.map(|scales| Scale {
-                left: scales.source.wrapping_add(part.image * scales.source_stride),
-                left_period: image,
-                left_stride: scales.source_stride,
-                right: scales.weight.wrapping_add(columns.start * scales.weight_stride),
-                right_stride: scales.weight_stride,
-            }),
             epilogue: self.epilogue,
             epilogue_ctx: self.epilogue_ctx,
             row,
@@ -281,11 +274,8 @@ impl<L: Lanes> Task for Pack<L> {
                         + group * phase.panels.words::<L>()
                         + phase.panels.offset::<L>(panel),
                 );
-                let mut to = panel_words;
-                if L::HEADER {
-                    to.write_bytes(0, stored);
-                    to = to.add(stored);
-                }
+                let first_word = panel_words.add(if L::HEADER { stored } else { 0 });
+                let mut to = first_word;
                 for begin in (0..cut.words).step_by(cut.chunk) {
                     let channel = begin * L::GROUP;
                     let end = (begin + cut.chunk).min(cut.words);
@@ -299,12 +289,12 @@ impl<L: Lanes> Task for Pack<L> {
                             k_stride: at(channel + 1, column) - first,
                             column_stride: at(channel, column + 1) - first,
                         };
-                        if L::HEADER {
-                            pack::add_header::<L>(from, channels, valid, panel_words);
-                        }
                         pack::interleave::<L, Right>(from, channels, valid, to, stored);
                         to = to.add((end - begin) * stored);
                     }
+                }
+                if L::HEADER {
+                    pack::header::<L>(first_word, phase.panels.k, stored, panel_words);
                 }
             }
         }
@@ -333,6 +323,9 @@ struct Compute<L: Lanes> {
 
 /// What the batches of one unit share.
 struct Unit<'a> {
+    /// Scale of the unit's first image, and from one image's scale to the next.
+    source_scales: Option<(*const f32, usize)>,
+    column_scales: *const f32,
     finish: Finish,
     target: Target,
     result: *mut u32,
@@ -354,7 +347,7 @@ impl<L: Lanes> Task for Compute<L> {
         let several = phases
             .iter()
             .any(|phase| phase.panels.k > PART_WORDS || phase.taps.len() > MOST_SEGMENTS);
-        let target = if c.epilogue.is_none() && !L::INTEGER {
+        let target = if c.epilogue.is_none() {
             Target::Result
         } else if phases.len() > 1 {
             Target::Unit
@@ -364,9 +357,9 @@ impl<L: Lanes> Task for Compute<L> {
             Target::Group
         };
         let mut segments = Vec::new();
-        for unit in self.begin..self.end {
-            let part = cut.parts.part(unit % cut.parts.count());
-            let block = unit / cut.parts.count();
+        for unit_index in self.begin..self.end {
+            let part = cut.parts.part(unit_index % cut.parts.count());
+            let block = unit_index / cut.parts.count();
             let (group, column_block) = (block / cut.column_blocks, block % cut.column_blocks);
             let panel_begin = column_block * cut.panels;
             let panel_end = (panel_begin + cut.panels).min(cut.panels_per_group);
@@ -390,7 +383,20 @@ impl<L: Lanes> Task for Compute<L> {
                 let window =
                     Window::open::<L>(g, &part, c.source, c.source_total(), channels, &mut left);
                 let finish = c.finish(&part, first_column..first_column + columns);
+                // Scales of the columns, filled up to whole vectors.
+                let mut scale_buffer = Buffer::take(Slot::Scales, stride);
+                let column_scales = scale_buffer.words().cast::<f32>();
+                if let Some(scales) = c.scales {
+                    for c in 0..stride {
+                        let from = (first_column + c.min(columns - 1)) * scales.weight_stride;
+                        *column_scales.add(c) = *scales.weight.add(from);
+                    }
+                }
                 let mut unit = Unit {
+                    source_scales: c.scales.map(|scales| {
+                        (scales.source.add(part.image * scales.source_stride), scales.source_stride)
+                    }),
+                    column_scales,
                     finish,
                     target,
                     result: result.words(),
@@ -401,10 +407,17 @@ impl<L: Lanes> Task for Compute<L> {
                     panel_end,
                     cut: &cut,
                 };
+                // The next unit reads other pixels, unless it begins another block of channels.
+                let mut ahead = Ahead::NONE;
+                if unit_index + 1 < self.end && (unit_index + 1) % cut.parts.count() != 0 {
+                    let next = cut.parts.part((unit_index + 1) % cut.parts.count());
+                    let groups = phases.len() + pixels / ROW_GROUP;
+                    ahead = Ahead::source(g, &next, c.source, c.source_total()).steps(groups);
+                }
                 for phase in &phases {
                     let skip = phase.packed + group * phase.panels.words::<L>();
                     unit.packed = c.scratch.add(skip);
-                    unit.phase::<L>(g, &part, phase, &window, &mut segments);
+                    unit.phase::<L>(g, &part, phase, &window, &mut segments, &mut ahead);
                 }
                 if target == Target::Unit {
                     for first in (0..pixels).step_by(ROW_GROUP) {
@@ -421,6 +434,8 @@ impl<L: Lanes> Task for Compute<L> {
 struct Batch {
     rows: [*const u32; BATCH_PIXELS],
     outs: [*mut u32; BATCH_PIXELS],
+    /// Scales of the pixels' images, for int8.
+    scales: [f32; BATCH_PIXELS],
     count: usize,
     /// First pixel in the unit.
     first: usize,
@@ -436,6 +451,7 @@ impl Unit<'_> {
         phase: &Phase,
         window: &Window,
         segments: &mut Vec<isize>,
+        ahead: &mut Ahead,
     ) {
         // Taps that read adjacent pixels make one long segment, if all their words are adjacent.
         let words = self.cut.words;
@@ -449,43 +465,63 @@ impl Unit<'_> {
         let mut batch = Batch {
             rows: [std::ptr::null(); BATCH_PIXELS],
             outs: [std::ptr::null_mut(); BATCH_PIXELS],
+            scales: [0.0; BATCH_PIXELS],
             count: 0,
             first: 0,
         };
         let (height, width) = (part.row_end - part.row_begin, g.columns.target);
         let (down, across) =
             (g.rows.number(phase.row, part.row_begin), g.rows.number(phase.row, part.row_end));
+        let (columns, apart) = (g.columns.number(phase.column, width), g.columns.phases());
+        let step = g.columns.step() * window.pixel_pitch;
+        // From one pixel's place to the next one's.
+        let (out, out_step) = match self.target {
+            Target::Result => (self.finish.result.cast(), self.finish.result_stride),
+            Target::Group | Target::Batch | Target::Unit => (self.result, self.stride),
+        };
         // SAFETY: granted by the caller.
         unsafe {
+            if matches!(self.target, Target::Group | Target::Batch) {
+                let held = if self.target == Target::Group { ROW_GROUP } else { BATCH_PIXELS };
+                for (i, to) in batch.outs.iter_mut().enumerate() {
+                    *to = out.add(i % held * out_step);
+                }
+            }
             for image in 0..part.images {
+                let scale = self.source_scales.map(|(first, stride)| *first.add(image * stride));
                 for j in down..across {
                     let row = phase.row + j * g.rows.phases() - part.row_begin;
-                    let line = (image * height + row) * width;
-                    let mut source = window.pixel(image, (j * g.rows.step()) as isize, 0);
-                    let step = g.columns.step() * window.pixel_pitch;
-                    for column in (phase.column..width).step_by(g.columns.phases()) {
-                        let pixel = line + column;
+                    let line = (image * height + row) * width + phase.column;
+                    let source = window.pixel(image, (j * g.rows.step()) as isize, 0);
+                    let mut done = 0;
+                    while done < columns {
+                        let some = (columns - done).min(BATCH_PIXELS - batch.count);
+                        let pixel = line + done * apart;
                         if batch.count == 0 {
                             batch.first = pixel;
                         }
-                        batch.rows[batch.count] = source;
-                        batch.outs[batch.count] = match self.target {
-                            Target::Result => {
-                                self.finish.result.add(pixel * self.finish.result_stride).cast()
+                        let range = batch.count..batch.count + some;
+                        for (i, to) in batch.rows[range.clone()].iter_mut().enumerate() {
+                            *to = source.wrapping_add((done + i) * step);
+                        }
+                        if matches!(self.target, Target::Result | Target::Unit) {
+                            let first = out.add(pixel * out_step);
+                            for (i, to) in batch.outs[range.clone()].iter_mut().enumerate() {
+                                *to = first.wrapping_add(i * apart * out_step);
                             }
-                            Target::Group => self.result.add(batch.count % ROW_GROUP * self.stride),
-                            Target::Batch => self.result.add(batch.count * self.stride),
-                            Target::Unit => self.result.add(pixel * self.stride),
-                        };
-                        batch.count += 1;
-                        source = source.wrapping_add(step);
+                        }
+                        if let Some(scale) = scale {
+                            batch.scales[range].fill(scale);
+                        }
+                        done += some;
+                        batch.count += some;
                         if batch.count == BATCH_PIXELS {
-                            self.flush::<L>(phase, run, segments, &mut batch);
+                            self.flush::<L>(phase, run, segments, &mut batch, ahead);
                         }
                     }
                 }
             }
-            self.flush::<L>(phase, run, segments, &mut batch);
+            self.flush::<L>(phase, run, segments, &mut batch, ahead);
         }
     }
 
@@ -497,6 +533,7 @@ impl Unit<'_> {
         run: Option<usize>,
         segments: &[isize],
         batch: &mut Batch,
+        ahead: &mut Ahead,
     ) {
         let count = batch.count;
         if count == 0 {
@@ -504,7 +541,9 @@ impl Unit<'_> {
         }
         for i in count..count.next_multiple_of(ROW_GROUP) {
             batch.rows[i] = batch.rows[count - 1];
-            batch.outs[i] = self.sink;
+            if matches!(self.target, Target::Result | Target::Unit) {
+                batch.outs[i] = self.sink;
+            }
         }
         let padded = count.next_multiple_of(ROW_GROUP);
         let block = Block {
@@ -516,6 +555,9 @@ impl Unit<'_> {
             panel_begin: self.panel_begin,
             panel_end: self.panel_end,
             exact: self.target == Target::Result,
+            scales: self
+                .source_scales
+                .map(|_| tile::Scales { left: batch.scales.as_ptr(), right: self.column_scales }),
         };
         let (words, chunk) = (self.cut.words, self.cut.chunk);
         let mut shifted = [0_isize; MOST_SEGMENTS];
@@ -532,10 +574,13 @@ impl Unit<'_> {
                         *to = from + first_word as isize;
                     }
                     let segments = &shifted[..part.len()];
-                    let depth = Depth { segments, length, step: 1, begin, resume };
+                    let last = begin + part.len() * length == phase.panels.k;
+                    let depth = Depth { segments, length, step: 1, begin, resume, last };
                     begin += part.len() * length;
-                    let last = begin == phase.panels.k;
                     for first in (0..count).step_by(ROW_GROUP) {
+                        if last {
+                            ahead.step::<L::Tier>();
+                        }
                         block.sweep::<L>(first, &depth);
                         if last && matches!(self.target, Target::Group | Target::Batch) {
                             let live = ROW_GROUP.min(count - first);

@@ -101,7 +101,7 @@ impl<L: Lanes> Task for Compute<L> {
                     0..channels,
                     &mut left,
                 );
-                let mut finish = c.finish(&part, 0..channels);
+                let finish = c.finish(&part, 0..channels);
                 let out = if direct { finish.result } else { result.words().cast() };
                 for row_phase in 0..g.rows.phases() {
                     for column_phase in 0..g.columns.phases() {
@@ -123,16 +123,15 @@ impl<L: Lanes> Task for Compute<L> {
                     }
                 }
                 if !direct {
-                    let scale = finish.scale.take();
                     for first in (0..pixels).step_by(ROW_GROUP) {
                         let rows = ROW_GROUP.min(pixels - first);
                         let block = out.add(first * channels);
-                        if let Some(scale) = scale {
+                        if let Some(scales) = c.scales {
                             for r in 0..rows {
-                                let period = (first + r) / scale.left_period;
-                                let left = *scale.left.add(period * scale.left_stride);
+                                let image = part.image + (first + r) / (height * width);
+                                let left = *scales.source.add(image * scales.source_stride);
                                 for ch in 0..channels {
-                                    let right = *scale.right.add(ch * scale.right_stride);
+                                    let right = *scales.weight.add(ch * scales.weight_stride);
                                     *block.add(r * channels + ch) *= left * right;
                                 }
                             }

@@ -11,7 +11,7 @@ use crate::geometry::{Geometry, Part, Parts};
 use crate::lanes::{Lanes, Simd, Task};
 use crate::pack::{self, Right, Source};
 use crate::tile::{Block, Depth, Panels, ROW_GROUP};
-use crate::window::Window;
+use crate::window::{Ahead, Window};
 
 /// Most rows (kernel positions times input channels) of a unit.
 const UNIT_ROWS: usize = 10 * ROW_GROUP;
@@ -245,15 +245,14 @@ impl Outer {
                 let panels = Panels { k: pixels, n: cut.panels.n };
                 let (first_pixel, _) = self.pixel(&part);
                 let column = panel_begin * width;
-                let mut right = Buffer::take(Slot::Right, panels.words::<S::Real>());
-                for panel in panel_begin..panel_end {
+                let first = args.dy.add(first_pixel * output + group * g.target_channels + column);
+                // A single panel that fills its vectors is packed already.
+                let packed = cut.panels.n == output && panels.stored::<S::Real>(0) == output;
+                let size = if packed { 0 } else { panels.words::<S::Real>() };
+                let mut right = Buffer::take(Slot::Right, size);
+                for panel in if packed { 0..0 } else { panel_begin..panel_end } {
                     let from = Source {
-                        first: args.dy.add(
-                            first_pixel * output
-                                + group * g.target_channels
-                                + column
-                                + (panel - panel_begin) * width,
-                        ),
+                        first: first.add((panel - panel_begin) * width),
                         k_stride: output,
                         column_stride: 1,
                     };
@@ -266,20 +265,37 @@ impl Outer {
                     rows: &rows[..padded],
                     outs: &outs[..padded],
                     count,
-                    packed: right.words(),
+                    packed: if packed { first.cast() } else { right.words() },
                     panels,
                     panel_begin,
                     panel_end,
                     exact: false,
+                    scales: None,
                 };
+                // What the next strip reads.
+                let mut ahead = [Ahead::NONE; 2];
+                if index + 1 < strips.count() {
+                    let mut next = strips.part(index + 1);
+                    next.image += images.start;
+                    let (pixel, count) = self.pixel(&next);
+                    ahead = [
+                        Ahead::source(g, &next, args.x, input),
+                        Ahead::of(args.dy.wrapping_add(pixel * output), count * output),
+                    ]
+                    .map(|ahead| ahead.steps(padded / ROW_GROUP));
+                }
                 let depth = Depth {
                     segments: lines,
                     length: g.columns.target,
                     step: (g.columns.step() * window.pixel_pitch) as isize,
                     begin: 0,
                     resume: index > 0,
+                    last: true,
                 };
                 for first in (0..count).step_by(ROW_GROUP) {
+                    for ahead in &mut ahead {
+                        ahead.step::<S>();
+                    }
                     block.sweep::<S::Real>(first, &depth);
                 }
             }

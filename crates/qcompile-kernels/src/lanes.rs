@@ -19,6 +19,10 @@ pub(crate) trait Simd: Copy + 'static {
     /// The CPU supports the tier, and the task's own requirements hold.
     unsafe fn enter<T: Task>(task: T);
 
+    /// Asks for the cache line of an address, which may be any; nothing where the tier cannot.
+    #[inline(always)]
+    fn prefetch(_address: *const u8) {}
+
     /// Transposes an 8 x 8 block of words: `dst[j * dst_stride + i] = src[i * src_stride + j]`.
     ///
     /// # Safety
@@ -81,15 +85,13 @@ pub(crate) trait Lanes: Copy + 'static {
     unsafe fn store(to: *mut u32, value: Self::V);
     /// `sum + a . b` in each lane.
     unsafe fn dot(sum: Self::V, a: Self::V, b: Self::V) -> Self::V;
+    /// `sum as f32 * (left * right)` in each lane, for i32 sums, one `left` and a vector of `right`.
+    unsafe fn scale(sum: Self::V, left: *const f32, right: *const f32) -> Self::V;
 
     /// The word of a left operand.
     fn left_word(elements: &[Self::Element; 4]) -> u32;
     /// The word of a right operand.
     fn right_word(elements: &[Self::Element; 4]) -> u32;
-    /// What the header adds for a word of the right operand.
-    fn header(_elements: &[Self::Element; 4]) -> i32 {
-        0
-    }
 
     /// Computes a tile of `ROWS_PAIR` rows by two vectors.
     unsafe fn tile_pair(tile: &Tile);

@@ -5,16 +5,33 @@ use crate::args::{Epilogue, MatmulArgs, MatmulI8Args};
 use crate::buffer::{Buffer, Slot};
 use crate::lanes::{Lanes, Simd, Task};
 use crate::pack::{self, Left, Right, Source};
-use crate::tile::{Block, Depth, Finish, Panels, ROW_GROUP, Scale};
+use crate::tile::{Block, Depth, Finish, Panels, ROW_GROUP, Scales};
 
-/// Most rows of a block.
-const BLOCK_ROWS: usize = 96;
+/// Most rows of a block, where there are several of them.
+const BLOCK_ROWS: usize = 4 * ROW_GROUP;
+/// Products of no more rows than this keep them in one block.
+const WHOLE_ROWS: usize = 11 * ROW_GROUP;
 /// Most columns of a block.
 const BLOCK_COLUMNS: usize = 256;
+/// Most words of a packed block of columns that only one unit reads: they stay in L2.
+const ALONE_WORDS: usize = 96 << 10;
 /// Most words of K handled at once: a panel of them stays in L1.
 const BLOCK_WORDS: usize = 256;
-/// Blocks are made smaller until there are this many, for the threads to share.
-const WANTED_UNITS: usize = 48;
+/// Words of K packed at once, over all panels of a block.
+const PACK_WORDS: usize = 64;
+/// Blocks are made narrower until there are this many, for the threads to share.
+const WANTED_UNITS: usize = 32;
+/// Blocks are made lower until there are this many.
+const LEAST_UNITS: usize = 16;
+
+/// Scales of an int8 product: one value, or one for each row or column.
+#[derive(Clone, Copy)]
+struct Dequantize {
+    left: *const f32,
+    left_stride: usize,
+    right: *const f32,
+    right_stride: usize,
+}
 
 /// A product in terms that both types share.
 #[derive(Clone, Copy)]
@@ -30,7 +47,7 @@ struct Product<E> {
     b_strides: [usize; 3],
     c_batch_stride: usize,
     c_row_stride: usize,
-    scale: Option<Scale>,
+    scale: Option<Dequantize>,
     epilogue: Option<Epilogue>,
     epilogue_ctx: *const u8,
     scratch: *mut u32,
@@ -111,9 +128,8 @@ impl Kind for Int8Kind {
             b_strides: [args.b_batch_stride, args.b_row_stride, args.b_col_stride],
             c_batch_stride: args.c_batch_stride,
             c_row_stride: args.c_row_stride,
-            scale: Some(Scale {
+            scale: Some(Dequantize {
                 left: args.a_scale,
-                left_period: 1,
                 left_stride: args.a_scale_stride,
                 right: args.b_scale,
                 right_stride: args.b_scale_stride,
@@ -141,38 +157,46 @@ enum LeftForm {
 struct Cut {
     panels: Panels,
     left: LeftForm,
-    /// Packed copies of A.
+    /// Packed copies of A that all units share.
     left_copies: usize,
     /// Words of one packed copy of A.
     left_words: usize,
-    /// Packed copies of B.
-    copies: usize,
+    /// Packed copies of B that all units share.
+    right_copies: usize,
     row_blocks: usize,
     rows: usize,
     column_blocks: usize,
     /// Panels of a column block.
     columns: usize,
+    /// Whether a unit packs its rows of A for itself, since no other unit reads them.
+    left_alone: bool,
+    /// Whether a unit packs its columns of B for itself.
+    right_alone: bool,
 }
 
 impl Cut {
     fn of<L: Lanes>(p: &Product<L::Element>) -> Cut {
         let panels = Panels { k: p.k.div_ceil(L::GROUP), n: p.n };
-        let count = panels.count::<L>();
-        let (mut rows, mut columns) = (BLOCK_ROWS, BLOCK_COLUMNS / Panels::width::<L>());
+        let (count, width) = (panels.count::<L>(), Panels::width::<L>());
+        let whole = p.m <= WHOLE_ROWS;
+        let (mut rows, mut columns) =
+            (if whole { p.m.max(1) } else { BLOCK_ROWS }, BLOCK_COLUMNS / width);
         let units =
             |rows: usize, columns: usize| p.batch * p.m.div_ceil(rows) * count.div_ceil(columns);
-        // Columns first: a narrow block costs less than a low one, whose panels are read more often.
-        while units(rows, columns) < WANTED_UNITS && columns > 4 {
+        let narrowest = if whole { 1 } else { 4 };
+        let fits = |columns: usize| !whole || panels.k * columns * width <= ALONE_WORDS;
+        while columns > narrowest && !(units(rows, columns) >= WANTED_UNITS && fits(columns)) {
             columns /= 2;
         }
-        while units(rows, columns) < WANTED_UNITS && rows > 2 * ROW_GROUP {
-            rows -= ROW_GROUP;
+        while units(rows, columns) < LEAST_UNITS && rows > 2 * ROW_GROUP {
+            rows = rows.next_multiple_of(ROW_GROUP) - ROW_GROUP;
         }
         // Equal blocks instead of full ones and a rest.
         let row_blocks = p.m.div_ceil(rows).max(1);
         let rows = p.m.div_ceil(row_blocks).next_multiple_of(ROW_GROUP);
-        let column_blocks = count.div_ceil(columns).max(1);
-        let columns = count.div_ceil(column_blocks);
+        let row_blocks = p.m.div_ceil(rows.max(1));
+        let columns = count.div_ceil(count.div_ceil(columns).max(1));
+        let column_blocks = if count == 0 { 0 } else { count.div_ceil(columns) };
         let adjacent = p.a_strides[2] == 1 || p.k <= 1;
         let left = match (L::GROUP == 1, adjacent) {
             (true, true) => LeftForm::InPlace,
@@ -181,23 +205,23 @@ impl Cut {
             (_, false) => LeftForm::Groups,
             (false, true) => LeftForm::Rows,
         };
-        let packed = left != LeftForm::InPlace;
+        let copies = |stride: usize| if stride == 0 { 1 } else { p.batch };
+        let (left_copies, right_copies) = (copies(p.a_strides[0]), copies(p.b_strides[0]));
+        let in_place = left == LeftForm::InPlace;
+        let left_alone = !in_place && column_blocks <= 1 && left_copies == p.batch;
+        let right_alone = row_blocks <= 1 && right_copies == p.batch;
         Cut {
             panels,
             left,
-            left_copies: if !packed {
-                0
-            } else if p.a_strides[0] == 0 {
-                1
-            } else {
-                p.batch
-            },
+            left_copies: if in_place || left_alone { 0 } else { left_copies },
             left_words: p.m.next_multiple_of(ROW_GROUP) * panels.k,
-            copies: if p.b_strides[0] == 0 { 1 } else { p.batch },
-            row_blocks: p.m.div_ceil(rows),
+            right_copies: if right_alone { 0 } else { right_copies },
+            row_blocks,
             rows,
-            column_blocks: if count == 0 { 0 } else { count.div_ceil(columns) },
+            column_blocks,
             columns,
+            left_alone,
+            right_alone,
         }
     }
 }
@@ -211,7 +235,7 @@ unsafe extern "C" fn units<K: Kind, S: Simd>(args: *const u64, phase: usize) -> 
     let cut = Cut::of::<K::Lanes<S>>(&p);
     match phase {
         0 => {
-            cut.copies * cut.panels.count::<K::Lanes<S>>()
+            cut.right_copies * cut.panels.count::<K::Lanes<S>>()
                 + cut.left_copies * p.m.div_ceil(ROW_GROUP)
         }
         _ => p.batch * cut.row_blocks * cut.column_blocks,
@@ -222,7 +246,7 @@ unsafe extern "C" fn scratch<K: Kind, S: Simd>(args: *const u64) -> usize {
     // SAFETY: the caller passes the argument block of this kernel.
     let ProductOf(p) = unsafe { K::read::<S>(args) };
     let cut = Cut::of::<K::Lanes<S>>(&p);
-    (cut.copies * cut.panels.words::<K::Lanes<S>>() + cut.left_copies * cut.left_words) * 4
+    (cut.right_copies * cut.panels.words::<K::Lanes<S>>() + cut.left_copies * cut.left_words) * 4
 }
 
 unsafe extern "C" fn run<K: Kind, S: Simd>(
@@ -248,7 +272,7 @@ pub(crate) const fn primitive<K: Kind, S: Simd>() -> Primitive {
     Primitive { phases: 2, units: units::<K, S>, run: run::<K, S>, scratch: scratch::<K, S> }
 }
 
-/// Packs panels of B, then row groups of A.
+/// Packs what all units share: panels of B, then row groups of A.
 struct Pack<L: Lanes> {
     product: Product<L::Element>,
     cut: Cut,
@@ -261,32 +285,71 @@ impl<L: Lanes> Task for Pack<L> {
     unsafe fn run<S: Simd>(self) {
         let Pack { product: p, cut, begin, end } = self;
         let count = cut.panels.count::<L>();
-        let right_units = cut.copies * count;
-        for unit in begin..end {
-            if unit >= right_units {
-                // SAFETY: the group lies in A and in the scratch.
-                unsafe { pack_left::<L>(&p, &cut, unit - right_units) };
-                continue;
-            }
-            let (copy, panel) = (unit / count, unit % count);
-            let stored = cut.panels.stored::<L>(panel);
-            let valid = cut.panels.valid::<L>(panel);
-            // SAFETY: the panel lies in the scratch, the columns in B.
+        let right_units = cut.right_copies * count;
+        let mut unit = begin;
+        while unit < end {
+            // SAFETY: panels and groups lie in B, in A and in the scratch.
             unsafe {
-                let column = panel * Panels::width::<L>();
+                if unit < right_units {
+                    // As many panels of one matrix as are asked for, side by side.
+                    let (copy, panel) = (unit / count, unit % count);
+                    let panels = (end - unit).min(count - panel).min(cut.columns);
+                    let to = p.scratch.add(copy * cut.panels.words::<L>());
+                    let skip = panel * Panels::width::<L>();
+                    let part = Panels { n: p.n - skip, ..cut.panels };
+                    let to = to.add(cut.panels.offset::<L>(panel));
+                    pack_right::<L>(&p, copy, skip, part, panels, to);
+                    unit += panels;
+                } else {
+                    let groups = p.m.div_ceil(ROW_GROUP);
+                    let (copy, group) =
+                        ((unit - right_units) / groups, (unit - right_units) % groups);
+                    let (row, words) = (group * ROW_GROUP, cut.panels.k);
+                    let to = cut.right_copies * cut.panels.words::<L>() + copy * cut.left_words;
+                    let to = p.scratch.add(to + row * words);
+                    pack_left::<L>(&p, cut.left, copy, row, ROW_GROUP.min(p.m - row), to);
+                    unit += 1;
+                }
+            }
+        }
+    }
+}
+
+/// Packs the first panels of a matrix's columns from `column` on.
+#[inline(always)]
+unsafe fn pack_right<L: Lanes>(
+    p: &Product<L::Element>,
+    matrix: usize,
+    column: usize,
+    panels: Panels,
+    count: usize,
+    to: *mut u32,
+) {
+    // SAFETY: granted by the caller.
+    unsafe {
+        let first = p.b.add(matrix * p.b_strides[0] + column * p.b_strides[2]);
+        let header = usize::from(L::HEADER);
+        // Panels side by side, so that a row of B is read as far as the block goes.
+        for word in (0..panels.k).step_by(PACK_WORDS) {
+            let k = word * L::GROUP;
+            let length = (PACK_WORDS * L::GROUP).min(p.k - k);
+            for panel in 0..count {
                 let from = Source {
-                    first: p.b.add(copy * p.b_strides[0] + column * p.b_strides[2]),
+                    first: first
+                        .add(k * p.b_strides[1] + panel * Panels::width::<L>() * p.b_strides[2]),
                     k_stride: p.b_strides[1],
                     column_stride: p.b_strides[2],
                 };
-                let mut to =
-                    p.scratch.add(copy * cut.panels.words::<L>() + cut.panels.offset::<L>(panel));
-                if L::HEADER {
-                    to.write_bytes(0, stored);
-                    pack::add_header::<L>(from, p.k, valid, to);
-                    to = to.add(stored);
-                }
-                pack::interleave::<L, Right>(from, p.k, valid, to, stored);
+                let stored = panels.stored::<L>(panel);
+                let to = to.add(panels.offset::<L>(panel) + (header + word) * stored);
+                pack::interleave::<L, Right>(from, length, panels.valid::<L>(panel), to, stored);
+            }
+        }
+        if L::HEADER {
+            for panel in 0..count {
+                let to = to.add(panels.offset::<L>(panel));
+                let stored = panels.stored::<L>(panel);
+                pack::header::<L>(to.add(stored), panels.k, stored, to);
             }
         }
     }
@@ -294,27 +357,25 @@ impl<L: Lanes> Task for Pack<L> {
 
 /// Packs a group of rows of A.
 #[inline(always)]
-unsafe fn pack_left<L: Lanes>(p: &Product<L::Element>, cut: &Cut, unit: usize) {
-    let groups = p.m.div_ceil(ROW_GROUP);
-    let (copy, row) = (unit / groups, unit % groups * ROW_GROUP);
-    let live = ROW_GROUP.min(p.m - row);
-    let words = cut.panels.k;
+unsafe fn pack_left<L: Lanes>(
+    p: &Product<L::Element>,
+    form: LeftForm,
+    matrix: usize,
+    row: usize,
+    live: usize,
+    to: *mut u32,
+) {
     // SAFETY: granted by the caller.
     unsafe {
-        let from = p.a.add(copy * p.a_strides[0] + row * p.a_strides[1]);
-        let to = p.scratch.add(
-            cut.copies * cut.panels.words::<L>() + copy * cut.left_words + row * words,
-        );
-        if cut.left == LeftForm::Rows {
+        let from = p.a.add(matrix * p.a_strides[0] + row * p.a_strides[1]);
+        if form == LeftForm::Rows {
+            let words = p.k.div_ceil(L::GROUP);
             for r in 0..live {
                 pack::row::<L, Left>(from.add(r * p.a_strides[1]), p.k, to.add(r * words));
             }
         } else {
-            let source = Source {
-                first: from,
-                k_stride: p.a_strides[2],
-                column_stride: p.a_strides[1],
-            };
+            let source =
+                Source { first: from, k_stride: p.a_strides[2], column_stride: p.a_strides[1] };
             pack::interleave::<L, Left>(source, p.k, live, to, ROW_GROUP);
         }
     }
@@ -356,7 +417,7 @@ impl<L: Lanes> Compute<L> {
         let stride = (panel_end - panel_begin) * Panels::width::<L>();
         let columns = stride.min(p.n - column);
         let words = cut.panels.k;
-        let direct = p.epilogue.is_none() && !L::INTEGER;
+        let direct = p.epilogue.is_none();
         // K runs in equal parts.
         let parts = words.div_ceil(BLOCK_WORDS).max(1);
         let part = words.div_ceil(parts);
@@ -370,10 +431,38 @@ impl<L: Lanes> Compute<L> {
             ROW_GROUP
         };
         let mut result = Buffer::take(Slot::Result, held * stride);
-        let mut row_pointers = [std::ptr::null(); BLOCK_ROWS + ROW_GROUP];
-        let mut out_pointers = [std::ptr::null_mut(); BLOCK_ROWS + ROW_GROUP];
+        let mut scale_buffer = Buffer::take(Slot::Scales, padded + stride);
+        let mut row_pointers = [std::ptr::null(); WHOLE_ROWS];
+        let mut out_pointers = [std::ptr::null_mut(); WHOLE_ROWS];
+        // The block's panels, packed by this unit or by all.
+        let local = Panels { k: words, n: columns };
+        let right_words = if cut.right_alone { local.words::<L>() } else { 0 };
+        let mut right = Buffer::take(Slot::Right, right_words);
+        let left_words = if cut.left_alone { padded * words } else { 0 };
+        let mut left = Buffer::take(Slot::Left, left_words);
         // SAFETY: rows lie in A, C and the buffers taken above.
         unsafe {
+            let packed = if cut.right_alone {
+                let to = right.words();
+                pack_right::<L>(p, matrix, column, local, panel_end - panel_begin, to);
+                to.cast_const()
+            } else {
+                let copy = if cut.right_copies == 1 { 0 } else { matrix };
+                let skip = copy * cut.panels.words::<L>() + cut.panels.offset::<L>(panel_begin);
+                p.scratch.add(skip).cast_const()
+            };
+            let left = if cut.left_alone {
+                let to = left.words();
+                for first in (0..rows).step_by(ROW_GROUP) {
+                    let live = ROW_GROUP.min(rows - first);
+                    pack_left::<L>(p, cut.left, matrix, row + first, live, to.add(first * words));
+                }
+                to.cast_const()
+            } else {
+                let copy = if cut.left_copies == 1 { 0 } else { matrix };
+                let skip = cut.right_copies * cut.panels.words::<L>() + copy * cut.left_words;
+                p.scratch.wrapping_add(skip + row * words).cast_const()
+            };
             let a = p.a.add(matrix * p.a_strides[0] + row * p.a_strides[1]);
             let c = p.c.wrapping_add(matrix * p.c_batch_stride + row * p.c_row_stride + column);
             for (r, out) in out_pointers.iter_mut().enumerate().take(padded) {
@@ -384,11 +473,6 @@ impl<L: Lanes> Compute<L> {
                 };
             }
             let finish = Finish {
-                scale: p.scale.map(|scale| Scale {
-                    left: scale.left.add(row * scale.left_stride),
-                    right: scale.right.add(column * scale.right_stride),
-                    ..scale
-                }),
                 epilogue: p.epilogue,
                 epilogue_ctx: p.epilogue_ctx,
                 row: matrix * p.m + row,
@@ -397,12 +481,17 @@ impl<L: Lanes> Compute<L> {
                 result: c,
                 result_stride: p.c_row_stride,
             };
-            let copy = if cut.copies == 1 { 0 } else { matrix };
-            let packed = p.scratch.add(copy * cut.panels.words::<L>()).cast_const();
-            let left_copy = if cut.left_copies == 1 { 0 } else { matrix };
-            let left = p.scratch.wrapping_add(
-                cut.copies * cut.panels.words::<L>() + left_copy * cut.left_words + row * words,
-            );
+            let scales = p.scale.map(|scale| {
+                let to = scale_buffer.words().cast::<f32>();
+                for r in 0..padded {
+                    *to.add(r) = *scale.left.add((row + r.min(rows - 1)) * scale.left_stride);
+                }
+                for c in 0..stride {
+                    let from = (column + c.min(columns - 1)) * scale.right_stride;
+                    *to.add(padded + c) = *scale.right.add(from);
+                }
+                Scales { left: to, right: to.add(padded) }
+            });
             // Distance from one word of a row to the next.
             let step = match cut.left {
                 LeftForm::InPlace => p.a_strides[2],
@@ -413,30 +502,31 @@ impl<L: Lanes> Compute<L> {
                 *pointer = match cut.left {
                     LeftForm::InPlace => a.add(r.min(rows - 1) * p.a_strides[1]).cast(),
                     LeftForm::Rows => left.add(r.min(rows - 1) * words),
-                    LeftForm::Groups => {
-                        left.add(r / ROW_GROUP * ROW_GROUP * words + r % ROW_GROUP)
-                    }
+                    LeftForm::Groups => left.add(r / ROW_GROUP * ROW_GROUP * words + r % ROW_GROUP),
                 };
             }
+            let block = Block {
+                rows: &row_pointers[..padded],
+                outs: &out_pointers[..padded],
+                count: rows,
+                packed,
+                // Panels of the block; the last one of B may be narrower.
+                panels: local,
+                panel_begin: 0,
+                panel_end: panel_end - panel_begin,
+                exact: direct,
+                scales,
+            };
             for at in 0..parts {
                 let begin = at * part;
                 let length = part.min(words - begin);
                 let segments = [(begin * step) as isize];
-                let block = Block {
-                    rows: &row_pointers[..padded],
-                    outs: &out_pointers[..padded],
-                    count: rows,
-                    packed,
-                    panels: cut.panels,
-                    panel_begin,
-                    panel_end,
-                    exact: direct,
-                };
+                let (resume, last) = (at > 0, at + 1 == parts);
                 let step = step as isize;
-                let depth = Depth { segments: &segments, length, step, begin, resume: at > 0 };
+                let depth = Depth { segments: &segments, length, step, begin, resume, last };
                 for first in (0..rows).step_by(ROW_GROUP) {
                     block.sweep::<L>(first, &depth);
-                    if !direct && at + 1 == parts {
+                    if !direct && last {
                         let live = ROW_GROUP.min(rows - first);
                         finish.rows(out_pointers[first].cast(), stride, first, live);
                     }

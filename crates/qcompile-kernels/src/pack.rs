@@ -38,6 +38,26 @@ pub(crate) unsafe fn row<L: Lanes, S: Side>(from: *const L::Element, k: usize, t
             std::ptr::copy_nonoverlapping(from.cast::<u8>(), to.cast(), k * 4);
             return;
         }
+        if cfg!(target_endian = "little") {
+            let from = std::slice::from_raw_parts(from.cast::<i8>(), k);
+            let padded = k.next_multiple_of(L::GROUP);
+            if L::GROUP == 4 {
+                // The word of four bytes is these bytes, and what makes zero the halo.
+                let flip = if S::LEFT { L::HALO as i8 } else { 0 };
+                let to = std::slice::from_raw_parts_mut(to.cast::<i8>(), padded);
+                for (to, from) in to.iter_mut().zip(from) {
+                    *to = from ^ flip;
+                }
+                to[k..].fill(flip);
+            } else {
+                let to = std::slice::from_raw_parts_mut(to.cast::<i16>(), padded);
+                for (to, from) in to.iter_mut().zip(from) {
+                    *to = i16::from(*from);
+                }
+                to[k..].fill(0);
+            }
+            return;
+        }
         let whole = k / L::GROUP;
         for w in 0..whole {
             let mut elements = [L::Element::default(); 4];
@@ -162,26 +182,31 @@ unsafe fn transposed<L: Lanes, S: Side>(
     }
 }
 
-/// Writes the header of a panel whose `k` elements come from `from`.
+/// Writes the header of a panel: what its accumulators begin with, `-128` times the sum of each column.
 ///
 /// # Safety
-/// As [`interleave`]; `to` has room for `width` words.
+/// `panel` holds `words` packed rows of `stored` columns, `to` has room for one; the CPU supports the
+/// tier.
 #[inline(always)]
-pub(crate) unsafe fn add_header<L: Lanes>(
-    from: Source<L::Element>,
-    k: usize,
-    columns: usize,
+pub(crate) unsafe fn header<L: Lanes>(
+    panel: *const u32,
+    words: usize,
+    stored: usize,
     to: *mut u32,
 ) {
-    // SAFETY: granted by the caller.
+    // SAFETY: granted by the caller; `stored` is a multiple of the vector's width.
     unsafe {
-        for e in 0..k {
-            for c in 0..columns {
-                let element = *from.first.add(e * from.k_stride + c * from.column_stride);
-                let zero = L::Element::default();
-                let sum = to.add(c).cast::<i32>();
-                *sum = (*sum).wrapping_add(L::header(&[element, zero, zero, zero]));
+        let word = L::HALO;
+        let halo = L::splat(&raw const word);
+        for column in (0..stored).step_by(L::LANES) {
+            let mut sum = L::zero();
+            for w in 0..words {
+                sum = L::dot(sum, halo, L::load(panel.add(w * stored + column)));
             }
+            L::store(to.add(column), sum);
+        }
+        for word in std::slice::from_raw_parts_mut(to, stored) {
+            *word = word.wrapping_neg();
         }
     }
 }

@@ -55,6 +55,10 @@ impl Lanes for Real {
         std::array::from_fn(|l| sum[l] + a[l] * b[l])
     }
     #[inline(always)]
+    unsafe fn scale(sum: Self::V, _left: *const f32, _right: *const f32) -> Self::V {
+        sum
+    }
+    #[inline(always)]
     fn left_word(elements: &[f32; 4]) -> u32 {
         elements[0].to_bits()
     }
@@ -104,6 +108,14 @@ impl Lanes for Int8 {
             let low = half(a[l], 0) * half(b[l], 0);
             let high = half(a[l], 16) * half(b[l], 16);
             sum[l].wrapping_add((low + high) as u32)
+        })
+    }
+    #[inline(always)]
+    unsafe fn scale(sum: Self::V, left: *const f32, right: *const f32) -> Self::V {
+        std::array::from_fn(|l| {
+            // SAFETY: the caller grants one value on the left, `LANES` on the right.
+            let factor = unsafe { *left * *right.add(l) };
+            (sum[l] as i32 as f32 * factor).to_bits()
         })
     }
     #[inline(always)]

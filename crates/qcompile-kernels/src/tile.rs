@@ -41,6 +41,17 @@ pub(crate) struct Tile {
     pub(crate) right: *const u32,
     /// First values.
     pub(crate) start: Start,
+    /// What turns finished i32 sums into f32; none for f32 and for sums that go on.
+    pub(crate) scales: Option<Scales>,
+}
+
+/// Scales of i32 sums.
+#[derive(Clone, Copy)]
+pub(crate) struct Scales {
+    /// One for each row.
+    pub(crate) left: *const f32,
+    /// One for each column, in whole vectors.
+    pub(crate) right: *const f32,
 }
 
 /// Computes `R` rows by `N` vectors; always stores whole vectors.
@@ -92,6 +103,16 @@ pub(crate) unsafe fn tile<L: Lanes, const R: usize, const N: usize>(t: &Tile) {
                 multiply::<L, R, N>(&rows, at, right, &mut sums);
                 at = opaque(at + t.step);
                 right = right.add(N * L::LANES);
+            }
+        }
+        if L::INTEGER
+            && let Some(scales) = t.scales
+        {
+            for (i, row) in sums.iter_mut().enumerate() {
+                for (j, sum) in row.iter_mut().enumerate() {
+                    let right = scales.right.add(t.column + j * L::LANES);
+                    *sum = L::scale(*sum, scales.left.add(i), right);
+                }
             }
         }
         for (i, row) in sums.iter().enumerate() {
@@ -196,6 +217,8 @@ pub(crate) struct Depth<'a> {
     pub(crate) begin: usize,
     /// Whether the output already holds the sum of earlier parts.
     pub(crate) resume: bool,
+    /// Whether no later part follows.
+    pub(crate) last: bool,
 }
 
 /// One block of the output.
@@ -216,6 +239,8 @@ pub(crate) struct Block<'a> {
     pub(crate) panel_end: usize,
     /// Whether rows of the output end at the last column, so that no wider store may touch them.
     pub(crate) exact: bool,
+    /// Scales of the block's rows and columns, for i32 sums.
+    pub(crate) scales: Option<Scales>,
 }
 
 impl Block<'_> {
@@ -246,12 +271,17 @@ impl Block<'_> {
                         (false, true) => Start::Header(panel_words),
                         (false, false) => Start::Zero,
                     },
+                    scales: None,
                 };
                 let single = stored == L::LANES;
                 let height = if single { L::ROWS_SINGLE } else { L::ROWS_PAIR };
                 for row in (first..first + count).step_by(height) {
                     tile.rows = self.rows.as_ptr().add(row);
                     tile.outs = self.outs.as_ptr().add(row);
+                    if depth.last {
+                        let left = |scales: Scales| scales.left.add(row);
+                        tile.scales = self.scales.map(|s| Scales { left: left(s), ..s });
+                    }
                     if self.exact && valid < stored {
                         let live = height.min(self.count - row);
                         narrow::<L>(&mut tile, single, height, live, stored, valid);
@@ -283,7 +313,7 @@ unsafe fn narrow<L: Lanes>(
     for (i, out) in outs.iter_mut().take(height).enumerate() {
         *out = words[i * stored..].as_mut_ptr();
     }
-    let (column, real) = (tile.column, tile.outs);
+    let (column, real, scales) = (tile.column, tile.outs, tile.scales);
     // SAFETY: `height * stored` words fit the local buffer; the rest is granted by the caller.
     unsafe {
         if matches!(tile.start, Start::Resume) {
@@ -292,6 +322,7 @@ unsafe fn narrow<L: Lanes>(
             }
         }
         (tile.outs, tile.column) = (outs.as_ptr(), 0);
+        tile.scales = scales.map(|s| Scales { right: s.right.add(column), ..s });
         if single {
             L::tile_single(tile);
         } else {
@@ -301,29 +332,12 @@ unsafe fn narrow<L: Lanes>(
             std::ptr::copy_nonoverlapping(out, (*real.add(i)).add(column), valid);
         }
     }
-    (tile.outs, tile.column) = (real, column);
-}
-
-/// What turns i32 sums into f32.
-#[derive(Clone, Copy)]
-pub(crate) struct Scale {
-    /// Scale of row 0 of the unit.
-    pub(crate) left: *const f32,
-    /// Rows that share one scale.
-    pub(crate) left_period: usize,
-    /// 0 or 1.
-    pub(crate) left_stride: usize,
-    /// Scale of column 0 of the unit.
-    pub(crate) right: *const f32,
-    /// 0 or 1.
-    pub(crate) right_stride: usize,
+    (tile.outs, tile.column, tile.scales) = (real, column, scales);
 }
 
 /// Where finished rows go.
 #[derive(Clone, Copy)]
 pub(crate) struct Finish {
-    /// Present for i32 sums.
-    pub(crate) scale: Option<Scale>,
     /// Takes the rows, if present.
     pub(crate) epilogue: Option<Epilogue>,
     /// First argument of the epilogue.
@@ -341,7 +355,7 @@ pub(crate) struct Finish {
 }
 
 impl Finish {
-    /// Scales `rows` rows that begin at row `first` of the unit, and hands them over or stores them.
+    /// Hands over or stores `rows` rows that begin at row `first` of the unit.
     ///
     /// # Safety
     /// `buffer` holds the rows; the destination is valid.
@@ -349,25 +363,6 @@ impl Finish {
     pub(crate) unsafe fn rows(&self, buffer: *mut u32, stride: usize, first: usize, rows: usize) {
         // SAFETY: granted by the caller.
         unsafe {
-            if let Some(scale) = self.scale {
-                for r in 0..rows {
-                    let period = (first + r) / scale.left_period;
-                    let left = *scale.left.add(period * scale.left_stride);
-                    let row = buffer.add(r * stride);
-                    if scale.right_stride == 0 {
-                        let factor = left * *scale.right;
-                        for c in 0..self.columns {
-                            let sum = row.add(c).cast::<i32>().read() as f32;
-                            row.add(c).cast::<f32>().write(sum * factor);
-                        }
-                    } else {
-                        for c in 0..self.columns {
-                            let sum = row.add(c).cast::<i32>().read() as f32;
-                            row.add(c).cast::<f32>().write(sum * (left * *scale.right.add(c)));
-                        }
-                    }
-                }
-            }
             if let Some(epilogue) = self.epilogue {
                 epilogue(
                     self.epilogue_ctx,

@@ -2,7 +2,7 @@
 
 use crate::buffer::Buffer;
 use crate::geometry::{Geometry, Part};
-use crate::lanes::Lanes;
+use crate::lanes::{Lanes, Simd};
 use crate::pack::{self, Left};
 
 /// Extent of the source that a part of the target reads.
@@ -38,6 +38,55 @@ impl Extent {
     /// Whether the source can be read in place.
     pub(crate) fn in_place<L: Lanes>(&self) -> bool {
         self.inside && L::GROUP == 1
+    }
+}
+
+/// Memory to be fetched ahead of its use, a piece at each step.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead {
+    next: *const u8,
+    /// Cache lines left.
+    lines: usize,
+    /// Cache lines of a step.
+    piece: usize,
+}
+
+impl Ahead {
+    /// Nothing.
+    pub(crate) const NONE: Ahead = Ahead { next: std::ptr::null(), lines: 0, piece: 0 };
+
+    /// That many elements.
+    pub(crate) fn of<E>(first: *const E, elements: usize) -> Ahead {
+        let lines = (elements * size_of::<E>()).div_ceil(64);
+        Ahead { next: first.cast(), lines, piece: lines }
+    }
+
+    /// In so many steps.
+    pub(crate) fn steps(self, steps: usize) -> Ahead {
+        Ahead { piece: self.lines.div_ceil(steps.max(1)), ..self }
+    }
+
+    /// The source rows of a part, all channels of them.
+    pub(crate) fn source<E>(g: &Geometry, part: &Part, source: *const E, total: usize) -> Ahead {
+        let extent = Extent::of(g, part.row_begin, part.row_end);
+        let height = g.rows.source as isize;
+        let begin = extent.row.clamp(0, height) as usize;
+        let end = (extent.row + extent.rows as isize).clamp(0, height) as usize;
+        let rows = (part.images - 1) * g.rows.source + end - begin;
+        let line = g.columns.source * total;
+        let first = (part.image * g.rows.source + begin) * line;
+        Ahead::of(source.wrapping_add(first), rows * line)
+    }
+
+    /// Fetches a piece.
+    #[inline(always)]
+    pub(crate) fn step<S: Simd>(&mut self) {
+        let piece = self.piece.min(self.lines);
+        for line in 0..piece {
+            S::prefetch(self.next.wrapping_add(line * 64));
+        }
+        self.next = self.next.wrapping_add(piece * 64);
+        self.lines -= piece;
     }
 }
 

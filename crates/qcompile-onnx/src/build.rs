@@ -84,7 +84,12 @@ impl Draft {
     }
 
     /// `op` with a constant as second operand.
-    pub(crate) fn binary_scalar(&mut self, op: BinaryOp, x: ValueId, value: f64) -> Result<ValueId> {
+    pub(crate) fn binary_scalar(
+        &mut self,
+        op: BinaryOp,
+        x: ValueId,
+        value: f64,
+    ) -> Result<ValueId> {
         let scalar = self.scalar(self.dtype(x), value);
         self.binary(op, x, scalar)
     }
@@ -127,7 +132,13 @@ impl Draft {
     }
 
     /// The elements `start..end` along an axis.
-    pub(crate) fn slice(&mut self, x: ValueId, axis: usize, start: usize, end: usize) -> Result<ValueId> {
+    pub(crate) fn slice(
+        &mut self,
+        x: ValueId,
+        axis: usize,
+        start: usize,
+        end: usize,
+    ) -> Result<ValueId> {
         if start == 0 && self.dims(x).get(axis) == Some(&Dim::fixed(end)) {
             return Ok(x);
         }

@@ -1,9 +1,9 @@
 //! The symbolic dimensions of the inputs: which one is the batch, and the sizes of the others.
 
+use crate::error::Obstacle;
 use crate::error::{ImportError, MissingDim, Problem, UnsupportedNode};
 use crate::pattern::nearest;
 use crate::{Port, tensor};
-use crate::error::Obstacle;
 use onnx_protobuf::ValueInfoProto;
 use onnx_protobuf::tensor_shape_proto::dimension;
 use onnx_protobuf::type_proto;
@@ -32,16 +32,20 @@ pub(crate) fn declared_element_type(value: &ValueInfoProto) -> i32 {
 }
 
 fn read(value: &ValueInfoProto) -> Result<Input<'_>, Obstacle> {
-    let Some(type_proto::Value::TensorType(ty)) = value.type_.as_ref().and_then(|ty| ty.value.as_ref()) else {
+    let Some(type_proto::Value::TensorType(ty)) =
+        value.type_.as_ref().and_then(|ty| ty.value.as_ref())
+    else {
         return Err(Obstacle::unsupported("not a tensor"));
     };
     tensor::dtype(ty.elem_type)?;
-    let shape = ty.shape.as_ref().ok_or_else(|| Obstacle::unsupported("a shape that is not declared"))?;
+    let shape =
+        ty.shape.as_ref().ok_or_else(|| Obstacle::unsupported("a shape that is not declared"))?;
     let mut dims = Vec::with_capacity(shape.dim.len());
     for (axis, dim) in shape.dim.iter().enumerate() {
         dims.push(match &dim.value {
             Some(dimension::Value::DimValue(size)) if *size >= 0 => Declared::Fixed(
-                usize::try_from(*size).map_err(|_| Obstacle::invalid(format!("a dimension of {size}")))?,
+                usize::try_from(*size)
+                    .map_err(|_| Obstacle::invalid(format!("a dimension of {size}")))?,
             ),
             Some(dimension::Value::DimParam(symbol)) if !symbol.is_empty() => {
                 Declared::Symbol(symbol.clone())
@@ -184,7 +188,8 @@ fn batch_symbol(inputs: &[Input], given: &BTreeMap<(&str, usize), usize>) -> BTr
 
 fn note_fixed_batch(ports: &[Port], warnings: &mut Vec<String>) {
     let symbolic = ports.iter().any(|port| port.ty.shape.batch_axis().is_some());
-    let first: BTreeSet<Dim> = ports.iter().filter_map(|port| port.ty.shape.0.first().copied()).collect();
+    let first: BTreeSet<Dim> =
+        ports.iter().filter_map(|port| port.ty.shape.0.first().copied()).collect();
     if let (false, [size]) = (symbolic, &first.iter().copied().collect::<Vec<_>>()[..]) {
         warnings.push(format!("the batch size is fixed to {size} by the model"));
     }

@@ -5,7 +5,9 @@ use crate::ImportError;
 use crate::error::{Obstacle, Problem};
 use crate::fold::fold;
 use crate::known::{Element, Known};
-use qcompile_ir::{DType, Dim, Graph, GraphError, NodeId, Op, Region, Shape, Tensor, TensorType, infer};
+use qcompile_ir::{
+    DType, Dim, Graph, GraphError, NodeId, Op, Region, Shape, Tensor, TensorType, infer,
+};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -168,7 +170,11 @@ impl Draft {
         let ty = infer(&op, &types).map_err(|error| {
             let text = error.to_string();
             // Only a model whose batch is fixed could do this.
-            if text.contains("batch size") { Obstacle::Unsupported(text) } else { Obstacle::Invalid(text) }
+            if text.contains("batch size") {
+                Obstacle::Unsupported(text)
+            } else {
+                Obstacle::Invalid(text)
+            }
         })?;
         for &operand in operands {
             if self.values[operand.0].region > region {
@@ -370,7 +376,11 @@ impl Assembly {
         let mut parts = Vec::with_capacity(known.elements.len());
         for element in known.elements.iter() {
             let part = self.place_element(&scalar(*element), &format!("{name}.element"))?;
-            parts.push(self.add(Op::Reshape(Shape::fixed(&[1])), &[part], &format!("{name}.part"))?);
+            parts.push(self.add(
+                Op::Reshape(Shape::fixed(&[1])),
+                &[part],
+                &format!("{name}.part"),
+            )?);
         }
         let row = self.add(Op::Concat { axis: 0 }, &parts, &format!("{name}.concat"))?;
         self.add(Op::Reshape(shape), &[row], name)
@@ -385,10 +395,14 @@ impl Assembly {
             Element::Batch(scale) => scale,
             _ => 0,
         };
-        let size = Op::Size(Dim { scale: usize::try_from(scale.unsigned_abs()).unwrap_or(0), batch: true });
+        let size = Op::Size(Dim {
+            scale: usize::try_from(scale.unsigned_abs()).unwrap_or(0),
+            batch: true,
+        });
         let mut node = self.add(size, &[], &format!("{name}.size"))?;
         if scale < 0 {
-            node = self.add(Op::Unary(qcompile_ir::UnaryOp::Neg), &[node], &format!("{name}.neg"))?;
+            node =
+                self.add(Op::Unary(qcompile_ir::UnaryOp::Neg), &[node], &format!("{name}.neg"))?;
         }
         if known.dtype != DType::F32 {
             node = self.add(Op::Cast(known.dtype), &[node], name)?;

@@ -81,11 +81,7 @@ pub enum ImportError {
 }
 
 fn nearest_text(nearest: &[String]) -> String {
-    if nearest.is_empty() {
-        String::new()
-    } else {
-        format!("; nearest: {}", nearest.join(", "))
-    }
+    if nearest.is_empty() { String::new() } else { format!("; nearest: {}", nearest.join(", ")) }
 }
 
 fn list_unsupported(nodes: &[UnsupportedNode]) -> String {
@@ -104,7 +100,8 @@ fn list_unsupported(nodes: &[UnsupportedNode]) -> String {
 fn list_missing(dims: &[MissingDim]) -> String {
     let mut text = "sizes of symbolic dimensions are missing; give them by:".to_owned();
     for dim in dims {
-        let _ = write!(text, "\n  --dim {}=SIZE (axis {} of input {})", dim.name, dim.axis, dim.input);
+        let _ =
+            write!(text, "\n  --dim {}=SIZE (axis {} of input {})", dim.name, dim.axis, dim.input);
     }
     text
 }

@@ -174,23 +174,35 @@ fn batch_binary(op: BinaryOp, a: Element, b: Element, dtype: DType) -> Option<El
         x => x,
     };
     let constant = |value: i64| {
-        if dtype.is_float() { Element::Int(value).as_f64().map(Element::Float) } else { Some(Element::Int(value)) }
+        if dtype.is_float() {
+            Element::Int(value).as_f64().map(Element::Float)
+        } else {
+            Some(Element::Int(value))
+        }
     };
     match (op, integral(a), integral(b)) {
-        (BinaryOp::Add, Element::Batch(a), Element::Batch(b)) => a.checked_add(b).map(Element::Batch),
+        (BinaryOp::Add, Element::Batch(a), Element::Batch(b)) => {
+            a.checked_add(b).map(Element::Batch)
+        }
         (BinaryOp::Sub, Element::Batch(a), Element::Batch(b)) if a == b => constant(0),
-        (BinaryOp::Sub, Element::Batch(a), Element::Batch(b)) => a.checked_sub(b).map(Element::Batch),
+        (BinaryOp::Sub, Element::Batch(a), Element::Batch(b)) => {
+            a.checked_sub(b).map(Element::Batch)
+        }
         (BinaryOp::Add, Element::Batch(a), Element::Int(0))
         | (BinaryOp::Add, Element::Int(0), Element::Batch(a))
         | (BinaryOp::Sub, Element::Batch(a), Element::Int(0)) => Some(Element::Batch(a)),
         (BinaryOp::Mul, Element::Batch(_), Element::Int(0))
         | (BinaryOp::Mul, Element::Int(0), Element::Batch(_)) => constant(0),
         (BinaryOp::Mul, Element::Batch(a), Element::Int(b))
-        | (BinaryOp::Mul, Element::Int(a), Element::Batch(b)) => a.checked_mul(b).map(Element::Batch),
+        | (BinaryOp::Mul, Element::Int(a), Element::Batch(b)) => {
+            a.checked_mul(b).map(Element::Batch)
+        }
         (BinaryOp::Div, Element::Batch(a), Element::Int(b)) if b != 0 && a % b == 0 => {
             Some(Element::Batch(a / b))
         }
-        (BinaryOp::Div, Element::Batch(a), Element::Batch(b)) if b != 0 && a % b == 0 => constant(a / b),
+        (BinaryOp::Div, Element::Batch(a), Element::Batch(b)) if b != 0 && a % b == 0 => {
+            constant(a / b)
+        }
         (BinaryOp::Max, Element::Batch(a), Element::Batch(b)) => Some(Element::Batch(a.max(b))),
         (BinaryOp::Min, Element::Batch(a), Element::Batch(b)) => Some(Element::Batch(a.min(b))),
         (BinaryOp::Max, Element::Batch(a), Element::Int(b))
@@ -300,7 +312,8 @@ mod tests {
     #[test]
     fn shapes_fold_with_the_batch_inside() {
         let shape = Known::ints(vec![Element::Batch(1), Element::Int(128), Element::Int(256)]);
-        let first = fold_op(&Op::Slice { axis: 0, start: 0, end: 1, step: 1 }, &[&shape]).expect("known");
+        let first =
+            fold_op(&Op::Slice { axis: 0, start: 0, end: 1, step: 1 }, &[&shape]).expect("known");
         let heads = Known::ints(vec![Element::Int(4)]);
         let product = fold_op(&Op::Binary(BinaryOp::Mul), &[&first, &heads]).expect("a multiple");
         assert_eq!(product, Known::ints(vec![Element::Batch(4)]));

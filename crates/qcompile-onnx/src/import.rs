@@ -204,7 +204,8 @@ impl Importer<'_> {
         if poisoned {
             return Err(Obstacle::Operand);
         }
-        for (at, output) in node.outputs.iter().enumerate().filter(|(_, output)| !output.is_empty()) {
+        for (at, output) in node.outputs.iter().enumerate().filter(|(_, output)| !output.is_empty())
+        {
             let id = *results
                 .get(at)
                 .ok_or_else(|| Obstacle::unsupported(format!("result {at} ({output})")))?;
@@ -258,7 +259,8 @@ impl Importer<'_> {
             let declared = declared_element_type(output);
             // The declared type says more where the graph's is narrower, and nothing where it contradicts.
             let agrees = tensor::dtype(declared).is_ok_and(|dtype| dtype == ty.dtype);
-            let onnx_dtype = if agrees { tensor::dtype_name(declared) } else { tensor::onnx_name(ty.dtype) };
+            let onnx_dtype =
+                if agrees { tensor::dtype_name(declared) } else { tensor::onnx_name(ty.dtype) };
             if declared != 0 && !agrees {
                 self.draft.warnings.push(format!(
                     "output {}: declared as {}, but computed as {onnx_dtype}",

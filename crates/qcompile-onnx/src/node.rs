@@ -3,8 +3,8 @@
 use crate::draft::{Draft, ValueId};
 use crate::error::Obstacle;
 use crate::known::{Element, Known};
-use onnx_protobuf::{AttributeProto, TensorProto};
 use onnx_protobuf::attribute_proto::AttributeType;
+use onnx_protobuf::{AttributeProto, TensorProto};
 use qcompile_ir::Dim;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -58,7 +58,9 @@ impl OnnxNode<'_> {
             return Ok(None);
         };
         draft.constant(id).map(Some).ok_or_else(|| {
-            Obstacle::unsupported(format!("input {at} is not known at compile time (or is too large)"))
+            Obstacle::unsupported(format!(
+                "input {at} is not known at compile time (or is too large)"
+            ))
         })
     }
 
@@ -68,7 +70,10 @@ impl OnnxNode<'_> {
             return Ok(None);
         };
         if known.dtype.is_float() || known.shape.len() > 1 {
-            return Err(Obstacle::invalid(format!("input {at} is {}, not a list of integers", known.ty())));
+            return Err(Obstacle::invalid(format!(
+                "input {at} is {}, not a list of integers",
+                known.ty()
+            )));
         }
         let count = known.len().unwrap_or(0);
         Ok(Some((0..count).map(|index| known.get(index)).collect()))
@@ -108,7 +113,9 @@ pub(crate) fn dims_from(elements: &[Element]) -> Result<Vec<Dim>> {
             let (value, batch) = match element {
                 Element::Int(value) => (value, false),
                 Element::Batch(value) => (value, true),
-                Element::Float(value) => return Err(Obstacle::invalid(format!("a dimension of {value}"))),
+                Element::Float(value) => {
+                    return Err(Obstacle::invalid(format!("a dimension of {value}")));
+                }
             };
             let scale = usize::try_from(value)
                 .map_err(|_| Obstacle::invalid(format!("a dimension of {value}")))?;
@@ -162,11 +169,15 @@ impl Attributes {
         };
         self.read.borrow_mut().insert(name.to_owned());
         if !attribute.ref_attr_name.is_empty() {
-            return Err(Obstacle::invalid(format!("attribute {name} refers to a function's attribute")));
+            return Err(Obstacle::invalid(format!(
+                "attribute {name} refers to a function's attribute"
+            )));
         }
         // Old files leave the type out.
         match attribute.type_.enum_value() {
-            Ok(found) if found == wanted || found == AttributeType::UNDEFINED => Ok(Some(attribute)),
+            Ok(found) if found == wanted || found == AttributeType::UNDEFINED => {
+                Ok(Some(attribute))
+            }
             found => Err(Obstacle::invalid(format!(
                 "attribute {name} is of type {found:?}, not {wanted:?}"
             ))),
@@ -191,7 +202,9 @@ impl Attributes {
     }
 
     pub(crate) fn float(&self, name: &str, default: f32) -> Result<f64> {
-        Ok(f64::from(self.find(name, AttributeType::FLOAT)?.map_or(default, |attribute| attribute.f)))
+        Ok(f64::from(
+            self.find(name, AttributeType::FLOAT)?.map_or(default, |attribute| attribute.f),
+        ))
     }
 
     pub(crate) fn optional_float(&self, name: &str) -> Result<Option<f64>> {
@@ -220,9 +233,7 @@ impl Attributes {
             return Ok(None);
         }
         let tensor = self.by_name.get_mut(name).and_then(|attribute| attribute.t.take());
-        tensor
-            .map(Some)
-            .ok_or_else(|| Obstacle::invalid(format!("attribute {name} has no tensor")))
+        tensor.map(Some).ok_or_else(|| Obstacle::invalid(format!("attribute {name} has no tensor")))
     }
 
     /// Attributes that nothing read.

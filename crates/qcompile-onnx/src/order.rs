@@ -17,7 +17,8 @@ pub(crate) fn node_name(graph: &GraphProto, index: usize) -> String {
 /// Values defined twice or not at all, and cycles.
 pub(crate) fn order(graph: &GraphProto) -> Result<Vec<usize>, Vec<Problem>> {
     let mut problems = Vec::new();
-    let place = |index: usize| Some(format!("{} ({})", node_name(graph, index), graph.node[index].op_type));
+    let place =
+        |index: usize| Some(format!("{} ({})", node_name(graph, index), graph.node[index].op_type));
     let leaves = leaves(graph, &mut problems);
     let mut producers: BTreeMap<&str, usize> = BTreeMap::new();
     for (index, node) in graph.node.iter().enumerate() {
@@ -37,7 +38,9 @@ pub(crate) fn order(graph: &GraphProto) -> Result<Vec<usize>, Vec<Problem>> {
                 users[producer].push(index);
                 waiting[index] += 1;
             } else if !leaves.contains(input.as_str()) {
-                let reason = format!("input `{input}` is not defined (no input, initializer or result has this name)");
+                let reason = format!(
+                    "input `{input}` is not defined (no input, initializer or result has this name)"
+                );
                 problems.push(Problem { place: place(index), reason });
             }
         }
@@ -49,12 +52,17 @@ pub(crate) fn order(graph: &GraphProto) -> Result<Vec<usize>, Vec<Problem>> {
     for output in &graph.output {
         let reason = if !names.insert(output.name.as_str()) {
             "is given twice"
-        } else if !producers.contains_key(output.name.as_str()) && !leaves.contains(output.name.as_str()) {
+        } else if !producers.contains_key(output.name.as_str())
+            && !leaves.contains(output.name.as_str())
+        {
             "is not defined"
         } else {
             continue;
         };
-        problems.push(Problem { place: Some(format!("output {}", output.name)), reason: reason.to_owned() });
+        problems.push(Problem {
+            place: Some(format!("output {}", output.name)),
+            reason: reason.to_owned(),
+        });
     }
     let ordered = sort(&users, waiting);
     if ordered.len() < graph.node.len() {
@@ -85,7 +93,8 @@ fn leaves<'a>(graph: &'a GraphProto, problems: &mut Vec<Problem>) -> BTreeSet<&'
     for input in &graph.input {
         if input.name.is_empty() || !inputs.insert(input.name.as_str()) {
             let place = Some(format!("input {}", input.name));
-            problems.push(Problem { place, reason: "has no name, or one that is taken".to_owned() });
+            problems
+                .push(Problem { place, reason: "has no name, or one that is taken".to_owned() });
         }
     }
     leaves.extend(inputs);
@@ -94,8 +103,12 @@ fn leaves<'a>(graph: &'a GraphProto, problems: &mut Vec<Problem>) -> BTreeSet<&'
 
 /// The nodes that do not wait for each other.
 fn sort(users: &[Vec<usize>], mut waiting: Vec<usize>) -> Vec<usize> {
-    let mut ready: BinaryHeap<Reverse<usize>> =
-        waiting.iter().enumerate().filter(|(_, count)| **count == 0).map(|(index, _)| Reverse(index)).collect();
+    let mut ready: BinaryHeap<Reverse<usize>> = waiting
+        .iter()
+        .enumerate()
+        .filter(|(_, count)| **count == 0)
+        .map(|(index, _)| Reverse(index))
+        .collect();
     let mut ordered = Vec::with_capacity(waiting.len());
     while let Some(Reverse(index)) = ready.pop() {
         ordered.push(index);

@@ -6,7 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// Whether `text` matches a pattern of literal characters, `*` (any run) and `?` (any one).
 pub(crate) fn matches(pattern: &str, text: &str) -> bool {
-    let (pattern, text): (Vec<char>, Vec<char>) = (pattern.chars().collect(), text.chars().collect());
+    let (pattern, text): (Vec<char>, Vec<char>) =
+        (pattern.chars().collect(), text.chars().collect());
     let (mut p, mut t) = (0, 0);
     // Where to go on if the run that the last star stands for must be longer.
     let mut retry: Option<(usize, usize)> = None;
@@ -53,7 +54,8 @@ fn distance(a: &str, b: &str) -> usize {
 }
 
 /// Operators that pass a weight on, as far as patterns go.
-const PASSING: [&str; 7] = ["Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Flatten"];
+const PASSING: [&str; 7] =
+    ["Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Flatten"];
 
 /// Names of the initializers to be trained, if floats: those that `train` matches (all, if it is empty) and `freeze`
 /// does not. `nodes` come in order, each with the name that it is reported by.

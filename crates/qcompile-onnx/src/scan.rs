@@ -305,7 +305,10 @@ impl Reader<'_> {
         if length > end - self.at {
             return Err(malformed(
                 self.at,
-                &format!("{length} bytes announced, {} left: the file is truncated or not ONNX", end - self.at),
+                &format!(
+                    "{length} bytes announced, {} left: the file is truncated or not ONNX",
+                    end - self.at
+                ),
             ));
         }
         self.at += length;
@@ -340,15 +343,18 @@ mod tests {
     #[test]
     fn ten_megabytes_of_small_messages_are_refused() {
         let junk: [(u8, &[u8]); 4] = [
-            (7, &[0x0a, 0x00]),             // empty nodes
-            (7, &[0x6a, 0x00]),             // empty value infos
-            (7, &[0x2a, 0x00]),             // empty initializers
-            (7, &[0xf8, 0x01, 0x00]),       // unknown numbers
+            (7, &[0x0a, 0x00]),       // empty nodes
+            (7, &[0x6a, 0x00]),       // empty value infos
+            (7, &[0x2a, 0x00]),       // empty initializers
+            (7, &[0xf8, 0x01, 0x00]), // unknown numbers
         ];
         for (number, unit) in junk {
             let bytes = field(number, &unit.repeat((10 << 20) / unit.len()));
             let error = scan(&bytes, &Limits::default());
-            assert!(matches!(error, Err(ImportError::Refused { .. } | ImportError::Malformed { .. })));
+            assert!(matches!(
+                error,
+                Err(ImportError::Refused { .. } | ImportError::Malformed { .. })
+            ));
         }
     }
 
@@ -366,7 +372,10 @@ mod tests {
     fn malformed_bytes_are_located() {
         for bytes in [&b""[..], &[0x0b], &[0x3a, 0x05, 0x00], &[0x00], &[0xff; 12], &[0x0f]] {
             let error = scan(bytes, &Limits::default());
-            assert!(matches!(error, Err(ImportError::Malformed { offset: Some(_), .. })), "{bytes:?}");
+            assert!(
+                matches!(error, Err(ImportError::Malformed { offset: Some(_), .. })),
+                "{bytes:?}"
+            );
         }
     }
 }

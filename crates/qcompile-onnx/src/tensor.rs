@@ -8,9 +8,30 @@ use qcompile_ir::{DType, Tensor};
 
 /// Names of ONNX element types by number.
 const NAMES: [&str; 24] = [
-    "undefined", "float32", "uint8", "int8", "uint16", "int16", "int32", "int64", "string", "bool", "float16",
-    "float64", "uint32", "uint64", "complex64", "complex128", "bfloat16", "float8e4m3fn", "float8e4m3fnuz",
-    "float8e5m2", "float8e5m2fnuz", "uint4", "int4", "float4e2m1",
+    "undefined",
+    "float32",
+    "uint8",
+    "int8",
+    "uint16",
+    "int16",
+    "int32",
+    "int64",
+    "string",
+    "bool",
+    "float16",
+    "float64",
+    "uint32",
+    "uint64",
+    "complex64",
+    "complex128",
+    "bfloat16",
+    "float8e4m3fn",
+    "float8e4m3fnuz",
+    "float8e5m2",
+    "float8e5m2fnuz",
+    "uint4",
+    "int4",
+    "float4e2m1",
 ];
 
 /// The name of an ONNX element type.
@@ -67,7 +88,9 @@ pub(crate) fn decode(mut proto: TensorProto, external: External) -> Result<Tenso
     let dtype = dtype(proto.data_type)?;
     let mut shape = Vec::with_capacity(proto.dims.len());
     for &dim in &proto.dims {
-        shape.push(usize::try_from(dim).map_err(|_| Obstacle::invalid(format!("a dimension of {dim}")))?);
+        shape.push(
+            usize::try_from(dim).map_err(|_| Obstacle::invalid(format!("a dimension of {dim}")))?,
+        );
     }
     if proto.segment.is_some() {
         return Err(Obstacle::unsupported("a tensor in segments"));
@@ -124,14 +147,18 @@ fn typed_bytes(proto: &TensorProto, dtype: DType) -> Result<Vec<u8>, Obstacle> {
             DType::F16 | DType::BF16 => {
                 let mut bytes = Vec::with_capacity(wide.len() * 2);
                 for value in wide {
-                    bytes.extend(u16::try_from(*value).map_err(|_| out_of_range(value))?.to_le_bytes());
+                    bytes.extend(
+                        u16::try_from(*value).map_err(|_| out_of_range(value))?.to_le_bytes(),
+                    );
                 }
                 bytes
             }
             DType::I8 => {
                 let mut bytes = Vec::with_capacity(wide.len());
                 for value in wide {
-                    bytes.extend(i8::try_from(*value).map_err(|_| out_of_range(value))?.to_le_bytes());
+                    bytes.extend(
+                        i8::try_from(*value).map_err(|_| out_of_range(value))?.to_le_bytes(),
+                    );
                 }
                 bytes
             }
@@ -147,7 +174,11 @@ fn typed_bytes(proto: &TensorProto, dtype: DType) -> Result<Vec<u8>, Obstacle> {
     })
 }
 
-fn read_external(proto: &TensorProto, wanted: usize, external: External) -> Result<Vec<u8>, Obstacle> {
+fn read_external(
+    proto: &TensorProto,
+    wanted: usize,
+    external: External,
+) -> Result<Vec<u8>, Obstacle> {
     let mut location = None;
     let (mut offset, mut length) = (0_u64, None);
     for entry in &proto.external_data {
@@ -204,7 +235,8 @@ mod tests {
     #[test]
     fn data_of_another_length_is_refused() {
         for dims in [vec![3], vec![-1], vec![1 << 62, 1 << 62]] {
-            let proto = TensorProto { data_type: 1, dims, float_data: vec![0.0; 2], ..Default::default() };
+            let proto =
+                TensorProto { data_type: 1, dims, float_data: vec![0.0; 2], ..Default::default() };
             assert!(matches!(decode(proto, &none), Err(Obstacle::Invalid(_))));
         }
     }

@@ -12,6 +12,7 @@ mod builder;
 pub mod differentiate;
 pub mod distribute;
 pub mod error;
+pub mod evaluation;
 pub mod quantize;
 pub mod sensitivity;
 pub mod simplify;

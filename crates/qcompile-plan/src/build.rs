@@ -1,6 +1,6 @@
 //! Graph to plan: fuse, order, allocate, lower.
 
-use crate::fuse::{Fusion, fuse};
+use crate::fuse::{BitSet, Fusion, fuse};
 use crate::lower::lower;
 use crate::memory::{Item, Placement, allocate, place};
 use crate::view::views;
@@ -30,6 +30,12 @@ pub enum PlanError {
         op: &'static str,
         /// The type.
         ty: String,
+    },
+    /// More kernels than are scheduled.
+    #[error("the graph needs more than {limit} kernels")]
+    TooLarge {
+        /// How many there may be.
+        limit: usize,
     },
     /// The plan that was made is wrong: a bug of this crate.
     #[error(transparent)]
@@ -62,7 +68,7 @@ pub fn build(graph: Graph, options: &BuildOptions) -> Result<Plan, PlanError> {
     }
     let order = graph.order();
     let views = views(&graph, &order);
-    let mut fusion = fuse(&graph, &order, views);
+    let mut fusion = fuse(&graph, &order, views)?;
     let placement = place(&graph, &mut fusion);
     let schedule = schedule(&graph, &fusion, &placement);
     let memory = allocate(&graph, &fusion, &placement, &schedule, options.batch_size.max(1));
@@ -111,10 +117,14 @@ fn schedule(graph: &Graph, fusion: &Fusion, placement: &Placement) -> Vec<Item> 
     let mut waiting: Vec<usize> = vec![0; groups.len()];
     let mut users: Vec<Vec<usize>> = vec![Vec::new(); groups.len()];
     for (group, waiting) in waiting.iter_mut().enumerate() {
-        for (from, users) in users.iter_mut().enumerate() {
-            if fusion.needs[group].contains(from) {
+        // Latest first: what an earlier one is needed for anyway is not waited for again.
+        let mut implied = BitSet::default();
+        let needed: Vec<usize> = fusion.needs[group].iter().collect();
+        for &from in needed.iter().rev() {
+            if !implied.contains(from) {
+                implied.union(&fusion.needs[from]);
                 *waiting += 1;
-                users.push(group);
+                users[from].push(group);
             }
         }
     }

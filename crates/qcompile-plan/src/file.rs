@@ -1,34 +1,37 @@
 //! The `.qplan` file. `docs/plan.md` describes it byte by byte.
 //!
-//! A file holds what a plan is made *from*: the graph as text, its tensors, and what was said about it. The schedule
-//! is a pure function of those and is built again on loading, so no file, however made, can name an address.
+//! A file holds what a plan is made *from*: the graph as text, the graph of its evaluation form if that differs, their
+//! tensors, and what was said about it. The schedule is a pure function of those and is built again on loading, so no
+//! file, however made, can name an address.
 //!
 //! ```text
 //! 0   magic      8 bytes  89 51 50 4c 41 4e 0d 0a  (\x89 QPLAN \r \n)
 //! 8   version    u32      1
-//! 12  sections   u32      4
+//! 12  sections   u32      5
 //! 16  length     u64      of the whole file
-//! 24  table      4 x { kind u32, crc32 u32, offset u64, length u64 }
-//! 120 crc32      u32      of bytes 0..120
-//! 128 sections   Head (protobuf), Graph (UTF-8), Index (protobuf), Data (tensors, each aligned to 64), in this
-//!                order, each aligned to 64 and followed by zeros up to the next
+//! 24  table      5 x { kind u32, crc32 u32, offset u64, length u64 }
+//! 144 crc32      u32      of bytes 0..144
+//! 192 sections   Head (protobuf), Graph (UTF-8), Evaluation (UTF-8, empty if it is the same), Index (protobuf),
+//!                Data (tensors, each aligned to 64), in this order, each aligned to 64 and followed by zeros up to
+//!                the next
 //! ```
 //! Numbers are little-endian.
 
-use crate::{BuildOptions, Plan, PlanError, build};
+use crate::{BuildOptions, Plan, PlanError, VerifyError, build};
 use prost::Message;
 use qcompile_ir::{DType, Tensor, text};
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use thiserror::Error;
 
 const MAGIC: [u8; 8] = *b"\x89QPLAN\r\n";
 const VERSION: u32 = 1;
-const SECTIONS: [&str; 4] = ["head", "graph", "index", "data"];
+const SECTIONS: [&str; 5] = ["head", "graph", "evaluation", "index", "data"];
 const TABLE: usize = 24;
 const TABLE_END: usize = TABLE + 24 * SECTIONS.len();
 const ALIGNMENT: usize = 64;
-const FIRST_SECTION: usize = 128;
+const FIRST_SECTION: usize = (TABLE_END + 4).next_multiple_of(ALIGNMENT);
 
 /// Why bytes are not a plan.
 #[derive(Debug, Error)]
@@ -53,6 +56,17 @@ pub enum FileError {
     /// The graph in it has no plan.
     #[error(transparent)]
     Plan(#[from] PlanError),
+    /// The evaluation form does not go with the plan.
+    #[error(transparent)]
+    Verify(#[from] VerifyError),
+    /// The file could not be read.
+    #[error("cannot read {path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -90,7 +104,11 @@ impl Plan {
         let head = Head { meta: self.meta.clone(), batch_size: self.batch_size as u64 };
         let mut index = Index { tensors: Vec::new() };
         let mut data: Vec<u8> = Vec::new();
-        for (digest, tensor) in text::tensors(&self.graph) {
+        let mut tensors = text::tensors(&self.graph);
+        if let Some(evaluation) = &self.evaluation {
+            tensors.extend(text::tensors(&evaluation.graph));
+        }
+        for (digest, tensor) in tensors {
             data.resize(data.len().next_multiple_of(ALIGNMENT), 0);
             index.tensors.push(Entry {
                 digest,
@@ -104,6 +122,10 @@ impl Plan {
         let sections = [
             head.encode_to_vec(),
             self.graph.to_string().into_bytes(),
+            self.evaluation
+                .as_ref()
+                .map(|plan| plan.graph.to_string().into_bytes())
+                .unwrap_or_default(),
             index.encode_to_vec(),
             data,
         ];
@@ -119,7 +141,7 @@ impl Plan {
         let mut bytes = Vec::with_capacity(offset);
         bytes.extend(MAGIC);
         bytes.extend(VERSION.to_le_bytes());
-        bytes.extend(4_u32.to_le_bytes());
+        bytes.extend((SECTIONS.len() as u32).to_le_bytes());
         bytes.extend((offset as u64).to_le_bytes());
         bytes.extend(table);
         bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
@@ -137,21 +159,37 @@ impl Plan {
     /// # Errors
     /// [`FileError`]: foreign, another version, damaged anywhere, or a graph that is not valid.
     pub fn from_bytes(bytes: &[u8]) -> Result<Plan, FileError> {
-        let [head, graph, index, data] = sections(bytes)?;
+        let [head, graph, evaluation, index, data] = sections(bytes)?;
         let damaged = |what: &str| FileError::Damaged(what.to_owned());
         let head = Head::decode(head).map_err(|_| damaged("section head"))?;
         let index = Index::decode(index).map_err(|_| damaged("section index"))?;
-        let graph = std::str::from_utf8(graph).map_err(|_| damaged("section graph"))?;
         let tensors = index
             .tensors
             .iter()
             .map(|entry| Some((entry.digest, Arc::new(tensor(entry, data)?))))
             .collect::<Option<BTreeMap<u64, Arc<Tensor>>>>()
             .ok_or_else(|| damaged("a tensor leaves its section"))?;
-        let graph = text::parse(graph, &|digest| tensors.get(&digest).cloned())
-            .map_err(|errors| FileError::Graph(errors.to_string()))?;
         let batch_size = usize::try_from(head.batch_size).map_err(|_| damaged("batch size"))?;
-        Ok(build(graph, &BuildOptions { batch_size })?.with_meta(head.meta))
+        let plan = |section: &[u8]| -> Result<Plan, FileError> {
+            let text = std::str::from_utf8(section).map_err(|_| damaged("a graph is not text"))?;
+            let graph = text::parse(text, &|digest| tensors.get(&digest).cloned())
+                .map_err(|errors| FileError::Graph(errors.to_string()))?;
+            qcompile_ir::verify(&graph).map_err(|errors| FileError::Graph(errors.to_string()))?;
+            Ok(build(graph, &BuildOptions { batch_size })?)
+        };
+        let evaluation = if evaluation.is_empty() { None } else { Some(plan(evaluation)?) };
+        Ok(plan(graph)?.with_meta(head.meta).with_evaluation(evaluation)?)
+    }
+
+    /// The plan in a file: [`from_bytes`](Self::from_bytes) of its contents.
+    ///
+    /// # Errors
+    /// [`FileError::Io`] if it cannot be read, else as `from_bytes`.
+    pub fn load(path: impl AsRef<Path>) -> Result<Plan, FileError> {
+        let path = path.as_ref();
+        let bytes = std::fs::read(path)
+            .map_err(|source| FileError::Io { path: path.to_owned(), source })?;
+        Plan::from_bytes(&bytes)
     }
 }
 
@@ -173,8 +211,8 @@ fn long(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(longs[0])
 }
 
-/// The four sections; every byte of the file is covered by a checksum or must be zero.
-fn sections(bytes: &[u8]) -> Result<[&[u8]; 4], FileError> {
+/// The sections; every byte of the file is covered by a checksum or must be zero.
+fn sections(bytes: &[u8]) -> Result<[&[u8]; SECTIONS.len()], FileError> {
     if bytes.is_empty() {
         return Err(FileError::Foreign("it is empty"));
     }
@@ -200,7 +238,7 @@ fn sections(bytes: &[u8]) -> Result<[&[u8]; 4], FileError> {
         return Err(damaged(format!("it has {} of {length} bytes", bytes.len())));
     }
     let mut end = TABLE_END + 4;
-    let mut sections: [&[u8]; 4] = [&[]; 4];
+    let mut sections: [&[u8]; SECTIONS.len()] = [&[]; SECTIONS.len()];
     for (position, name) in SECTIONS.iter().enumerate() {
         let at = TABLE + 24 * position;
         let place = || {

@@ -4,6 +4,7 @@
 //! uses a value of that group or reads what the group reads, and if no path leads from the group out and back to
 //! it. Elementwise nodes join a matmul or convolution as its epilogue under the same conditions.
 
+use crate::build::PlanError;
 use crate::view::View;
 use qcompile_ir::{DType, Dim, Graph, NodeId, Op, Region};
 use std::collections::BTreeMap;
@@ -77,6 +78,13 @@ impl BitSet {
         self.0.get(bit / 64).is_some_and(|word| word >> (bit % 64) & 1 == 1)
     }
 
+    /// Its members, ascending.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = usize> {
+        self.0.iter().enumerate().flat_map(|(at, &word)| {
+            (0..64).filter(move |bit| word >> bit & 1 == 1).map(move |bit| at * 64 + bit)
+        })
+    }
+
     pub(crate) fn union(&mut self, other: &BitSet) {
         if self.0.len() < other.0.len() {
             self.0.resize(other.0.len(), 0);
@@ -92,9 +100,14 @@ const MAX_READS: usize = 20;
 const MAX_MEMBERS: usize = 64;
 /// How many recent groups of the same domain are tried.
 const MAX_CANDIDATES: usize = 12;
+/// What each group needs is kept as a set of groups, which takes memory and time by the square of their number.
+const MAX_GROUPS: usize = 1 << 15;
 
 /// Groups the live nodes of a verified graph.
-pub(crate) fn fuse(graph: &Graph, order: &[NodeId], views: Vec<View>) -> Fusion {
+///
+/// # Errors
+/// [`PlanError::TooLarge`].
+pub(crate) fn fuse(graph: &Graph, order: &[NodeId], views: Vec<View>) -> Result<Fusion, PlanError> {
     let int8 = int8_products(graph, &views);
     let live = live(graph, order, &views, &int8);
     let mut fusion = Fusion {
@@ -111,8 +124,11 @@ pub(crate) fn fuse(graph: &Graph, order: &[NodeId], views: Vec<View>) -> Fusion 
             continue;
         }
         fusion.place(graph, id, position, &mut by_domain);
+        if fusion.groups.len() > MAX_GROUPS {
+            return Err(PlanError::TooLarge { limit: MAX_GROUPS });
+        }
     }
-    fusion
+    Ok(fusion)
 }
 
 impl Fusion {
@@ -191,8 +207,15 @@ impl Fusion {
 
     /// Records that `group` runs after `from`.
     pub(crate) fn depend(&mut self, group: usize, from: usize) {
+        if self.needs[group].contains(from) {
+            return;
+        }
         let mut gained = self.needs[from].clone();
         gained.insert(from);
+        if group + 1 == self.groups.len() {
+            // Nothing needs the newest group yet.
+            return self.needs[group].union(&gained);
+        }
         for at in 0..self.groups.len() {
             if at == group || self.needs[at].contains(group) {
                 self.needs[at].union(&gained);

@@ -64,6 +64,22 @@ pub enum Scalar {
     StraightThrough(DType, usize, usize, usize),
 }
 
+impl Scalar {
+    /// Indices of the values that it uses.
+    pub fn operands(self) -> impl Iterator<Item = usize> {
+        let (list, count) = match self {
+            Scalar::Read(_) | Scalar::Tile | Scalar::Const(..) | Scalar::Size(_) => ([0; 3], 0),
+            Scalar::Unary(_, x) | Scalar::Cast(_, x) => ([x, 0, 0], 1),
+            Scalar::Binary(_, x, y)
+            | Scalar::Compare(_, x, y)
+            | Scalar::Quantize(_, x, y)
+            | Scalar::Dequantize(x, y) => ([x, y, 0], 2),
+            Scalar::Select(x, y, z) | Scalar::StraightThrough(_, x, y, z) => ([x, y, z], 3),
+        };
+        list.into_iter().take(count)
+    }
+}
+
 /// Where a value of the body goes.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Write {

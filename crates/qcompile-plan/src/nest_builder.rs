@@ -154,6 +154,10 @@ impl<'a> NestBuilder<'a> {
             _ => None,
         };
         let view = &self.lowering.fusion.views[scale.index()];
+        // A scale of the group's own is as large as the domain, so it is used at the index where it is computed.
+        if let Some(&value) = self.values.get(&view.base) {
+            return value;
+        }
         let mut strides = vec![Dim::fixed(0); self.domain.len()];
         if let (Some(axis), Some(&stride)) = (axis, view.strides.first()) {
             strides[axis] = stride;
@@ -205,7 +209,7 @@ impl<'a> NestBuilder<'a> {
         self.nest.writes.iter().for_each(|write| live[write.value()] = true);
         for at in (0..body.len()).rev() {
             if live[at] {
-                operands(&body[at]).into_iter().for_each(|operand| live[operand] = true);
+                body[at].operands().for_each(|operand| live[operand] = true);
             }
         }
         let used =
@@ -230,19 +234,6 @@ impl<'a> NestBuilder<'a> {
         }
         self.nest.body = new_body;
         self.nest.reads = reads.iter().map(|&read| self.nest.reads[read].clone()).collect();
-    }
-}
-
-/// The values that a body value uses.
-fn operands(scalar: &Scalar) -> Vec<usize> {
-    match *scalar {
-        Scalar::Read(_) | Scalar::Tile | Scalar::Const(..) | Scalar::Size(_) => Vec::new(),
-        Scalar::Unary(_, x) | Scalar::Cast(_, x) => vec![x],
-        Scalar::Binary(_, a, b)
-        | Scalar::Compare(_, a, b)
-        | Scalar::Quantize(_, a, b)
-        | Scalar::Dequantize(a, b) => vec![a, b],
-        Scalar::Select(a, b, c) | Scalar::StraightThrough(_, a, b, c) => vec![a, b, c],
     }
 }
 

@@ -183,6 +183,7 @@ pub struct Plan {
     pub(crate) consts: Vec<Binding>,
     pub(crate) meta: BTreeMap<String, String>,
     pub(crate) batch_size: usize,
+    pub(crate) evaluation: Option<Arc<Plan>>,
 }
 
 impl Plan {
@@ -212,6 +213,7 @@ impl Plan {
             consts,
             meta: BTreeMap::new(),
             batch_size: 1,
+            evaluation: None,
         };
         crate::verify(&plan)?;
         Ok(plan)
@@ -234,6 +236,31 @@ impl Plan {
     pub fn with_meta(mut self, meta: BTreeMap<String, String>) -> Plan {
         self.meta = meta;
         self
+    }
+
+    /// The plan of the evaluation form: the forward region alone, where batch statistics are replaced by running ones.
+    #[must_use]
+    pub fn evaluation(&self) -> Option<&Plan> {
+        self.evaluation.as_deref()
+    }
+
+    /// The same plan with another evaluation form.
+    ///
+    /// # Errors
+    /// [`VerifyError`](crate::VerifyError) if that has a parameter or state that this plan lacks or has with another
+    /// type, or an evaluation form of its own, or computes anything but the forward region.
+    pub fn with_evaluation(mut self, evaluation: Option<Plan>) -> Result<Plan, crate::VerifyError> {
+        if let Some(evaluation) = &evaluation {
+            crate::verify::verify_evaluation(&self, evaluation)?;
+        }
+        self.evaluation = evaluation.map(Arc::new);
+        Ok(self)
+    }
+
+    /// The parameter or state of this name.
+    #[must_use]
+    pub fn kept(&self, name: &str) -> Option<&Binding> {
+        self.params.iter().chain(&self.states).find(|binding| binding.name == name)
     }
 
     /// The batch size that its memory is shared for.

@@ -171,7 +171,7 @@ pub enum Primitive {
         row_bytes: Affine,
         /// Number of indices.
         count: Dim,
-        /// Dense table.
+        /// Dense table; its offset counts bytes.
         table: Place,
         /// i64 indices.
         indices: Place,

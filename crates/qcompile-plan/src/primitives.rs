@@ -65,12 +65,15 @@ pub(crate) fn primitive(
         }
         Op::Gather => {
             let table = graph.ty(graph.operand(id, 0));
-            let row = Affine::from(product(&table.shape.0[1..])).times(table.dtype.size());
+            let bytes = |elements: Affine| {
+                elements.times(table.dtype.size()).expect("verified: types are bounded")
+            };
+            let place = dense(0);
             Primitive::Gather {
                 table_rows: table.shape.0[0],
-                row_bytes: row.expect("verified: types are bounded"),
+                row_bytes: bytes(product(&table.shape.0[1..]).into()),
                 count: product(&graph.ty(graph.operand(id, 1)).shape.0),
-                table: dense(0),
+                table: Place { offset: bytes(place.offset), ..place },
                 indices: dense(1),
                 y,
             }

@@ -94,6 +94,30 @@ pub fn verify(plan: &Plan) -> Result<(), VerifyError> {
     Ok(())
 }
 
+/// Checks that a plan is an evaluation form of another: it runs on parameters and states that the other has.
+pub(crate) fn verify_evaluation(plan: &Plan, evaluation: &Plan) -> Result<(), VerifyError> {
+    let fail = |name: &str, reason: &str| {
+        Err(VerifyError { step: name.to_owned(), reason: format!("evaluation form: {reason}") })
+    };
+    if evaluation.evaluation.is_some() {
+        return fail("evaluation", "it has one of its own");
+    }
+    for binding in evaluation.params.iter().chain(&evaluation.states) {
+        if plan.kept(&binding.name).is_none_or(|kept| kept.ty != binding.ty) {
+            return fail(&binding.name, "the plan has no such value");
+        }
+    }
+    for input in &evaluation.inputs {
+        if !plan.inputs.iter().any(|known| known.name == input.name && known.ty == input.ty) {
+            return fail(&input.name, "the plan has no such input");
+        }
+    }
+    match evaluation.steps.iter().find(|step| step.region != Region::Forward) {
+        Some(step) => fail(&step.name, "it computes more than the forward region"),
+        None => Ok(()),
+    }
+}
+
 fn check_binding(plan: &Plan, binding: &Binding) -> Checked {
     within(plan, binding.slot, Extent::of(bytes_of(&binding.ty)))?;
     match &binding.initial {
@@ -154,6 +178,8 @@ fn check_nest(plan: &Plan, nest: &LoopNest) -> Checked {
         writable(plan, write.access().slot)?;
         let mut strides = nest.dims.iter().zip(&write.access().strides);
         let repeats = strides.any(|(dim, stride)| *dim != Dim::ONE && stride.scale == 0);
+        // A nest without points stores nothing; the strides of its empty arrays are 0.
+        let repeats = repeats && nest.dims.iter().all(|dim| dim.scale > 0);
         if matches!(write, Write::Store { .. }) && repeats {
             return Err("a store repeats an element".to_owned());
         }

@@ -60,6 +60,10 @@ impl Lanes for Real {
     unsafe fn dot(sum: Self::V, a: Self::V, b: Self::V) -> Self::V {
         std::array::from_fn(|l| sum[l] + a[l] * b[l])
     }
+    #[inline(always)]
+    unsafe fn scale(sum: Self::V, _left: *const f32, _right: *const f32) -> Self::V {
+        sum
+    }
     fn left_word(elements: &[f32; 4]) -> u32 {
         elements[0].to_bits()
     }
@@ -90,13 +94,18 @@ impl Lanes for Int8 {
             sum[l].wrapping_add(products.sum::<i32>() as u32)
         })
     }
+    #[inline(always)]
+    unsafe fn scale(sum: Self::V, left: *const f32, right: *const f32) -> Self::V {
+        std::array::from_fn(|l| {
+            // SAFETY: the caller grants one value on the left, `LANES` on the right.
+            let factor = unsafe { *left * *right.add(l) };
+            (sum[l] as i32 as f32 * factor).to_bits()
+        })
+    }
     fn left_word(elements: &[i8; 4]) -> u32 {
         word_of_i8(elements) ^ Self::HALO
     }
     fn right_word(elements: &[i8; 4]) -> u32 {
         word_of_i8(elements)
-    }
-    fn header(elements: &[i8; 4]) -> i32 {
-        -128 * elements.iter().map(|&e| i32::from(e)).sum::<i32>()
     }
 }

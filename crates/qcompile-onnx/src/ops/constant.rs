@@ -37,7 +37,11 @@ pub(super) fn constant(draft: &mut Draft, node: &mut OnnxNode) -> Results {
     } else if let Some(value) = attributes.optional_int("value_int")? {
         Known::new(DType::I64, Vec::new(), vec![Element::Int(value)])
     } else if let Some(values) = attributes.floats("value_floats")? {
-        Known::new(DType::F32, vec![values.len()], values.iter().map(|&value| float(value)).collect())
+        Known::new(
+            DType::F32,
+            vec![values.len()],
+            values.iter().map(|&value| float(value)).collect(),
+        )
     } else if let Some(values) = attributes.ints("value_ints")? {
         Known::ints(values.iter().map(|&value| Element::Int(value)).collect())
     } else {
@@ -58,9 +62,8 @@ pub(super) fn constant_of_shape(draft: &mut Draft, node: &mut OnnxNode) -> Resul
             Known::new(tensor.dtype(), Vec::new(), vec![value])
         }
     };
-    let elements = node
-        .shape_elements(draft, 0)?
-        .ok_or_else(|| Obstacle::invalid("input 0 is missing"))?;
+    let elements =
+        node.shape_elements(draft, 0)?.ok_or_else(|| Obstacle::invalid("input 0 is missing"))?;
     let value = draft.add_known(known);
     Ok(vec![draft.broadcast(value, &dims_from(&elements)?)?])
 }
@@ -71,7 +74,10 @@ pub(super) fn range(draft: &mut Draft, node: &OnnxNode) -> Results {
     for at in 0..3 {
         let known = node.constant(draft, at)?.ok_or_else(|| Obstacle::invalid("takes 3 inputs"))?;
         if known.len() != Some(1) || known.dtype != dtype {
-            return Err(Obstacle::invalid(format!("input {at} is {}, not one {dtype}", known.ty())));
+            return Err(Obstacle::invalid(format!(
+                "input {at} is {}, not one {dtype}",
+                known.ty()
+            )));
         }
         bounds.push(known.get(0));
     }

@@ -15,9 +15,15 @@ pub(super) fn conv(draft: &mut Draft, node: &OnnxNode) -> Results {
         return Err(Obstacle::invalid(format!("weight {} for {}", draft.ty(weight), draft.ty(x))));
     }
     if let Some(kernel) = node.attributes.ints("kernel_shape")?
-        && !kernel.iter().map(|&size| usize::try_from(size).ok()).eq(sizes[2..].iter().map(|&size| Some(size)))
+        && !kernel
+            .iter()
+            .map(|&size| usize::try_from(size).ok())
+            .eq(sizes[2..].iter().map(|&size| Some(size)))
     {
-        return Err(Obstacle::invalid(format!("kernel_shape {kernel:?} for weight {}", draft.ty(weight))));
+        return Err(Obstacle::invalid(format!(
+            "kernel_shape {kernel:?} for weight {}",
+            draft.ty(weight)
+        )));
     }
     let groups = node.attributes.int("group", 1)?;
     let groups = usize::try_from(groups)
@@ -40,7 +46,11 @@ pub(super) fn conv(draft: &mut Draft, node: &OnnxNode) -> Results {
     let mut result = draft.emit(Op::Conv2d(geometry), &[nhwc, weight])?;
     if let Some(bias) = node.optional(2) {
         if draft.dims(bias) != [Dim::fixed(sizes[0])] {
-            return Err(Obstacle::invalid(format!("bias {} for {} channels", draft.ty(bias), sizes[0])));
+            return Err(Obstacle::invalid(format!(
+                "bias {} for {} channels",
+                draft.ty(bias),
+                sizes[0]
+            )));
         }
         result = draft.add(result, bias)?;
     }

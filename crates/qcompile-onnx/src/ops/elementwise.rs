@@ -79,7 +79,8 @@ pub(super) fn cast(draft: &mut Draft, node: &OnnxNode) -> Results {
     // Only conversions to float8 saturate, and those are not supported.
     node.attributes.flag("saturate", true)?;
     node.attributes.string("round_mode", "up")?;
-    let to = i32::try_from(to).map_err(|_| Obstacle::invalid(format!("there is no element type {to}")))?;
+    let to = i32::try_from(to)
+        .map_err(|_| Obstacle::invalid(format!("there is no element type {to}")))?;
     if tensor::is_narrowed(to) {
         draft.warnings.push(format!("{}: float64 is computed in float32", node.base));
     }
@@ -102,7 +103,11 @@ pub(super) fn dropout(draft: &mut Draft, node: &OnnxNode) -> Results {
         Some(known) => known.len() == Some(1) && known.get(0).as_int() == Some(1),
         None => false,
     };
-    let ratio = if node.opset >= 12 { node.number_input(draft, 1)?.unwrap_or(0.5) } else { ratio_attribute };
+    let ratio = if node.opset >= 12 {
+        node.number_input(draft, 1)?.unwrap_or(0.5)
+    } else {
+        ratio_attribute
+    };
     if training && ratio != 0.0 {
         return Err(Obstacle::unsupported(format!("training mode with ratio {ratio}")));
     }
@@ -117,7 +122,8 @@ pub(super) fn dropout(draft: &mut Draft, node: &OnnxNode) -> Results {
 pub(super) fn clip(draft: &mut Draft, node: &OnnxNode) -> Results {
     let mut x = node.input(0)?;
     if node.opset < 11 {
-        let (low, high) = (node.attributes.optional_float("min")?, node.attributes.optional_float("max")?);
+        let (low, high) =
+            (node.attributes.optional_float("min")?, node.attributes.optional_float("max")?);
         if let Some(low) = low {
             x = draft.binary_scalar(BinaryOp::Max, x, low)?;
         }
@@ -136,7 +142,10 @@ pub(super) fn clip(draft: &mut Draft, node: &OnnxNode) -> Results {
             None => bound,
         };
         if draft.dims(bound).iter().any(|dim| *dim != qcompile_ir::Dim::ONE) {
-            return Err(Obstacle::invalid(format!("input {at} is {}, not one number", draft.ty(bound))));
+            return Err(Obstacle::invalid(format!(
+                "input {at} is {}, not one number",
+                draft.ty(bound)
+            )));
         }
         let bound = draft.reshape(bound, &[])?;
         x = draft.binary(op, x, bound)?;
@@ -146,7 +155,10 @@ pub(super) fn clip(draft: &mut Draft, node: &OnnxNode) -> Results {
 
 pub(super) fn pow(draft: &mut Draft, node: &OnnxNode) -> Results {
     let (x, exponent) = (node.input(0)?, node.input(1)?);
-    let constant = draft.known(exponent).filter(|known| known.is_uniform()).and_then(|known| known.get(0).as_f64());
+    let constant = draft
+        .known(exponent)
+        .filter(|known| known.is_uniform())
+        .and_then(|known| known.get(0).as_f64());
     let keeps_shape = draft.rank(exponent) == 0
         || draft.dims(exponent).iter().all(|dim| *dim == qcompile_ir::Dim::ONE)
             && draft.rank(exponent) <= draft.rank(x);

@@ -96,7 +96,9 @@ fn slice_axis(draft: &mut Draft, x: ValueId, axis: usize, [start, end, step]: [i
         if start == 0 && step == 1 && end >= i64::from(i32::MAX) {
             return Ok(x);
         }
-        return Err(Obstacle::unsupported(format!("slices axis {axis}, which depends on the batch size")));
+        return Err(Obstacle::unsupported(format!(
+            "slices axis {axis}, which depends on the batch size"
+        )));
     };
     let signed = i64::try_from(size).map_err(|_| Obstacle::invalid("an axis beyond 2^63"))?;
     let from_start = |at: i64| if at < 0 { at.saturating_add(signed) } else { at };
@@ -123,7 +125,11 @@ fn slice_axis(draft: &mut Draft, x: ValueId, axis: usize, [start, end, step]: [i
 }
 
 fn bounded(elements: usize) -> Result<(), Obstacle> {
-    if elements < INDEX_LIMIT { Ok(()) } else { Err(Obstacle::unsupported("more than 2^24 indices")) }
+    if elements < INDEX_LIMIT {
+        Ok(())
+    } else {
+        Err(Obstacle::unsupported("more than 2^24 indices"))
+    }
 }
 
 pub(super) fn split(draft: &mut Draft, node: &OnnxNode) -> Results {
@@ -133,11 +139,13 @@ pub(super) fn split(draft: &mut Draft, node: &OnnxNode) -> Results {
     if let Some(asked) = node.attributes.optional_int("num_outputs")?
         && usize::try_from(asked) != Ok(parts)
     {
-        return Err(Obstacle::invalid(format!("num_outputs is {asked}, but there are {parts} outputs")));
+        return Err(Obstacle::invalid(format!(
+            "num_outputs is {asked}, but there are {parts} outputs"
+        )));
     }
-    let size = draft.dims(x)[axis]
-        .as_fixed()
-        .ok_or_else(|| Obstacle::unsupported(format!("splits axis {axis}, which depends on the batch size")))?;
+    let size = draft.dims(x)[axis].as_fixed().ok_or_else(|| {
+        Obstacle::unsupported(format!("splits axis {axis}, which depends on the batch size"))
+    })?;
     let given = if node.opset < 13 {
         node.attributes.ints("split")?.map(<[i64]>::to_vec)
     } else {
@@ -157,7 +165,9 @@ pub(super) fn split(draft: &mut Draft, node: &OnnxNode) -> Results {
     };
     let total = lengths.iter().try_fold(0_usize, |sum, &length| sum.checked_add(length));
     if lengths.len() != parts || total != Some(size) {
-        return Err(Obstacle::invalid(format!("parts of {lengths:?} of an axis of {size} for {parts} outputs")));
+        return Err(Obstacle::invalid(format!(
+            "parts of {lengths:?} of an axis of {size} for {parts} outputs"
+        )));
     }
     let mut start = 0;
     let mut results = Vec::with_capacity(parts);
@@ -199,7 +209,9 @@ pub(super) fn pad(draft: &mut Draft, node: &OnnxNode) -> Results {
             continue;
         }
         let Some(size) = draft.dims(x)[axis].as_fixed() else {
-            return Err(Obstacle::unsupported(format!("pads axis {axis}, which depends on the batch size")));
+            return Err(Obstacle::unsupported(format!(
+                "pads axis {axis}, which depends on the batch size"
+            )));
         };
         x = match mode.as_str() {
             "constant" => pad_constant(draft, x, axis, size, ends, value)?,
@@ -213,11 +225,19 @@ pub(super) fn pad(draft: &mut Draft, node: &OnnxNode) -> Results {
     Ok(vec![x])
 }
 
-fn pad_constant(draft: &mut Draft, x: ValueId, axis: usize, size: usize, ends: [i64; 2], value: f64) -> Value {
+fn pad_constant(
+    draft: &mut Draft,
+    x: ValueId,
+    axis: usize,
+    size: usize,
+    ends: [i64; 2],
+    value: f64,
+) -> Value {
     // Negative padding cuts, before anything is added.
     let cut = ends.map(|end| usize::try_from(end.min(0).unsigned_abs()).unwrap_or(usize::MAX));
     let kept = size.checked_sub(cut[0]).and_then(|left| left.checked_sub(cut[1]));
-    let kept = kept.ok_or_else(|| Obstacle::invalid(format!("pads {ends:?} cut more than {size}")))?;
+    let kept =
+        kept.ok_or_else(|| Obstacle::invalid(format!("pads {ends:?} cut more than {size}")))?;
     let x = draft.slice(x, axis, cut[0], cut[0] + kept)?;
     let [low, high] = ends.map(|end| usize::try_from(end.max(0)).unwrap_or(usize::MAX));
     if [low, high] == [0, 0] {

@@ -13,10 +13,15 @@ const PLAIN: Op = Op::Matmul { transpose_a: false, transpose_b: false };
 pub(super) fn gemm(draft: &mut Draft, node: &OnnxNode) -> Results {
     let (a, b) = (node.input(0)?, node.input(1)?);
     let attributes = &node.attributes;
-    let (transpose_a, transpose_b) = (attributes.flag("transA", false)?, attributes.flag("transB", false)?);
+    let (transpose_a, transpose_b) =
+        (attributes.flag("transA", false)?, attributes.flag("transB", false)?);
     let (alpha, beta) = (attributes.float("alpha", 1.0)?, attributes.float("beta", 1.0)?);
     if draft.rank(a) != 2 || draft.rank(b) != 2 {
-        return Err(Obstacle::invalid(format!("{} and {} are not matrices", draft.ty(a), draft.ty(b))));
+        return Err(Obstacle::invalid(format!(
+            "{} and {} are not matrices",
+            draft.ty(a),
+            draft.ty(b)
+        )));
     }
     let mut result = draft.emit(Op::Matmul { transpose_a, transpose_b }, &[a, b])?;
     if alpha != 1.0 {
@@ -24,7 +29,11 @@ pub(super) fn gemm(draft: &mut Draft, node: &OnnxNode) -> Results {
     }
     if let Some(mut c) = node.optional(2) {
         if broadcast_dims(draft.dims(c), draft.dims(result))? != draft.dims(result) {
-            return Err(Obstacle::invalid(format!("{} does not broadcast to {}", draft.ty(c), draft.ty(result))));
+            return Err(Obstacle::invalid(format!(
+                "{} does not broadcast to {}",
+                draft.ty(c),
+                draft.ty(result)
+            )));
         }
         if beta != 1.0 {
             c = draft.binary_scalar(BinaryOp::Mul, c, beta)?;
@@ -58,7 +67,12 @@ pub(super) fn matmul(draft: &mut Draft, node: &OnnxNode) -> Results {
     Ok(vec![draft.squeeze(product, &vanishing)?])
 }
 
-fn with_axis(draft: &mut Draft, x: ValueId, axis: usize, wanted: bool) -> Result<ValueId, Obstacle> {
+fn with_axis(
+    draft: &mut Draft,
+    x: ValueId,
+    axis: usize,
+    wanted: bool,
+) -> Result<ValueId, Obstacle> {
     if !wanted {
         return Ok(x);
     }
@@ -79,7 +93,10 @@ fn product(draft: &mut Draft, a: ValueId, b: ValueId) -> Result<ValueId, Obstacl
     if k != inner {
         return Err(Obstacle::invalid(format!("{} and {} do not fit", draft.ty(a), draft.ty(b))));
     }
-    if lead_b.iter().all(|&dim| dim == Dim::ONE) && lead_b.len() <= lead_a.len() && !lead_a.is_empty() {
+    if lead_b.iter().all(|&dim| dim == Dim::ONE)
+        && lead_b.len() <= lead_a.len()
+        && !lead_a.is_empty()
+    {
         // One matrix for all rows: a single two-dimensional product.
         let rows = as_matrix(draft, a, dims_a.len() - 1)?;
         let matrix = draft.reshape(b, &[*inner, *n])?;

@@ -91,7 +91,10 @@ pub(super) fn batch_normalization(draft: &mut Draft, node: &OnnxNode) -> Results
         BatchNorm::Train => true,
         BatchNorm::Frozen => false,
     };
-    if !training && (1..node.outputs.len()).any(|at| node.wants(at)) && node.batch_norm == BatchNorm::Model {
+    if !training
+        && (1..node.outputs.len()).any(|at| node.wants(at))
+        && node.batch_norm == BatchNorm::Model
+    {
         return Err(Obstacle::invalid("statistics as results outside training mode"));
     }
     let last = draft.move_axis(x, 1, rank - 1)?;

@@ -51,7 +51,9 @@ pub(super) fn average_pool(draft: &mut Draft, node: &OnnxNode) -> Results {
     let window = window(draft, node, x)?;
     let count_include_pad = node.attributes.flag("count_include_pad", false)?;
     if count_include_pad && window.extra != [0, 0] {
-        return Err(Obstacle::unsupported("ceil_mode that adds a window together with count_include_pad"));
+        return Err(Obstacle::unsupported(
+            "ceil_mode that adds a window together with count_include_pad",
+        ));
     }
     pooled(draft, x, &window, Some(count_include_pad))
 }

@@ -9,7 +9,11 @@ use crate::node::{OnnxNode, axes_of, axis_of, dims_from};
 use qcompile_ir::{DType, Dim, Op, Shape};
 
 /// The axes given as an attribute before an opset, as input 1 since.
-pub(super) fn axes_before(draft: &Draft, node: &OnnxNode, opset: i64) -> Result<Option<Vec<i64>>, Obstacle> {
+pub(super) fn axes_before(
+    draft: &Draft,
+    node: &OnnxNode,
+    opset: i64,
+) -> Result<Option<Vec<i64>>, Obstacle> {
     if node.opset < opset {
         return Ok(node.attributes.ints("axes")?.map(<[i64]>::to_vec));
     }
@@ -46,7 +50,9 @@ pub(super) fn reshape(draft: &mut Draft, node: &OnnxNode) -> Results {
         let (from, to) = (draft.ty(x).clone(), Shape(dims));
         let text = format!("{from} does not have the elements of {to}");
         return Err(match from.shape.batch_axis() {
-            Some(_) => Obstacle::unsupported(format!("{text}; the model seems to be made for one batch size")),
+            Some(_) => Obstacle::unsupported(format!(
+                "{text}; the model seems to be made for one batch size"
+            )),
             None => Obstacle::invalid(text),
         });
     }
@@ -68,7 +74,10 @@ fn reshaped(from: &[Dim], wanted: &[Element], allow_zero: bool) -> Result<Vec<Di
             }
             Element::Int(0) if !allow_zero => {
                 let dim = from.get(axis).ok_or_else(|| {
-                    Obstacle::invalid(format!("the shape copies axis {axis} of a value of rank {}", from.len()))
+                    Obstacle::invalid(format!(
+                        "the shape copies axis {axis} of a value of rank {}",
+                        from.len()
+                    ))
                 })?;
                 *element = (*dim).into();
             }
@@ -81,11 +90,17 @@ fn reshaped(from: &[Dim], wanted: &[Element], allow_zero: bool) -> Result<Vec<Di
         let others = Shape(dims.clone()).elements();
         let rest = total.zip(others).and_then(|(total, others)| {
             let divides = others.scale != 0 && total.scale % others.scale == 0;
-            (divides && (total.batch || !others.batch))
-                .then(|| Dim { scale: total.scale / others.scale, batch: total.batch && !others.batch })
+            (divides && (total.batch || !others.batch)).then(|| Dim {
+                scale: total.scale / others.scale,
+                batch: total.batch && !others.batch,
+            })
         });
         dims[axis] = rest.ok_or_else(|| {
-            Obstacle::invalid(format!("{} does not divide into {}", Shape(from.to_vec()), Shape(dims.clone())))
+            Obstacle::invalid(format!(
+                "{} does not divide into {}",
+                Shape(from.to_vec()),
+                Shape(dims.clone())
+            ))
         })?;
     }
     Ok(dims)
@@ -95,7 +110,8 @@ pub(super) fn flatten(draft: &mut Draft, node: &OnnxNode) -> Results {
     let x = node.input(0)?;
     let rank = draft.rank(x);
     let axis = node.attributes.int("axis", 1)?;
-    let axis = if axis == i64::try_from(rank).unwrap_or(i64::MAX) { rank } else { axis_of(axis, rank)? };
+    let axis =
+        if axis == i64::try_from(rank).unwrap_or(i64::MAX) { rank } else { axis_of(axis, rank)? };
     Ok(vec![as_matrix(draft, x, axis)?])
 }
 
@@ -103,7 +119,9 @@ pub(super) fn flatten(draft: &mut Draft, node: &OnnxNode) -> Results {
 pub(super) fn as_matrix(draft: &mut Draft, x: ValueId, axis: usize) -> Result<ValueId, Obstacle> {
     let dims = draft.dims(x);
     let product = |dims: &[Dim]| {
-        Shape(dims.to_vec()).elements().ok_or_else(|| Obstacle::unsupported("dimensions that overflow"))
+        Shape(dims.to_vec())
+            .elements()
+            .ok_or_else(|| Obstacle::unsupported("dimensions that overflow"))
     };
     let matrix = [product(&dims[..axis])?, product(&dims[axis..])?];
     draft.reshape(x, &matrix)
@@ -123,7 +141,8 @@ pub(super) fn squeeze(draft: &mut Draft, node: &OnnxNode) -> Results {
 
 pub(super) fn unsqueeze(draft: &mut Draft, node: &OnnxNode) -> Results {
     let x = node.input(0)?;
-    let axes = axes_before(draft, node, 13)?.ok_or_else(|| Obstacle::invalid("axes are missing"))?;
+    let axes =
+        axes_before(draft, node, 13)?.ok_or_else(|| Obstacle::invalid("axes are missing"))?;
     let rank = draft.rank(x).saturating_add(axes.len());
     let axes = axes_of(&axes, rank)?;
     let mut dims = draft.dims(x).to_vec();
@@ -209,7 +228,8 @@ mod tests {
         assert_eq!(Shape(dims).to_string(), "[128N, 256]");
         let dims = reshaped(&from, &[int(0), Element::Int(-1)], false).expect("divides");
         assert_eq!(Shape(dims).to_string(), "[N, 32768]");
-        let dims = reshaped(&from, &[Element::Batch(1), int(-1), int(4), int(64)], false).expect("divides");
+        let dims = reshaped(&from, &[Element::Batch(1), int(-1), int(4), int(64)], false)
+            .expect("divides");
         assert_eq!(Shape(dims).to_string(), "[N, 128, 4, 64]");
         assert!(reshaped(&from, &[int(-1), int(-1)], false).is_err());
         assert!(reshaped(&from, &[int(-1), int(0), int(100)], false).is_err());

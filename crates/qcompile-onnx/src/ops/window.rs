@@ -23,7 +23,8 @@ pub(super) struct Window {
 pub(super) fn spatial(draft: &Draft, x: ValueId) -> Result<(usize, [usize; 2])> {
     let dims = draft.dims(x);
     let fixed = |dim: Dim| {
-        dim.as_fixed().ok_or_else(|| Obstacle::unsupported("a spatial axis that depends on the batch size"))
+        dim.as_fixed()
+            .ok_or_else(|| Obstacle::unsupported("a spatial axis that depends on the batch size"))
     };
     match *dims {
         [_, _, width] => Ok((1, [1, fixed(width)?])),
@@ -35,7 +36,12 @@ pub(super) fn spatial(draft: &Draft, x: ValueId) -> Result<(usize, [usize; 2])> 
 
 impl Window {
     /// Reads `strides`, `dilations`, `pads`, `auto_pad` and `ceil_mode` for a kernel over `x`.
-    pub(super) fn read(draft: &Draft, node: &OnnxNode, x: ValueId, kernel: &[usize]) -> Result<Window> {
+    pub(super) fn read(
+        draft: &Draft,
+        node: &OnnxNode,
+        x: ValueId,
+        kernel: &[usize],
+    ) -> Result<Window> {
         let (axes, input) = spatial(draft, x)?;
         if kernel.len() != axes {
             return Err(Obstacle::invalid(format!("a kernel of {kernel:?} over {}", draft.ty(x))));
@@ -90,7 +96,8 @@ impl Window {
             let span = output.saturating_sub(1).saturating_mul(self.strides[axis]);
             let total = span.saturating_add(self.reach(axis)?).saturating_sub(self.input[axis]);
             let (small, large) = (total / 2, total - total / 2);
-            (self.pads[axis], self.pads[axis + 2]) = if lower { (large, small) } else { (small, large) };
+            (self.pads[axis], self.pads[axis + 2]) =
+                if lower { (large, small) } else { (small, large) };
         }
         Ok(())
     }
@@ -98,7 +105,9 @@ impl Window {
     /// Adds what a last partial window needs, if it starts within the input or the padding before it.
     fn round_up(&mut self) -> Result<()> {
         for axis in 0..2 {
-            let padded = self.input[axis].saturating_add(self.pads[axis]).saturating_add(self.pads[axis + 2]);
+            let padded = self.input[axis]
+                .saturating_add(self.pads[axis])
+                .saturating_add(self.pads[axis + 2]);
             let reach = self.reach(axis)?;
             let Some(room) = padded.checked_sub(reach) else {
                 continue;
@@ -125,11 +134,13 @@ pub(super) fn positive(node: &OnnxNode, name: &str, axes: usize) -> Result<Vec<u
     let Some(values) = node.attributes.ints(name)? else {
         return Ok(vec![1; axes]);
     };
-    let sizes: Option<Vec<usize>> =
-        values.iter().map(|&value| usize::try_from(value).ok().filter(|&value| value > 0)).collect();
-    sizes
-        .filter(|sizes| sizes.len() == axes)
-        .ok_or_else(|| Obstacle::invalid(format!("attribute {name} is {values:?} for {axes} spatial axes")))
+    let sizes: Option<Vec<usize>> = values
+        .iter()
+        .map(|&value| usize::try_from(value).ok().filter(|&value| value > 0))
+        .collect();
+    sizes.filter(|sizes| sizes.len() == axes).ok_or_else(|| {
+        Obstacle::invalid(format!("attribute {name} is {values:?} for {axes} spatial axes"))
+    })
 }
 
 fn two(sizes: &[usize]) -> [usize; 2] {
@@ -159,7 +170,11 @@ pub(super) fn from_nhwc(draft: &mut Draft, x: ValueId, axes: usize) -> Result<Va
 
 /// A reduction over all spatial axes of an NCHW value, which stay with size 1; computed over NHWC, as the convolutions
 /// beside it are.
-pub(super) fn reduce_spatial(draft: &mut Draft, x: ValueId, op: Option<ReduceOp>) -> Result<ValueId> {
+pub(super) fn reduce_spatial(
+    draft: &mut Draft,
+    x: ValueId,
+    op: Option<ReduceOp>,
+) -> Result<ValueId> {
     let rank = draft.rank(x);
     if rank < 3 {
         return Err(Obstacle::invalid(format!("{} has no spatial axes", draft.ty(x))));

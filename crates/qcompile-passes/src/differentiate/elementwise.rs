@@ -3,7 +3,8 @@
 use super::rules::{Site, not_differentiable};
 use crate::PassError;
 use crate::builder::Builder;
-use qcompile_ir::{BinaryOp, CompareOp, NodeId, Op, UnaryOp};
+use crate::simplify::splat;
+use qcompile_ir::{BinaryOp, CompareOp, NodeId, UnaryOp};
 
 type Gradient = Result<NodeId, PassError>;
 
@@ -115,7 +116,7 @@ pub(super) fn binary(b: &mut Builder<'_>, site: &Site, op: BinaryOp) -> Gradient
 /// d a^b / da = b · a^(b-1), and 0 where b = 0 (even at a = 0). A constant exponent gives the shorter form.
 fn power_base(b: &mut Builder<'_>, site: &Site) -> Gradient {
     let (base, exponent, dy) = (site.operands[0], site.operands[1], site.dy);
-    if let Some(value) = constant_splat(b, exponent) {
+    if let Some(value) = splat(b.graph, exponent) {
         if value == 0.0 {
             return b.splat_like("", base, 0.0);
         }
@@ -136,15 +137,6 @@ fn power_base(b: &mut Builder<'_>, site: &Site) -> Gradient {
     let zero = b.splat_like("zero", exponent, 0.0)?;
     let flat = b.compare("flat", CompareOp::Equal, exponent, zero)?;
     b.select("", flat, zero, product)
-}
-
-/// The value of a constant whose elements are all equal, seen through broadcasts and reshapes.
-fn constant_splat(b: &Builder<'_>, id: NodeId) -> Option<f64> {
-    match b.graph.op(id) {
-        Op::Const(tensor) => tensor.splat(),
-        Op::Broadcast(_) | Op::Reshape(_) => constant_splat(b, b.graph.operand(id, 0)),
-        _ => None,
-    }
 }
 
 pub(super) fn select(b: &mut Builder<'_>, site: &Site) -> Gradient {

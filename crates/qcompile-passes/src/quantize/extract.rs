@@ -27,21 +27,28 @@ pub(super) struct Extraction<'e> {
     nodes: &'e [NodeId],
     /// Graph nodes of the values from outside.
     values: &'e [NodeId],
+    /// The first node of the window in each class: what is built for the class takes its name.
+    namesakes: BTreeMap<Id, NodeId>,
     /// What each class is in the graph.
     built: BTreeMap<Id, NodeId>,
 }
 
 impl<'e> Extraction<'e> {
-    /// Nothing built yet but values from outside; `terms` are those the graph had.
+    /// Nothing built yet but values from outside; `terms` are those the graph had, `classes` those of its nodes.
     pub(super) fn new(
         egraph: &'e EGraph<Term, Facts>,
         terms: &[Term],
         nodes: &'e [NodeId],
         values: &'e [NodeId],
+        classes: &BTreeMap<NodeId, Id>,
     ) -> Extraction<'e> {
         let canonical = |term: &Term| term.clone().map_children(|id| egraph.find(id));
         let originals = terms.iter().map(canonical).collect();
-        Extraction { egraph, originals, nodes, values, built: BTreeMap::new() }
+        let mut namesakes = BTreeMap::new();
+        for &node in nodes {
+            namesakes.entry(egraph.find(classes[&node])).or_insert(node);
+        }
+        Extraction { egraph, originals, nodes, values, namesakes, built: BTreeMap::new() }
     }
 
     /// The node of this class, if it is built.
@@ -78,7 +85,14 @@ impl<'e> Extraction<'e> {
                 continue;
             }
             let operands: Vec<NodeId> = operands.iter().map(|id| self.built[id]).collect();
+            let before = graph.len();
             let Some(node) = self.node(graph, term, &operands, region)? else { return Ok(None) };
+            if graph.len() > before
+                && !matches!(term, Term::Amax(_))
+                && let Some(&old) = self.namesakes.get(&class)
+            {
+                graph.swap_names(old, node);
+            }
             self.built.insert(class, node);
             stack.pop();
         }

@@ -21,7 +21,7 @@ pub(super) fn rules() -> Vec<Rewrite<Term, Facts>> {
         rewrite!("reshape-past-quantize"; "(quantize (reshape ?x ?a) ?s)" <=> "(reshape (quantize ?x ?s) ?a)"),
         rewrite!("transpose-past-quantize"; "(quantize (transpose ?x ?a) ?s)" <=> "(transpose (quantize ?x ?s) ?a)"),
         rewrite!("slice-past-quantize"; "(quantize (slice ?x ?a) ?s)" <=> "(slice (quantize ?x ?s) ?a)"),
-        rewrite!("concat-past-quantize"; "(quantize (concat ?x ?y ?a) ?s)" <=> "(concat (quantize ?x ?s) (quantize ?y ?s) ?a)"),
+        rewrite!("concat-past-quantize"; "(quantize (concat ?x ?y ?a) ?s)" <=> "(concat (quantize ?x ?s) (quantize ?y ?s) ?a)" if same_dtype("?x", "?y")),
         rewrite!("relu-past-dequantize-along"; "(relu (dequantize_along ?q ?s ?i))" <=> "(dequantize_along (relu ?q) ?s ?i)" if positive("?s")),
         rewrite!("relu-past-quantize-along"; "(quantize_along (relu ?x) ?s ?i)" <=> "(relu (quantize_along ?x ?s ?i))" if positive("?s")),
         vec![rewrite!("transpose-past-dequantize-along"; "(transpose (dequantize_along ?q ?s ?i) ?a)" => { Along::outwards(Term::DequantizeAlong) })],
@@ -69,6 +69,15 @@ fn positive(name: &str) -> impl Fn(&mut Egraph, Id, &Subst) -> bool + use<> {
 fn in_range(name: &str) -> impl Fn(&mut Egraph, Id, &Subst) -> bool + use<> {
     let name = var(name);
     move |egraph, _, subst| fact(egraph, subst, name).in_range
+}
+
+/// Both have one element type, so that they can be joined; both may be any float before they are rounded.
+fn same_dtype(x: &str, y: &str) -> impl Fn(&mut Egraph, Id, &Subst) -> bool + use<> {
+    let (x, y) = (var(x), var(y));
+    move |egraph, _, subst| match (&fact(egraph, subst, x).ty, &fact(egraph, subst, y).ty) {
+        (Some(x), Some(y)) => x.dtype == y.dtype,
+        _ => false,
+    }
 }
 
 /// A permutation that moves nothing.

@@ -141,7 +141,8 @@ impl Window {
         if !matches!(runner.stop_reason, Some(StopReason::Saturated)) {
             moves.unsaturated += 1;
         }
-        let mut extraction = Extraction::new(&runner.egraph, &terms, &self.nodes, &values);
+        let mut extraction =
+            Extraction::new(&runner.egraph, &terms, &self.nodes, &values, &classes);
         for root in roots {
             let class = classes[&root];
             let region = graph.node(root).region;

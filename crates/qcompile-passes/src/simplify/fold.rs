@@ -9,6 +9,8 @@ use std::sync::Arc;
 
 /// Larger results stay computed: a plan file should not hold what a loop gives at once.
 const MOST_ELEMENTS: usize = 1 << 20;
+/// Nor is it worth more elementary operations, of which the evaluator does some ten million in a second.
+const MOST_WORK: u64 = 1 << 24;
 
 /// Replaces every such node but broadcasts, which are cheaper to repeat than to store. Returns whether there was one.
 pub(super) fn run(graph: &mut Graph) -> Result<bool, PassError> {
@@ -51,6 +53,7 @@ fn folded(graph: &Graph, id: NodeId) -> Result<Option<Tensor>, PassError> {
     }
     single.add(op.clone(), &copied, "value", Region::Forward)?;
     // What has no value (an index out of range) is for the step to refuse.
-    let values = eval(&single, &BTreeMap::new(), 1, &EvalOptions::default());
+    let options = EvalOptions { max_work: MOST_WORK, ..EvalOptions::default() };
+    let values = eval(&single, &BTreeMap::new(), 1, &options);
     Ok(values.ok().and_then(|values| values.get("value")))
 }

@@ -162,11 +162,13 @@ fn binary(graph: &Graph, id: NodeId, op: BinaryOp) -> Option<Equal> {
 }
 
 /// The element of a constant whose elements are all equal, seen through what only moves or repeats them.
-pub(super) fn splat(graph: &Graph, id: NodeId) -> Option<f64> {
-    match graph.op(id) {
-        Op::Const(tensor) => tensor.splat(),
-        Op::Broadcast(_) | Op::Reshape(_) | Op::Transpose(_) => splat(graph, graph.operand(id, 0)),
-        _ => None,
+pub(crate) fn splat(graph: &Graph, mut id: NodeId) -> Option<f64> {
+    loop {
+        match graph.op(id) {
+            Op::Const(tensor) => return tensor.splat(),
+            Op::Broadcast(_) | Op::Reshape(_) | Op::Transpose(_) => id = graph.operand(id, 0),
+            _ => return None,
+        }
     }
 }
 

@@ -12,6 +12,8 @@ mod identity;
 mod share;
 mod transpose;
 
+pub(crate) use identity::splat;
+
 use crate::PassError;
 use qcompile_ir::{Graph, NodeId};
 

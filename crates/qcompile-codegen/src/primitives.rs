@@ -1,0 +1,455 @@
+//! Steps that call a hand-scheduled kernel: its argument block, its phases, and its share of units.
+
+use crate::emitter::Emitter;
+use crate::frame::Frame;
+use cranelift_codegen::ir::types::I64;
+use cranelift_codegen::ir::{InstBuilder, StackSlot, StackSlotData, StackSlotKind, Value};
+use qcompile_ir::{ConvGeometry, Dim, PoolGeometry};
+use qcompile_kernels::args::{
+    AveragePoolArgs, AveragePoolGradArgs, Conv2dArgs, Conv2dGradInputArgs, Conv2dGradInputI8Args,
+    Conv2dGradWeightArgs, Conv2dI8Args, ConvShape, CrossEntropyArgs, CrossEntropyGradArgs,
+    GatherArgs, MatmulArgs, MatmulI8Args, MaxPoolArgs, MaxPoolGradArgs, PoolShape, ScatterAddArgs,
+    SoftmaxArgs,
+};
+use qcompile_kernels::{KernelId, Kernels, Primitive as Entry};
+use qcompile_plan::{Convolution, Matmul, Matrix, Place, Pooling, Primitive, Product};
+use std::mem::{offset_of, size_of};
+
+/// Labels with this value are left out of the loss.
+const IGNORED_LABEL: i64 = -100;
+
+/// The kernel of a primitive.
+pub(crate) fn kernel_id(primitive: &Primitive) -> KernelId {
+    match primitive {
+        Primitive::Matmul(matmul, _) if matmul.int8.is_some() => KernelId::MatmulI8,
+        Primitive::Matmul(..) => KernelId::Matmul,
+        Primitive::Convolution(convolution, _) => {
+            match (convolution.product, convolution.int8.is_some()) {
+                (Product::Forward, false) => KernelId::Conv2d,
+                (Product::Forward, true) => KernelId::Conv2dI8,
+                (Product::GradInput, false) => KernelId::Conv2dGradInput,
+                (Product::GradInput, true) => KernelId::Conv2dGradInputI8,
+                (Product::GradWeight, _) => KernelId::Conv2dGradWeight,
+            }
+        }
+        Primitive::Pooling(pooling) => match (pooling.max, pooling.gradient) {
+            (true, false) => KernelId::MaxPool,
+            (true, true) => KernelId::MaxPoolGrad,
+            (false, false) => KernelId::AveragePool,
+            (false, true) => KernelId::AveragePoolGrad,
+        },
+        Primitive::Softmax { log: false, .. } => KernelId::Softmax,
+        Primitive::Softmax { log: true, .. } => KernelId::LogSoftmax,
+        Primitive::CrossEntropy { .. } => KernelId::CrossEntropy,
+        Primitive::CrossEntropyGrad { .. } => KernelId::CrossEntropyGrad,
+        Primitive::Gather { .. } => KernelId::Gather,
+        Primitive::ScatterAdd { .. } => KernelId::ScatterAdd,
+    }
+}
+
+/// An argument block in a stack slot.
+pub(crate) struct Block {
+    slot: StackSlot,
+}
+
+impl Block {
+    fn new<T>(e: &mut Emitter<'_, '_>) -> Block {
+        let bytes = u32::try_from(size_of::<T>()).expect("argument blocks are small");
+        let data = StackSlotData::new(StackSlotKind::ExplicitSlot, bytes, 3);
+        Block { slot: e.b.create_sized_stack_slot(data) }
+    }
+
+    fn put(&self, e: &mut Emitter<'_, '_>, offset: usize, value: Value) {
+        let offset = i32::try_from(offset).expect("argument blocks are small");
+        e.b.ins().stack_store(I64, value, self.slot, offset);
+    }
+
+    fn address(&self, e: &mut Emitter<'_, '_>) -> Value {
+        e.b.ins().stack_addr(I64, self.slot, 0)
+    }
+}
+
+/// Stores fields of an argument block: `fields!(e, block, Args { field: value, ... })`.
+macro_rules! fields {
+    ($e:ident, $block:ident, $args:ident { $($($field:ident).+ : $value:expr),* $(,)? }) => {
+        $({
+            let value = $value;
+            $block.put($e, offset_of!($args, $($field).+), value);
+        })*
+    };
+}
+
+/// The address of the epilogue, if the primitive has one, and the first argument that it gets.
+#[derive(Clone, Copy)]
+struct Tail {
+    function: Value,
+    context: Value,
+}
+
+/// Fills the argument block of a primitive; `epilogue` is its address or 0.
+pub(crate) fn arguments(
+    e: &mut Emitter<'_, '_>,
+    primitive: &Primitive,
+    step: usize,
+    epilogue: Value,
+) -> Block {
+    let tail = Tail { function: epilogue, context: e.frame };
+    match primitive {
+        Primitive::Matmul(matmul, _) => self::matmul(e, matmul, tail),
+        Primitive::Convolution(convolution, _) => self::convolution(e, convolution, tail),
+        Primitive::Pooling(pooling) => self::pooling(e, pooling),
+        Primitive::Softmax { rows, cols, x, y, .. } => {
+            let block = Block::new::<SoftmaxArgs>(e);
+            fields!(
+                e,
+                block,
+                SoftmaxArgs {
+                    x: e.place(*x, 4),
+                    y: e.place(*y, 4),
+                    rows: e.dim(*rows),
+                    cols: e.dim(*cols),
+                }
+            );
+            block
+        }
+        Primitive::CrossEntropy { rows, cols, logits, label, loss } => {
+            let block = Block::new::<CrossEntropyArgs>(e);
+            fields!(
+                e,
+                block,
+                CrossEntropyArgs {
+                    logits: e.place(*logits, 4),
+                    labels: e.place(*label, 8),
+                    losses: e.place(*loss, 4),
+                    rows: e.dim(*rows),
+                    cols: e.dim(*cols),
+                    ignore_index: e.b.ins().iconst(I64, IGNORED_LABEL),
+                    error: e.error_word(step),
+                }
+            );
+            block
+        }
+        Primitive::CrossEntropyGrad { rows, cols, logits, label, dloss, dlogits } => {
+            let block = Block::new::<CrossEntropyGradArgs>(e);
+            fields!(
+                e,
+                block,
+                CrossEntropyGradArgs {
+                    logits: e.place(*logits, 4),
+                    labels: e.place(*label, 8),
+                    dy: e.place(*dloss, 4),
+                    dy_stride: e.int(1),
+                    dlogits: e.place(*dlogits, 4),
+                    rows: e.dim(*rows),
+                    cols: e.dim(*cols),
+                    ignore_index: e.b.ins().iconst(I64, IGNORED_LABEL),
+                    error: e.error_word(step),
+                }
+            );
+            block
+        }
+        Primitive::Gather { table_rows, row_bytes, count, table, indices, y } => {
+            let block = Block::new::<GatherArgs>(e);
+            fields!(
+                e,
+                block,
+                GatherArgs {
+                    table: e.place(*table, 1),
+                    indices: e.place(*indices, 8),
+                    out: e.place(*y, 1),
+                    rows: e.dim(*table_rows),
+                    width: e.affine(*row_bytes),
+                    element_bytes: e.int(1),
+                    count: e.dim(*count),
+                    error: e.error_word(step),
+                }
+            );
+            block
+        }
+        Primitive::ScatterAdd { rows, width, count, indices, values, y } => {
+            let block = Block::new::<ScatterAddArgs>(e);
+            fields!(
+                e,
+                block,
+                ScatterAddArgs {
+                    values: e.place(*values, 4),
+                    indices: e.place(*indices, 8),
+                    out: e.place(*y, 4),
+                    rows: e.dim(*rows),
+                    width: e.dim(*width),
+                    count: e.dim(*count),
+                    error: e.error_word(step),
+                }
+            );
+            block
+        }
+    }
+}
+
+impl Emitter<'_, '_> {
+    /// The address of the step's word for errors.
+    fn error_word(&mut self, step: usize) -> Value {
+        let errors = self.field(Frame::ERRORS);
+        self.plus(errors, step * 8)
+    }
+}
+
+/// Strides of the matrices of one operand.
+fn strides(e: &mut Emitter<'_, '_>, matrix: &Matrix) -> [Value; 3] {
+    [matrix.batch_stride, matrix.row_stride, matrix.col_stride].map(|stride| e.dim(stride))
+}
+
+fn matmul(e: &mut Emitter<'_, '_>, matmul: &Matmul, tail: Tail) -> Block {
+    let size = if matmul.int8.is_some() { 1 } else { 4 };
+    let (a, b) = (e.place(matmul.a.place, size), e.place(matmul.b.place, size));
+    let c = e.place(matmul.c, 4);
+    let [a_batch, a_row, a_col] = strides(e, &matmul.a);
+    let [b_batch, b_row, b_col] = strides(e, &matmul.b);
+    let [batch, m, n, k] = [matmul.batch, matmul.m, matmul.n, matmul.k].map(|dim| e.dim(dim));
+    let c_batch = e.b.ins().imul(m, n);
+    let scratch = e.field(Frame::SCRATCH);
+    macro_rules! common {
+        ($block:ident, $args:ident) => {
+            fields!(
+                e,
+                $block,
+                $args {
+                    a: a,
+                    b: b,
+                    c: c,
+                    batch: batch,
+                    m: m,
+                    n: n,
+                    k: k,
+                    a_batch_stride: a_batch,
+                    a_row_stride: a_row,
+                    a_col_stride: a_col,
+                    b_batch_stride: b_batch,
+                    b_row_stride: b_row,
+                    b_col_stride: b_col,
+                    c_batch_stride: c_batch,
+                    c_row_stride: n,
+                    epilogue: tail.function,
+                    epilogue_ctx: tail.context,
+                    scratch: scratch,
+                }
+            )
+        };
+    }
+    if let Some(int8) = &matmul.int8 {
+        let block = Block::new::<MatmulI8Args>(e);
+        common!(block, MatmulI8Args);
+        fields!(
+            e,
+            block,
+            MatmulI8Args {
+                a_scale: e.place(int8.scale_a, 4),
+                a_scale_stride: e.int(0),
+                b_scale: e.place(int8.scale_b, 4),
+                b_scale_stride: e.int(usize::from(int8.per_channel)),
+            }
+        );
+        return block;
+    }
+    let block = Block::new::<MatmulArgs>(e);
+    common!(block, MatmulArgs);
+    block
+}
+
+/// Stores the geometry of a convolution.
+fn put_conv_shape(e: &mut Emitter<'_, '_>, block: &Block, at: usize, convolution: &Convolution) {
+    let ConvGeometry { input, kernel, strides, pads, dilations, groups } = convolution.geometry;
+    let words: [(usize, usize); 15] = [
+        (offset_of!(ConvShape, height), input[0]),
+        (offset_of!(ConvShape, width), input[1]),
+        (offset_of!(ConvShape, in_channels), convolution.in_channels),
+        (offset_of!(ConvShape, out_channels), convolution.out_channels),
+        (offset_of!(ConvShape, kernel_height), kernel[0]),
+        (offset_of!(ConvShape, kernel_width), kernel[1]),
+        (offset_of!(ConvShape, stride_height), strides[0]),
+        (offset_of!(ConvShape, stride_width), strides[1]),
+        (offset_of!(ConvShape, pad_top), pads[0]),
+        (offset_of!(ConvShape, pad_left), pads[1]),
+        (offset_of!(ConvShape, pad_bottom), pads[2]),
+        (offset_of!(ConvShape, pad_right), pads[3]),
+        (offset_of!(ConvShape, dilation_height), dilations[0]),
+        (offset_of!(ConvShape, dilation_width), dilations[1]),
+        (offset_of!(ConvShape, groups), groups),
+    ];
+    put_words(e, block, at, offset_of!(ConvShape, batch), convolution.images, &words);
+}
+
+/// Stores a number of images and fixed words.
+fn put_words(
+    e: &mut Emitter<'_, '_>,
+    block: &Block,
+    at: usize,
+    images_at: usize,
+    images: Dim,
+    words: &[(usize, usize)],
+) {
+    let images = e.dim(images);
+    block.put(e, at + images_at, images);
+    for &(offset, word) in words {
+        let word = e.int(word);
+        block.put(e, at + offset, word);
+    }
+}
+
+fn convolution(e: &mut Emitter<'_, '_>, convolution: &Convolution, tail: Tail) -> Block {
+    let Convolution { product, a, b, c, int8, .. } = convolution;
+    let size = if int8.is_some() { 1 } else { 4 };
+    let (a, b, c) = (e.place(*a, size), e.place(*b, size), e.place(*c, 4));
+    let scratch = e.field(Frame::SCRATCH);
+    macro_rules! block {
+        ($args:ident { $($field:ident: $value:expr),* $(,)? }) => {{
+            let block = Block::new::<$args>(e);
+            fields!(e, block, $args { scratch: scratch, $($field: $value),* });
+            put_conv_shape(e, &block, offset_of!($args, shape), convolution);
+            block
+        }};
+    }
+    match (product, int8) {
+        (Product::Forward, None) => block!(Conv2dArgs {
+            x: a,
+            w: b,
+            y: c,
+            epilogue: tail.function,
+            epilogue_ctx: tail.context,
+        }),
+        (Product::Forward, Some(int8)) => block!(Conv2dI8Args {
+            x: a,
+            w: b,
+            y: c,
+            epilogue: tail.function,
+            epilogue_ctx: tail.context,
+            x_scale: e.place(int8.scale_a, 4),
+            x_scale_stride: e.int(0),
+            w_scale: e.place(int8.scale_b, 4),
+            w_scale_stride: e.int(usize::from(int8.per_channel)),
+        }),
+        (Product::GradInput, None) => block!(Conv2dGradInputArgs {
+            dy: a,
+            w: b,
+            dx: c,
+            epilogue: tail.function,
+            epilogue_ctx: tail.context,
+        }),
+        (Product::GradInput, Some(int8)) => block!(Conv2dGradInputI8Args {
+            dy: a,
+            w: b,
+            dx: c,
+            epilogue: tail.function,
+            epilogue_ctx: tail.context,
+            dy_scale: e.place(int8.scale_a, 4),
+            dy_scale_stride: e.int(0),
+            w_scale: e.place(int8.scale_b, 4),
+            w_scale_stride: e.int(usize::from(int8.per_channel)),
+        }),
+        (Product::GradWeight, _) => block!(Conv2dGradWeightArgs { x: a, dy: b, dw: c }),
+    }
+}
+
+fn pooling(e: &mut Emitter<'_, '_>, pooling: &Pooling) -> Block {
+    let (x, dy, y) = (e.place(pooling.x, 4), e.place(pooling.dy, 4), e.place(pooling.y, 4));
+    let padded = usize::from(pooling.geometry.count_include_pad);
+    macro_rules! block {
+        ($args:ident { $($field:ident: $value:expr),* $(,)? }) => {{
+            let block = Block::new::<$args>(e);
+            fields!(e, block, $args { $($field: $value),* });
+            put_pool_shape(e, &block, offset_of!($args, shape), pooling);
+            block
+        }};
+    }
+    match (pooling.max, pooling.gradient) {
+        (true, false) => block!(MaxPoolArgs { x: x, y: y }),
+        (true, true) => block!(MaxPoolGradArgs { x: x, dy: dy, dx: y }),
+        (false, false) => {
+            block!(AveragePoolArgs { x: x, y: y, count_include_pad: e.int(padded) })
+        }
+        (false, true) => {
+            block!(AveragePoolGradArgs { dy: dy, dx: y, count_include_pad: e.int(padded) })
+        }
+    }
+}
+
+/// Stores the geometry of a pooling.
+fn put_pool_shape(e: &mut Emitter<'_, '_>, block: &Block, at: usize, pooling: &Pooling) {
+    let PoolGeometry { input, kernel, strides, pads, dilations, .. } = pooling.geometry;
+    let [out_height, out_width] = pooling.geometry.output().expect("verified: the window fits");
+    let words: [(usize, usize); 15] = [
+        (offset_of!(PoolShape, height), input[0]),
+        (offset_of!(PoolShape, width), input[1]),
+        (offset_of!(PoolShape, channels), pooling.channels),
+        (offset_of!(PoolShape, out_height), out_height),
+        (offset_of!(PoolShape, out_width), out_width),
+        (offset_of!(PoolShape, kernel_height), kernel[0]),
+        (offset_of!(PoolShape, kernel_width), kernel[1]),
+        (offset_of!(PoolShape, stride_height), strides[0]),
+        (offset_of!(PoolShape, stride_width), strides[1]),
+        (offset_of!(PoolShape, pad_top), pads[0]),
+        (offset_of!(PoolShape, pad_left), pads[1]),
+        (offset_of!(PoolShape, pad_bottom), pads[2]),
+        (offset_of!(PoolShape, pad_right), pads[3]),
+        (offset_of!(PoolShape, dilation_height), dilations[0]),
+        (offset_of!(PoolShape, dilation_width), dilations[1]),
+    ];
+    put_words(e, block, at, offset_of!(PoolShape, batch), pooling.images, &words);
+}
+
+/// Calls a kernel of the table on an argument block: all its phases, with a barrier between.
+pub(crate) fn call(
+    e: &mut Emitter<'_, '_>,
+    entry: &Entry,
+    block: &Block,
+    thread: Value,
+    threads: Value,
+) {
+    let args = block.address(e);
+    for phase in 0..entry.phases {
+        if phase > 0 {
+            e.barrier(threads);
+        }
+        let phase = e.int(phase);
+        let units = e.call_address(entry.units as usize, &[I64, I64], I64, &[args, phase]);
+        let (begin, end) = e.share(units, thread, threads);
+        let run = e.int(entry.run as usize);
+        e.call_words(run, &[args, phase, begin, end]);
+    }
+}
+
+/// The bytes of scratch that a kernel wants for an argument block.
+pub(crate) fn scratch(e: &mut Emitter<'_, '_>, entry: &Entry, block: &Block) -> Value {
+    let args = block.address(e);
+    e.call_address(entry.scratch as usize, &[I64], I64, &[args])
+}
+
+/// The entry of the table for a primitive.
+pub(crate) fn entry<'k>(kernels: &'k Kernels, primitive: &Primitive) -> &'k Entry {
+    kernels.get(kernel_id(primitive))
+}
+
+/// The places of a primitive: what it reads, and what it writes besides its epilogue.
+pub(crate) fn places(primitive: &Primitive) -> (Vec<Place>, Vec<Place>) {
+    match primitive {
+        Primitive::Matmul(matmul, epilogue) => {
+            let mut reads = vec![matmul.a.place, matmul.b.place];
+            reads.extend(matmul.int8.iter().flat_map(|int8| [int8.scale_a, int8.scale_b]));
+            (reads, if epilogue.is_some() { Vec::new() } else { vec![matmul.c] })
+        }
+        Primitive::Convolution(convolution, epilogue) => {
+            let Convolution { a, b, c, int8, .. } = convolution;
+            let mut reads = vec![*a, *b];
+            reads.extend(int8.iter().flat_map(|int8| [int8.scale_a, int8.scale_b]));
+            (reads, if epilogue.is_some() { Vec::new() } else { vec![*c] })
+        }
+        Primitive::Pooling(pooling) => (vec![pooling.x, pooling.dy], vec![pooling.y]),
+        Primitive::Softmax { x, y, .. } => (vec![*x], vec![*y]),
+        Primitive::CrossEntropy { logits, label, loss, .. } => (vec![*logits, *label], vec![*loss]),
+        Primitive::CrossEntropyGrad { logits, label, dloss, dlogits, .. } => {
+            (vec![*logits, *label, *dloss], vec![*dlogits])
+        }
+        Primitive::Gather { table, indices, y, .. } => (vec![*table, *indices], vec![*y]),
+        Primitive::ScatterAdd { indices, values, y, .. } => (vec![*indices, *values], vec![*y]),
+    }
+}

@@ -1,0 +1,419 @@
+//! A plan as native code.
+
+use crate::emitter::{Emitter, Target};
+use crate::frame::Frame;
+use crate::{loops, primitives, schedule};
+use cranelift_codegen::Context;
+use cranelift_codegen::ir::types::I64;
+use cranelift_codegen::ir::{AbiParam, Function, InstBuilder, Signature, Value};
+use cranelift_codegen::isa::{CallConv, OwnedTargetIsa};
+use cranelift_codegen::settings::{self, Configurable};
+use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
+use cranelift_jit::{JITBuilder, JITModule};
+use cranelift_module::{FuncId, Linkage, Module};
+use qcompile_ir::Region;
+use qcompile_kernels::{Kernels, Tier, kernels};
+use qcompile_plan::{Affine, Kernel, Plan, SlotId, Step};
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::sync::Mutex;
+use thiserror::Error;
+
+/// Why a plan could not be compiled: each is a defect, or a CPU that the code generator does not know.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum CodegenError {
+    /// The tier needs instructions that this CPU lacks.
+    #[error("this CPU has no {0} instructions; it offers {1}")]
+    Tier(Tier, Tier),
+    /// The code generator does not support this CPU.
+    #[error("no code can be generated for this CPU: {0}")]
+    Host(String),
+    /// A step could not be compiled.
+    #[error("step {step}: {reason}")]
+    Step {
+        /// The function.
+        step: String,
+        /// What the code generator said.
+        reason: String,
+    },
+}
+
+/// How to compile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// The instruction set of kernels and emitted code.
+    pub tier: Tier,
+}
+
+impl Default for Options {
+    /// The best tier of this CPU.
+    fn default() -> Options {
+        Options { tier: Tier::detect() }
+    }
+}
+
+type RegionFunction = unsafe extern "C" fn(frame: *const Frame, thread: usize);
+type ScratchFunction = unsafe extern "C" fn(frame: *const Frame) -> usize;
+
+/// The native code of a plan. Dropping it frees the code.
+pub struct Program {
+    /// Holds the code; a mutex, so that programs may be shared between threads.
+    module: Mutex<Option<JITModule>>,
+    regions: [RegionFunction; Region::ALL.len()],
+    scratch: ScratchFunction,
+    tier: Tier,
+}
+
+impl std::fmt::Debug for Program {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Program").field("tier", &self.tier).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let module = self.module.get_mut().map(Option::take);
+        if let Ok(Some(module)) = module {
+            // SAFETY: the functions are reachable through this value only, and nobody runs them while it is dropped.
+            unsafe { module.free_memory() };
+        }
+    }
+}
+
+impl Program {
+    /// The instruction set it was compiled for.
+    #[must_use]
+    pub fn tier(&self) -> Tier {
+        self.tier
+    }
+
+    /// Bytes of shared scratch for the batch size in `frame`.
+    ///
+    /// # Safety
+    /// `frame.slots` points to as many pointers as the plan has slots; they are not followed.
+    #[must_use]
+    pub unsafe fn scratch_bytes(&self, frame: &Frame) -> usize {
+        // SAFETY: granted by the caller; kernels compute scratch from sizes alone.
+        unsafe { (self.scratch)(frame) }
+    }
+
+    /// Runs a region as thread `thread` of `frame.threads`. All of them must run it, at the same time.
+    ///
+    /// # Safety
+    /// For the plan that this was compiled from and the batch size in `frame`, which is at least 1:
+    /// * `frame.slots` points to a pointer for each slot, aligned to 64, to as many bytes as the slot needs, which
+    ///   nobody else uses meanwhile; slots do not overlap;
+    /// * inputs, parameters, states and constants hold values of their types, a bool being 0 or 1;
+    /// * `frame.scratch` has [`scratch_bytes`](Self::scratch_bytes), aligned to 64;
+    /// * `frame.barrier` is that of a team of `frame.threads` threads (any pointer for one thread);
+    /// * `frame.collective` may be called with its context (for more than one rank);
+    /// * `frame.errors` has a word for each step.
+    pub unsafe fn run(&self, region: Region, frame: &Frame, thread: usize) {
+        // SAFETY: granted by the caller. The plan was verified: no step leaves its slots.
+        unsafe { (self.regions[region as usize])(frame, thread) }
+    }
+}
+
+/// Compiles a plan for this CPU.
+///
+/// # Errors
+/// [`CodegenError`].
+pub fn compile(plan: &Plan, options: &Options) -> Result<Program, CodegenError> {
+    let mut unit = Unit::new(plan, options)?;
+    let mut emitted = unit.emit()?;
+    let mut context = Context::new();
+    for (name, id, function) in &mut emitted.functions {
+        context.clear();
+        std::mem::swap(&mut context.func, function);
+        unit.module.define_function(*id, &mut context).map_err(|error| failed(name, &error))?;
+    }
+    unit.module.finalize_definitions().map_err(|error| failed("plan", &error))?;
+    let address = |id: FuncId| unit.module.get_finalized_function(id);
+    // SAFETY: the functions were emitted with exactly these signatures, in the C calling convention.
+    let regions = emitted
+        .regions
+        .map(|id| unsafe { std::mem::transmute::<*const u8, RegionFunction>(address(id)) });
+    // SAFETY: as above.
+    let scratch =
+        unsafe { std::mem::transmute::<*const u8, ScratchFunction>(address(emitted.scratch)) };
+    Ok(Program { module: Mutex::new(Some(unit.module)), regions, scratch, tier: options.tier })
+}
+
+/// Cranelift's intermediate code of every function of a plan, as text.
+///
+/// # Errors
+/// As [`compile`].
+pub fn clif_text(plan: &Plan, options: &Options) -> Result<String, CodegenError> {
+    let emitted = Unit::new(plan, options)?.emit()?;
+    let mut text = String::new();
+    for (name, _, function) in &emitted.functions {
+        // Writing to a string does not fail.
+        let _ = writeln!(text, "; {name}\n{function}");
+    }
+    Ok(text)
+}
+
+/// The machine code of every function of a plan, as text.
+///
+/// # Errors
+/// As [`compile`].
+pub fn asm_text(plan: &Plan, options: &Options) -> Result<String, CodegenError> {
+    let mut unit = Unit::new(plan, options)?;
+    let emitted = unit.emit()?;
+    let mut text = String::new();
+    for (name, _, function) in emitted.functions {
+        let mut context = Context::for_function(function);
+        context.set_disasm(true);
+        let code = context
+            .compile(unit.module.isa(), &mut Default::default())
+            .map_err(|error| failed(&name, &error.inner))?;
+        let assembly = code.vcode.as_deref().unwrap_or_default();
+        let _ = writeln!(text, "; {name}\n{assembly}");
+    }
+    Ok(text)
+}
+
+fn failed(step: &str, error: &dyn std::fmt::Display) -> CodegenError {
+    CodegenError::Step { step: step.to_owned(), reason: error.to_string() }
+}
+
+/// All functions of a plan, before compilation.
+struct Emitted {
+    functions: Vec<(String, FuncId, Function)>,
+    regions: [FuncId; Region::ALL.len()],
+    scratch: FuncId,
+}
+
+/// What emission needs.
+struct Unit<'p> {
+    plan: &'p Plan,
+    kernels: &'static Kernels,
+    target: Target,
+    module: JITModule,
+    builder: FunctionBuilderContext,
+}
+
+fn isa(tier: Tier) -> Result<OwnedTargetIsa, CodegenError> {
+    let host = |error: &dyn std::fmt::Display| CodegenError::Host(error.to_string());
+    let mut flags = settings::builder();
+    for (name, value) in [
+        ("opt_level", "speed"),
+        ("is_pic", "false"),
+        ("use_colocated_libcalls", "false"),
+        ("enable_verifier", if cfg!(debug_assertions) { "true" } else { "false" }),
+    ] {
+        flags.set(name, value).map_err(|error| host(&error))?;
+    }
+    let mut builder = cranelift_native::builder().map_err(|error| host(&error))?;
+    if tier == Tier::Portable && cfg!(target_arch = "x86_64") {
+        for feature in [
+            "has_avx",
+            "has_avx2",
+            "has_fma",
+            "has_avx512f",
+            "has_avx512vl",
+            "has_avx512dq",
+            "has_avx512bitalg",
+            "has_avx512vbmi",
+            "has_bmi1",
+            "has_bmi2",
+            "has_lzcnt",
+        ] {
+            builder.set(feature, "false").map_err(|error| host(&error))?;
+        }
+    }
+    builder.finish(settings::Flags::new(flags)).map_err(|error| host(&error))
+}
+
+impl<'p> Unit<'p> {
+    fn new(plan: &'p Plan, options: &Options) -> Result<Unit<'p>, CodegenError> {
+        if !options.tier.is_supported() {
+            return Err(CodegenError::Tier(options.tier, Tier::detect()));
+        }
+        let isa = isa(options.tier)?;
+        let target = Target {
+            fused: options.tier != Tier::Portable,
+            call_conv: CallConv::triple_default(isa.triple()),
+        };
+        let names = cranelift_module::default_libcall_names();
+        let module = JITModule::new(JITBuilder::with_isa(isa, names));
+        let builder = FunctionBuilderContext::new();
+        Ok(Unit { plan, kernels: kernels(options.tier), target, module, builder })
+    }
+
+    fn signature(&self, words: usize, result: bool) -> Signature {
+        let mut signature = Signature::new(self.target.call_conv);
+        signature.params.extend((0..words).map(|_| AbiParam::new(I64)));
+        if result {
+            signature.returns.push(AbiParam::new(I64));
+        }
+        signature
+    }
+
+    fn declare(&mut self, name: &str, signature: &Signature) -> Result<FuncId, CodegenError> {
+        self.module
+            .declare_function(name, Linkage::Local, signature)
+            .map_err(|error| failed(name, &error))
+    }
+
+    /// A function of that signature whose parameters follow the frame.
+    fn function(
+        &mut self,
+        signature: Signature,
+        slots: BTreeSet<SlotId>,
+        body: impl FnOnce(&mut JITModule, &mut Emitter<'_, '_>, &[Value]) -> Option<Value>,
+    ) -> Function {
+        let mut function = Function::with_name_signature(Default::default(), signature);
+        let mut builder = FunctionBuilder::new(&mut function, &mut self.builder);
+        let (mut emitter, params) = Emitter::begin(&mut builder, self.target, slots);
+        let result = body(&mut self.module, &mut emitter, &params);
+        emitter.b.ins().return_(result.as_slice());
+        builder.finalize(self.module.isa().frontend_config());
+        function
+    }
+
+    fn emit(&mut self) -> Result<Emitted, CodegenError> {
+        let plan = self.plan;
+        let mut functions = Vec::new();
+        let mut steps: Vec<FuncId> = Vec::with_capacity(plan.steps().len());
+        let mut tails: Vec<Option<FuncId>> = Vec::with_capacity(plan.steps().len());
+        let step_signature = self.signature(3, false);
+        for (index, step) in plan.steps().iter().enumerate() {
+            let tail = self.epilogue(index, step, &mut functions)?;
+            let name = format!("step{index}");
+            let id = self.declare(&name, &step_signature)?;
+            let function = self.step(index, step, tail, step_signature.clone());
+            functions.push((format!("{name} {}", step.name), id, function));
+            steps.push(id);
+            tails.push(tail);
+        }
+        let mut regions = [FuncId::from_u32(0); Region::ALL.len()];
+        for region in Region::ALL {
+            let name = region.name();
+            let signature = self.signature(2, false);
+            let id = self.declare(name, &signature)?;
+            let function = self.region(region, &steps, signature);
+            functions.push((name.to_owned(), id, function));
+            regions[region as usize] = id;
+        }
+        let signature = self.signature(1, true);
+        let scratch = self.declare("scratch", &signature)?;
+        let function = self.scratch(signature);
+        functions.push(("scratch".to_owned(), scratch, function));
+        Ok(Emitted { functions, regions, scratch })
+    }
+
+    /// The function that finishes blocks of a product.
+    fn epilogue(
+        &mut self,
+        index: usize,
+        step: &Step,
+        functions: &mut Vec<(String, FuncId, Function)>,
+    ) -> Result<Option<FuncId>, CodegenError> {
+        let Kernel::Primitive(primitive) = &step.kernel else { return Ok(None) };
+        let Some(nest) = schedule::epilogue(primitive) else { return Ok(None) };
+        let name = format!("epilogue{index}");
+        let signature = self.signature(7, false);
+        let id = self.declare(&name, &signature)?;
+        let slots = loops::slots(std::slice::from_ref(nest)).collect();
+        let function = self.function(signature, slots, |_, e, params| {
+            loops::epilogue(e, nest, params);
+            None
+        });
+        functions.push((format!("{name} {}", step.name), id, function));
+        Ok(Some(id))
+    }
+
+    /// The function of a step: `(frame, thread, threads)`.
+    fn step(
+        &mut self,
+        index: usize,
+        step: &Step,
+        tail: Option<FuncId>,
+        signature: Signature,
+    ) -> Function {
+        let kernels = self.kernels;
+        let slots = match &step.kernel {
+            Kernel::Loops(nests) => loops::slots(nests).collect(),
+            Kernel::Primitive(primitive) => {
+                let (reads, writes) = primitives::places(primitive);
+                reads.into_iter().chain(writes).map(|place| place.slot).collect()
+            }
+            Kernel::AllReduce { .. } => BTreeSet::new(),
+        };
+        self.function(signature, slots, |module, e, params| {
+            let (thread, threads) = (params[0], params[1]);
+            match &step.kernel {
+                Kernel::Loops(nests) => loops::step(e, nests, step.serial, thread, threads),
+                Kernel::Primitive(primitive) => {
+                    let entry = primitives::entry(kernels, primitive);
+                    let tail = match tail {
+                        Some(id) => {
+                            let function = module.declare_func_in_func(id, e.b.func);
+                            e.b.ins().func_addr(I64, function)
+                        }
+                        None => e.int(0),
+                    };
+                    let block = primitives::arguments(e, primitive, index, tail);
+                    primitives::call(e, entry, &block, thread, threads);
+                }
+                Kernel::AllReduce { .. } => schedule::collective(e, index, thread, threads),
+            }
+            None
+        })
+    }
+
+    /// The function of a region: `(frame, thread)`.
+    fn region(&mut self, region: Region, ids: &[FuncId], signature: Signature) -> Function {
+        let steps: Vec<(usize, &Step)> = self
+            .plan
+            .steps()
+            .iter()
+            .enumerate()
+            .filter(|(_, step)| step.region == region)
+            .collect();
+        let members: Vec<&Step> = steps.iter().map(|&(_, step)| step).collect();
+        let barriers = schedule::barriers(&members, self.kernels);
+        self.function(signature, BTreeSet::new(), |module, e, params| {
+            let thread = params[0];
+            let threads = e.field(Frame::THREADS);
+            for (&(index, _), barrier) in steps.iter().zip(barriers) {
+                if barrier {
+                    e.barrier(threads);
+                }
+                let function = module.declare_func_in_func(ids[index], e.b.func);
+                let frame = e.frame;
+                e.b.ins().call(function, &[frame, thread, threads]);
+            }
+            // Whoever comes next finds the region's results.
+            if !steps.is_empty() {
+                e.barrier(threads);
+            }
+            None
+        })
+    }
+
+    /// The function that gives the bytes of scratch.
+    fn scratch(&mut self, signature: Signature) -> Function {
+        let (plan, kernels) = (self.plan, self.kernels);
+        self.function(signature, BTreeSet::new(), |_, e, _| {
+            let mut most = e.int(0);
+            for (index, step) in plan.steps().iter().enumerate() {
+                let bytes = match &step.kernel {
+                    Kernel::Loops(nests) => match loops::scratch(nests) {
+                        Affine::ZERO => continue,
+                        bytes => e.affine(bytes),
+                    },
+                    Kernel::Primitive(primitive) => {
+                        let none = e.int(0);
+                        let block = primitives::arguments(e, primitive, index, none);
+                        primitives::scratch(e, primitives::entry(kernels, primitive), &block)
+                    }
+                    Kernel::AllReduce { .. } => continue,
+                };
+                most = e.max(most, bytes);
+            }
+            Some(most)
+        })
+    }
+}

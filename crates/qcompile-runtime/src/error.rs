@@ -1,0 +1,64 @@
+//! Why a trainer refuses.
+
+use qcompile_codegen::CodegenError;
+use thiserror::Error;
+
+/// Why a trainer could not be made or a step was not taken. After any of them, parameters and state are as before.
+#[derive(Debug, Error)]
+pub enum RuntimeError {
+    /// An input is missing, unknown, or has another type or shape than the plan takes.
+    #[error("input `{name}`: {reason}")]
+    Input {
+        /// The input.
+        name: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A label is no class.
+    #[error("`{name}`: the label at position {position} is no class of the model")]
+    Label {
+        /// The input that holds the labels, or the step that took them.
+        name: String,
+        /// Which row.
+        position: usize,
+    },
+    /// An index is out of the range of its table.
+    #[error("`{name}`: the index at position {position} is out of range")]
+    Index {
+        /// The input that holds the indices, or the step that took them.
+        name: String,
+        /// Which index.
+        position: usize,
+    },
+    /// The plan cannot do what was asked of it.
+    #[error("the plan has no {0}")]
+    Missing(&'static str),
+    /// There is no parameter or state of that name, or it has another type.
+    #[error("`{name}`: {reason}")]
+    Value {
+        /// The parameter or state.
+        name: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The plan could not be compiled.
+    #[error(transparent)]
+    Codegen(#[from] CodegenError),
+    /// More memory than there is.
+    #[error("{bytes} bytes of memory are needed, the limit is {limit}; a smaller batch needs less")]
+    Memory {
+        /// Bytes wanted.
+        bytes: usize,
+        /// Bytes allowed.
+        limit: usize,
+    },
+    /// The system gave no threads.
+    #[error("no threads: {0}")]
+    Threads(#[from] std::io::Error),
+    /// A thread panicked: a defect.
+    #[error("internal error: {0}")]
+    Panicked(String),
+    /// A checkpoint is damaged or belongs to another plan.
+    #[error("checkpoint: {0}")]
+    Checkpoint(String),
+}

@@ -1,0 +1,284 @@
+//! Native code against the reference evaluator: every op, type and tier, on shapes with edges.
+
+use qcompile_ir::eval::{EvalOptions, eval};
+use qcompile_ir::{DType, Graph, NodeId, Op, Region, Tensor, text};
+use qcompile_kernels::Tier;
+use qcompile_passes::differentiate;
+use qcompile_plan::{BuildOptions, build};
+use qcompile_runtime::{Trainer, TrainerOptions};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+type Values = BTreeMap<String, Tensor>;
+
+fn parse(source: &str) -> Graph {
+    text::parse(source, &|_| None).unwrap_or_else(|errors| panic!("{errors}\n{source}"))
+}
+
+/// Values for every input: floats of both signs, integers 0, 1, 2, 0, ...
+fn inputs(graph: &Graph, batch: usize) -> Values {
+    let value = |id: NodeId| {
+        let ty = graph.ty(id);
+        let sizes = ty.shape.sizes(batch);
+        let salt = graph.node(id).name.as_str().bytes().map(usize::from).sum::<usize>();
+        let values: Vec<f64> = (0..sizes.iter().product())
+            .map(|index: usize| match ty.dtype {
+                DType::I64 => (index % 3) as f64,
+                DType::Bool => ((index + salt) % 2) as f64,
+                DType::I8 | DType::I32 => ((index * 37 + salt) % 23) as f64 - 11.0,
+                DType::U8 => ((index * 37 + salt) % 23) as f64,
+                _ => ((index * 37 + salt * 11) % 101) as f64 / 50.0 - 1.0,
+            })
+            .collect();
+        Tensor::from_f64(ty.dtype, &sizes, &values).expect("sizes fit")
+    };
+    graph
+        .leaves(|op| matches!(op, Op::Input(_)))
+        .into_iter()
+        .map(|id| (graph.node(id).name.as_str().to_owned(), value(id)))
+        .collect()
+}
+
+/// The largest difference that rounding explains, relative to the largest value.
+fn tolerance(dtype: DType) -> f64 {
+    match dtype {
+        DType::F32 => 2e-5,
+        DType::F16 => 2e-3,
+        DType::BF16 => 1.6e-2,
+        _ => 0.0,
+    }
+}
+
+/// Runs a graph natively on one tier and compares all its outputs with the evaluator's.
+fn compare(name: &str, graph: &Graph, batch: usize, tier: Tier) {
+    let given = inputs(graph, batch);
+    let wanted = eval(graph, &given, batch, &EvalOptions::default())
+        .unwrap_or_else(|error| panic!("{name}: {error}"));
+    // What cancels in a sum leaves the rounding of its parts.
+    let parts: f64 = given.values().flat_map(Tensor::to_f64).map(f64::abs).sum();
+    // Native code keeps what it does not store in f32, the reference rounds every value to its type.
+    let narrowest = graph.ids().map(|id| tolerance(graph.ty(id).dtype)).fold(0.0, f64::max);
+    let plan = build(graph.clone(), &BuildOptions { batch_size: batch })
+        .unwrap_or_else(|error| panic!("{name}: {error}\n{graph}"));
+    let plan = Arc::new(plan);
+    let mut first: Option<Values> = None;
+    for threads in [1, 2, 5] {
+        let options = TrainerOptions { threads, workers: 1, tier: Some(tier) };
+        let mut trainer = Trainer::new(Arc::clone(&plan), &options).expect("compiles");
+        let got =
+            trainer.run(&given, Region::Comm).unwrap_or_else(|error| panic!("{name}: {error}"));
+        for (output, id) in graph.outputs() {
+            let node = graph.node(*id);
+            let exact = wanted.get_f64(node.name.as_str()).expect("evaluated");
+            let tolerance = if node.ty.dtype.is_float() { narrowest } else { 0.0 };
+            let values = got[output].to_f64();
+            assert_eq!(values.len(), exact.len(), "{name}: {output}");
+            let largest =
+                exact.iter().filter(|x| x.is_finite()).fold(1e-2_f64, |m, x| m.max(x.abs()));
+            for (at, (value, exact)) in values.iter().zip(exact).enumerate() {
+                let same = *value == exact || (value.is_nan() && exact.is_nan());
+                assert!(
+                    same || (*value - exact).abs() <= tolerance * (largest + 5e-4 * parts),
+                    "{name} on {tier}, batch {batch}: {output}[{at}] is {value}, not {exact}\n{plan}"
+                );
+            }
+        }
+        match &first {
+            None => first = Some(got),
+            Some(first) => assert_eq!(first, &got, "{name}: {threads} threads give other bits"),
+        }
+    }
+}
+
+/// Compares a graph on all tiers, as it is and with every value as an output, so that nothing is fused away.
+fn check(name: &str, graph: &Graph, batches: &[usize]) {
+    let mut open = graph.clone();
+    let outputs: Vec<_> = graph
+        .order()
+        .into_iter()
+        .filter(|&id| !graph.op(id).is_leaf() && graph.node(id).region < Region::Update)
+        .map(|id| (graph.node(id).name.as_str().to_owned(), id))
+        .collect();
+    open.set_outputs(outputs);
+    for tier in Tier::ALL.into_iter().filter(|tier| tier.is_supported()) {
+        for &batch in batches {
+            compare(name, graph, batch, tier);
+            compare(name, &open, batch, tier);
+        }
+    }
+}
+
+fn files(folder: &str) -> Vec<(String, String)> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/filetests").join(folder);
+    let mut files: Vec<_> = std::fs::read_dir(&folder)
+        .unwrap_or_else(|error| panic!("{}: {error}", folder.display()))
+        .map(|entry| entry.expect("readable").path())
+        .collect();
+    files.sort();
+    assert!(!files.is_empty());
+    files
+        .into_iter()
+        .map(|path| {
+            let name = path.file_stem().expect("a name").to_string_lossy().into_owned();
+            (name, std::fs::read_to_string(path).expect("readable"))
+        })
+        .collect()
+}
+
+#[test]
+fn every_op_and_its_gradient() {
+    for (name, source) in files("gradients") {
+        let mut graph = parse(&source);
+        differentiate::run(&mut graph).expect("differentiable");
+        graph.sweep();
+        check(&name, &graph, &[3]);
+    }
+}
+
+#[test]
+fn every_way_to_fuse() {
+    for (name, source) in files("plan") {
+        check(&name, &parse(&source), &[1, 2, 7]);
+    }
+}
+
+/// `y = op(a)` or `op(a, b)` over each size.
+fn elementwise(op: &str, dtype: &str, result: &str, operands: usize) -> String {
+    let mut body = String::new();
+    let mut leaves = String::new();
+    for size in [1, 3, 4, 5, 16, 63, 1000] {
+        leaves += &format!("input %a{size} : {dtype}[{size}]\ninput %b{size} : {dtype}[{size}]\n");
+        let given = if operands == 1 { format!("%a{size}") } else { format!("%a{size}, %b{size}") };
+        body += &format!("%y{size} : {result}[{size}] = {op} {given}\n");
+    }
+    let outputs: Vec<String> =
+        [1, 3, 4, 5, 16, 63, 1000].iter().map(|n| format!("%y{n}")).collect();
+    format!("graph @g {{\n{leaves}forward:\n{body}return {}\n}}\n", outputs.join(", "))
+}
+
+const DTYPES: [&str; 8] = ["f32", "bf16", "f16", "i8", "u8", "i32", "i64", "bool"];
+
+#[test]
+fn every_type_and_function() {
+    for dtype in DTYPES {
+        let float = matches!(dtype, "f32" | "bf16" | "f16");
+        let unary: &[&str] = match dtype {
+            "bool" => &["not"],
+            _ if float => &[
+                "neg",
+                "abs",
+                "exp",
+                "relu",
+                "sigmoid",
+                "tanh",
+                "erf",
+                "sin",
+                "cos",
+                "floor",
+                "ceil",
+                "round",
+                "sign",
+                "reciprocal",
+                "sqrt",
+                "log",
+            ],
+            "u8" => &["abs", "relu", "sign"],
+            _ => &["neg", "abs", "relu", "sign"],
+        };
+        let binary: &[&str] = match dtype {
+            "bool" => &["and", "or"],
+            _ => &["add", "sub", "mul", "div", "max", "min"],
+        };
+        for op in unary {
+            check(&format!("{op} {dtype}"), &parse(&elementwise(op, dtype, dtype, 1)), &[1]);
+        }
+        for op in binary {
+            check(&format!("{op} {dtype}"), &parse(&elementwise(op, dtype, dtype, 2)), &[1]);
+        }
+        for op in ["equal", "less", "less_equal"] {
+            check(&format!("{op} {dtype}"), &parse(&elementwise(op, dtype, "bool", 2)), &[1]);
+        }
+        for to in DTYPES.iter().filter(|to| **to != dtype) {
+            let source = elementwise(&format!("cast {to}"), dtype, to, 1)
+                .replace(&format!("cast {to} %"), "cast %");
+            check(&format!("cast {dtype} to {to}"), &parse(&source), &[1]);
+        }
+    }
+}
+
+#[test]
+fn reductions_over_every_axis() {
+    for dtype in ["f32", "bf16", "i32", "i64"] {
+        for op in ["reduce_sum", "reduce_max"] {
+            for (axes, kept) in [
+                ("0", "1, 5, 7, 20"),
+                ("1", "N, 1, 7, 20"),
+                ("3", "N, 5, 7, 1"),
+                ("0, 1", "1, 1, 7, 20"),
+                ("0, 1, 2", "1, 1, 1, 20"),
+                ("1, 3", "N, 1, 7, 1"),
+                ("0, 1, 2, 3", "1, 1, 1, 1"),
+            ] {
+                let source = format!(
+                    "graph @g {{\ninput %x : {dtype}[N, 5, 7, 20]\nforward:\n\
+                     %y : {dtype}[{kept}] = {op} %x axes=[{axes}]\nreturn %y\n}}\n"
+                );
+                check(&format!("{op} {dtype} over {axes}"), &parse(&source), &[1, 37]);
+            }
+        }
+    }
+}
+
+#[test]
+fn reductions_large_enough_for_many_chunks() {
+    let source = "graph @g {
+  input %x : f32[N, 8192]
+  const %scale : f32[8192] = uniform seed=3
+forward:
+  %wide : f32[N, 8192] = broadcast %scale
+  %scaled : f32[N, 8192] = mul %x, %wide
+  %columns : f32[1, 8192] = reduce_sum %scaled axes=[0]
+  %rows : f32[N, 1] = reduce_sum %scaled axes=[1]
+  %all : f32[1, 1] = reduce_sum %scaled axes=[0, 1]
+  %largest : f32[1, 1] = reduce_max %scaled axes=[0, 1]
+  return %scaled, %columns, %rows, %all, %largest
+}
+";
+    check("chunks", &parse(source), &[1, 70]);
+}
+
+#[test]
+fn nothing_is_reduced_to_the_identity() {
+    let source = "graph @g {
+  input %x : f32[N, 0]
+forward:
+  %sum : f32[N, 1] = reduce_sum %x axes=[1]
+  %all : f32[1, 1] = reduce_sum %x axes=[0, 1]
+  %copy : f32[N, 0] = relu %x
+  return %sum, %all, %copy
+}
+";
+    check("nothing", &parse(source), &[1, 3]);
+}
+
+#[test]
+fn quantization_rounds_like_the_reference() {
+    let source = "graph @g {
+  input %x : f32[N, 33]
+  const %s : f32[] = 0.0071
+  const %t : f32[33] = uniform seed=5
+  const %u : f32[N, 1] = splat 1
+forward:
+  %t.abs : f32[33] = abs %t
+  %q : i8[N, 33] = quantize %x, %s i8
+  %y : f32[N, 33] = dequantize %q, %s
+  %r : i8[N, 33] = quantize %x, %t.abs i8 axis=1
+  %z : f32[N, 33] = dequantize %r, %t.abs axis=1
+  %st : f32[N, 33] = straight_through %x, %z, %t.abs i8 axis=1
+  return %q, %y, %r, %z, %st
+}
+"
+    .replace("  const %u : f32[N, 1] = splat 1\n", "");
+    check("quantize", &parse(&source), &[1, 9]);
+}
