@@ -1,7 +1,7 @@
 //! A model in, a plan out.
 
 use crate::about::{About, LayerDecision};
-use crate::error::Result;
+use crate::error::{Code, Error, Result};
 use crate::model::{self, draft};
 use crate::options::Options;
 use crate::street::{Draft, Each, Pass, Street};
@@ -130,7 +130,8 @@ fn plan_of(draft: &Draft, options: &Options) -> Result<Plan> {
     let evaluation =
         draft.evaluation.clone().map(|form| build(form, &build_options)).transpose()?;
     let plan = build(draft.graph.clone(), &build_options)?;
-    Ok(plan.with_meta(draft.about.to_meta()?).with_evaluation(evaluation))
+    let plan = plan.with_meta(draft.about.to_meta()?);
+    plan.with_evaluation(evaluation).map_err(|e| Error::new(Code::Internal, e.to_string()))
 }
 
 fn f32_plan(mut draft: Draft, options: &Options) -> Result<Arc<Plan>> {

@@ -89,6 +89,7 @@ impl From<PlanError> for Error {
     fn from(error: PlanError) -> Error {
         let code = match &error {
             PlanError::Verify(_) => Code::Internal,
+            PlanError::TooLarge { .. } => Code::Limit,
             _ => Code::ModelUnsupported,
         };
         Error::new(code, error.to_string())
@@ -115,7 +116,8 @@ impl From<RuntimeError> for Error {
     fn from(error: RuntimeError) -> Error {
         let text = error.to_string();
         let code = match error {
-            RuntimeError::Input { .. } => Code::DataShape,
+            RuntimeError::Input { .. } | RuntimeError::Value { .. } => Code::DataShape,
+            RuntimeError::Missing(_) => Code::PlanMismatch,
             RuntimeError::Label { .. } => Code::DataLabel,
             RuntimeError::Index { .. } => Code::DataIndex,
             RuntimeError::Memory { .. } | RuntimeError::Threads(_) => Code::Limit,

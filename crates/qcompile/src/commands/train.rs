@@ -237,7 +237,7 @@ impl Place {
 
     fn save(&self, run: &Run<'_>) -> Result<()> {
         let Some(folder) = &self.checkpoint else { return Ok(()) };
-        let bytes = checkpoint::encode(&run.trainer, &run.progress.to_json()?);
+        let bytes = checkpoint::encode(&run.trainer, &run.progress.to_json()?)?;
         write_atomically(&folder.join(CHECKPOINT_STATE), &bytes)
     }
 
@@ -263,7 +263,8 @@ fn trained(plan: &Plan, trainer: &Trainer, about: &About) -> Result<Plan> {
         Ok(build(graph, &options)?.with_meta(old.meta().clone()))
     };
     let evaluation = plan.evaluation().map(rebuilt).transpose()?;
-    Ok(rebuilt(plan)?.with_evaluation(evaluation))
+    let plan = rebuilt(plan)?.with_evaluation(evaluation);
+    plan.map_err(|e| Error::new(Code::Internal, e.to_string()))
 }
 
 /// Tells how training goes.
