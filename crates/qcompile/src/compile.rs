@@ -4,11 +4,13 @@ use crate::about::{About, LayerDecision};
 use crate::error::{Code, Error, Result};
 use crate::model::{self, draft};
 use crate::options::Options;
-use crate::street::{Draft, Each, Pass, Street};
+use crate::street::{Draft, Each, Pass, Street, evaluation_form};
 use crate::terminal::Show;
 use crate::timing::{Measured, measure};
+use crate::timings::Timings;
+use crate::train::digest;
 use crate::wants::Wants;
-use qcompile_passes::quantize::PrecisionChoice;
+use qcompile_passes::quantize::{LayerCost, PrecisionChoice};
 use qcompile_passes::sensitivity::Scores;
 use qcompile_plan::{BuildOptions, Plan, build};
 use qcompile_runtime::TrainerOptions;
@@ -99,67 +101,102 @@ pub(crate) fn finish(
     street.run(&mut draft, Pass::Sensitivity)?;
     let high = (!draft.is_after(Pass::Quantize)).then(|| draft.clone());
     street.run(&mut draft, Pass::LAST)?;
-    let resumed_late = high.is_none();
-    if resumed_late && !draft.about.states.is_empty() {
-        draft.about.warnings.push(
-            "the graph came in differentiated: evaluation uses the statistics of its batches"
-                .to_owned(),
-        );
-    }
-    let plan = Arc::new(plan_of(&draft, options)?);
-    let mut compiled = Compiled {
-        plan,
-        warnings: draft.about.warnings.clone(),
-        about: draft.about,
-        decisions: draft.decisions,
-        scores: draft.scores,
-        measured: None,
+    let mut compiled = Compiled::of(draft, options)?;
+    let high = high.filter(|_| compiled.is_mixed());
+    let chooses = options.precision == PrecisionChoice::Auto;
+    let Some(high) = high.filter(|_| chooses || options.measure) else {
+        if options.measure {
+            let chosen = measure_steps(&[&compiled], options)?.pop();
+            compiled.measured = chosen.map(|chosen| Steps { chosen, f32: None });
+        }
+        return Ok(compiled);
     };
-    if options.measure {
-        let high = high.filter(|_| compiled.is_mixed());
-        let plain = high.map(|high| f32_plan(high, options)).transpose()?;
-        measure_steps(&mut compiled, plain, options)?;
+    let plain = f32_plan(high, options)?;
+    beside_f32(compiled, plain, options)
+}
+
+impl Compiled {
+    /// The plan of a draft that has been through all passes.
+    fn of(draft: Draft, options: &Options) -> Result<Compiled> {
+        let wants = Wants::of(&draft.graph, &draft.about)?;
+        let build_options =
+            BuildOptions { batch_size: wants.batch_size(None, options.batch_size)? };
+        // A graph that came in differentiated has its form still to be found.
+        let form = match draft.evaluation {
+            Some(form) => form,
+            None => evaluation_form(&draft.graph)?,
+        };
+        let evaluation = Some(build(form, &build_options)?);
+        let plan = build(draft.graph, &build_options)?.with_meta(draft.about.to_meta()?);
+        let plan = plan
+            .with_evaluation(evaluation)
+            .map_err(|e| Error::new(Code::Internal, e.to_string()))?;
+        Ok(Compiled {
+            plan: Arc::new(plan),
+            warnings: draft.about.warnings.clone(),
+            about: draft.about,
+            decisions: draft.decisions,
+            scores: draft.scores,
+            measured: None,
+        })
     }
-    Ok(compiled)
 }
 
-/// The plan of a draft that has been through all passes.
-fn plan_of(draft: &Draft, options: &Options) -> Result<Plan> {
-    let wants = Wants::of(&draft.graph, &draft.about)?;
-    let build_options = BuildOptions { batch_size: wants.batch_size(None, options.batch_size)? };
-    let evaluation =
-        draft.evaluation.clone().map(|form| build(form, &build_options)).transpose()?;
-    let plan = build(draft.graph.clone(), &build_options)?;
-    let plan = plan.with_meta(draft.about.to_meta()?);
-    plan.with_evaluation(evaluation).map_err(|e| Error::new(Code::Internal, e.to_string()))
+/// The plan in f32 throughout.
+fn f32_plan(mut draft: Draft, options: &Options) -> Result<Compiled> {
+    let high = Options { precision: PrecisionChoice::F32, ..options.clone() };
+    Street::new(&high, Show::Nothing, &mut |_, _, _| Ok(())).run(&mut draft, Pass::LAST)?;
+    draft.about.options = options.said();
+    let reason = "int8 does not make the whole step faster";
+    for decision in draft.decisions.iter_mut().chain(&mut draft.about.decisions) {
+        if decision.reason == "f32 was asked for" {
+            reason.clone_into(&mut decision.reason);
+        }
+    }
+    Compiled::of(draft, options)
 }
 
-fn f32_plan(mut draft: Draft, options: &Options) -> Result<Arc<Plan>> {
-    let options = Options { precision: PrecisionChoice::F32, ..options.clone() };
-    Street::new(&options, Show::Nothing, &mut |_, _, _| Ok(())).run(&mut draft, Pass::LAST)?;
-    Ok(Arc::new(plan_of(&draft, &options)?))
-}
-
-fn measure_steps(
-    compiled: &mut Compiled,
-    plain: Option<Arc<Plan>>,
-    options: &Options,
-) -> Result<()> {
-    let trainer = TrainerOptions { threads: options.threads, workers: 1, tier: options.tier };
-    let mut plans = vec![Arc::clone(&compiled.plan)];
-    plans.extend(plain);
-    let batch = compiled.plan.batch_size();
-    let mut measured = measure(&plans, batch, &trainer, MEASURE)?.into_iter();
-    let Some(chosen) = measured.next() else { return Ok(()) };
-    let f32 = measured.next();
-    if let Some(f32) = &f32
-        && chosen.step_ms.median > f32.step_ms.median
-    {
-        compiled.warnings.push(format!(
-            "the chosen plan's step measures {:.1} % slower than the f32 plan's; --precision f32 gives that one",
-            100.0 * (chosen.step_ms.median / f32.step_ms.median - 1.0)
+/// Measures both plans; where the choice is free and the mixed plan is not faster, the f32 plan is the result.
+fn beside_f32(mut mixed: Compiled, mut plain: Compiled, options: &Options) -> Result<Compiled> {
+    let both = || -> Result<[Measured; 2]> {
+        let both = measure_steps(&[&plain, &mixed], options)?.try_into();
+        both.map_err(|_| Error::new(Code::Internal, "two plans give two measurements"))
+    };
+    let medians = |[f32, chosen]: &[Measured; 2]| LayerCost {
+        f32_ms: f32.step_ms.median,
+        int8_ms: chosen.step_ms.median,
+    };
+    let slower = |cost: LayerCost| 100.0 * (cost.int8_ms / cost.f32_ms - 1.0);
+    let measured = if options.measure { Some(both()?) } else { None };
+    if options.precision == PrecisionChoice::Auto {
+        let mut timings = Timings::load(options);
+        let work = format!("step of {}", digest([mixed.plan.to_bytes().as_slice()]));
+        let kept = timings.find_or(&work, || match &measured {
+            Some(measured) => Ok(medians(measured)),
+            None => Ok(medians(&both()?)),
+        })?;
+        timings.save();
+        if slower(kept) >= 0.0 {
+            plain.warnings.push(format!(
+                "layers measure faster in int8, but the whole step {:.1} % slower: f32 is taken",
+                slower(kept)
+            ));
+            plain.measured = measured.map(|[chosen, _]| Steps { chosen, f32: None });
+            return Ok(plain);
+        }
+    }
+    if let Some(slower) = measured.as_ref().map(|both| slower(medians(both))).filter(|x| *x > 0.0) {
+        mixed.warnings.push(format!(
+            "the chosen plan's step measures {slower:.1} % slower than the f32 plan's; --precision f32 gives that one"
         ));
     }
-    compiled.measured = Some(Steps { chosen, f32 });
-    Ok(())
+    mixed.measured = measured.map(|[f32, chosen]| Steps { chosen, f32: Some(f32) });
+    Ok(mixed)
+}
+
+fn measure_steps(compiled: &[&Compiled], options: &Options) -> Result<Vec<Measured>> {
+    let trainer = TrainerOptions { threads: options.threads, workers: 1, tier: options.tier };
+    let plans: Vec<Arc<Plan>> = compiled.iter().map(|one| Arc::clone(&one.plan)).collect();
+    let batch = plans.first().map_or(options.batch_size, |plan| plan.batch_size());
+    measure(&plans, batch, &trainer, MEASURE)
 }

@@ -2,27 +2,20 @@
 //! input in f32 and in int8, quantization included.
 //!
 //! Each layer is built as a small plan of its own and run in turns in both precisions; layers of equal shape are
-//! measured once. Measured times differ from run to run, and a plan must not: so times are kept in a file (for the
-//! command, `qcompile/timings.json` in the user's cache folder), by CPU, instruction set, threads and shape, and a
-//! kept time is not measured again. Equal input then gives equal plans on one machine; remove the file to measure
-//! anew. The times themselves never enter a plan.
+//! measured once, and on one machine once for all (see [`Timings`]).
 
 use crate::error::{Error, Result};
-use crate::machine::cpu_name;
 use crate::options::Options;
-use crate::output::write_atomically;
 use crate::synthetic::{self, Random};
 use crate::terminal::{Progress, Show};
+use crate::timings::Timings;
 use qcompile_ir::{
     DType, Graph, GraphError, Name, Op, Precision, Region, Tensor, TensorType, UnaryOp,
 };
 use qcompile_passes::quantize::{self, Layer, LayerCost, layers};
 use qcompile_plan::{BuildOptions, build};
 use qcompile_runtime::{Trainer, TrainerOptions};
-use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -41,9 +34,8 @@ pub(crate) fn measure(
     options: &Options,
     show: Show,
 ) -> Result<BTreeMap<Name, LayerCost>> {
-    let mut timings = Timings::load(options.timings.as_deref());
+    let mut timings = Timings::load(options);
     let trainer = TrainerOptions { threads: options.threads, workers: 1, tier: options.tier };
-    let machine = machine_key(options);
     let trained = depends_on_parameter(graph);
     let mut decide = decide.clone();
     let all = layers(graph);
@@ -64,27 +56,13 @@ pub(crate) fn measure(
             progress.update(decide.cost.len() as u64, name.as_str());
             let backward = trained[graph.operand(layer.node, 0).index()];
             let small = Small::of(graph, layer, backward, &decide, options.batch_size);
-            let key = format!("{machine} {}", small.key());
-            let cost = match timings.find(&key) {
-                Some(cost) => cost,
-                None => {
-                    let cost = small.measure(&trainer)?;
-                    timings.keep(key, cost);
-                    cost
-                }
-            };
+            let cost = timings.find_or(&small.key(), || small.measure(&trainer))?;
             decide.cost.insert(name, cost);
         }
     }
     progress.finish();
-    timings.save(options.timings.as_deref());
+    timings.save();
     Ok(decide.cost)
-}
-
-fn machine_key(options: &Options) -> String {
-    let tier = options.tier.unwrap_or_else(qcompile_kernels::Tier::detect);
-    let threads = if options.threads == 0 { crate::machine::cores() } else { options.threads };
-    format!("{} {} {tier} {threads}", env!("CARGO_PKG_VERSION"), cpu_name())
 }
 
 /// For each node index, whether the value depends on a parameter, so that its gradient is wanted.
@@ -224,47 +202,6 @@ impl Small {
     }
 }
 
-/// Kept times.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-struct Timings {
-    /// By machine and shape: f32, int8.
-    #[serde(default)]
-    layers: BTreeMap<String, [f64; 2]>,
-    #[serde(skip)]
-    changed: bool,
-}
-
-impl Timings {
-    /// What the file holds; nothing if it cannot be read: then it is measured.
-    fn load(path: Option<&Path>) -> Timings {
-        let text = path.and_then(|path| fs::read_to_string(path).ok());
-        text.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default()
-    }
-
-    fn find(&self, key: &str) -> Option<LayerCost> {
-        let [f32_ms, int8_ms] = *self.layers.get(key)?;
-        Some(LayerCost { f32_ms, int8_ms })
-    }
-
-    fn keep(&mut self, key: String, cost: LayerCost) {
-        self.layers.insert(key, [cost.f32_ms, cost.int8_ms]);
-        self.changed = true;
-    }
-
-    /// Adds what is new to the file. A cache that cannot be written is no error.
-    fn save(&self, path: Option<&Path>) {
-        let Some(path) = path.filter(|_| self.changed) else { return };
-        // Another process may have added times meanwhile: the file's own stand.
-        let mut all = self.layers.clone();
-        all.extend(Timings::load(Some(path)).layers);
-        let all = Timings { layers: all, changed: false };
-        let folder = path.parent().is_none_or(|folder| fs::create_dir_all(folder).is_ok());
-        if let (true, Ok(text)) = (folder, serde_json::to_string_pretty(&all)) {
-            let _ = write_atomically(path, text.as_bytes());
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -286,24 +223,5 @@ mod tests {
         }
         let cost = small.measure(&TrainerOptions::default()).unwrap();
         assert!(cost.f32_ms > 0.0 && cost.int8_ms > 0.0);
-    }
-
-    #[test]
-    fn kept_times_come_back_and_junk_is_nothing() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("new/timings.json");
-        let mut timings = Timings::load(Some(&path));
-        timings.keep("a".to_owned(), LayerCost { f32_ms: 0.1, int8_ms: 1.0 / 3.0 });
-        timings.save(Some(&path));
-        let loaded = Timings::load(Some(&path));
-        assert_eq!(loaded.find("a"), timings.find("a"));
-        let mut other = Timings::default();
-        other.keep("a".to_owned(), LayerCost { f32_ms: 9.0, int8_ms: 9.0 });
-        other.keep("b".to_owned(), LayerCost { f32_ms: 1.0, int8_ms: 2.0 });
-        other.save(Some(&path));
-        let both = Timings::load(Some(&path));
-        assert_eq!((both.find("a"), both.find("b")), (timings.find("a"), other.find("b")));
-        fs::write(&path, "junk").unwrap();
-        assert_eq!(Timings::load(Some(&path)), Timings::default());
     }
 }

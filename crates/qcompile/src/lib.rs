@@ -57,6 +57,7 @@ pub mod synthetic;
 pub mod tensors;
 pub mod terminal;
 pub mod timing;
+mod timings;
 pub mod train;
 pub mod wants;
 

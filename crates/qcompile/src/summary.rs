@@ -104,7 +104,8 @@ pub(crate) fn text(compiled: &Compiled, verbose: bool) -> String {
     line("loss", format!("{}, optimizer {}", compiled.about.loss, compiled.about.optimizer));
     if let Some(scores) = &compiled.scores {
         let low = compiled.decisions.iter().filter(|decision| decision.precision.is_low());
-        let sum: f32 = low.filter_map(|decision| decision.score).map(|score| score.max(0.0)).sum();
+        let scores_of_low = low.filter_map(|decision| decision.score);
+        let sum = scores_of_low.fold(0.0, |sum, score| sum + score.max(0.0));
         line(
             "sensitivity",
             format!(

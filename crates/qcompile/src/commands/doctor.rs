@@ -156,6 +156,7 @@ fn report(tests: &[Test]) -> String {
     for test in tests {
         let outcome = if test.is_good() { "ok" } else { "FAILED" };
         let Test { tier, precision, error, .. } = test;
+        let tier = tier.to_string();
         line(
             "self-test",
             format!("{tier:<8} {:<5} {outcome}, error {error:.1e}", precision.name()),

@@ -76,7 +76,7 @@ fn of_plan(command: &InspectCommand, target: &Target, plan: &Plan) -> Result<Rep
         .filter_map(|region| Some(format!("{} {}", steps.get(region.name())?, region.name())))
         .collect();
     report.line("steps", text.join(", "), json!(steps));
-    let own = plan.evaluation().is_some();
+    let own = plan.evaluation().is_some_and(|form| !form.states().is_empty());
     let text = if own { "by running statistics" } else { "as in training" };
     report.line("evaluation", text.to_owned(), json!(own));
     for (flag, value) in &about.options {

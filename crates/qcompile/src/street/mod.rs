@@ -13,7 +13,7 @@ use crate::error::{Code, Error, Result};
 use crate::options::Options;
 use crate::sensitivity::{self, Calibration};
 use crate::terminal::Show;
-use qcompile_ir::{Graph, Op, verify};
+use qcompile_ir::{Graph, verify};
 use qcompile_passes::attach_loss::{self, LossKind};
 use qcompile_passes::quantize::{self, LayerCost, PrecisionChoice};
 use qcompile_passes::sensitivity::Scores;
@@ -102,7 +102,7 @@ pub struct Draft {
     pub scores: Option<Scores>,
     /// The measured times of its layers.
     pub costs: BTreeMap<qcompile_ir::Name, LayerCost>,
-    /// Its form for evaluation, where that differs.
+    /// Its form for evaluation, once it is quantized.
     pub evaluation: Option<Graph>,
     /// The decisions with measured times in their reasons; those in `about` have none.
     pub decisions: Vec<LayerDecision>,
@@ -285,23 +285,18 @@ impl<'a> Street<'a> {
         }
         draft.decisions = decisions;
         draft.costs = options.cost;
-        draft.evaluation = evaluation_form(&draft.graph)?;
+        draft.evaluation = Some(evaluation_form(&draft.graph)?);
         Ok(())
     }
 }
 
-/// The graph with its running statistics in the place of the batch's, where it has such.
-fn evaluation_form(graph: &Graph) -> Result<Option<Graph>> {
-    if graph.leaves(|op| matches!(op, Op::State(_))).is_empty() {
-        return Ok(None);
-    }
+/// The form that is evaluated: the forward pass, with running statistics in the place of the batch's.
+pub(crate) fn evaluation_form(graph: &Graph) -> Result<Graph> {
     let mut form = graph.clone();
-    if !evaluation::run(&mut form)? {
-        return Ok(None);
-    }
+    evaluation::run(&mut form)?;
     quantize::optimise(&mut form)?;
     simplify::run(&mut form, &simplify::Options { keep_stop_gradient: false })?;
     verify(&form)
         .map_err(|errors| PassError::Verify { pass: "evaluation", errors: errors.to_string() })?;
-    Ok(Some(form))
+    Ok(form)
 }
