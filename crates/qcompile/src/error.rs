@@ -80,6 +80,7 @@ codes! {
     Precision = "QC0301", Refused, "No assignment of precisions meets the demands.";
     PlanFormat = "QC0401", Refused, "The plan file is foreign, damaged or of another version.";
     PlanMismatch = "QC0402", Refused, "The plan does not suit what was asked of it.";
+    CheckpointFormat = "QC0403", Refused, "A checkpoint is damaged, or of another plan.";
     DataFormat = "QC0501", Refused, "A data file is malformed or truncated.";
     DataUnsupported = "QC0502", Refused, "A data file is of a kind that is not read.";
     DataName = "QC0503", Refused, "Arrays of the data and inputs of the model do not match by name.";
@@ -88,6 +89,7 @@ codes! {
     DataNotFinite = "QC0506", Refused, "A sample holds a value that is NaN or infinite.";
     DataLabel = "QC0507", Refused, "A label is out of the range of the classes.";
     DataEmpty = "QC0508", Refused, "The data holds no samples, or fewer than are wanted.";
+    DataIndex = "QC0509", Refused, "An index is out of the range of its table.";
     Diverged = "QC0601", Diverged, "The loss is no longer finite.";
     PeerLost = "QC0701", PeerLost, "A worker was lost or timed out.";
     Limit = "QC0801", Limit, "A limit on memory, size or time was reached.";

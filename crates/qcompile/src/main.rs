@@ -1,2 +1,6 @@
 //! The `qcompile` command.
-fn main() {}
+#![forbid(unsafe_code)]
+
+fn main() -> std::process::ExitCode {
+    qcompile::commands::main()
+}

@@ -10,9 +10,9 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 /// Batch size that is tuned for unless another is given.
-pub const BATCH_SIZE: usize = 32;
+pub(crate) const BATCH_SIZE: usize = 32;
 /// Samples that sensitivity is measured on unless another number is given.
-pub const SAMPLES: usize = 256;
+pub(crate) const SAMPLES: usize = 256;
 
 /// Options of [`compile`](crate::compile()). `Default` is what `qcompile MODEL.onnx` does.
 #[derive(Debug, Clone, PartialEq)]
@@ -57,6 +57,10 @@ pub struct Options {
     pub threads: usize,
     /// Instruction set; none takes the best.
     pub tier: Option<Tier>,
+    /// File that keeps measured times of layers, so that equal input gives equal plans; none measures anew.
+    pub timings: Option<PathBuf>,
+    /// Whether [`compile`](crate::compile()) measures the time of the whole step, for its summary.
+    pub measure: bool,
 }
 
 impl Default for Options {
@@ -82,6 +86,8 @@ impl Default for Options {
             samples: SAMPLES,
             threads: 0,
             tier: None,
+            timings: None,
+            measure: false,
         }
     }
 }
@@ -129,6 +135,43 @@ impl Options {
     #[must_use]
     pub fn with_data(self, data: Option<String>) -> Options {
         Options { data, ..self }
+    }
+
+    /// What a plan says of the options that made it what it is, by the names of their flags.
+    #[must_use]
+    pub fn said(&self) -> BTreeMap<String, String> {
+        let mut said = BTreeMap::new();
+        let mut say = |flag: &str, value: String| said.insert(flag.to_owned(), value);
+        say("precision", self.precision.name().to_owned());
+        say("metric", self.metric.name().to_owned());
+        say("max-loss-increase", self.max_loss_increase.to_string());
+        say("batch-norm", self.batch_norm.name().to_owned());
+        say("sync-batch-norm", self.sync_batch_norm.to_string());
+        let operations = &self.operations;
+        let words = [(operations.forward, "forward"), (operations.backward, "backward")];
+        let words: Vec<&str> =
+            words.iter().filter(|(chosen, _)| *chosen).map(|(_, word)| *word).collect();
+        say("quantize-ops", words.join(","));
+        let thresholds =
+            [("threshold", self.threshold), ("channel-threshold", self.channel_threshold)];
+        for (flag, value) in thresholds {
+            if let Some(value) = value {
+                say(flag, value.to_string());
+            }
+        }
+        let dims = self.dims.iter().map(|(name, size)| format!("{name}={size}"));
+        let lists = [
+            ("freeze", self.freeze.clone()),
+            ("train", self.train.clone()),
+            ("keep", self.keep_f32.clone()),
+            ("dim", dims.collect()),
+        ];
+        for (flag, values) in lists {
+            if !values.is_empty() {
+                say(flag, values.join(","));
+            }
+        }
+        said
     }
 
     /// Whether layers have to be scored: not where precision is fixed and channels are not looked at.

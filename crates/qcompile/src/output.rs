@@ -4,6 +4,18 @@ use crate::error::{Error, Result};
 use std::io::Write;
 use std::path::Path;
 
+/// Writes `text` to stdout. A reader that has gone, as `head` does, is not an error.
+///
+/// # Errors
+/// [`Code::WriteFailed`](crate::error::Code::WriteFailed) where stdout cannot be written for another reason.
+pub fn print(text: &str) -> Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::write("stdout", &e)),
+        _ => Ok(()),
+    }
+}
+
 /// Writes `bytes` to `path` through a temporary file in the same folder that is synced and then renamed over it.
 /// An existing file keeps its permissions; a new one gets those a plain creation would give, as far as the
 /// platform's default for readable files goes (0644).

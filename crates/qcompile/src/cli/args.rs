@@ -1,0 +1,174 @@
+//! Groups of flags that several commands take.
+
+use super::words::{
+    above_zero, dim, finite, fraction, keep, loss, metric, not_negative, operations, optimizer,
+    positive, precision,
+};
+use clap::{Args, ValueEnum};
+use qcompile_passes::attach_loss::LossKind;
+use qcompile_passes::quantize::{Operations, PrecisionChoice};
+use qcompile_passes::sensitivity::Metric;
+use qcompile_passes::update::Optimizer;
+use std::path::PathBuf;
+
+/// What a compile writes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum Emit {
+    /// The plan (.qplan).
+    #[default]
+    Plan,
+    /// The plan's schedule and memory as text.
+    PlanText,
+    /// The final graph (.qir).
+    Graph,
+    /// Cranelift's intermediate code of every step.
+    Clif,
+    /// The machine code of every step.
+    Asm,
+}
+
+/// Flags that decide what the compiled step is. All are optional, so that a plan can tell which were given.
+#[derive(Debug, Clone, Default, Args)]
+pub struct CompileArgs {
+    /// The loss; by default taken from the model's first output.
+    #[arg(long, value_name = "KIND", value_parser = loss(), help_heading = "Training")]
+    pub loss: Option<LossKind>,
+    /// The optimizer [default: momentum].
+    #[arg(long, value_name = "KIND", value_parser = optimizer(), help_heading = "Training")]
+    pub optimizer: Option<Optimizer>,
+    /// The model's choice of what is trained.
+    #[command(flatten)]
+    pub import: ImportArgs,
+    /// Make batch statistics those of all workers' samples.
+    #[arg(long, help_heading = "Training")]
+    pub sync_batch_norm: bool,
+    /// Precision of the layers.
+    #[command(flatten)]
+    pub precision: PrecisionArgs,
+    /// The batch size that is tuned and measured for; any batch runs [default: 32].
+    #[arg(long, value_name = "N", value_parser = positive, help_heading = "Training")]
+    pub batch_size: Option<usize>,
+}
+
+/// Flags of the import.
+#[derive(Debug, Clone, Default, Args)]
+pub struct ImportArgs {
+    /// Do not train initializers that match (`*` and `?`; `op:Conv` for all of an operator).
+    #[arg(long, value_name = "PATTERN", help_heading = "Training")]
+    pub freeze: Vec<String>,
+    /// Train only initializers that match.
+    #[arg(long, value_name = "PATTERN", help_heading = "Training")]
+    pub train: Vec<String>,
+    /// What BatchNormalization does [default: model].
+    #[arg(long, value_name = "MODE", value_enum, help_heading = "Training")]
+    pub batch_norm: Option<BatchNormMode>,
+    /// Size of a symbolic dimension.
+    #[arg(long, value_name = "NAME=VALUE", value_parser = dim, help_heading = "Training")]
+    pub dim: Vec<(String, usize)>,
+}
+
+/// What BatchNormalization does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BatchNormMode {
+    /// What the node's `training_mode` says.
+    Model,
+    /// Normalise by the batch, and keep running statistics.
+    Train,
+    /// Normalise by the stored statistics, which stay.
+    Frozen,
+}
+
+impl BatchNormMode {
+    /// The word on the command line.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            BatchNormMode::Model => "model",
+            BatchNormMode::Train => "train",
+            BatchNormMode::Frozen => "frozen",
+        }
+    }
+}
+
+/// Flags of the choice of precision.
+#[derive(Debug, Clone, Default, Args)]
+pub struct PrecisionArgs {
+    /// auto: int8 where it measures faster and the loss allows it; f32; int8; mixed: int8 where the loss allows it;
+    /// or the set to choose from, as in f32,int8 [default: auto].
+    #[arg(long, value_name = "KIND", value_parser = precision(), help_heading = "Precision")]
+    pub precision: Option<PrecisionChoice>,
+    /// What a layer's score is [default: leave-one-out].
+    #[arg(long, value_name = "METRIC", value_parser = metric(), help_heading = "Precision")]
+    pub metric: Option<Metric>,
+    /// Layers with a score up to this become int8.
+    #[arg(long, value_name = "X", value_parser = finite, help_heading = "Precision")]
+    pub threshold: Option<f32>,
+    /// Output channels with a score above this stay f32.
+    #[arg(long, value_name = "X", value_parser = finite, help_heading = "Precision")]
+    pub channel_threshold: Option<f32>,
+    /// Sum of predicted relative loss increases that int8 may cost [default: 0.01].
+    #[arg(long, value_name = "X", value_parser = finite, help_heading = "Precision")]
+    pub max_loss_increase: Option<f32>,
+    /// Keep layers as they are: f32=PATTERN.
+    #[arg(long, value_name = "f32=PATTERN", value_parser = keep, help_heading = "Precision")]
+    pub keep: Vec<String>,
+    /// Operations of a layer that may be int8: forward, backward [default: forward,backward].
+    #[arg(long, value_name = "LIST", value_parser = operations, help_heading = "Precision")]
+    pub quantize_ops: Option<Operations>,
+    /// Scores that `qcompile sensitivity` wrote, instead of measuring.
+    #[arg(long, value_name = "FILE", help_heading = "Precision")]
+    pub scores: Option<PathBuf>,
+    /// Samples to measure sensitivity on [default: 256].
+    #[arg(long, value_name = "N", value_parser = positive, help_heading = "Precision")]
+    pub samples: Option<usize>,
+}
+
+/// What a step is given beside its batch.
+#[derive(Debug, Clone, Args)]
+pub struct RateArgs {
+    /// Learning rate.
+    #[arg(long, value_name = "X", default_value_t = 0.01, value_parser = not_negative)]
+    pub lr: f64,
+    /// Momentum of the optimizer `momentum`.
+    #[arg(long, value_name = "X", default_value_t = 0.9, value_parser = fraction)]
+    pub momentum: f64,
+    /// Decay of Adam's mean of gradients.
+    #[arg(long, value_name = "X", default_value_t = 0.9, value_parser = fraction)]
+    pub beta1: f64,
+    /// Decay of Adam's mean of squares.
+    #[arg(long, value_name = "X", default_value_t = 0.999, value_parser = fraction)]
+    pub beta2: f64,
+    /// Adam's term against division by zero.
+    #[arg(long, value_name = "X", default_value_t = 1e-8, value_parser = not_negative)]
+    pub epsilon: f64,
+    /// Weight decay.
+    #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = not_negative)]
+    pub weight_decay: f64,
+    /// Gradients with a larger norm are scaled down to it.
+    #[arg(long, value_name = "X", value_parser = above_zero)]
+    pub grad_clip_norm: Option<f64>,
+    /// How the learning rate goes on: as it is, in steps, or along half a cosine down to 0.
+    #[arg(long, value_name = "KIND", value_enum, default_value_t)]
+    pub lr_schedule: ScheduleKind,
+    /// Epochs between two steps of the step schedule.
+    #[arg(long, value_name = "EPOCHS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
+    pub lr_step_epochs: u64,
+    /// Factor of each step of the step schedule.
+    #[arg(long, value_name = "X", default_value_t = 0.1, value_parser = not_negative)]
+    pub lr_gamma: f64,
+    /// Steps in which the learning rate rises linearly from 0.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub warmup_steps: u64,
+}
+
+/// How the learning rate goes on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum ScheduleKind {
+    /// As it is.
+    #[default]
+    Constant,
+    /// Multiplied at intervals.
+    Step,
+    /// Half a cosine, down to 0.
+    Cosine,
+}

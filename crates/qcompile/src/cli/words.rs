@@ -1,0 +1,114 @@
+//! The words and numbers of the command line, as clap parses them.
+
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use qcompile_kernels::Tier;
+use qcompile_passes::attach_loss::LossKind;
+use qcompile_passes::quantize::{Operations, PrecisionChoice};
+use qcompile_passes::sensitivity::Metric;
+use qcompile_passes::update::Optimizer;
+
+/// A parser of the words of `all`.
+fn words<T: Clone + Send + Sync + 'static>(
+    all: &'static [T],
+    name: impl Fn(&T) -> &'static str + Clone + Send + Sync + 'static,
+) -> impl TypedValueParser<Value = T> {
+    PossibleValuesParser::new(all.iter().map(&name)).try_map(move |word| {
+        let found = all.iter().find(|value| name(value) == word).cloned();
+        found.ok_or_else(|| format!("`{word}` is not known"))
+    })
+}
+
+pub(super) fn loss() -> impl TypedValueParser<Value = LossKind> {
+    words(&LossKind::ALL, |kind| kind.name())
+}
+
+pub(super) fn optimizer() -> impl TypedValueParser<Value = Optimizer> {
+    words(&Optimizer::ALL, |kind| kind.name())
+}
+
+pub(super) fn metric() -> impl TypedValueParser<Value = Metric> {
+    words(&Metric::ALL, |kind| kind.name())
+}
+
+/// The sets of precisions are other words for single choices: from f32 and int8, `auto` chooses.
+pub(super) fn precision() -> impl TypedValueParser<Value = PrecisionChoice> {
+    let word = |choice: PrecisionChoice| match choice {
+        PrecisionChoice::Auto => PossibleValue::new("auto").aliases(["f32,int8", "int8,f32"]),
+        other => PossibleValue::new(other.name()),
+    };
+    PossibleValuesParser::new(PrecisionChoice::ALL.map(word))
+        .map(|word| word.parse().unwrap_or(PrecisionChoice::Auto))
+}
+
+pub(super) fn run_precision() -> impl TypedValueParser<Value = PrecisionChoice> {
+    words(&[PrecisionChoice::F32, PrecisionChoice::Int8], |choice| choice.name())
+}
+
+pub(super) fn tier() -> impl TypedValueParser<Value = Tier> {
+    words(&Tier::ALL, |tier| tier_name(*tier))
+}
+
+/// The word for a tier on the command line.
+#[must_use]
+pub(super) const fn tier_name(tier: Tier) -> &'static str {
+    match tier {
+        Tier::Portable => "portable",
+        Tier::Avx2 => "avx2",
+        Tier::Avx512 => "avx512",
+    }
+}
+
+pub(super) fn pass(all: bool) -> PossibleValuesParser {
+    let names = crate::street::Pass::ALL.iter().map(|pass| pass.name());
+    PossibleValuesParser::new(names.chain(all.then_some("all")))
+}
+
+pub(super) fn positive(text: &str) -> Result<usize, String> {
+    let number = text.parse::<usize>().ok().filter(|number| (1..=1 << 24).contains(number));
+    number.ok_or_else(|| "a whole number from 1 is wanted".to_owned())
+}
+
+fn real(text: &str, fits: impl Fn(f64) -> bool, wanted: &str) -> Result<f64, String> {
+    let number = text.parse::<f64>().ok().filter(|number| number.is_finite() && fits(*number));
+    number.ok_or_else(|| format!("{wanted} is wanted"))
+}
+
+pub(super) fn not_negative(text: &str) -> Result<f64, String> {
+    real(text, |x| x >= 0.0, "a number from 0")
+}
+
+pub(super) fn above_zero(text: &str) -> Result<f64, String> {
+    real(text, |x| x > 0.0, "a number above 0")
+}
+
+pub(super) fn fraction(text: &str) -> Result<f64, String> {
+    real(text, |x| (0.0..1.0).contains(&x), "a number from 0, below 1")
+}
+
+#[allow(clippy::cast_possible_truncation, reason = "scores are f32")]
+pub(super) fn finite(text: &str) -> Result<f32, String> {
+    real(text, |x| x.abs() <= f64::from(f32::MAX), "a number").map(|x| x as f32)
+}
+
+pub(super) fn dim(text: &str) -> Result<(String, usize), String> {
+    let (name, size) = text.rsplit_once('=').ok_or("NAME=VALUE is wanted")?;
+    if name.is_empty() {
+        return Err("NAME=VALUE is wanted".to_owned());
+    }
+    Ok((name.to_owned(), positive(size)?))
+}
+
+pub(super) fn keep(text: &str) -> Result<String, String> {
+    match text.split_once('=') {
+        Some(("f32", pattern)) if !pattern.is_empty() => Ok(pattern.to_owned()),
+        _ => Err("f32=PATTERN is wanted".to_owned()),
+    }
+}
+
+pub(super) fn operations(text: &str) -> Result<Operations, String> {
+    let operations: Operations = text.parse()?;
+    if operations.mean || operations.update {
+        return Err("forward and backward can be quantized, mean and update cannot".to_owned());
+    }
+    Ok(operations)
+}

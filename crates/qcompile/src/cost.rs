@@ -1,0 +1,227 @@
+//! What int8 costs and saves on this CPU, measured: the time of a layer's forward product and of the gradient of its
+//! input in f32 and in int8, quantization included.
+//!
+//! Each layer is built as a small plan of its own and run in turns in both precisions; layers of equal shape are
+//! measured once, and on one machine once for all (see [`Timings`]).
+
+use crate::error::{Error, Result};
+use crate::options::Options;
+use crate::synthetic::{self, Random};
+use crate::terminal::{Progress, Show};
+use crate::timings::Timings;
+use qcompile_ir::{
+    DType, Graph, GraphError, Name, Op, Precision, Region, Tensor, TensorType, UnaryOp,
+};
+use qcompile_passes::quantize::{self, Layer, LayerCost, layers};
+use qcompile_plan::{BuildOptions, build};
+use qcompile_runtime::{Trainer, TrainerOptions};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Runs of each precision at least and at most.
+const RUNS: (usize, usize) = (5, 31);
+/// Enough time for one layer, once it has run often enough.
+const ENOUGH: Duration = Duration::from_millis(80);
+
+/// The layers that int8 may be chosen for, with their times. Layers that stay f32 for other reasons are not measured.
+///
+/// # Errors
+/// Of building and running the small plans.
+pub(crate) fn measure(
+    graph: &Graph,
+    decide: &quantize::Options,
+    options: &Options,
+    show: Show,
+) -> Result<BTreeMap<Name, LayerCost>> {
+    let mut timings = Timings::load(options);
+    let trainer = TrainerOptions { threads: options.threads, workers: 1, tier: options.tier };
+    let trained = depends_on_parameter(graph);
+    let mut decide = decide.clone();
+    let all = layers(graph);
+    let mut progress = Progress::start(show, "Timing", all.len() as u64);
+    // A layer that is not chosen leaves its share of the budget to others, which then have to be measured as well.
+    loop {
+        let decisions = quantize::decide(&mut graph.clone(), &decide)?;
+        let chosen = decisions.iter().zip(&all).filter(|(decision, _)| {
+            let low = [decision.precision.forward, decision.precision.grad_input];
+            low.contains(&DType::I8) && !decide.cost.contains_key(&decision.node)
+        });
+        let chosen: Vec<(Name, &Layer)> =
+            chosen.map(|(decision, layer)| (decision.node.clone(), layer)).collect();
+        if chosen.is_empty() {
+            break;
+        }
+        for (name, layer) in chosen {
+            progress.update(decide.cost.len() as u64, name.as_str());
+            let backward = trained[graph.operand(layer.node, 0).index()];
+            let small = Small::of(graph, layer, backward, &decide, options.batch_size);
+            let cost = timings.find_or(&small.key(), || small.measure(&trainer))?;
+            decide.cost.insert(name, cost);
+        }
+    }
+    progress.finish();
+    timings.save();
+    Ok(decide.cost)
+}
+
+/// For each node index, whether the value depends on a parameter, so that its gradient is wanted.
+fn depends_on_parameter(graph: &Graph) -> Vec<bool> {
+    let mut depends = vec![false; graph.len()];
+    for id in graph.order() {
+        depends[id.index()] = matches!(graph.op(id), Op::Param(_))
+            || graph.operands(id).iter().any(|operand| depends[operand.index()]);
+    }
+    depends
+}
+
+/// One layer alone.
+struct Small {
+    op: Op,
+    x: TensorType,
+    weight: Vec<usize>,
+    result: TensorType,
+    forward: bool,
+    backward: bool,
+    batch: usize,
+}
+
+impl Small {
+    fn of(
+        graph: &Graph,
+        layer: &Layer,
+        backward: bool,
+        decide: &quantize::Options,
+        batch: usize,
+    ) -> Small {
+        let operands = graph.operands(layer.node);
+        Small {
+            op: graph.op(layer.node).clone(),
+            x: graph.ty(operands[0]).clone(),
+            weight: graph.ty(operands[1]).shape.sizes(1),
+            result: graph.ty(layer.node).clone(),
+            forward: decide.operations.forward,
+            backward: backward && decide.operations.backward,
+            batch,
+        }
+    }
+
+    /// Equal for layers that take equally long.
+    fn key(&self) -> String {
+        let Small { op, x, weight, forward, backward, batch, .. } = self;
+        format!("{op:?} {x} {weight:?} {forward} {backward} {batch}")
+    }
+
+    /// The op that gives the gradient of the input.
+    fn grad_input(&self) -> Option<Op> {
+        match &self.op {
+            Op::Conv2d(geometry) => Some(Op::Conv2dGradInput(*geometry)),
+            Op::Matmul { transpose_a: false, transpose_b } => {
+                Some(Op::Matmul { transpose_a: false, transpose_b: !transpose_b })
+            }
+            _ => None,
+        }
+    }
+
+    fn graph(&self, low: bool) -> std::result::Result<Graph, Error> {
+        let mut graph = Graph::new("layer");
+        self.products(&mut graph, low)?;
+        if low {
+            quantize::insert(&mut graph)?;
+            quantize::insert_backward(&mut graph)?;
+            quantize::optimise(&mut graph)?;
+        }
+        Ok(graph)
+    }
+
+    fn products(&self, graph: &mut Graph, low: bool) -> std::result::Result<(), GraphError> {
+        let mut random = Random::new(7);
+        let weight = synthetic::normal(&self.weight, 0.05, &mut random);
+        let x = graph.add(Op::Input(self.x.clone()), &[], "x", Region::Forward)?;
+        let weight = graph.add(Op::Param(Arc::new(weight)), &[], "w", Region::Forward)?;
+        let precision = low.then(|| {
+            let kind = |chosen: bool| if chosen { DType::I8 } else { DType::F32 };
+            Precision {
+                forward: kind(self.forward),
+                grad_input: kind(self.backward),
+                ..Precision::uniform(DType::F32)
+            }
+        });
+        if self.forward {
+            let y = graph.add(self.op.clone(), &[x, weight], "y", Region::Forward)?;
+            graph.note_mut(y).precision = precision;
+            graph.add_output("y", y);
+        }
+        if let Some(op) = self.grad_input().filter(|_| self.backward) {
+            let dy = graph.add(Op::Input(self.result.clone()), &[], "dy", Region::Forward)?;
+            let dx = graph.add(op, &[dy, weight], "dx", Region::Backward)?;
+            graph.note_mut(dx).precision = precision;
+            graph.add_output("dx", dx);
+        }
+        Small::report(graph)
+    }
+
+    /// What every step reports.
+    fn report(graph: &mut Graph) -> std::result::Result<(), GraphError> {
+        let zero = Op::Param(Arc::new(Tensor::scalar(DType::F32, 0.0)));
+        let zero = graph.add(zero, &[], "zero", Region::Forward)?;
+        for (name, op, region) in [
+            ("loss", UnaryOp::Neg, Region::Forward),
+            ("grad_norm", UnaryOp::Neg, Region::Update),
+            ("finite", UnaryOp::Exp, Region::Update),
+        ] {
+            let id = graph.add(Op::Unary(op), &[zero], name, region)?;
+            graph.add_output(name, id);
+        }
+        Ok(())
+    }
+
+    fn measure(&self, options: &TrainerOptions) -> Result<LayerCost> {
+        let mut trainers = Vec::with_capacity(2);
+        let mut inputs = None;
+        for low in [false, true] {
+            let graph = self.graph(low)?;
+            inputs.get_or_insert_with(|| synthetic::inputs(&graph, self.batch, 1));
+            let plan = build(graph, &BuildOptions { batch_size: self.batch })?;
+            trainers.push(Trainer::new(Arc::new(plan), options)?);
+        }
+        let inputs = inputs.unwrap_or_default();
+        for trainer in &mut trainers {
+            trainer.timed_step(&inputs)?;
+        }
+        let mut times = [Vec::new(), Vec::new()];
+        let begin = Instant::now();
+        while times[0].len() < RUNS.0 || (times[0].len() < RUNS.1 && begin.elapsed() < ENOUGH) {
+            for (trainer, times) in trainers.iter_mut().zip(&mut times) {
+                let (_, took) = trainer.timed_step(&inputs)?;
+                times.push((took.forward + took.backward).as_secs_f64() * 1e3);
+            }
+        }
+        let [f32_ms, int8_ms] = times.map(|times| crate::timing::Quantiles::of(times).median);
+        Ok(LayerCost { f32_ms, int8_ms })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use qcompile_ir::{Dim, Shape, verify};
+
+    #[test]
+    fn small_plans_are_whole() {
+        let x = TensorType::f32(Shape(vec![Dim::N, Dim::fixed(16)]));
+        let result = TensorType::f32(Shape(vec![Dim::N, Dim::fixed(8)]));
+        let op = Op::Matmul { transpose_a: false, transpose_b: true };
+        let small =
+            Small { op, x, weight: vec![8, 16], result, forward: true, backward: true, batch: 4 };
+        for low in [false, true] {
+            let graph = small.graph(low).unwrap();
+            verify(&graph).unwrap();
+            let quantized = graph.ids().filter(|&id| matches!(graph.op(id), Op::Quantize { .. }));
+            assert_eq!(quantized.count() > 2, low);
+            build(graph, &BuildOptions { batch_size: 4 }).unwrap();
+        }
+        let cost = small.measure(&TrainerOptions::default()).unwrap();
+        assert!(cost.f32_ms > 0.0 && cost.int8_ms > 0.0);
+    }
+}

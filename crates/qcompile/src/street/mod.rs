@@ -1,0 +1,302 @@
+//! The street from an imported graph to a training step: every pass, once, in order.
+//!
+//! After each pass the graph is swept and verified, so that a defect is found where it arises. A graph can leave
+//! the street after any pass as text and come back later (see [`write_dump`] and [`read_dump`]).
+
+mod dump;
+
+pub use dump::{read_dump, tensors_path, write_dump};
+
+use crate::about::{About, LayerDecision};
+use crate::cost;
+use crate::error::{Code, Error, Result};
+use crate::options::Options;
+use crate::sensitivity::{self, Calibration};
+use crate::terminal::Show;
+use qcompile_ir::{Graph, verify};
+use qcompile_passes::attach_loss::{self, LossKind};
+use qcompile_passes::quantize::{self, LayerCost, PrecisionChoice};
+use qcompile_passes::sensitivity::Scores;
+use qcompile_passes::{PassError, differentiate, distribute, evaluation, simplify, update};
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+/// One pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Pass {
+    /// Removes what need not be computed, and makes images channels-last.
+    Simplify,
+    /// Adds the label and the loss.
+    AttachLoss,
+    /// Scores the layers, where the choice of precision needs it.
+    Sensitivity,
+    /// Decides precision and rounds the operands of the chosen layers.
+    Quantize,
+    /// Builds the backward pass.
+    Differentiate,
+    /// Rounds the operands of the chosen gradients.
+    QuantizeBackward,
+    /// Moves, merges and cancels roundings.
+    MoveRoundings,
+    /// Makes gradients and statistics means over workers.
+    Distribute,
+    /// Builds the optimizer.
+    Update,
+    /// Removes what the passes before have left over.
+    Finish,
+}
+
+impl Pass {
+    /// Every pass in order.
+    pub const ALL: [Pass; 10] = [
+        Pass::Simplify,
+        Pass::AttachLoss,
+        Pass::Sensitivity,
+        Pass::Quantize,
+        Pass::Differentiate,
+        Pass::QuantizeBackward,
+        Pass::MoveRoundings,
+        Pass::Distribute,
+        Pass::Update,
+        Pass::Finish,
+    ];
+
+    /// The last pass.
+    pub const LAST: Pass = Pass::Finish;
+
+    /// The word on the command line and in dumps.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Pass::Simplify => "simplify",
+            Pass::AttachLoss => "attach-loss",
+            Pass::Sensitivity => "sensitivity",
+            Pass::Quantize => "quantize",
+            Pass::Differentiate => "differentiate",
+            Pass::QuantizeBackward => "quantize-backward",
+            Pass::MoveRoundings => "move-roundings",
+            Pass::Distribute => "distribute",
+            Pass::Update => "update",
+            Pass::Finish => "finish",
+        }
+    }
+}
+
+impl std::str::FromStr for Pass {
+    type Err = ();
+    fn from_str(text: &str) -> std::result::Result<Pass, ()> {
+        Pass::ALL.into_iter().find(|pass| pass.name() == text).ok_or(())
+    }
+}
+
+/// A graph on its way.
+#[derive(Debug, Clone)]
+pub struct Draft {
+    /// The graph.
+    pub graph: Graph,
+    /// What is to be said about it.
+    pub about: About,
+    /// The last pass that it has been through.
+    pub after: Option<Pass>,
+    /// The scores of its layers.
+    pub scores: Option<Scores>,
+    /// The measured times of its layers.
+    pub costs: BTreeMap<qcompile_ir::Name, LayerCost>,
+    /// Its form for evaluation, once it is quantized.
+    pub evaluation: Option<Graph>,
+    /// The decisions with measured times in their reasons; those in `about` have none.
+    pub decisions: Vec<LayerDecision>,
+}
+
+impl Draft {
+    /// A graph that has been through no pass.
+    #[must_use]
+    pub fn new(graph: Graph, about: About) -> Draft {
+        Draft {
+            graph,
+            about,
+            after: None,
+            scores: None,
+            costs: BTreeMap::new(),
+            evaluation: None,
+            decisions: Vec::new(),
+        }
+    }
+
+    /// Whether the graph has been through this pass.
+    #[must_use]
+    pub fn is_after(&self, pass: Pass) -> bool {
+        self.after.is_some_and(|after| after >= pass)
+    }
+}
+
+/// What is told after every pass: which, its result, and how long it took.
+pub type Each<'a> = &'a mut dyn FnMut(Pass, &Draft, Duration) -> Result<()>;
+
+/// The passes with what they need.
+pub struct Street<'a> {
+    options: &'a Options,
+    show: Show,
+    each: Each<'a>,
+}
+
+impl<'a> Street<'a> {
+    /// Passes by these options; `each` is called after every one.
+    pub fn new(options: &'a Options, show: Show, each: Each<'a>) -> Street<'a> {
+        Street { options, show, each }
+    }
+
+    /// Takes the draft through the passes that it has not been through, up to and with `last`.
+    ///
+    /// # Errors
+    /// Of the passes; and the one of `each` that failed.
+    pub fn run(&mut self, draft: &mut Draft, last: Pass) -> Result<()> {
+        for pass in Pass::ALL {
+            if draft.is_after(pass) || pass > last {
+                continue;
+            }
+            let begin = Instant::now();
+            self.advance(draft, pass)?;
+            draft.graph.sweep();
+            verify(&draft.graph).map_err(|errors| PassError::Verify {
+                pass: pass.name(),
+                errors: errors.to_string(),
+            })?;
+            draft.after = Some(pass);
+            (self.each)(pass, draft, begin.elapsed())?;
+        }
+        Ok(())
+    }
+
+    fn advance(&mut self, draft: &mut Draft, pass: Pass) -> Result<()> {
+        let Draft { graph, about, .. } = draft;
+        match pass {
+            Pass::Simplify => {
+                simplify::run(graph, &simplify::Options { keep_stop_gradient: true })?
+            }
+            Pass::AttachLoss => {
+                let kind = match self.options.loss {
+                    Some(kind) => kind,
+                    None => self.usual_loss(graph, about)?,
+                };
+                attach_loss::run(graph, &attach_loss::Options { kind })?;
+                kind.name().clone_into(&mut about.loss);
+            }
+            Pass::Sensitivity => self.score(draft)?,
+            Pass::Quantize => self.quantize(draft)?,
+            Pass::Differentiate => {
+                if self.options.sync_batch_norm {
+                    distribute::synchronize_statistics(graph)?;
+                }
+                let gradients = differentiate::run(graph)?;
+                let names = gradients.independent.iter().map(|name| name.as_str().to_owned());
+                about.independent = names.collect();
+            }
+            Pass::QuantizeBackward => {
+                quantize::insert_backward(graph)?;
+            }
+            Pass::MoveRoundings => {
+                quantize::optimise(graph)?;
+            }
+            Pass::Distribute => distribute::run(graph)?,
+            Pass::Update => {
+                update::run(graph, &update::Options { optimizer: self.options.optimizer })?;
+                self.options.optimizer.name().clone_into(&mut about.optimizer);
+                about.options = self.options.said();
+            }
+            Pass::Finish => simplify::run(graph, &simplify::Options { keep_stop_gradient: false })?,
+        }
+        Ok(())
+    }
+
+    /// The loss that suits the model's first output.
+    fn usual_loss(&self, graph: &Graph, about: &mut About) -> Result<LossKind> {
+        let Some((name, id)) = graph.outputs().first() else {
+            return Err(Error::new(Code::ModelUnsupported, "the model has no output"));
+        };
+        let ty = graph.ty(*id);
+        let shape = &ty.shape;
+        let classes = shape.0.last().and_then(|dim| dim.as_fixed());
+        let kind = match shape.elements() {
+            _ if !ty.dtype.is_float() => None,
+            Some(qcompile_ir::Dim::ONE) => Some(LossKind::Output),
+            _ if shape.rank() >= 2 && classes.is_some_and(|classes| classes >= 2) => {
+                Some(LossKind::CrossEntropy)
+            }
+            _ => Some(LossKind::Mse),
+        };
+        let kind = kind.ok_or_else(|| {
+            let cause = format!("the first output `{name}` is {ty}: it has no loss");
+            Error::new(Code::ModelUnsupported, cause)
+        })?;
+        about.warnings.push(format!(
+            "no --loss was given: {} is taken, as output `{name}` is {ty}",
+            kind.name()
+        ));
+        Ok(kind)
+    }
+
+    fn score(&mut self, draft: &mut Draft) -> Result<()> {
+        if let Some(path) = &self.options.scores {
+            let scores = sensitivity::read_scores(path)?;
+            if scores.annotate(&mut draft.graph) == 0 && !quantize::layers(&draft.graph).is_empty()
+            {
+                let cause = "the scores are of another model: no layer has one of their names";
+                return Err(Error::usage(cause).at(path.display().to_string()));
+            }
+            draft.scores = Some(scores);
+            return Ok(());
+        }
+        if !self.options.needs_scores() || quantize::layers(&draft.graph).is_empty() {
+            return Ok(());
+        }
+        let calibration = Calibration::new(&draft.graph, &draft.about, self.options)?;
+        draft.about.warnings.extend(calibration.notes().iter().cloned());
+        let scores = sensitivity::score(&mut draft.graph, &calibration, self.options, self.show)?;
+        draft.scores = Some(scores);
+        Ok(())
+    }
+
+    fn quantize(&mut self, draft: &mut Draft) -> Result<()> {
+        let mut options = quantize::Options {
+            precision: self.options.precision,
+            threshold: self.options.threshold,
+            channel_threshold: self.options.channel_threshold,
+            max_loss_increase: self.options.max_loss_increase,
+            keep_f32: self.options.keep_f32.clone(),
+            operations: self.options.operations,
+            cost: BTreeMap::new(),
+            scores: draft.scores.clone(),
+        };
+        if options.precision == PrecisionChoice::Auto {
+            options.cost = cost::measure(&draft.graph, &options, self.options, self.show)?;
+        }
+        let decided = quantize::run(&mut draft.graph, &options)?;
+        let decisions: Vec<LayerDecision> =
+            decided.iter().map(|decision| LayerDecision::new(&draft.graph, decision)).collect();
+        draft.about.decisions.clone_from(&decisions);
+        for (decision, layer) in draft.about.decisions.iter_mut().zip(&decided) {
+            // A measured time would make every plan another.
+            let slower =
+                options.cost.get(&layer.node).is_some_and(|cost| cost.int8_ms >= cost.f32_ms);
+            if slower && !decision.precision.is_low() {
+                "int8 does not measure faster".clone_into(&mut decision.reason);
+            }
+        }
+        draft.decisions = decisions;
+        draft.costs = options.cost;
+        draft.evaluation = Some(evaluation_form(&draft.graph)?);
+        Ok(())
+    }
+}
+
+/// The form that is evaluated: the forward pass, with running statistics in the place of the batch's.
+pub(crate) fn evaluation_form(graph: &Graph) -> Result<Graph> {
+    let mut form = graph.clone();
+    evaluation::run(&mut form)?;
+    quantize::optimise(&mut form)?;
+    simplify::run(&mut form, &simplify::Options { keep_stop_gradient: false })?;
+    verify(&form)
+        .map_err(|errors| PassError::Verify { pass: "evaluation", errors: errors.to_string() })?;
+    Ok(form)
+}

@@ -1,0 +1,174 @@
+//! What a compile tells on stdout.
+
+use crate::about::LayerDecision;
+use crate::compile::Compiled;
+use crate::terminal::{Align, Table, bytes, count, milliseconds, width};
+use serde_json::{Value, json};
+use std::path::Path;
+
+/// The word for a layer as a whole.
+fn precision(decision: &LayerDecision) -> &'static str {
+    let words = [&decision.precision.forward, &decision.precision.grad_input];
+    match words.map(|word| word == "int8") {
+        [true, true] => "int8",
+        [true, false] => "int8 forward",
+        [false, true] => "int8 backward",
+        [false, false] => "f32",
+    }
+}
+
+/// The kind of a reason: what is the same for many layers.
+fn kind(reason: &str) -> &str {
+    match reason {
+        _ if reason.starts_with("int8 measures") => "int8 does not measure faster",
+        _ if reason.contains("would exceed") => "beyond the budget of loss",
+        _ if reason.contains("above the threshold") => "score above the threshold",
+        _ if reason.contains("channels are sensitive") => "too many sensitive channels",
+        _ if reason.contains("is to stay f32") => "kept by --keep",
+        _ => reason,
+    }
+}
+
+/// Layers and parameters by precision, with the most frequent reason of those that stay f32.
+#[must_use]
+pub(crate) fn by_precision(decisions: &[LayerDecision]) -> String {
+    let mut table = Table::new(&[
+        ("precision", Align::Left),
+        ("layers", Align::Right),
+        ("parameters", Align::Right),
+        ("why not lower", Align::Left),
+    ]);
+    for word in ["int8", "int8 forward", "int8 backward", "f32"] {
+        let those: Vec<_> = decisions.iter().filter(|d| precision(d) == word).collect();
+        if those.is_empty() {
+            continue;
+        }
+        let parameters = those.iter().map(|decision| decision.parameters).sum();
+        let mut reasons: Vec<(usize, &str)> = Vec::new();
+        for decision in those.iter().filter(|_| word == "f32") {
+            let kind = kind(&decision.reason);
+            match reasons.iter_mut().find(|(_, known)| *known == kind) {
+                Some((times, _)) => *times += 1,
+                None => reasons.push((1, kind)),
+            }
+        }
+        reasons.sort_by(|a, b| b.0.cmp(&a.0));
+        let why: Vec<String> =
+            reasons.iter().map(|(times, kind)| format!("{kind} ({times})")).collect();
+        table.row([word.to_owned(), those.len().to_string(), count(parameters), why.join(", ")]);
+    }
+    table.render(width())
+}
+
+/// A row for each layer.
+#[must_use]
+pub(crate) fn by_layer(decisions: &[LayerDecision]) -> String {
+    let mut table = Table::new(&[
+        ("layer", Align::Left),
+        ("op", Align::Left),
+        ("forward", Align::Left),
+        ("grad input", Align::Left),
+        ("f32 channels", Align::Right),
+        ("score", Align::Right),
+        ("why", Align::Left),
+    ]);
+    for decision in decisions {
+        table.row([
+            decision.origin.clone().unwrap_or_else(|| decision.node.clone()),
+            decision.op.clone(),
+            decision.precision.forward.clone(),
+            decision.precision.grad_input.clone(),
+            decision.channels_high.to_string(),
+            decision.score.map_or_else(|| "-".to_owned(), |score| format!("{score:.2e}")),
+            decision.reason.clone(),
+        ]);
+    }
+    table.render(width())
+}
+
+/// The summary of a compile.
+#[must_use]
+pub(crate) fn text(compiled: &Compiled, verbose: bool) -> String {
+    let mut out = String::new();
+    if compiled.decisions.is_empty() {
+        out.push_str(" no layer: no product of data and a trained weight\n");
+    } else {
+        out.push_str(&by_precision(&compiled.decisions));
+    }
+    if verbose && !compiled.decisions.is_empty() {
+        out.push('\n');
+        out.push_str(&by_layer(&compiled.decisions));
+    }
+    out.push('\n');
+    let mut line = |name: &str, text: String| out.push_str(&format!(" {name:<13} {text}\n"));
+    line("loss", format!("{}, optimizer {}", compiled.about.loss, compiled.about.optimizer));
+    if let Some(scores) = &compiled.scores {
+        let low = compiled.decisions.iter().filter(|decision| decision.precision.is_low());
+        let scores_of_low = low.filter_map(|decision| decision.score);
+        let sum = scores_of_low.fold(0.0, |sum, score| sum + score.max(0.0));
+        line(
+            "sensitivity",
+            format!(
+                "{} on {} samples; loss in f32 {:.4}",
+                scores.metric.name(),
+                scores.samples,
+                scores.baseline_loss
+            ),
+        );
+        if scores.metric == qcompile_passes::sensitivity::Metric::LeaveOneOut {
+            line("predicted", format!("+{:.3} % of the loss", 100.0 * sum));
+        }
+    }
+    match &compiled.measured {
+        Some(steps) => {
+            let chosen = &steps.chosen;
+            let now = milliseconds(chosen.step_ms.median);
+            let how = format!("measured, batch {}, {} threads", chosen.batch_size, chosen.threads);
+            match &steps.f32 {
+                Some(f32) => {
+                    let before = milliseconds(f32.step_ms.median);
+                    let gain = f32.step_ms.median / chosen.step_ms.median;
+                    line("step time", format!("f32 {before} -> {now}, {gain:.2}x  ({how})"));
+                    let before = bytes(f32.peak_bytes as u64);
+                    line("memory", format!("f32 {before} -> {}", bytes(chosen.peak_bytes as u64)));
+                }
+                None => {
+                    line("step time", format!("{now}  ({how})"));
+                    line("memory", bytes(chosen.peak_bytes as u64));
+                }
+            }
+        }
+        None => {
+            let plan = &compiled.plan;
+            let text = bytes(plan.bytes(plan.batch_size()) as u64);
+            line("memory", format!("{text} at batch {}", plan.batch_size()));
+        }
+    }
+    out
+}
+
+/// The document of `--json`.
+#[must_use]
+pub(crate) fn document(compiled: &Compiled, model: &Path, plan: Option<&Path>) -> Value {
+    let median = |measured: &crate::timing::Measured| measured.step_ms.median;
+    let steps = compiled.measured.as_ref();
+    // Without int8 the plan is the f32 plan.
+    let same = steps.filter(|_| !compiled.is_mixed()).map(|steps| &steps.chosen);
+    let f32 = steps.and_then(|steps| steps.f32.as_ref()).or(same);
+    let bytes = match &compiled.measured {
+        Some(steps) => steps.chosen.peak_bytes,
+        None => compiled.plan.bytes(compiled.plan.batch_size()),
+    };
+    json!({
+        "model": model.display().to_string(),
+        "plan": plan.map(|path| path.display().to_string()),
+        "loss": compiled.about.loss,
+        "optimizer": compiled.about.optimizer,
+        "batch_size": compiled.plan.batch_size(),
+        "decisions": compiled.decisions,
+        "step_ms": steps.map(|steps| median(&steps.chosen)),
+        "f32_step_ms": f32.map(median),
+        "peak_bytes": bytes,
+        "warnings": compiled.warnings,
+    })
+}

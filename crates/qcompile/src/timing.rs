@@ -1,0 +1,192 @@
+//! How long the steps of plans take.
+
+use crate::error::Result;
+use crate::synthetic;
+use qcompile_ir::{Graph, Op};
+use qcompile_plan::Plan;
+use qcompile_runtime::{Trainer, TrainerOptions};
+use serde::Serialize;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Median and spread of some times.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Quantiles {
+    /// Half of the times are shorter.
+    pub median: f64,
+    /// One in ten is shorter.
+    pub p10: f64,
+    /// One in ten is longer.
+    pub p90: f64,
+}
+
+impl Quantiles {
+    /// Of these times, between neighbours where a quantile falls between them.
+    #[must_use]
+    pub fn of(mut times: Vec<f64>) -> Quantiles {
+        times.sort_by(f64::total_cmp);
+        let at = |part: f64| {
+            let place = part * times.len().saturating_sub(1) as f64;
+            let below = times.get(place.floor() as usize).copied().unwrap_or(0.0);
+            let above = times.get(place.ceil() as usize).copied().unwrap_or(below);
+            below + (above - below) * place.fract()
+        };
+        Quantiles { median: at(0.5), p10: at(0.1), p90: at(0.9) }
+    }
+}
+
+/// What was measured of one plan.
+#[derive(Debug, Clone, Serialize)]
+pub struct Measured {
+    /// The whole step in milliseconds.
+    pub step_ms: Quantiles,
+    /// Median of the forward pass.
+    pub forward_ms: f64,
+    /// Median of the backward pass.
+    pub backward_ms: f64,
+    /// Median of the exchange between workers.
+    pub reduce_ms: f64,
+    /// Median of the update.
+    pub update_ms: f64,
+    /// 10^9 multiplications and additions of products a second.
+    pub gflops: f64,
+    /// Memory of the plan while it runs.
+    pub peak_bytes: usize,
+    /// Threads that it ran on.
+    pub threads: usize,
+    /// Samples in a step.
+    pub batch_size: usize,
+    /// Steps measured.
+    pub steps: usize,
+}
+
+/// One plan that is being measured.
+struct Runner {
+    trainer: Trainer,
+    inputs: qcompile_runtime::Values,
+    batch: usize,
+    times: [Vec<f64>; 5],
+}
+
+impl Runner {
+    fn new(plan: &Arc<Plan>, batch: usize, options: &TrainerOptions) -> Result<Runner> {
+        let trainer = Trainer::new(Arc::clone(plan), options)?;
+        let inputs = synthetic::inputs(plan.graph(), batch, 1);
+        Ok(Runner { trainer, inputs, batch, times: Default::default() })
+    }
+
+    fn run(&mut self) -> Result<()> {
+        let begin = Instant::now();
+        let (_, regions) = self.trainer.timed_step(&self.inputs)?;
+        let whole = begin.elapsed();
+        let parts = [whole, regions.forward, regions.backward, regions.comm, regions.update];
+        for (times, part) in self.times.iter_mut().zip(parts) {
+            times.push(part.as_secs_f64() * 1e3);
+        }
+        Ok(())
+    }
+
+    fn finish(self) -> Measured {
+        let steps = self.times[0].len();
+        let [step_ms, forward, backward, reduce, update] = self.times.map(Quantiles::of);
+        let flops = product_flops(self.trainer.plan().graph(), self.batch);
+        Measured {
+            step_ms,
+            forward_ms: forward.median,
+            backward_ms: backward.median,
+            reduce_ms: reduce.median,
+            update_ms: update.median,
+            gflops: if step_ms.median > 0.0 { flops / step_ms.median / 1e6 } else { 0.0 },
+            peak_bytes: self.trainer.bytes(),
+            threads: self.trainer.threads(),
+            batch_size: self.batch,
+            steps,
+        }
+    }
+}
+
+/// Measures the steps of these plans in turns for about `duration` in all, each at least three times.
+///
+/// # Errors
+/// Of running them.
+pub fn measure(
+    plans: &[Arc<Plan>],
+    batch: usize,
+    options: &TrainerOptions,
+    duration: Duration,
+) -> Result<Vec<Measured>> {
+    const LEAST: usize = 3;
+    let made = plans.iter().map(|plan| Runner::new(plan, batch, options));
+    let mut runners = made.collect::<Result<Vec<Runner>>>()?;
+    // The first step touches all memory.
+    for runner in &mut runners {
+        runner.trainer.timed_step(&runner.inputs)?;
+    }
+    let begin = Instant::now();
+    let mut rounds = 0;
+    while rounds < LEAST || begin.elapsed() < duration {
+        for runner in &mut runners {
+            runner.run()?;
+        }
+        rounds += 1;
+    }
+    Ok(runners.into_iter().map(Runner::finish).collect())
+}
+
+/// Multiplications and additions of all products of a step.
+#[must_use]
+pub fn product_flops(graph: &Graph, batch: usize) -> f64 {
+    let size = |id| -> f64 {
+        let sizes = graph.ty(id).shape.sizes(batch);
+        sizes.iter().map(|&extent| extent as f64).product()
+    };
+    let flops = graph.ids().map(|id| match graph.op(id) {
+        Op::Matmul { transpose_a, .. } => {
+            let a = graph.ty(graph.operand(id, 0)).shape.sizes(batch);
+            let inner = if *transpose_a { a.len().checked_sub(2) } else { a.len().checked_sub(1) };
+            2.0 * size(id) * inner.map_or(0.0, |axis| a[axis] as f64)
+        }
+        // Every weight meets every place of the result.
+        Op::Conv2d(_) => 2.0 * size(id) * per_place(graph.ty(graph.operand(id, 1))),
+        Op::Conv2dGradInput(_) => {
+            let dy = graph.operand(id, 0);
+            2.0 * size(dy) * per_place(graph.ty(graph.operand(id, 1)))
+        }
+        Op::Conv2dGradWeight(_) => 2.0 * size(graph.operand(id, 1)) * per_place(graph.ty(id)),
+        _ => 0.0,
+    });
+    flops.sum()
+}
+
+/// Weights that one element of a convolution's result meets: of `[o, c / groups, kh, kw]`, all but o.
+fn per_place(weight: &qcompile_ir::TensorType) -> f64 {
+    weight.shape.sizes(1).iter().skip(1).map(|&extent| extent as f64).product()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use qcompile_ir::text;
+
+    #[test]
+    fn quantiles_fall_between_neighbours() {
+        let q = Quantiles::of(vec![3.0, 1.0, 2.0]);
+        assert_eq!((q.median, q.p10, q.p90), (2.0, 1.2, 2.8));
+        assert_eq!(Quantiles::of(Vec::new()), Quantiles::default());
+        assert_eq!(Quantiles::of(vec![5.0]).p90, 5.0);
+    }
+
+    #[test]
+    fn counts_what_products_compute() {
+        let source = "graph @g {
+  input %x : f32[N, 8]
+  param %w : f32[8, 4] = uniform seed=7
+forward:
+  %y : f32[N, 4] = matmul %x, %w
+  return %y
+}
+";
+        let graph = text::parse(source, &|_| None).unwrap();
+        assert_eq!(product_flops(&graph, 3), 2.0 * 3.0 * 8.0 * 4.0);
+    }
+}
