@@ -32,13 +32,13 @@ SAMPLES = {"mlp": 32, "resnet20": 16, "resnet18": 4, "mobilenetv2": 4, "bert": 4
 
 
 def steadied(name, path, out):
-    """Writes the model with every normalised activation drawn from N(+-1.5, 0.5), by channel."""
+    """Writes the model with every normalised activation drawn from N(+-1.5, 0.35), by channel."""
     model = onnx.load(path)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     for prefix, module in benchmarks.build(name).named_modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             channels = module.num_features
-            weight = np.full(channels, 0.5, np.float32)
+            weight = np.full(channels, 0.35, np.float32)
             bias = np.where(np.arange(channels) % 2, -1.5, 1.5).astype(np.float32)
             for key, array in (("weight", weight), ("bias", bias)):
                 tensor = f"{prefix}.{key}"

@@ -3,7 +3,9 @@
     python tests/peers/losses.py [--qcompile PATH] [--onnx FOLDER] [MODEL ...]
 
 Passes when every step's loss is within 1e-3 of PyTorch's, relatively. ResNet-20's batch
-statistics amplify rounding: it is held to 1e-3 for 20 steps and to 1e-2 after them.
+statistics amplify rounding: it is held to 1e-3 for 20 steps and to 1e-2 after them, at a tenth
+of the others' learning rates (at theirs, PyTorch's own f32 losses are 7e-3 from its f64 ones
+within 20 steps, and 4e-2 within 50).
 """
 
 import peer
@@ -16,8 +18,10 @@ import torch.nn.functional as F
 
 import benchmarks
 
-MODELS = {"mlp": 1e-2, "resnet20": 1e-2, "bert": 1e-2}
-OPTIMIZERS = {"momentum": None, "adamw": 1e-3}
+MODELS = ("mlp", "resnet20", "bert")
+OPTIMIZERS = {"momentum": 1e-2, "adamw": 1e-3}
+# Factor of the learning rate.
+SLOWER = {"resnet20": 0.1}
 STEPS = 50
 # Small batches keep the run short; the arithmetic is the same.
 SAMPLES = {"mlp": 32, "resnet20": 16, "bert": 4}
@@ -54,7 +58,7 @@ def main():
         data = work.path / f"{name}.npz"
         np.savez(data, x=x, label=label if len(label) == len(x) else label.reshape(len(x), -1))
         for optimizer, rate in OPTIMIZERS.items():
-            rate = rate or MODELS[name]
+            rate = rate * SLOWER.get(name, 1)
             wanted = reference(name, path, optimizer, rate, x, label)
             words = ["train", path, "--data", data, "--epochs", 1, "--batch-size", samples, "--precision", "f32"]
             words += ["--loss", "cross-entropy", "--optimizer", optimizer, "--lr", rate]
