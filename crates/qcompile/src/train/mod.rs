@@ -197,5 +197,5 @@ fn diverged(log: &StepLog, refused: u64) -> Error {
     );
     Error::new(Code::Diverged, cause)
         .help("a smaller --lr, --warmup-steps or --grad-clip-norm may keep it in bounds")
-        .note("the refused steps changed no parameter; the last checkpoint stands")
+        .note("the refused steps changed no parameter")
 }
