@@ -1,7 +1,7 @@
 //! Bytes from strangers: whatever they are, reading them ends soon, with a result or an error.
 
 use crate::support::{Random, root};
-use qcompile_onnx::{ImportError, ImportOptions, import};
+use qcompile_onnx::{ImportOptions, import};
 use qcompile_passes::{attach_loss, differentiate, quantize, simplify};
 use qcompile_plan::{BuildOptions, Plan, build};
 
@@ -193,10 +193,16 @@ fn changed_and_cut_models_are_survived() {
 fn ten_megabytes_of_junk_are_refused_soon() {
     const SIZE: usize = 10 << 20;
     let empty_nodes = field(1, &[]).repeat(SIZE / 2);
+    // Graph in attribute in node, two hundred times, around ten megabytes.
     let mut nested = vec![0_u8; SIZE];
+    let mut wrapping = Vec::new();
     for _ in 0..200 {
-        nested = field(1, &field(5, &field(6, &nested)));
+        for number in [6_u8, 5, 1] {
+            let length = varint((nested.len() + wrapping.len()) as u64);
+            wrapping.splice(..0, [vec![number << 3 | 2], length].concat());
+        }
     }
+    nested.splice(..0, wrapping);
     let zeros = vec![0; SIZE];
     let ones = vec![0xff; SIZE];
     let text = b"qcompile ".repeat(SIZE / 9);
@@ -220,6 +226,7 @@ fn ten_megabytes_of_junk_are_refused_soon() {
         ("ones", ones),
         ("text", text),
         ("unknown", field(7, &unknown)),
+        ("wide", model(&[wide], &[])),
         (
             "huge tensor",
             model(
@@ -230,10 +237,26 @@ fn ten_megabytes_of_junk_are_refused_soon() {
     ] {
         assert!(import(&bytes, &ImportOptions::default()).is_err(), "{name} is accepted");
     }
-    // These are valid; they only must not take forever.
-    for bytes in [model(&[wide], &[]), model(&deep, &[])] {
-        let result = import(&bytes, &ImportOptions::default());
-        assert!(!matches!(result, Err(ImportError::Malformed { .. })));
+    // This is valid; it only must not take forever.
+    let imported = import(&model(&deep, &[]), &ImportOptions::default()).expect("a long chain");
+    assert!(imported.graph.len() >= 150_000);
+}
+
+/// Passes do little for each node, however the nodes hang together.
+#[test]
+fn long_and_wide_graphs_compile_in_time() {
+    let deep: Vec<Vec<u8>> = (0..20_000)
+        .map(|at| {
+            let (from, to) = (format!("v{at}"), format!("v{}", at + 1));
+            let (from, to) =
+                (if at == 0 { "x" } else { &from }, if at == 19_999 { "y" } else { &to });
+            node(["Relu", "Neg"][at % 2], "", &[from], &[to])
+        })
+        .collect();
+    let product = node("MatMul", "", &["x", "w"], &["h"]);
+    let sum = node("Sum", "", &vec!["h"; 20_000], &["y"]);
+    for model in [model(&deep, &[]), model(&[product, sum], &[weight("w", &[4, 3], 12)])] {
+        compile(&model);
     }
 }
 
@@ -263,6 +286,15 @@ update:
 }
 ";
 
+const EVALUATION: &str = "graph @g {
+  input %x : f32[N, 8]
+  param %w : f32[8, 4] = uniform seed=7
+forward:
+  %y : f32[N, 4] = matmul %x, %w
+  return %y
+}
+";
+
 /// CRC-32 as in zip, bit by bit.
 fn crc32(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0_u32, |crc, &byte| {
@@ -272,30 +304,33 @@ fn crc32(bytes: &[u8]) -> u32 {
     })
 }
 
+/// Where the first section begins.
+const FIRST_SECTION: u64 = 192;
+
 /// A file of these sections with every checksum right.
-fn file(sections: [&[u8]; 4]) -> Vec<u8> {
-    let mut header = b"\x89QPLAN\r\n\x01\0\0\0\x04\0\0\0".to_vec();
+fn file(sections: [&[u8]; 5]) -> Vec<u8> {
+    let mut header = b"\x89QPLAN\r\n\x01\0\0\0\x05\0\0\0".to_vec();
     let mut body: Vec<u8> = Vec::new();
     let mut table: Vec<u8> = Vec::new();
     for (kind, section) in (0_u32..).zip(sections) {
         table.extend(kind.to_le_bytes());
         table.extend(crc32(section).to_le_bytes());
-        table.extend((128 + body.len() as u64).to_le_bytes());
+        table.extend((FIRST_SECTION + body.len() as u64).to_le_bytes());
         table.extend((section.len() as u64).to_le_bytes());
         body.extend(section);
         body.resize(body.len().next_multiple_of(64), 0);
     }
-    header.extend((128 + body.len() as u64).to_le_bytes());
+    header.extend((FIRST_SECTION + body.len() as u64).to_le_bytes());
     header.extend(table);
     header.extend(crc32(&header).to_le_bytes());
-    header.resize(128, 0);
+    header.resize(FIRST_SECTION as usize, 0);
     header.extend(body);
     header
 }
 
 /// The sections of a file.
-fn sections(bytes: &[u8]) -> [Vec<u8>; 4] {
-    [0, 1, 2, 3].map(|section| {
+fn sections(bytes: &[u8]) -> [Vec<u8>; 5] {
+    [0, 1, 2, 3, 4].map(|section| {
         let long = |at: usize| {
             let bytes = bytes[at..at + 8].try_into().expect("eight");
             usize::try_from(u64::from_le_bytes(bytes)).expect("small")
@@ -306,8 +341,12 @@ fn sections(bytes: &[u8]) -> [Vec<u8>; 4] {
 }
 
 fn plan_file() -> Vec<u8> {
-    let graph = qcompile_ir::text::parse(GRAPH, &|_| None).expect("parses");
-    build(graph, &BuildOptions::default()).expect("builds").to_bytes()
+    let plan = |source: &str| {
+        let graph = qcompile_ir::text::parse(source, &|_| None).expect("parses");
+        build(graph, &BuildOptions::default()).expect("builds")
+    };
+    let evaluation = Some(plan(EVALUATION));
+    plan(GRAPH).with_evaluation(evaluation).expect("fits").to_bytes()
 }
 
 #[test]
@@ -315,7 +354,7 @@ fn every_changed_or_missing_byte_of_a_plan_is_found() {
     let bytes = plan_file();
     let parts = sections(&bytes);
     assert!(
-        file([&parts[0], &parts[1], &parts[2], &parts[3]]) == bytes,
+        file([&parts[0], &parts[1], &parts[2], &parts[3], &parts[4]]) == bytes,
         "the file is as documented"
     );
     for at in 0..bytes.len() {
@@ -333,7 +372,7 @@ fn a_forged_plan_is_checked_like_any_other() {
     for _ in 0..1500 {
         let mut forged = parts.clone();
         for _ in 0..=random.below(3) {
-            let section = &mut forged[random.below(4)];
+            let section = &mut forged[random.below(5)];
             if section.is_empty() {
                 continue;
             }
@@ -349,7 +388,7 @@ fn a_forged_plan_is_checked_like_any_other() {
                 }
             }
         }
-        let bytes = file([&forged[0], &forged[1], &forged[2], &forged[3]]);
+        let bytes = file([&forged[0], &forged[1], &forged[2], &forged[3], &forged[4]]);
         if let Ok(plan) = Plan::from_bytes(&bytes) {
             // What is accepted is a plan like any other.
             Plan::from_bytes(&plan.to_bytes()).expect("its own file");
@@ -360,7 +399,7 @@ fn a_forged_plan_is_checked_like_any_other() {
 #[test]
 fn a_forged_plan_is_refused_within_limits() {
     let parts = sections(&plan_file());
-    let plan = |graph: &str| Plan::from_bytes(&file([&parts[0], graph.as_bytes(), &[], &[]]));
+    let plan = |graph: &str| Plan::from_bytes(&file([&parts[0], graph.as_bytes(), &[], &[], &[]]));
     let mut chain = "graph @g {\n  input %v0 : f32[2, 2]\nforward:\n".to_owned();
     for at in 0..60_000 {
         chain += &format!("  %v{} : f32[2, 2] = softmax %v{at}\n", at + 1);
@@ -368,6 +407,17 @@ fn a_forged_plan_is_refused_within_limits() {
     chain += "  return %v60000\n}\n";
     let message = plan(&chain).expect_err("too many kernels").to_string();
     assert!(message.contains("kernels"), "{message}");
+    // An evaluation form runs on what the plan has.
+    let evaluation = |graph: &str| {
+        let parts = parts.each_ref().map(Vec::as_slice);
+        Plan::from_bytes(&file([parts[0], parts[1], graph.as_bytes(), parts[3], parts[4]]))
+    };
+    evaluation(EVALUATION).expect("it does");
+    for (from, to) in
+        [("param %w", "param %v"), ("[N, 8]", "[N, 8, 1]"), ("f32[8, 4] =", "f32[4, 8] =")]
+    {
+        assert!(evaluation(&EVALUATION.replace(from, to)).is_err(), "{from} as {to}");
+    }
     for (graph, wanted) in [
         ("graph @g {\n  const %a : f32[9999999999] = splat 1\n}\n", "too large"),
         (

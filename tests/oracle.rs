@@ -282,3 +282,44 @@ forward:
     .replace("  const %u : f32[N, 1] = splat 1\n", "");
     check("quantize", &parse(&source), &[1, 9]);
 }
+
+#[test]
+fn every_model_forward() {
+    for model in [
+        "digits_mlp",
+        "digits_cnn",
+        "mnist_cnn",
+        "resnet8",
+        "tiny_mobilenet",
+        "tiny_bert",
+        "tiny_gpt",
+    ] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../../models/{model}.onnx"));
+        let bytes = std::fs::read(path).expect("committed");
+        let mut graph = qcompile_onnx::import(&bytes, &qcompile_onnx::ImportOptions::default())
+            .expect("imports")
+            .graph;
+        compare(model, &graph, 2, Tier::detect());
+        qcompile_passes::simplify::run(&mut graph, &Default::default()).expect("simplifies");
+        compare(model, &graph, 2, Tier::detect());
+    }
+}
+
+#[test]
+fn wide_products_of_few_rows() {
+    for (batch, channels, out) in [(3, 320, 1280), (1, 64, 1040), (5, 32, 700), (2, 300, 2100)] {
+        let source = format!(
+            "graph @g {{\n  input %x : f32[N, 7, 7, {channels}]\n\
+             param %w : f32[{out}, {channels}, 1, 1] = uniform seed=2\nforward:\n\
+             %y : f32[N, 7, 7, {out}] = conv2d %x, %w input=[7, 7] kernel=[1, 1] strides=[1, 1] \
+             pads=[0, 0, 0, 0] dilations=[1, 1] groups=1\nreturn %y\n}}\n"
+        );
+        compare(&format!("1x1 to {out}"), &parse(&source), batch, Tier::detect());
+        let source = format!(
+            "graph @g {{\n  input %x : f32[N, {channels}]\n\
+             param %w : f32[{channels}, {out}] = uniform seed=2\nforward:\n\
+             %y : f32[N, {out}] = matmul %x, %w\nreturn %y\n}}\n"
+        );
+        compare(&format!("matmul to {out}"), &parse(&source), 49 * batch, Tier::detect());
+    }
+}

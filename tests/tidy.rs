@@ -190,12 +190,31 @@ fn graphs_in_the_documentation_parse() {
     for path in files(&root().join("docs"), "md") {
         for (line, block) in blocks(&read(&path), "qir") {
             found += 1;
-            if let Err(errors) = qcompile_ir::text::parse(&block, &|_| None) {
-                panic!("{}:{line}: {errors}\n{block}", path.display());
-            }
+            let place = format!("{}:{line}", path.display());
+            let graph = qcompile_ir::text::parse(&block, &|_| None)
+                .unwrap_or_else(|errors| panic!("{place}: {errors}\n{block}"));
+            qcompile_ir::verify(&graph).unwrap_or_else(|errors| panic!("{place}: {errors}"));
         }
     }
     assert!(found > 0, "docs/ has no graph");
+}
+
+#[test]
+fn every_op_is_documented() {
+    use qcompile_ir::{BinaryOp, CompareOp, ReduceOp, UnaryOp};
+    let docs = read(&root().join("docs/ir.md"));
+    // Elementwise ops are lists; the others are those that the sample of the text form uses.
+    let sample = read(&root().join("crates/qcompile-ir/src/text/sample.qir"));
+    let graph = qcompile_ir::text::parse(&sample, &|_| None).expect("parses");
+    let mut names: BTreeSet<&str> = graph.ids().map(|id| graph.op(id).name()).collect();
+    names.extend(UnaryOp::ALL.iter().map(|op| op.name()));
+    names.extend(BinaryOp::ALL.iter().map(|op| op.name()));
+    names.extend(CompareOp::ALL.iter().map(|op| op.name()));
+    names.extend(ReduceOp::ALL.iter().map(|op| op.name()));
+    for name in names {
+        let told = docs.contains(&format!("`{name}`")) || docs.contains(&format!("`{name} "));
+        assert!(told, "docs/ir.md does not describe {name}");
+    }
 }
 
 #[test]

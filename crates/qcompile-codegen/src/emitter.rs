@@ -22,6 +22,10 @@ pub(crate) struct Target {
     pub call_conv: CallConv,
 }
 
+/// What a loop does in a turn: its index and the values from the turn before give those of the next.
+pub(crate) type LoopBody<'f, 'a, 'b> =
+    dyn FnMut(&mut Emitter<'a, 'b>, Value, &[Value]) -> Vec<Value> + 'f;
+
 /// Emits one function.
 pub(crate) struct Emitter<'a, 'b> {
     pub b: &'a mut FunctionBuilder<'b>,
@@ -241,7 +245,7 @@ impl<'a, 'b> Emitter<'a, 'b> {
         (begin, end, step): (Value, Value, usize),
         turns: Option<usize>,
         carried: &[Value],
-        body: &mut dyn FnMut(&mut Self, Value, &[Value]) -> Vec<Value>,
+        body: &mut LoopBody<'_, 'a, 'b>,
     ) -> Vec<Value> {
         match turns {
             Some(0) => return carried.to_vec(),

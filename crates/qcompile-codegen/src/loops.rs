@@ -47,9 +47,9 @@ impl Partial {
 /// Number of results of a reduction: those dims that it keeps.
 fn kept_elements(nest: &LoopNest, write: &Write) -> Affine {
     let strides = &write.access().strides;
-    let kept = nest.dims.iter().zip(strides).filter(|(_, stride)| stride.scale != 0);
+    let mut kept = nest.dims.iter().zip(strides).filter(|(_, stride)| stride.scale != 0);
     let count = kept
-        .fold(Some(Dim::ONE), |count, (&dim, _)| count?.times(dim))
+        .try_fold(Dim::ONE, |count, (&dim, _)| count.times(dim))
         .expect("verified: results fit their slot");
     count.into()
 }

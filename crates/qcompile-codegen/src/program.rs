@@ -53,6 +53,7 @@ impl Default for Options {
 }
 
 type RegionFunction = unsafe extern "C" fn(frame: *const Frame, thread: usize);
+type StepFunction = unsafe extern "C" fn(frame: *const Frame, thread: usize, threads: usize);
 type ScratchFunction = unsafe extern "C" fn(frame: *const Frame) -> usize;
 
 /// The native code of a plan. Dropping it frees the code.
@@ -60,6 +61,7 @@ pub struct Program {
     /// Holds the code; a mutex, so that programs may be shared between threads.
     module: Mutex<Option<JITModule>>,
     regions: [RegionFunction; Region::ALL.len()],
+    steps: Vec<StepFunction>,
     scratch: ScratchFunction,
     tier: Tier,
 }
@@ -112,6 +114,16 @@ impl Program {
         // SAFETY: granted by the caller. The plan was verified: no step leaves its slots.
         unsafe { (self.regions[region as usize])(frame, thread) }
     }
+
+    /// Runs one step of the plan as thread `thread` of `frame.threads`, to measure it: all of them must meet before
+    /// and after. The steps of a region one after another do what the region does.
+    ///
+    /// # Safety
+    /// As [`run`](Self::run).
+    pub unsafe fn run_step(&self, step: usize, frame: &Frame, thread: usize) {
+        // SAFETY: granted by the caller.
+        unsafe { (self.steps[step])(frame, thread, frame.threads) }
+    }
 }
 
 /// Compiles a plan for this CPU.
@@ -136,7 +148,14 @@ pub fn compile(plan: &Plan, options: &Options) -> Result<Program, CodegenError> 
     // SAFETY: as above.
     let scratch =
         unsafe { std::mem::transmute::<*const u8, ScratchFunction>(address(emitted.scratch)) };
-    Ok(Program { module: Mutex::new(Some(unit.module)), regions, scratch, tier: options.tier })
+    let steps = emitted
+        .steps
+        .into_iter()
+        // SAFETY: as above.
+        .map(|id| unsafe { std::mem::transmute::<*const u8, StepFunction>(address(id)) })
+        .collect();
+    let module = Mutex::new(Some(unit.module));
+    Ok(Program { module, regions, steps, scratch, tier: options.tier })
 }
 
 /// Cranelift's intermediate code of every function of a plan, as text.
@@ -181,6 +200,7 @@ fn failed(step: &str, error: &dyn std::fmt::Display) -> CodegenError {
 struct Emitted {
     functions: Vec<(String, FuncId, Function)>,
     regions: [FuncId; Region::ALL.len()],
+    steps: Vec<FuncId>,
     scratch: FuncId,
 }
 
@@ -276,7 +296,6 @@ impl<'p> Unit<'p> {
         let plan = self.plan;
         let mut functions = Vec::new();
         let mut steps: Vec<FuncId> = Vec::with_capacity(plan.steps().len());
-        let mut tails: Vec<Option<FuncId>> = Vec::with_capacity(plan.steps().len());
         let step_signature = self.signature(3, false);
         for (index, step) in plan.steps().iter().enumerate() {
             let tail = self.epilogue(index, step, &mut functions)?;
@@ -285,7 +304,6 @@ impl<'p> Unit<'p> {
             let function = self.step(index, step, tail, step_signature.clone());
             functions.push((format!("{name} {}", step.name), id, function));
             steps.push(id);
-            tails.push(tail);
         }
         let mut regions = [FuncId::from_u32(0); Region::ALL.len()];
         for region in Region::ALL {
@@ -300,7 +318,7 @@ impl<'p> Unit<'p> {
         let scratch = self.declare("scratch", &signature)?;
         let function = self.scratch(signature);
         functions.push(("scratch".to_owned(), scratch, function));
-        Ok(Emitted { functions, regions, scratch })
+        Ok(Emitted { functions, regions, steps, scratch })
     }
 
     /// The function that finishes blocks of a product.

@@ -396,10 +396,16 @@ fn pad(
     Ok(with_axis(x, axis, padded))
 }
 
+/// Most operands of a concat, the one op that takes any number: edges are searched one by one.
+const MAX_OPERANDS: usize = 1 << 16;
+
 fn concat(axis: usize, operands: Types) -> Result<TensorType, String> {
     let [first, ..] = operands else {
         return Err("takes at least one operand".to_owned());
     };
+    if operands.len() > MAX_OPERANDS {
+        return Err(format!("takes at most {MAX_OPERANDS} operands, not {}", operands.len()));
+    }
     let mut size = 0_usize;
     for x in operands {
         let part = fixed(axis_of(x, axis)?, "a concatenated axis")?;

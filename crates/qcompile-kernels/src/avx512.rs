@@ -29,6 +29,12 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn prefetch_near(address: *const u8) {
+        // SAFETY: a hint, which faults nowhere; every x86-64 CPU has the instruction.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+    }
+
+    #[inline(always)]
     unsafe fn transpose8(src: *const u32, src_stride: usize, dst: *mut u32, dst_stride: usize) {
         // SAFETY: the caller grants both blocks and the CPU.
         unsafe { crate::avx2::transpose8(src, src_stride, dst, dst_stride) }

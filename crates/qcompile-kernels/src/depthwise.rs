@@ -1,22 +1,76 @@
-//! Depthwise convolution: every channel by itself, lanes are channels.
+//! Depthwise convolution: every channel by itself, lanes are channels. The source is read in place, and
+//! taps that would meet padding are left out.
 //!
 //! int8 goes through f32: products and their sums are whole numbers below 2^24, so the sums are exact.
 
 use crate::buffer::{Buffer, Slot};
 use crate::conv::Convolution;
-use crate::geometry::{Geometry, Parts};
+use crate::geometry::{Geometry, Parts, Tap};
 use crate::lanes::{Lanes, Simd, Task};
 use crate::tile::ROW_GROUP;
-use crate::window::Window;
+use crate::window::Extent;
+use std::ops::Range;
+
+/// Most values of a unit, about: they stay in L2 until its rows are finished.
+const UNIT_VALUES: usize = 32 << 10;
 
 /// Parts of the target that make the units.
 pub(crate) fn parts(g: &Geometry) -> Parts {
-    Parts::new(g.batch, g.rows.target, g.columns.target, 256, 32)
+    let pixels = (UNIT_VALUES / g.groups.max(1)).clamp(ROW_GROUP, 256);
+    Parts::new(g.batch, g.rows.target, g.columns.target, pixels, 32)
 }
 
-/// All channels as one group, which is how the window sees them.
-fn ungrouped(g: &Geometry) -> Geometry {
-    Geometry { groups: 1, source_channels: g.groups, target_channels: g.groups, ..*g }
+/// One tap of a target row.
+#[derive(Clone, Copy)]
+pub(crate) struct Reach {
+    /// Numbers of the columns whose source column exists.
+    pub(crate) columns: (usize, usize),
+    /// From the row's first source value to that of column number 0.
+    pub(crate) offset: isize,
+    /// Position in the kernel.
+    pub(crate) position: usize,
+}
+
+/// The taps that reach from row number `row` of a phase, for source rows that begin at `first_row`.
+pub(crate) fn reaches(
+    g: &Geometry,
+    phases: (usize, usize),
+    row: usize,
+    first_row: usize,
+    channels: usize,
+    reaches: &mut Vec<Reach>,
+) {
+    reaches.clear();
+    let (height, width) = (g.rows.source as isize, g.columns.source as isize);
+    let count = g.columns.number(phases.1, g.columns.target) as isize;
+    let step = g.columns.step() as isize;
+    for down in g.rows.taps(phases.0) {
+        let source = (row * g.rows.step()) as isize + down.shift;
+        if source < 0 || source >= height {
+            continue;
+        }
+        for across in g.columns.taps(phases.1) {
+            let Tap { kernel, shift } = across;
+            // 0 <= number * step + shift < width
+            let begin = (-shift).max(0).unsigned_abs().div_ceil(step.unsigned_abs());
+            let end = (width - shift).max(0).unsigned_abs().div_ceil(step.unsigned_abs());
+            let end = end.min(count.unsigned_abs());
+            if begin < end {
+                reaches.push(Reach {
+                    columns: (begin, end),
+                    offset: ((source - first_row as isize) * width + shift) * channels as isize,
+                    position: down.kernel * g.kernel_width + kernel,
+                });
+            }
+        }
+    }
+}
+
+/// The columns that all taps reach.
+pub(crate) fn common(reaches: &[Reach], count: usize) -> Range<usize> {
+    let begin = reaches.iter().map(|reach| reach.columns.0).max().unwrap_or(0);
+    let end = reaches.iter().map(|reach| reach.columns.1).min().unwrap_or(count);
+    begin.min(count)..end.max(begin).min(count)
 }
 
 /// Packs the weights as f32 `[kernel position][channel]`.
@@ -64,168 +118,174 @@ impl<L: Lanes> Task for Compute<L> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let c = &self.convolution;
-        let g = ungrouped(&c.geometry);
-        let channels = g.source_channels;
-        let parts = parts(&c.geometry);
+        let g = &c.geometry;
+        let channels = g.groups;
+        let parts = parts(g);
         let direct = c.epilogue.is_none() && !L::INTEGER;
+        let (height, width) = (g.rows.source, g.columns.source);
+        let mut taps = Vec::new();
+        let mut some = Vec::new();
         for unit in self.begin..self.end {
             let part = parts.part(unit);
-            let (height, width) = (part.row_end - part.row_begin, g.columns.target);
-            let pixels = part.images * height * width;
-            let mut left = Buffer::take(Slot::Left, Window::words::<S::Real>(&g, &part, channels));
-            let held = if direct { 0 } else { pixels * channels };
-            let mut result = Buffer::take(Slot::Result, held);
-            let size = part.images * g.rows.source * g.columns.source * channels;
+            let rows = part.row_end - part.row_begin;
+            let pixels = part.images * rows * g.columns.target;
+            let mut result = Buffer::take(Slot::Result, if direct { 0 } else { pixels * channels });
+            let read = Extent::of(g, part.row_begin, part.row_end).source_rows(g);
+            let line = width * channels;
+            let size = read.len() * line;
             let mut widened = Buffer::take(Slot::Right, if L::INTEGER { size } else { 0 });
+            let mut scales = Buffer::take(Slot::Scales, if L::INTEGER { channels } else { 0 });
             // SAFETY: the part lies in source and target; the buffers were sized for it above.
             unsafe {
-                let image = g.rows.source * g.columns.source * channels;
-                let mut from_first = part;
-                let source = if L::INTEGER {
-                    // The window opens on f32 images; these begin with the part's first one.
-                    let from = c.source.add(part.image * image);
-                    let to = widened.words().cast::<f32>();
-                    for i in 0..size {
-                        *to.add(i) = real::<L>(from.add(i));
-                    }
-                    from_first.image = 0;
-                    to.cast_const()
-                } else {
-                    c.source.cast()
-                };
-                let window = Window::open::<S::Real>(
-                    &g,
-                    &from_first,
-                    source,
-                    channels,
-                    0..channels,
-                    &mut left,
-                );
                 let finish = c.finish(&part, 0..channels);
                 let out = if direct { finish.result } else { result.words().cast() };
-                for row_phase in 0..g.rows.phases() {
-                    for column_phase in 0..g.columns.phases() {
-                        for image in 0..part.images {
-                            let begin = g.rows.number(row_phase, part.row_begin);
-                            let end = g.rows.number(row_phase, part.row_end);
-                            for j in begin..end {
-                                let row = row_phase + j * g.rows.phases() - part.row_begin;
-                                let line = Line {
-                                    window: &window,
-                                    source: window.pixel(image, (j * g.rows.step()) as isize, 0),
-                                    weights: c.scratch.cast(),
-                                    out: out.add((image * height + row) * width * channels),
-                                    channels,
-                                };
-                                line.compute::<S>(&g, row_phase, column_phase);
-                            }
+                for image in 0..part.images {
+                    let from = c.source.add((part.image + image) * height * line);
+                    let (source, first_row) = if L::INTEGER {
+                        let to = widened.words().cast::<f32>();
+                        widen::<L>(from.add(read.start * line), size, to);
+                        (to.cast_const(), read.start)
+                    } else {
+                        (from.cast::<f32>(), 0)
+                    };
+                    for row_phase in 0..g.rows.phases() {
+                        let begin = g.rows.number(row_phase, part.row_begin);
+                        let end = g.rows.number(row_phase, part.row_end);
+                        for (j, phase) in (begin..end)
+                            .flat_map(|j| (0..g.columns.phases()).map(move |phase| (j, phase)))
+                        {
+                            reaches(g, (row_phase, phase), j, first_row, channels, &mut taps);
+                            let row =
+                                image * rows + row_phase + j * g.rows.phases() - part.row_begin;
+                            let line = Line {
+                                source,
+                                weights: c.scratch.cast(),
+                                out: out.add((row * g.columns.target + phase) * channels),
+                                channels,
+                                step: g.columns.step() * channels,
+                                apart: g.columns.phases() * channels,
+                            };
+                            let count = g.columns.number(phase, g.columns.target);
+                            line.compute::<S>(count, &taps, &mut some);
                         }
                     }
                 }
-                if !direct {
-                    for first in (0..pixels).step_by(ROW_GROUP) {
-                        let rows = ROW_GROUP.min(pixels - first);
-                        let block = out.add(first * channels);
-                        if let Some(scales) = c.scales {
-                            for r in 0..rows {
-                                let image = part.image + (first + r) / (height * width);
-                                let left = *scales.source.add(image * scales.source_stride);
-                                for ch in 0..channels {
-                                    let right = *scales.weight.add(ch * scales.weight_stride);
-                                    *block.add(r * channels + ch) *= left * right;
-                                }
+                if direct {
+                    continue;
+                }
+                let right = scales.words().cast::<f32>();
+                if let Some(scales) = c.scales {
+                    for ch in 0..channels {
+                        *right.add(ch) = *scales.weight.add(ch * scales.weight_stride);
+                    }
+                }
+                for first in (0..pixels).step_by(ROW_GROUP) {
+                    let count = ROW_GROUP.min(pixels - first);
+                    let block = out.add(first * channels);
+                    if let Some(scales) = c.scales {
+                        for r in 0..count {
+                            let image = (first + r) / (rows * g.columns.target);
+                            let image = (part.image + image) * scales.source_stride;
+                            let left = *scales.source.add(image);
+                            let row = block.add(r * channels);
+                            for ch in 0..channels {
+                                *row.add(ch) *= left * *right.add(ch);
                             }
                         }
-                        finish.rows(block.cast(), channels, first, rows);
                     }
+                    finish.rows(block.cast(), channels, first, count);
                 }
             }
         }
     }
 }
 
-/// One target row of one phase.
-struct Line<'a> {
-    window: &'a Window,
-    source: *const u32,
+/// Turns elements into f32.
+#[inline(always)]
+unsafe fn widen<L: Lanes>(from: *const L::Element, count: usize, to: *mut f32) {
+    // SAFETY: the caller grants both; called for i8 only.
+    unsafe {
+        let from = std::slice::from_raw_parts(from.cast::<i8>(), count);
+        let to = std::slice::from_raw_parts_mut(to, count);
+        for (to, from) in to.iter_mut().zip(from) {
+            *to = f32::from(*from);
+        }
+    }
+}
+
+/// The columns of one phase in one target row.
+struct Line {
+    /// What the taps' offsets count from.
+    source: *const f32,
     weights: *const f32,
     out: *mut f32,
     channels: usize,
+    /// From one column's source to the next one's.
+    step: usize,
+    /// From one column's place to the next one's.
+    apart: usize,
 }
 
-impl Line<'_> {
+impl Line {
     #[inline(always)]
-    unsafe fn compute<S: Simd>(&self, g: &Geometry, row_phase: usize, column_phase: usize) {
-        let lanes = S::Real::LANES;
-        let mut column = column_phase;
-        let step = g.columns.step() * self.window.pixel_pitch;
-        let mut source = self.source;
+    unsafe fn compute<S: Simd>(&self, count: usize, taps: &[Reach], some: &mut Vec<Reach>) {
+        let inner = common(taps, count);
         // SAFETY: granted by the caller.
         unsafe {
-            while column < g.columns.target {
-                let left = (g.columns.target - column).div_ceil(g.columns.phases());
-                let pixels = if left >= 4 { 4 } else { 1 };
-                let mut channel = 0;
-                while channel + lanes <= self.channels {
-                    if pixels == 4 {
-                        self.tile::<S, 4>(g, row_phase, column_phase, column, channel, source);
-                    } else {
-                        self.tile::<S, 1>(g, row_phase, column_phase, column, channel, source);
-                    }
-                    channel += lanes;
-                }
-                for p in 0..pixels {
-                    for channel in channel..self.channels {
-                        let from = source.wrapping_add(p * step + channel);
-                        let mut sum = 0.0_f32;
-                        for down in g.rows.taps(row_phase) {
-                            for across in g.columns.taps(column_phase) {
-                                let at = self.window.offset(down.shift, across.shift);
-                                let x = from.wrapping_offset(at).cast::<f32>().read();
-                                let position = down.kernel * g.kernel_width + across.kernel;
-                                sum += x * *self.weights.add(position * self.channels + channel);
-                            }
-                        }
-                        let to = (column + p * g.columns.phases()) * self.channels + channel;
-                        *self.out.add(to) = sum;
-                    }
-                }
-                column += pixels * g.columns.phases();
-                source = source.wrapping_add(pixels * step);
+            for column in (0..inner.start).chain(inner.end..count) {
+                some.clear();
+                let reached = |tap: &&Reach| (tap.columns.0..tap.columns.1).contains(&column);
+                some.extend(taps.iter().filter(reached));
+                self.pixels::<S, 1>(column, some);
+            }
+            let mut column = inner.start;
+            while column + 4 <= inner.end {
+                self.pixels::<S, 4>(column, taps);
+                column += 4;
+            }
+            while column < inner.end {
+                self.pixels::<S, 1>(column, taps);
+                column += 1;
             }
         }
     }
 
+    /// Computes `P` columns, which all taps reach.
     #[inline(always)]
-    unsafe fn tile<S: Simd, const P: usize>(
-        &self,
-        g: &Geometry,
-        row_phase: usize,
-        column_phase: usize,
-        column: usize,
-        channel: usize,
-        source: *const u32,
-    ) {
-        let step = g.columns.step() * self.window.pixel_pitch;
+    unsafe fn pixels<S: Simd, const P: usize>(&self, column: usize, taps: &[Reach]) {
+        let lanes = S::Real::LANES;
+        let source = self.source.wrapping_add(column * self.step);
         // SAFETY: granted by the caller.
         unsafe {
-            let from = source.wrapping_add(channel);
-            let mut sums = [S::Real::zero(); P];
-            for down in g.rows.taps(row_phase) {
-                for across in g.columns.taps(column_phase) {
-                    let at = self.window.offset(down.shift, across.shift);
-                    let position = down.kernel * g.kernel_width + across.kernel;
-                    let weight = self.weights.add(position * self.channels + channel);
+            let out = self.out.add(column * self.apart);
+            let mut channel = 0;
+            while channel + lanes <= self.channels {
+                let from = source.wrapping_add(channel);
+                let mut sums = [S::Real::zero(); P];
+                for tap in taps {
+                    let weight = self.weights.add(tap.position * self.channels + channel);
                     let weight = S::Real::load(weight.cast());
+                    let from = from.wrapping_offset(tap.offset);
                     for (p, sum) in sums.iter_mut().enumerate() {
-                        let x = S::Real::load(from.wrapping_offset(at).wrapping_add(p * step));
+                        let x = S::Real::load(from.wrapping_add(p * self.step).cast());
                         *sum = S::Real::dot(*sum, x, weight);
                     }
                 }
+                for (p, &sum) in sums.iter().enumerate() {
+                    S::Real::store(out.add(p * self.apart + channel).cast(), sum);
+                }
+                channel += lanes;
             }
-            for (p, &sum) in sums.iter().enumerate() {
-                let to = (column + p * g.columns.phases()) * self.channels + channel;
-                S::Real::store(self.out.add(to).cast(), sum);
+            for channel in channel..self.channels {
+                for p in 0..P {
+                    let from = source.wrapping_add(p * self.step + channel);
+                    let mut sum = 0.0_f32;
+                    for tap in taps {
+                        let weight = *self.weights.add(tap.position * self.channels + channel);
+                        sum += *from.wrapping_offset(tap.offset) * weight;
+                    }
+                    *out.add(p * self.apart + channel) = sum;
+                }
             }
         }
     }

@@ -213,6 +213,30 @@ impl Parts {
         Parts { batch, height, images, rows }
     }
 
+    /// Larger parts where they waste less of tiles that are `tile` pixels high: up to `pixels` pixels in a
+    /// part, and no fewer than `least` parts.
+    pub(crate) fn filling(self, tile: usize, width: usize, pixels: usize, least: usize) -> Parts {
+        let padded = |parts: &Parts| -> usize {
+            // Sizes of the parts: full ones, and a rest of images or of rows.
+            let whole = |images: usize, rows: usize| (images * rows * width).next_multiple_of(tile);
+            let images = self.batch / parts.images * whole(parts.images, parts.rows)
+                + whole(self.batch % parts.images, parts.rows);
+            let rest = self.height % parts.rows;
+            images * (self.height / parts.rows) + self.batch * whole(1, rest)
+        };
+        let images = (1..=self.batch).map(|images| Parts { images, rows: self.height, ..self });
+        let rows = (1..=self.height).rev().map(|rows| Parts { images: 1, rows, ..self });
+        let fits = |parts: &Parts| {
+            let size = parts.images * parts.rows * width;
+            size <= pixels && parts.count() >= least.min(self.count())
+        };
+        let current = padded(&self);
+        // A few percent are not worth a change.
+        let candidates = images.take_while(|p| p.images * p.rows * width <= pixels).chain(rows);
+        let best = candidates.filter(fits).min_by_key(padded);
+        best.filter(|best| padded(best) * 33 <= current * 32).unwrap_or(self)
+    }
+
     /// Number of parts.
     pub(crate) fn count(&self) -> usize {
         self.batch.div_ceil(self.images) * self.height.div_ceil(self.rows)
@@ -241,17 +265,34 @@ mod tests {
             [(1, 1, 1), (7, 8, 8), (128, 7, 7), (2, 224, 224), (3, 5, 700)]
         {
             let parts = Parts::new(batch, height, width, 192, 32);
-            let mut seen = vec![0; batch * height];
-            for index in 0..parts.count() {
-                let part = parts.part(index);
-                assert!(part.images == 1 || part.row_end - part.row_begin == height);
-                for image in part.image..part.image + part.images {
-                    for row in part.row_begin..part.row_end {
-                        seen[image * height + row] += 1;
+            for parts in [parts, parts.filling(12, width, 240, 8)] {
+                let mut seen = vec![0; batch * height];
+                for index in 0..parts.count() {
+                    let part = parts.part(index);
+                    assert!(part.images == 1 || part.row_end - part.row_begin == height);
+                    for image in part.image..part.image + part.images {
+                        for row in part.row_begin..part.row_end {
+                            seen[image * height + row] += 1;
+                        }
                     }
                 }
+                assert!(seen.iter().all(|&n| n == 1), "{batch} x {height} x {width}");
             }
-            assert!(seen.iter().all(|&n| n == 1), "{batch} x {height} x {width}");
         }
+    }
+
+    #[test]
+    fn parts_fill_tiles() {
+        // Images of 64 pixels: one is 5 tiles of 12 and a third, three are 16.
+        let parts = Parts::new(32, 8, 8, 192, 32);
+        assert_eq!((parts.images, parts.rows), (1, 8));
+        let filled = parts.filling(12, 8, 240, 8);
+        assert_eq!((filled.images, filled.rows, filled.count()), (3, 8, 11));
+        // Few images stay apart, so that threads have something to share.
+        let filled = Parts::new(8, 8, 8, 192, 32).filling(12, 8, 240, 8);
+        assert_eq!(filled.count(), 8 * filled.height.div_ceil(filled.rows));
+        // Half of an image of 196 pixels is 9 tiles for 8 and a sixth; the whole is 17 for 16 and a third.
+        let filled = Parts::new(16, 14, 14, 192, 32).filling(12, 14, 240, 8);
+        assert_eq!((filled.images, filled.rows), (1, 14));
     }
 }

@@ -7,6 +7,7 @@
 use crate::Primitive;
 use crate::args::Conv2dGradWeightArgs;
 use crate::buffer::{Buffer, Slot};
+use crate::depthwise::{self, Reach};
 use crate::geometry::{Geometry, Part, Parts};
 use crate::lanes::{Lanes, Simd, Task};
 use crate::pack::{self, Right, Source};
@@ -312,6 +313,9 @@ impl Outer {
     }
 }
 
+/// Most taps whose sums one sweep over a row keeps in registers: those of a 3 x 3 kernel.
+const MOST_TAPS: usize = 9;
+
 /// Partial sums of a depthwise convolution: rows are kernel positions, columns are channels.
 struct Depthwise {
     args: Conv2dGradWeightArgs,
@@ -323,72 +327,106 @@ struct Depthwise {
 impl Task for Depthwise {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let (cut, args) = (&self.cut, &self.args);
-        let channels = cut.g.groups;
-        let g =
-            Geometry { groups: 1, source_channels: channels, target_channels: channels, ..cut.g };
-        let lanes = S::Real::LANES;
+        let (cut, args, g) = (&self.cut, &self.args, &self.cut.g);
+        let channels = g.groups;
+        let mut taps = Vec::new();
         for chunk in self.begin..self.end {
-            let images = cut.images(chunk);
-            let strips = strips(cut, images.len());
-            // SAFETY: rows lie in the partial sums; the buffers are sized for each strip.
+            // SAFETY: rows lie in the partial sums, taps in the source.
             unsafe {
                 let partial = args.scratch.cast::<f32>().add(cut.partial(chunk, 0, 0));
                 partial.write_bytes(0, g.kernel * cut.stride);
-                for index in 0..strips.count() {
-                    let mut part = strips.part(index);
-                    part.image += images.start;
-                    let words = Window::words::<S::Real>(&g, &part, channels);
-                    let mut left = Buffer::take(Slot::Left, words);
-                    let window = Window::open::<S::Real>(
-                        &g,
-                        &part,
-                        args.x,
-                        channels,
-                        0..channels,
-                        &mut left,
-                    );
-                    let step = g.columns.step() * window.pixel_pitch;
-                    for image in 0..part.images {
-                        for row in part.row_begin..part.row_end {
-                            let line = ((part.image + image) * g.rows.target + row)
-                                * g.columns.target
-                                * channels;
-                            let dy = args.dy.add(line);
-                            let source = window.pixel(image, (row * g.rows.step()) as isize, 0);
-                            for down in g.rows.taps(0) {
-                                for across in g.columns.taps(0) {
-                                    let position = down.kernel * g.kernel_width + across.kernel;
-                                    let out = partial.add(position * cut.stride);
-                                    let shift = window.offset(down.shift, across.shift);
-                                    let x = source.wrapping_offset(shift);
-                                    let mut channel = 0;
-                                    while channel + lanes <= channels {
-                                        let mut sum = S::Real::load(out.add(channel).cast());
-                                        for column in 0..g.columns.target {
-                                            let a = x.wrapping_add(column * step + channel);
-                                            let b = dy.add(column * channels + channel);
-                                            sum = S::Real::dot(
-                                                sum,
-                                                S::Real::load(a),
-                                                S::Real::load(b.cast()),
-                                            );
-                                        }
-                                        S::Real::store(out.add(channel).cast(), sum);
-                                        channel += lanes;
-                                    }
-                                    for channel in channel..channels {
-                                        let mut sum = *out.add(channel);
-                                        for column in 0..g.columns.target {
-                                            let a = x.wrapping_add(column * step + channel);
-                                            let b = dy.add(column * channels + channel);
-                                            sum += a.cast::<f32>().read() * *b;
-                                        }
-                                        *out.add(channel) = sum;
-                                    }
+                for image in cut.images(chunk) {
+                    let x = args.x.add(image * g.rows.source * g.columns.source * channels);
+                    for row in 0..g.rows.target {
+                        let at = (image * g.rows.target + row) * g.columns.target * channels;
+                        let line = Line {
+                            x,
+                            dy: args.dy.add(at),
+                            sums: partial,
+                            stride: cut.stride,
+                            channels,
+                            step: g.columns.step() * channels,
+                        };
+                        depthwise::reaches(g, (0, 0), row, 0, channels, &mut taps);
+                        for taps in taps.chunks(MOST_TAPS) {
+                            if let Ok(taps) = taps.try_into() {
+                                line.add::<S, MOST_TAPS>(taps);
+                                continue;
+                            }
+                            let mut threes = taps.chunks_exact(3);
+                            for taps in &mut threes {
+                                if let Ok(taps) = taps.try_into() {
+                                    line.add::<S, 3>(taps);
                                 }
                             }
+                            for &tap in threes.remainder() {
+                                line.add::<S, 1>(&[tap]);
+                            }
                         }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// One row of output pixels.
+struct Line {
+    /// What the taps' offsets count from.
+    x: *const f32,
+    dy: *const f32,
+    /// Sums of kernel position 0.
+    sums: *mut f32,
+    /// From one position's sums to the next one's.
+    stride: usize,
+    channels: usize,
+    /// From one column's source to the next one's.
+    step: usize,
+}
+
+impl Line {
+    /// Adds the row's products for some taps.
+    #[inline(always)]
+    unsafe fn add<S: Simd, const T: usize>(&self, taps: &[Reach; T]) {
+        let lanes = S::Real::LANES;
+        let inner = depthwise::common(taps, usize::MAX);
+        // SAFETY: granted by the caller.
+        unsafe {
+            let mut channel = 0;
+            while channel + lanes <= self.channels {
+                let (x, dy) = (self.x.wrapping_add(channel), self.dy.add(channel));
+                let out = |tap: &Reach| self.sums.add(tap.position * self.stride + channel);
+                let mut sums = [S::Real::zero(); T];
+                for (sum, tap) in sums.iter_mut().zip(taps) {
+                    *sum = S::Real::load(out(tap).cast());
+                    let (begin, end) = tap.columns;
+                    let (before, after) = (inner.start.min(end), inner.end.max(begin));
+                    for column in (begin..before).chain(after.max(before)..end) {
+                        let from = x.wrapping_offset(tap.offset).wrapping_add(column * self.step);
+                        let b = S::Real::load(dy.add(column * self.channels).cast());
+                        *sum = S::Real::dot(*sum, S::Real::load(from.cast()), b);
+                    }
+                }
+                for column in inner.clone() {
+                    let b = S::Real::load(dy.add(column * self.channels).cast());
+                    let from = x.wrapping_add(column * self.step);
+                    for (sum, tap) in sums.iter_mut().zip(taps) {
+                        let a = S::Real::load(from.wrapping_offset(tap.offset).cast());
+                        *sum = S::Real::dot(*sum, a, b);
+                    }
+                }
+                for (&sum, tap) in sums.iter().zip(taps) {
+                    S::Real::store(out(tap).cast(), sum);
+                }
+                channel += lanes;
+            }
+            for channel in channel..self.channels {
+                for tap in taps {
+                    let out = self.sums.add(tap.position * self.stride + channel);
+                    let x = self.x.wrapping_offset(tap.offset).wrapping_add(channel);
+                    for column in tap.columns.0..tap.columns.1 {
+                        let a = *x.wrapping_add(column * self.step);
+                        *out += a * *self.dy.add(column * self.channels + channel);
                     }
                 }
             }

@@ -23,6 +23,10 @@ pub(crate) trait Simd: Copy + 'static {
     #[inline(always)]
     fn prefetch(_address: *const u8) {}
 
+    /// The same, for the first level of the cache.
+    #[inline(always)]
+    fn prefetch_near(_address: *const u8) {}
+
     /// Transposes an 8 x 8 block of words: `dst[j * dst_stride + i] = src[i * src_stride + j]`.
     ///
     /// # Safety

@@ -14,6 +14,7 @@ mod avx512;
 mod buffer;
 mod conv;
 mod depthwise;
+mod direct;
 mod gather;
 mod geometry;
 mod grad_weight;

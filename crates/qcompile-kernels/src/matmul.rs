@@ -183,9 +183,23 @@ impl Cut {
             (if whole { p.m.max(1) } else { BLOCK_ROWS }, BLOCK_COLUMNS / width);
         let units =
             |rows: usize, columns: usize| p.batch * p.m.div_ceil(rows) * count.div_ceil(columns);
+        let adjacent = p.a_strides[2] == 1 || p.k <= 1;
+        let left = match (L::GROUP == 1, adjacent) {
+            (true, true) => LeftForm::InPlace,
+            // A single panel reads A once, which is no more than packing does.
+            (true, false) if count <= 1 => LeftForm::InPlace,
+            (_, false) => LeftForm::Groups,
+            (false, true) => LeftForm::Rows,
+        };
+        let in_place = left == LeftForm::InPlace;
         let narrowest = if whole { 1 } else { 4 };
         let fits = |columns: usize| !whole || panels.k * columns * width <= ALONE_WORDS;
-        while columns > narrowest && !(units(rows, columns) >= WANTED_UNITS && fits(columns)) {
+        // Fewer units will do where each packs its rows of A for itself.
+        let enough = |columns: usize| {
+            let wanted = if count <= columns && !in_place { LEAST_UNITS } else { WANTED_UNITS };
+            units(rows, columns) >= wanted && fits(columns)
+        };
+        while columns > narrowest && !enough(columns) {
             columns /= 2;
         }
         while units(rows, columns) < LEAST_UNITS && rows > 2 * ROW_GROUP {
@@ -197,17 +211,8 @@ impl Cut {
         let row_blocks = p.m.div_ceil(rows.max(1));
         let columns = count.div_ceil(count.div_ceil(columns).max(1));
         let column_blocks = if count == 0 { 0 } else { count.div_ceil(columns) };
-        let adjacent = p.a_strides[2] == 1 || p.k <= 1;
-        let left = match (L::GROUP == 1, adjacent) {
-            (true, true) => LeftForm::InPlace,
-            // A single panel reads A once, which is no more than packing does.
-            (true, false) if count <= 1 => LeftForm::InPlace,
-            (_, false) => LeftForm::Groups,
-            (false, true) => LeftForm::Rows,
-        };
         let copies = |stride: usize| if stride == 0 { 1 } else { p.batch };
         let (left_copies, right_copies) = (copies(p.a_strides[0]), copies(p.b_strides[0]));
-        let in_place = left == LeftForm::InPlace;
         let left_alone = !in_place && column_blocks <= 1 && left_copies == p.batch;
         let right_alone = row_blocks <= 1 && right_copies == p.batch;
         Cut {
@@ -301,14 +306,16 @@ impl<L: Lanes> Task for Pack<L> {
                     pack_right::<L>(&p, copy, skip, part, panels, to);
                     unit += panels;
                 } else {
-                    let groups = p.m.div_ceil(ROW_GROUP);
-                    let (copy, group) =
-                        ((unit - right_units) / groups, (unit - right_units) % groups);
+                    // As many groups of one matrix as are asked for, side by side.
+                    let all = p.m.div_ceil(ROW_GROUP);
+                    let (copy, group) = ((unit - right_units) / all, (unit - right_units) % all);
+                    let groups = (end - unit).min(all - group).min(BLOCK_ROWS / ROW_GROUP);
                     let (row, words) = (group * ROW_GROUP, cut.panels.k);
                     let to = cut.right_copies * cut.panels.words::<L>() + copy * cut.left_words;
                     let to = p.scratch.add(to + row * words);
-                    pack_left::<L>(&p, cut.left, copy, row, ROW_GROUP.min(p.m - row), to);
-                    unit += 1;
+                    let rows = (groups * ROW_GROUP).min(p.m - row);
+                    pack_left::<L>(&p, cut.left, copy, row, rows, to);
+                    unit += groups;
                 }
             }
         }
@@ -355,28 +362,40 @@ unsafe fn pack_right<L: Lanes>(
     }
 }
 
-/// Packs a group of rows of A.
+/// Packs `count` rows of A from `row` on, by groups where the form says so.
 #[inline(always)]
 unsafe fn pack_left<L: Lanes>(
     p: &Product<L::Element>,
     form: LeftForm,
     matrix: usize,
     row: usize,
-    live: usize,
+    count: usize,
     to: *mut u32,
 ) {
+    let words = p.k.div_ceil(L::GROUP);
     // SAFETY: granted by the caller.
     unsafe {
         let from = p.a.add(matrix * p.a_strides[0] + row * p.a_strides[1]);
         if form == LeftForm::Rows {
-            let words = p.k.div_ceil(L::GROUP);
-            for r in 0..live {
+            for r in 0..count {
                 pack::row::<L, Left>(from.add(r * p.a_strides[1]), p.k, to.add(r * words));
             }
-        } else {
-            let source =
-                Source { first: from, k_stride: p.a_strides[2], column_stride: p.a_strides[1] };
-            pack::interleave::<L, Left>(source, p.k, live, to, ROW_GROUP);
+            return;
+        }
+        // Groups side by side, so that a row of the transposed A is read as far as the rows go.
+        for word in (0..words).step_by(PACK_WORDS) {
+            let k = word * L::GROUP;
+            let length = (PACK_WORDS * L::GROUP).min(p.k - k);
+            for first in (0..count).step_by(ROW_GROUP) {
+                let source = Source {
+                    first: from.add(k * p.a_strides[2] + first * p.a_strides[1]),
+                    k_stride: p.a_strides[2],
+                    column_stride: p.a_strides[1],
+                };
+                let live = ROW_GROUP.min(count - first);
+                let to = to.add(first * words + word * ROW_GROUP);
+                pack::interleave::<L, Left>(source, length, live, to, ROW_GROUP);
+            }
         }
     }
 }
@@ -453,10 +472,7 @@ impl<L: Lanes> Compute<L> {
             };
             let left = if cut.left_alone {
                 let to = left.words();
-                for first in (0..rows).step_by(ROW_GROUP) {
-                    let live = ROW_GROUP.min(rows - first);
-                    pack_left::<L>(p, cut.left, matrix, row + first, live, to.add(first * words));
-                }
+                pack_left::<L>(p, cut.left, matrix, row, rows, to);
                 to.cast_const()
             } else {
                 let copy = if cut.left_copies == 1 { 0 } else { matrix };

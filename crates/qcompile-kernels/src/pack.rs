@@ -111,7 +111,7 @@ pub(crate) unsafe fn interleave<L: Lanes, S: Side>(
                 let out = to.add(w * width);
                 if live == L::GROUP && from.column_stride == 1 {
                     if L::GROUP == 1 {
-                        std::ptr::copy_nonoverlapping(line.cast(), out, columns);
+                        copy(line.cast(), out, columns);
                         continue;
                     }
                     for c in 0..columns {
@@ -137,6 +137,20 @@ pub(crate) unsafe fn interleave<L: Lanes, S: Side>(
             for c in columns..width {
                 *to.add(w * width + c) = zero;
             }
+        }
+    }
+}
+
+/// Copies words; the widths of full panels and row groups without a call.
+#[inline(always)]
+unsafe fn copy(from: *const u32, to: *mut u32, words: usize) {
+    // SAFETY: granted by the caller.
+    unsafe {
+        match words {
+            16 => to.cast::<[u32; 16]>().write_unaligned(from.cast::<[u32; 16]>().read_unaligned()),
+            24 => to.cast::<[u32; 24]>().write_unaligned(from.cast::<[u32; 24]>().read_unaligned()),
+            32 => to.cast::<[u32; 32]>().write_unaligned(from.cast::<[u32; 32]>().read_unaligned()),
+            _ => std::ptr::copy_nonoverlapping(from, to, words),
         }
     }
 }

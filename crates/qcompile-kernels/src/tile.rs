@@ -5,7 +5,7 @@
 //! vectors' width: an optional header row, then one row of words for each word of K.
 
 use crate::args::Epilogue;
-use crate::lanes::Lanes;
+use crate::lanes::{Lanes, Simd};
 
 /// Rows are handled in groups of this many, a multiple of every tile height.
 pub(crate) const ROW_GROUP: usize = 24;
@@ -67,6 +67,15 @@ pub(crate) unsafe fn tile<L: Lanes, const R: usize, const N: usize>(t: &Tile) {
             *row = *t.rows.add(i);
         }
         let mut sums = [[L::zero(); N]; R];
+        if !matches!(t.start, Start::Resume) {
+            // The output is written much later, and may be far away.
+            for i in 0..R {
+                let out = (*t.outs.add(i)).wrapping_add(t.column);
+                for j in 0..N {
+                    L::Tier::prefetch_near(out.wrapping_add(j * L::LANES).cast());
+                }
+            }
+        }
         match t.start {
             Start::Zero => {}
             Start::Header(header) => {

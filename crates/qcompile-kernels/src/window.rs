@@ -35,6 +35,14 @@ impl Extent {
         }
     }
 
+    /// The source rows of the extent that exist.
+    pub(crate) fn source_rows(&self, geometry: &Geometry) -> std::ops::Range<usize> {
+        let height = geometry.rows.source as isize;
+        let begin = self.row.clamp(0, height) as usize;
+        let end = (self.row + self.rows as isize).clamp(0, height) as usize;
+        begin..end.max(begin)
+    }
+
     /// Whether the source can be read in place.
     pub(crate) fn in_place<L: Lanes>(&self) -> bool {
         self.inside && L::GROUP == 1
@@ -68,13 +76,10 @@ impl Ahead {
 
     /// The source rows of a part, all channels of them.
     pub(crate) fn source<E>(g: &Geometry, part: &Part, source: *const E, total: usize) -> Ahead {
-        let extent = Extent::of(g, part.row_begin, part.row_end);
-        let height = g.rows.source as isize;
-        let begin = extent.row.clamp(0, height) as usize;
-        let end = (extent.row + extent.rows as isize).clamp(0, height) as usize;
-        let rows = (part.images - 1) * g.rows.source + end - begin;
+        let read = Extent::of(g, part.row_begin, part.row_end).source_rows(g);
+        let rows = (part.images - 1) * g.rows.source + read.len();
         let line = g.columns.source * total;
-        let first = (part.image * g.rows.source + begin) * line;
+        let first = (part.image * g.rows.source + read.start) * line;
         Ahead::of(source.wrapping_add(first), rows * line)
     }
 

@@ -104,7 +104,8 @@ impl Draft {
     pub(crate) fn select(&mut self, condition: ValueId, a: ValueId, b: ValueId) -> Result<ValueId> {
         let [a, b] = self.broadcast_pair(a, b)?;
         let [condition, a] = self.broadcast_pair(condition, a)?;
-        let b = self.broadcast(b, &self.dims(a).to_vec())?;
+        let dims = self.dims(a).to_vec();
+        let b = self.broadcast(b, &dims)?;
         self.emit(Op::Select, &[condition, a, b])
     }
 

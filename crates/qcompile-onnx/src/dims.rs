@@ -174,12 +174,8 @@ fn batch_symbol(inputs: &[Input], given: &BTreeMap<(&str, usize), usize>) -> BTr
             };
             all.insert(symbol.clone());
             let nameless = *symbol == format!("{}.{axis}", input.name);
-            if axis == 0 {
-                if nameless {
-                    batch.insert(symbol.clone());
-                } else if *first.get_or_insert(symbol) == symbol {
-                    batch.insert(symbol.clone());
-                }
+            if axis == 0 && (nameless || *first.get_or_insert(symbol) == symbol) {
+                batch.insert(symbol.clone());
             }
         }
     }

@@ -12,6 +12,8 @@ pub struct Limits {
     pub bytes: usize,
     /// Nodes, those in subgraphs and functions included.
     pub nodes: usize,
+    /// Inputs and outputs of all nodes together.
+    pub edges: usize,
     /// Tensors: initializers and attributes.
     pub tensors: usize,
     /// Attributes of all nodes.
@@ -29,6 +31,7 @@ impl Default for Limits {
         Limits {
             bytes: (1 << 31) - 1,
             nodes: 200_000,
+            edges: 1_000_000,
             tensors: 200_000,
             attributes: 2_000_000,
             nesting: 64,
@@ -43,6 +46,8 @@ impl Default for Limits {
 pub struct Census {
     /// Nodes, those in subgraphs and functions included.
     pub nodes: usize,
+    /// Inputs and outputs of all nodes together.
+    pub edges: usize,
     /// Tensors: initializers and attributes.
     pub tensors: usize,
     /// Attributes of all nodes.
@@ -233,6 +238,11 @@ pub fn scan(bytes: &[u8], limits: &Limits) -> Result<Census, ImportError> {
                         census.enter(inner, limits)?;
                         // A growing vector holds up to twice its elements.
                         inner.decoded_size() * 2
+                    }
+                    Content::Bytes if message == Message::Node && matches!(number, 1 | 2) => {
+                        census.edges += 1;
+                        check("inputs and outputs of nodes", census.edges, limits.edges)?;
+                        length + STRING * 2
                     }
                     Content::Bytes => length + STRING * 2,
                     // A packed varint is at least one byte.

@@ -109,10 +109,10 @@ impl<'g> Builder<'g> {
         } else {
             format!("const.{value}.{dtype}")
         };
-        if let Some(found) = self.graph.find(&name) {
-            if matches!(self.graph.op(found), Op::Const(held) if **held == tensor) {
-                return Ok(found);
-            }
+        if let Some(found) = self.graph.find(&name)
+            && matches!(self.graph.op(found), Op::Const(held) if **held == tensor)
+        {
+            return Ok(found);
         }
         // Leaves belong to the first region, so that every region may use them.
         Ok(self.graph.add(Op::Const(Arc::new(tensor)), &[], name, Region::Forward)?)

@@ -154,7 +154,7 @@ impl Plan {
     }
 
     /// The plan in these bytes, built and verified. Safe for bytes of any origin; memory is bounded by a small
-    /// multiple of their number.
+    /// multiple of their number, beside the elements that a graph may make by `splat` (2^28).
     ///
     /// # Errors
     /// [`FileError`]: foreign, another version, damaged anywhere, or a graph that is not valid.
@@ -163,12 +163,7 @@ impl Plan {
         let damaged = |what: &str| FileError::Damaged(what.to_owned());
         let head = Head::decode(head).map_err(|_| damaged("section head"))?;
         let index = Index::decode(index).map_err(|_| damaged("section index"))?;
-        let tensors = index
-            .tensors
-            .iter()
-            .map(|entry| Some((entry.digest, Arc::new(tensor(entry, data)?))))
-            .collect::<Option<BTreeMap<u64, Arc<Tensor>>>>()
-            .ok_or_else(|| damaged("a tensor leaves its section"))?;
+        let tensors = tensors(&index, data).ok_or_else(|| damaged("a tensor is out of place"))?;
         let batch_size = usize::try_from(head.batch_size).map_err(|_| damaged("batch size"))?;
         let plan = |section: &[u8]| -> Result<Plan, FileError> {
             let text = std::str::from_utf8(section).map_err(|_| damaged("a graph is not text"))?;
@@ -193,12 +188,20 @@ impl Plan {
     }
 }
 
-fn tensor(entry: &Entry, data: &[u8]) -> Option<Tensor> {
-    let dtype: DType = entry.dtype.parse().ok()?;
-    let shape = entry.shape.iter().map(|&dim| usize::try_from(dim).ok()).collect::<Option<_>>()?;
-    let start = usize::try_from(entry.offset).ok()?;
-    let end = start.checked_add(usize::try_from(entry.length).ok()?)?;
-    Tensor::from_bytes(dtype, shape, data.get(start..end)?.to_vec())
+/// The tensors by digest. None may share bytes with another: a file would name more than it holds.
+fn tensors(index: &Index, data: &[u8]) -> Option<BTreeMap<u64, Arc<Tensor>>> {
+    let mut tensors = BTreeMap::new();
+    let mut free = 0;
+    for entry in &index.tensors {
+        let dtype: DType = entry.dtype.parse().ok()?;
+        let shape =
+            entry.shape.iter().map(|&dim| usize::try_from(dim).ok()).collect::<Option<_>>()?;
+        let start = usize::try_from(entry.offset).ok().filter(|&start| start >= free)?;
+        free = start.checked_add(usize::try_from(entry.length).ok()?)?;
+        let tensor = Tensor::from_bytes(dtype, shape, data.get(start..free)?.to_vec())?;
+        tensors.insert(entry.digest, Arc::new(tensor));
+    }
+    Some(tensors)
 }
 
 fn word(bytes: &[u8], at: usize) -> u32 {

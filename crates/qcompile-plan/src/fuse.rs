@@ -5,6 +5,7 @@
 //! it. Elementwise nodes join a matmul or convolution as its epilogue under the same conditions.
 
 use crate::build::PlanError;
+use crate::merge::merge;
 use crate::view::View;
 use qcompile_ir::{DType, Dim, Graph, NodeId, Op, Region};
 use std::collections::BTreeMap;
@@ -85,6 +86,12 @@ impl BitSet {
         })
     }
 
+    pub(crate) fn remove(&mut self, bit: usize) {
+        if let Some(word) = self.0.get_mut(bit / 64) {
+            *word &= !(1 << (bit % 64));
+        }
+    }
+
     pub(crate) fn union(&mut self, other: &BitSet) {
         if self.0.len() < other.0.len() {
             self.0.resize(other.0.len(), 0);
@@ -96,8 +103,8 @@ impl BitSet {
 }
 
 /// Registers are few: a kernel with more operands than this spills more than it saves.
-const MAX_READS: usize = 20;
-const MAX_MEMBERS: usize = 64;
+pub(crate) const MAX_READS: usize = 20;
+pub(crate) const MAX_MEMBERS: usize = 64;
 /// How many recent groups of the same domain are tried.
 const MAX_CANDIDATES: usize = 12;
 /// What each group needs is kept as a set of groups, which takes memory and time by the square of their number.
@@ -128,6 +135,7 @@ pub(crate) fn fuse(graph: &Graph, order: &[NodeId], views: Vec<View>) -> Result<
             return Err(PlanError::TooLarge { limit: MAX_GROUPS });
         }
     }
+    merge(graph, order, &mut fusion);
     Ok(fusion)
 }
 
@@ -318,17 +326,7 @@ impl Fusion {
             return into.kind == kind;
         }
         let operands = graph.operands(id);
-        // What the group itself computes can only be used at the same index.
-        let direct = |operand: &NodeId| {
-            let view = &self.views[operand.index()];
-            let own = self.group_of[view.base.index()] == Some(group);
-            let reduced = matches!(graph.op(view.base), Op::Reduce { .. });
-            (own, !own || (view.is_whole(graph) && view.dims == into.domain && !reduced))
-        };
-        let uses = operands.iter().any(|operand| direct(operand).0);
-        if !operands.iter().all(|operand| direct(operand).1) {
-            return false;
-        }
+        let Some(uses) = self.uses_at_same_index(graph, group, id) else { return false };
         match into.kind {
             Kind::Loop => {
                 uses || reads
@@ -347,13 +345,35 @@ impl Fusion {
         }
     }
 
+    /// Whether `id` uses a value that the group computes; `None` if it does so at another index than it computes.
+    pub(crate) fn uses_at_same_index(
+        &self,
+        graph: &Graph,
+        group: usize,
+        id: NodeId,
+    ) -> Option<bool> {
+        let mut uses = false;
+        for operand in graph.operands(id) {
+            let view = &self.views[operand.index()];
+            if self.group_of[view.base.index()] != Some(group) {
+                continue;
+            }
+            let reduced = matches!(graph.op(view.base), Op::Reduce { .. });
+            if reduced || !view.is_whole(graph) || view.dims != self.groups[group].domain {
+                return None;
+            }
+            uses = true;
+        }
+        Some(uses)
+    }
+
     /// Whether the memory of `base` comes from a group that needs `group` (other than that group itself).
     fn needs_group(&self, base: NodeId, group: usize) -> bool {
         self.producer(base).is_some_and(|from| from != group && self.needs[from].contains(group))
     }
 
     /// Sharing the read of a small operand is no reason to share a kernel.
-    fn is_small(&self, graph: &Graph, base: NodeId) -> bool {
+    pub(crate) fn is_small(&self, graph: &Graph, base: NodeId) -> bool {
         let elements = graph.ty(base).shape.elements();
         elements.is_some_and(|elements| !elements.batch && elements.scale < 1024)
     }

@@ -12,6 +12,7 @@ pub mod file;
 mod fuse;
 mod lower;
 mod memory;
+mod merge;
 pub mod nest;
 mod nest_builder;
 pub mod plan;

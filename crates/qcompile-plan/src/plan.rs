@@ -140,6 +140,7 @@ pub struct Binding {
 
 /// What a step runs.
 #[derive(Clone, Debug, PartialEq)]
+#[allow(clippy::large_enum_variant, reason = "a plan has hundreds of steps, each of them once")]
 pub enum Kernel {
     /// One or more loop nests over the same split dimension. All nests run over one range of it before the next range, so
     /// a later nest may read what an earlier one wrote in the same range. At most the last has reductions that cross the split.

@@ -101,7 +101,7 @@ fn batch_size(input: &Binding, tensor: &Tensor) -> Result<Option<usize>, Runtime
             }
             continue;
         }
-        let samples = if dim.scale == 0 { 0 } else { size / dim.scale };
+        let samples = size.checked_div(dim.scale).unwrap_or(0);
         if samples == 0 || samples * dim.scale != size {
             return Err(wrong());
         }

@@ -8,7 +8,7 @@ use qcompile_ir::{Region, Tensor};
 use qcompile_kernels::pool::Team;
 use qcompile_plan::{Binding, Plan, Storage, plan::bytes_of};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// A plan with its code and constants, shared by all workers.
 pub(crate) struct Form<'p> {
@@ -271,6 +271,33 @@ impl Replica {
             }
         };
         team.run(job).map_err(|panicked| RuntimeError::Panicked(panicked.to_string()))
+    }
+
+    /// Runs all steps of the form that was prepared last, one at a time, and returns how long each took.
+    pub(crate) fn profile(
+        &mut self,
+        form: &Form<'_>,
+        batch: usize,
+    ) -> Result<Vec<Duration>, RuntimeError> {
+        let mut frame = self.frame(batch, 1, 1);
+        let barrier = self.team.barrier();
+        frame.threads = self.team.threads();
+        frame.barrier = &raw const *barrier;
+        let steps = form.plan.steps().len();
+        let times: Vec<AtomicU64> = (0..steps).map(|_| AtomicU64::new(0)).collect();
+        let job = |thread: usize| {
+            for (step, time) in times.iter().enumerate() {
+                let begin = Instant::now();
+                // SAFETY: as in `run`; threads meet after each step.
+                unsafe { form.code.program.run_step(step, &frame, thread) };
+                barrier.wait();
+                if thread == 0 {
+                    time.store(begin.elapsed().as_nanos() as u64, Ordering::Relaxed);
+                }
+            }
+        };
+        self.team.run(job).map_err(|panicked| RuntimeError::Panicked(panicked.to_string()))?;
+        Ok(times.into_iter().map(|time| Duration::from_nanos(time.into_inner())).collect())
     }
 
     /// The first step that met a bad index, and where.

@@ -225,14 +225,33 @@ impl Trainer {
         Ok((report, region_times(&times, self.replicas.len())))
     }
 
-    /// Runs the training form up to a region, but never the update, on the first worker's parameters; the whole batch
-    /// stays together. Returns the outputs computed by then.
+    /// Takes one step, on the first worker alone, and returns how long each step of the plan took, in its order. For
+    /// measuring: afterwards the workers no longer hold the same parameters, so the trainer should be dropped.
     ///
     /// # Errors
-    /// As [`step`](Self::step), for a bad batch.
+    /// As [`step`](Self::step), for inputs that do not fit.
+    pub fn profile(&mut self, inputs: &Values) -> Result<Vec<Duration>, RuntimeError> {
+        let plan = Arc::clone(&self.plan);
+        let forms = forms(&plan, &self.codes);
+        let inputs = Inputs::of(&plan, &plan, inputs, &self.kept_inputs)?;
+        let shares = Shares::of(inputs.batch, 1);
+        let mut replica = lock(&self.replicas[0]);
+        shares.load(0, &mut replica, &forms, TRAINING, &inputs)?;
+        replica.profile(&forms[TRAINING], inputs.batch)
+    }
+
+    /// Runs the training form up to a region on the first worker; the whole batch stays together. Returns the outputs
+    /// computed by then. Only [`Region::Update`] changes parameters and state.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step), for a bad batch; [`RuntimeError::Missing`] for an update that several workers would
+    /// have to share.
     pub fn run(&mut self, inputs: &Values, last: Region) -> Result<Values, RuntimeError> {
+        if last == Region::Update && self.workers() > 1 {
+            return Err(RuntimeError::Missing("update by one worker of several"));
+        }
         let regions: Vec<Region> =
-            BEFORE_UPDATE.into_iter().filter(|region| *region <= last).collect();
+            Region::ALL.into_iter().filter(|region| *region <= last).collect();
         self.alone(inputs, TRAINING, &regions)
     }
 

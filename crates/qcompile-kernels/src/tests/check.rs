@@ -46,6 +46,9 @@ pub(crate) fn scratch<A>(table: &Kernels, id: KernelId, args: &A) -> Vec<[u64; 8
     vec![[u64::MAX; 8]; bytes.div_ceil(64) + 1]
 }
 
+/// For [`run`]: every unit by itself.
+pub(crate) const ALONE: usize = usize::MAX;
+
 /// Runs all phases, each cut into `pieces` ranges that are run last first.
 pub(crate) fn run<A>(table: &Kernels, id: KernelId, args: &A, pieces: usize) {
     let primitive: &Primitive = table.get(id);
@@ -54,6 +57,7 @@ pub(crate) fn run<A>(table: &Kernels, id: KernelId, args: &A, pieces: usize) {
         // SAFETY: the block is the kernel's and its pointers are valid, as the tests set them up.
         unsafe {
             let units = (primitive.units)(args, phase);
+            let pieces = if pieces == ALONE { units } else { pieces };
             for piece in (0..pieces).rev() {
                 (primitive.run)(args, phase, units * piece / pieces, units * (piece + 1) / pieces);
             }
@@ -68,6 +72,35 @@ pub(crate) fn assert_close(actual: &[f32], expected: &[f64], tolerance: f64, wha
     for (i, (&a, &e)) in actual.iter().zip(expected).enumerate() {
         let error = (f64::from(a) - e).abs();
         assert!(error <= tolerance * scale, "{what}: element {i} is {a}, expected {e}");
+    }
+}
+
+/// A result between two rows of values that nobody may touch.
+pub(crate) struct Guarded {
+    values: Vec<f32>,
+    size: usize,
+}
+
+impl Guarded {
+    /// Values on either side.
+    const MARGIN: usize = 80;
+    pub(crate) const CANARY: f32 = 12345.0;
+
+    pub(crate) fn new(size: usize) -> Guarded {
+        Guarded { values: vec![Guarded::CANARY; size + 2 * Guarded::MARGIN], size }
+    }
+
+    pub(crate) fn as_mut_ptr(&mut self) -> *mut f32 {
+        self.values[Guarded::MARGIN..].as_mut_ptr()
+    }
+
+    /// The result, after a look at what surrounds it.
+    pub(crate) fn checked(&self, what: &str) -> Vec<f32> {
+        let (before, rest) = self.values.split_at(Guarded::MARGIN);
+        let (result, after) = rest.split_at(self.size);
+        let mut around = before.iter().chain(after);
+        assert!(around.all(|&v| v == Guarded::CANARY), "{what}: wrote beside the result");
+        result.to_vec()
     }
 }
 

@@ -1,4 +1,4 @@
-use super::check::{Collector, Random, assert_close, run, scratch, tables};
+use super::check::{ALONE, Collector, Guarded, Random, assert_close, run, scratch, tables};
 use crate::KernelId;
 use crate::args::{
     Conv2dArgs, Conv2dGradInputArgs, Conv2dGradInputI8Args, Conv2dGradWeightArgs, Conv2dI8Args,
@@ -51,6 +51,26 @@ fn shapes() -> Vec<ConvShape> {
         [1, 2, 2, 3, 4, 3, 3, 1, 1, 0, 0, 0, 0, 1, 1, 1],
         [1, 20, 20, 1, 2, 17, 17, 1, 1, 3, 3, 3, 3, 1, 1, 1],
         [1, 9, 9, 2, 3, 2, 2, 3, 3, 0, 0, 0, 0, 1, 1, 1],
+        // Whole vectors of channels, as in the residual networks.
+        [3, 10, 12, 32, 32, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+        [2, 8, 8, 16, 64, 3, 3, 2, 2, 1, 1, 1, 1, 1, 1, 1],
+        [1, 40, 24, 3, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+        [2, 5, 5, 17, 17, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+        [2, 5, 6, 64, 48, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 2],
+        [9, 7, 7, 33, 65, 1, 1, 2, 2, 0, 0, 0, 0, 1, 1, 1],
+        // Depthwise: more taps than a sweep holds, borders that meet, a multiplier, a huge kernel.
+        [2, 12, 13, 18, 18, 5, 5, 1, 1, 2, 2, 2, 2, 1, 1, 18],
+        [1, 3, 2, 16, 16, 5, 5, 1, 1, 2, 2, 2, 2, 1, 1, 16],
+        [1, 4, 4, 6, 6, 3, 3, 1, 1, 3, 4, 4, 3, 1, 1, 6],
+        [3, 6, 7, 3, 9, 3, 2, 2, 1, 1, 0, 0, 1, 1, 1, 3],
+        [1, 34, 33, 2, 2, 33, 33, 1, 1, 0, 0, 0, 0, 1, 1, 2],
+        [2, 7, 9, 130, 130, 3, 3, 2, 2, 1, 1, 1, 1, 1, 1, 130],
+        // Nothing to do, or nothing to add up.
+        [0, 4, 4, 3, 5, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+        [0, 4, 4, 4, 4, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 4],
+        [2, 4, 4, 0, 5, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+        [2, 4, 4, 3, 0, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+        [1, 2, 2, 5, 5, 4, 4, 1, 1, 0, 0, 0, 0, 1, 1, 5],
     ]
     .map(shape)
     .to_vec();
@@ -111,16 +131,19 @@ macro_rules! check_kernel {
     ($id:expr, $size:expr, $columns:expr, $check:expr, $what:expr, $args:expr) => {
         for table in tables() {
             let what = format!("{:?} {:?} on {}", $id, $what, table.tier);
-            let mut result = vec![7.0_f32; $size];
+            let mut result = Guarded::new($size);
             let mut space = scratch(table, $id, &$args(null_mut(), null_mut(), null_mut()));
             let space: *mut u8 = space.as_mut_ptr().cast();
             run(table, $id, &$args(result.as_mut_ptr(), null_mut(), space), 1);
+            let result = result.checked(&what);
             let check: &dyn Fn(&[f32], &str) = &$check;
             check(&result, &what);
-            let mut again = vec![9.0_f32; $size];
-            run(table, $id, &$args(again.as_mut_ptr(), null_mut(), space), 7);
-            assert_eq!(result, again, "{what}: split");
-            let mut collector = Collector::new($size / $columns, $columns);
+            for pieces in [7, ALONE] {
+                let mut again = Guarded::new($size);
+                run(table, $id, &$args(again.as_mut_ptr(), null_mut(), space), pieces);
+                assert_eq!(result, again.checked(&what), "{what}: split");
+            }
+            let mut collector = Collector::new($size / $columns.max(1), $columns);
             run(table, $id, &$args(null_mut(), from_mut(&mut collector), space), 2);
             if !collector.seen.iter().all(|&seen| seen == 0) || $size == 0 {
                 assert!(collector.seen.iter().all(|&seen| seen == 1), "{what}: coverage");
@@ -188,18 +211,21 @@ fn f32_grad_weight() {
         products(&shape, |i, j, k| expected[j] += f64::from(x[i]) * f64::from(dy[k]));
         for table in tables() {
             let what = format!("{shape:?} on {}", table.tier);
-            let mut dw = vec![7.0_f32; nw];
+            let mut dw = Guarded::new(nw);
             let (x, dy) = (x.as_ptr(), dy.as_ptr());
             let mut args =
                 Conv2dGradWeightArgs { x, dy, dw: dw.as_mut_ptr(), shape, scratch: null_mut() };
             let mut space = scratch(table, KernelId::Conv2dGradWeight, &args);
             args.scratch = space.as_mut_ptr().cast();
             run(table, KernelId::Conv2dGradWeight, &args, 1);
+            let dw = dw.checked(&what);
             assert_close(&dw, &expected, 1e-5, &what);
-            let mut again = vec![9.0_f32; nw];
-            args.dw = again.as_mut_ptr();
-            run(table, KernelId::Conv2dGradWeight, &args, 7);
-            assert_eq!(dw, again, "{what}: split");
+            for pieces in [7, ALONE] {
+                let mut again = Guarded::new(nw);
+                args.dw = again.as_mut_ptr();
+                run(table, KernelId::Conv2dGradWeight, &args, pieces);
+                assert_eq!(dw, again.checked(&what), "{what}: split");
+            }
         }
     }
 }
@@ -219,9 +245,10 @@ fn int8_is_exact_on_every_tier() {
         let channel_scale = random.reals(shape.in_channels.max(shape.out_channels));
         let (image_stride, channel_stride) = (at % 2, at / 2 % 2);
         let scaled = |sums: &[i32], channels: usize| -> Vec<f32> {
-            let image = sums.len() / shape.batch;
+            let image = sums.len() / shape.batch.max(1);
             let scale = |i: usize| {
-                image_scale[i / image * image_stride] * channel_scale[i % channels * channel_stride]
+                image_scale[i / image.max(1) * image_stride]
+                    * channel_scale[i % channels * channel_stride]
             };
             sums.iter().enumerate().map(|(i, &sum)| sum as f32 * scale(i)).collect()
         };

@@ -1,4 +1,4 @@
-use super::check::{Collector, Random, assert_close, run, scratch, tables};
+use super::check::{ALONE, Collector, Guarded, Random, assert_close, run, scratch, tables};
 use crate::KernelId;
 use crate::args::{MatmulArgs, MatmulI8Args};
 use std::ptr::{from_mut, null, null_mut};
@@ -27,6 +27,18 @@ fn cases() -> Vec<Case> {
         [2, 25, 40, 12],
         [1, 1, 300, 530],
         [1, 250, 1, 19],
+        // Around the most rows of one block, with and without panels that units share.
+        [1, 264, 33, 20],
+        [1, 265, 33, 20],
+        [1, 300, 70, 300],
+        [2, 290, 300, 9],
+        [1, 100, 600, 21],
+        [70, 3, 5, 4],
+        // Nothing to do.
+        [0, 3, 4, 5],
+        [2, 0, 4, 5],
+        [2, 3, 0, 5],
+        [0, 0, 0, 0],
     ];
     for _ in 0..6 {
         let mut size = |high| random.between(1, high);
@@ -66,7 +78,7 @@ fn f32_product() {
         for table in tables() {
             let what = format!("{:?} {:?} on {}", case.shape, case.transposed, table.tier);
             // One column of the result is beyond the matrix and must stay as it is.
-            let mut c = vec![7.0_f32; batch * m * (n + 1)];
+            let mut c = Guarded::new(batch * m * (n + 1));
             let mut args = MatmulArgs {
                 a: a.as_ptr(),
                 b: b.as_ptr(),
@@ -89,20 +101,28 @@ fn f32_product() {
             };
             let mut space = scratch(table, KernelId::Matmul, &args);
             args.scratch = space.as_mut_ptr().cast();
+            let dense = |c: &Guarded| -> Vec<f32> {
+                let rows = c.checked(&what);
+                let untouched = rows.chunks(n + 1).all(|row| row[n] == Guarded::CANARY);
+                assert!(untouched, "{what}: wrote beyond a row");
+                rows.chunks(n + 1).flat_map(|row| row[..n].to_vec()).collect()
+            };
             run(table, KernelId::Matmul, &args, 1);
-            assert!(c.chunks(n + 1).all(|row| row[n] == 7.0), "{what}: wrote beyond a row");
-            let dense: Vec<f32> = c.chunks(n + 1).flat_map(|row| row[..n].to_vec()).collect();
-            assert_close(&dense, &expected, 1e-5, &what);
-            run(table, KernelId::Matmul, &args, 5);
-            let again: Vec<f32> = c.chunks(n + 1).flat_map(|row| row[..n].to_vec()).collect();
-            assert_eq!(dense, again, "{what}: split");
+            let dense_once = dense(&c);
+            assert_close(&dense_once, &expected, 1e-5, &what);
+            for pieces in [5, ALONE] {
+                let mut again = Guarded::new(batch * m * (n + 1));
+                args.c = again.as_mut_ptr();
+                run(table, KernelId::Matmul, &args, pieces);
+                assert_eq!(dense_once, dense(&again), "{what}: split");
+            }
             let mut collector = Collector::new(batch * m, n);
             args.epilogue = Some(Collector::collect);
             args.c = null_mut();
             args.epilogue_ctx = from_mut(&mut collector).cast();
             run(table, KernelId::Matmul, &args, 3);
             assert!(collector.seen.iter().all(|&seen| seen == 1), "{what}: epilogue coverage");
-            assert_eq!(collector.values, dense, "{what}: epilogue");
+            assert_eq!(collector.values, dense_once, "{what}: epilogue");
         }
     }
 }
@@ -133,7 +153,7 @@ fn int8_product_is_exact_on_every_tier() {
         }
         for table in tables() {
             let what = format!("{:?} {:?} on {}", case.shape, case.transposed, table.tier);
-            let mut c = vec![7.0_f32; batch * m * n];
+            let mut c = Guarded::new(batch * m * n);
             let mut args = MatmulI8Args {
                 a: a.as_ptr(),
                 b: b.as_ptr(),
@@ -160,14 +180,95 @@ fn int8_product_is_exact_on_every_tier() {
             };
             let mut space = scratch(table, KernelId::MatmulI8, &args);
             args.scratch = space.as_mut_ptr().cast();
-            run(table, KernelId::MatmulI8, &args, 1 + i % 4);
-            assert_eq!(c, expected, "{what}");
+            run(table, KernelId::MatmulI8, &args, [1, 4, ALONE][i % 3]);
+            assert_eq!(c.checked(&what), expected, "{what}");
             let mut collector = Collector::new(batch * m, n);
             args.epilogue = Some(Collector::collect);
             args.c = null_mut();
             args.epilogue_ctx = from_mut(&mut collector).cast();
             run(table, KernelId::MatmulI8, &args, 2);
+            assert!(collector.seen.iter().all(|&seen| seen == 1), "{what}: epilogue coverage");
             assert_eq!(collector.values, expected, "{what}: epilogue");
+        }
+    }
+}
+
+/// Operands of which only every second value counts, in both directions.
+#[test]
+fn strides_without_a_dense_direction() {
+    let mut random = Random(8);
+    let (m, n, k) = (37, 41, 53);
+    let (a, b) = (random.reals(4 * m * k), random.reals(4 * k * n));
+    let mut expected = Vec::new();
+    for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
+        let term = |l| f64::from(a[i * 4 * k + l * 2]) * f64::from(b[l * 4 * n + j * 2]);
+        expected.push((0..k).map(term).sum::<f64>());
+    }
+    for table in tables() {
+        let mut c = Guarded::new(m * n);
+        let mut args = MatmulArgs {
+            a: a.as_ptr(),
+            b: b.as_ptr(),
+            c: c.as_mut_ptr(),
+            batch: 1,
+            m,
+            n,
+            k,
+            a_batch_stride: 0,
+            a_row_stride: 4 * k,
+            a_col_stride: 2,
+            b_batch_stride: 0,
+            b_row_stride: 4 * n,
+            b_col_stride: 2,
+            c_batch_stride: 0,
+            c_row_stride: n,
+            epilogue: None,
+            epilogue_ctx: null(),
+            scratch: null_mut(),
+        };
+        let mut space = scratch(table, KernelId::Matmul, &args);
+        args.scratch = space.as_mut_ptr().cast();
+        run(table, KernelId::Matmul, &args, 3);
+        assert_close(&c.checked("strides"), &expected, 1e-5, "strides");
+    }
+}
+
+/// A value that is no number reaches its row and column, and nothing else.
+#[test]
+fn nan_stays_in_its_row_and_column() {
+    let mut random = Random(9);
+    let (m, n, k) = (30, 35, 40);
+    let (mut a, mut b) = (random.reals(m * k), random.reals(k * n));
+    (a[7 * k + 3], b[11 * n + 20]) = (f32::NAN, f32::INFINITY);
+    for table in tables() {
+        let mut c = Guarded::new(m * n);
+        let mut args = MatmulArgs {
+            a: a.as_ptr(),
+            b: b.as_ptr(),
+            c: c.as_mut_ptr(),
+            batch: 1,
+            m,
+            n,
+            k,
+            a_batch_stride: 0,
+            a_row_stride: k,
+            a_col_stride: 1,
+            b_batch_stride: 0,
+            b_row_stride: n,
+            b_col_stride: 1,
+            c_batch_stride: 0,
+            c_row_stride: n,
+            epilogue: None,
+            epilogue_ctx: null(),
+            scratch: null_mut(),
+        };
+        let mut space = scratch(table, KernelId::Matmul, &args);
+        args.scratch = space.as_mut_ptr().cast();
+        run(table, KernelId::Matmul, &args, 1);
+        for (at, &value) in c.checked("NaN").iter().enumerate() {
+            let (row, column) = (at / n, at % n);
+            assert_eq!(value.is_nan(), row == 7, "{row}, {column}");
+            assert_eq!(value.is_infinite(), row != 7 && column == 20, "{row}, {column}");
         }
     }
 }

@@ -1,8 +1,9 @@
-use super::check::{Random, assert_close, run, tables};
+use super::check::{ALONE, Guarded, Random, assert_close, run, tables};
 use crate::KernelId;
 use crate::args::{
     CrossEntropyArgs, CrossEntropyGradArgs, GatherArgs, ScatterAddArgs, SoftmaxArgs,
 };
+use std::ptr::null_mut;
 
 fn softmax(row: &[f32]) -> (Vec<f64>, f64) {
     let max = row.iter().fold(f64::NEG_INFINITY, |m, &v| m.max(f64::from(v)));
@@ -170,5 +171,213 @@ fn gather_and_scatter() {
                 assert!(out[width..3 * width].iter().all(|&v| v == 0.0));
             }
         }
+    }
+}
+
+#[test]
+fn results_may_lie_on_the_operands() {
+    let mut random = Random(34);
+    let (rows, cols) = (5, 37);
+    let x = random.reals(rows * cols);
+    let (labels, dy) = (vec![4_i64; rows], 0.5_f32);
+    for table in tables() {
+        for id in [KernelId::Softmax, KernelId::LogSoftmax, KernelId::CrossEntropyGrad] {
+            let (mut apart, mut same) = (Guarded::new(rows * cols), x.clone());
+            for (from, to) in [(x.as_ptr(), apart.as_mut_ptr()), (same.as_ptr(), same.as_mut_ptr())]
+            {
+                if id == KernelId::CrossEntropyGrad {
+                    let args = CrossEntropyGradArgs {
+                        logits: from,
+                        labels: labels.as_ptr(),
+                        dy: &raw const dy,
+                        dy_stride: 0,
+                        dlogits: to,
+                        rows,
+                        cols,
+                        ignore_index: -100,
+                        error: null_mut(),
+                    };
+                    run(table, id, &args, ALONE);
+                } else {
+                    run(table, id, &SoftmaxArgs { x: from, y: to, rows, cols }, ALONE);
+                }
+            }
+            assert_eq!(apart.checked("rows"), same, "{id:?}");
+        }
+    }
+}
+
+#[test]
+fn bad_labels_are_reported_and_ignored_ones_are_not() {
+    let (rows, cols) = (6, 3);
+    let logits = vec![0.25_f32; rows * cols];
+    let dy = 3.0_f32;
+    // The ignored label is a class here; the first bad row is the third.
+    let labels = [0, 1, 3, 1, -1, i64::MIN];
+    for table in tables() {
+        for pieces in [1, 2, ALONE] {
+            for with_error in [true, false] {
+                let (mut loss_error, mut grad_error) = (0, 0);
+                let mut losses = Guarded::new(rows);
+                let args = CrossEntropyArgs {
+                    logits: logits.as_ptr(),
+                    labels: labels.as_ptr(),
+                    losses: losses.as_mut_ptr(),
+                    rows,
+                    cols,
+                    ignore_index: 1,
+                    error: if with_error { &raw mut loss_error } else { null_mut() },
+                };
+                run(table, KernelId::CrossEntropy, &args, pieces);
+                let losses = losses.checked("losses");
+                let mut dlogits = Guarded::new(rows * cols);
+                let args = CrossEntropyGradArgs {
+                    logits: logits.as_ptr(),
+                    labels: labels.as_ptr(),
+                    dy: &raw const dy,
+                    dy_stride: 0,
+                    dlogits: dlogits.as_mut_ptr(),
+                    rows,
+                    cols,
+                    ignore_index: 1,
+                    error: if with_error { &raw mut grad_error } else { null_mut() },
+                };
+                run(table, KernelId::CrossEntropyGrad, &args, pieces);
+                let dlogits = dlogits.checked("gradient");
+                assert!((losses[0] - 3.0_f32.ln()).abs() < 1e-6);
+                assert_eq!((losses[1], losses[3]), (0.0, 0.0));
+                for row in 0..rows {
+                    let bad = [2, 4, 5].contains(&row);
+                    assert_eq!(losses[row].is_nan(), bad, "row {row}");
+                    let zeros = dlogits[row * cols..][..cols].iter().all(|&v| v == 0.0);
+                    assert_eq!(zeros, row != 0, "row {row}");
+                }
+                let expected = if with_error { 3 } else { 0 };
+                assert_eq!((loss_error, grad_error), (expected, expected));
+            }
+        }
+    }
+}
+
+#[test]
+fn bad_indices_are_skipped_and_the_first_is_reported() {
+    let values: Vec<f32> = (1..=10).map(|v| v as f32).collect();
+    let indices = [1, -3, 2, -1, 7];
+    for table in tables() {
+        for pieces in [1, ALONE] {
+            let (mut sums, mut error) = (Guarded::new(4), 0);
+            let mut args = ScatterAddArgs {
+                values: values.as_ptr(),
+                indices: indices.as_ptr(),
+                out: sums.as_mut_ptr(),
+                rows: 2,
+                width: 2,
+                count: 5,
+                error: &raw mut error,
+            };
+            run(table, KernelId::ScatterAdd, &args, pieces);
+            // Positions 0 and 3 name row 1; -3, 2 and 7 are out of range.
+            assert_eq!(sums.checked("scatter"), [0.0, 0.0, 1.0 + 7.0, 2.0 + 8.0]);
+            assert_eq!(error, 2);
+            // An earlier report of a later position gives way, and one of an earlier position stays.
+            (error, args.out) = (4, sums.as_mut_ptr());
+            run(table, KernelId::ScatterAdd, &args, pieces);
+            assert_eq!(error, 2);
+            error = 1;
+            run(table, KernelId::ScatterAdd, &args, pieces);
+            assert_eq!(error, 1);
+            args.error = null_mut();
+            run(table, KernelId::ScatterAdd, &args, pieces);
+        }
+        // A table without rows has no row to give.
+        let (mut out, mut error) = ([7_u8; 5], 0);
+        let args = GatherArgs {
+            table: std::ptr::null(),
+            indices: indices.as_ptr(),
+            out: out.as_mut_ptr(),
+            rows: 0,
+            width: 1,
+            element_bytes: 1,
+            count: 5,
+            error: &raw mut error,
+        };
+        run(table, KernelId::Gather, &args, 2);
+        assert_eq!((out, error), ([0; 5], 1));
+    }
+}
+
+#[test]
+fn gather_takes_elements_of_any_size() {
+    let bytes: Vec<u8> = (0..240).map(|i| i as u8).collect();
+    let indices: Vec<i64> = (0..37).map(|i| i % 5 - 2).collect();
+    for element_bytes in [1, 2, 4, 8] {
+        let width = 240 / 5 / element_bytes;
+        for table in tables() {
+            let mut out = vec![0_u8; indices.len() * 48];
+            let args = GatherArgs {
+                table: bytes.as_ptr(),
+                indices: indices.as_ptr(),
+                out: out.as_mut_ptr(),
+                rows: 5,
+                width,
+                element_bytes,
+                count: indices.len(),
+                error: null_mut(),
+            };
+            run(table, KernelId::Gather, &args, ALONE);
+            for (row, &index) in out.chunks(48).zip(&indices) {
+                let first = index.rem_euclid(5) as usize * 48;
+                assert_eq!(row, &bytes[first..first + 48]);
+            }
+        }
+    }
+}
+
+#[test]
+fn no_rows_and_no_columns() {
+    for table in tables() {
+        for (rows, cols) in [(0, 5), (3, 0), (0, 0)] {
+            let mut y = Guarded::new(0);
+            let args = SoftmaxArgs { x: y.as_mut_ptr(), y: y.as_mut_ptr(), rows, cols };
+            run(table, KernelId::Softmax, &args, 1);
+            run(table, KernelId::LogSoftmax, &args, 1);
+            y.checked("nothing");
+        }
+    }
+}
+
+#[test]
+fn splits_do_not_change_a_bit() {
+    let mut random = Random(35);
+    let (rows, cols) = (23, 45);
+    let x: Vec<f32> = random.reals(rows * cols).iter().map(|v| v * 9.0).collect();
+    let indices: Vec<i64> = (0..rows).map(|i| (i * i % 7) as i64).collect();
+    for table in tables() {
+        for id in [KernelId::Softmax, KernelId::LogSoftmax] {
+            let results = [1, 4, ALONE].map(|pieces| {
+                let mut y = Guarded::new(rows * cols);
+                let args = SoftmaxArgs { x: x.as_ptr(), y: y.as_mut_ptr(), rows, cols };
+                run(table, id, &args, pieces);
+                y.checked("split")
+            });
+            assert_eq!(results[0], results[1]);
+            assert_eq!(results[0], results[2]);
+        }
+        let results = [1, 4, ALONE].map(|pieces| {
+            let mut sums = Guarded::new(7 * cols);
+            let args = ScatterAddArgs {
+                values: x.as_ptr(),
+                indices: indices.as_ptr(),
+                out: sums.as_mut_ptr(),
+                rows: 7,
+                width: cols,
+                count: rows,
+                error: null_mut(),
+            };
+            run(table, KernelId::ScatterAdd, &args, pieces);
+            sums.checked("split")
+        });
+        assert_eq!(results[0], results[1]);
+        assert_eq!(results[0], results[2]);
     }
 }

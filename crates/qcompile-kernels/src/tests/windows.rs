@@ -1,4 +1,4 @@
-use super::check::{Random, assert_close, run, tables};
+use super::check::{ALONE, Guarded, Random, assert_close, run, tables};
 use crate::KernelId;
 use crate::args::{AveragePoolArgs, AveragePoolGradArgs, MaxPoolArgs, MaxPoolGradArgs, PoolShape};
 
@@ -142,30 +142,89 @@ fn average_pool_and_gradient() {
     }
 }
 
-#[test]
-fn max_pool_passes_nan_on() {
-    let shape = PoolShape {
+/// One image of one channel and one row.
+fn line(width: usize, out_width: usize, kernel_width: usize, pad_left: usize) -> PoolShape {
+    PoolShape {
         batch: 1,
         height: 1,
-        width: 3,
+        width,
         channels: 1,
         out_height: 1,
-        out_width: 1,
+        out_width,
         kernel_height: 1,
-        kernel_width: 3,
+        kernel_width,
         stride_height: 1,
         stride_width: 1,
         pad_top: 0,
-        pad_left: 0,
+        pad_left,
         pad_bottom: 0,
         pad_right: 0,
         dilation_height: 1,
         dilation_width: 1,
-    };
+    }
+}
+
+/// Forward and gradient of max pooling along a line, with `dy` = 1, 2, 3 and so on.
+fn max_line(table: &crate::Kernels, shape: PoolShape, x: &[f32]) -> (Vec<f32>, Vec<f32>) {
+    let (mut y, mut dx) = (Guarded::new(shape.out_width), Guarded::new(x.len()));
+    let args = MaxPoolArgs { x: x.as_ptr(), y: y.as_mut_ptr(), shape };
+    run(table, KernelId::MaxPool, &args, 1);
+    let dy: Vec<f32> = (0..shape.out_width).map(|i| i as f32 + 1.0).collect();
+    let args = MaxPoolGradArgs { x: x.as_ptr(), dy: dy.as_ptr(), dx: dx.as_mut_ptr(), shape };
+    run(table, KernelId::MaxPoolGrad, &args, 1);
+    (y.checked("max"), dx.checked("max grad"))
+}
+
+#[test]
+fn max_pool_passes_nan_on() {
     for table in tables() {
-        let (x, mut y) = ([1.0, f32::NAN, 5.0], [0.0]);
-        let args = MaxPoolArgs { x: x.as_ptr(), y: y.as_mut_ptr(), shape };
-        run(table, KernelId::MaxPool, &args, 1);
+        let (y, dx) = max_line(table, line(3, 1, 3, 0), &[1.0, f32::NAN, 5.0]);
         assert!(y[0].is_nan());
+        assert_eq!(dx, [0.0, 1.0, 0.0]);
+        // The first of several, also where it comes first of all.
+        let (y, dx) = max_line(table, line(4, 2, 3, 0), &[f32::NAN, f32::NAN, 5.0, 6.0]);
+        assert!(y.iter().all(|v| v.is_nan()));
+        assert_eq!(dx, [1.0, 2.0, 0.0, 0.0]);
+    }
+}
+
+#[test]
+fn max_pool_of_nothing_and_of_the_least() {
+    let least = f32::NEG_INFINITY;
+    for table in tables() {
+        // Windows 0 and 1 lie in the padding and give their gradient to nobody.
+        let (y, dx) = max_line(table, line(2, 4, 2, 3), &[-4.0, -3.0]);
+        assert_eq!((y, dx), (vec![least, least, -4.0, -3.0], vec![3.0, 4.0]));
+        // -inf wins against padding.
+        let (y, dx) = max_line(table, line(2, 2, 2, 1), &[least, least]);
+        assert_eq!((y, dx), (vec![least, least], vec![3.0, 0.0]));
+    }
+}
+
+#[test]
+fn pooling_splits_do_not_change_a_bit() {
+    let mut random = Random(24);
+    let mut shapes = shapes();
+    shapes[0].batch = 0;
+    for shape in shapes {
+        let nx = shape.batch * shape.height * shape.width * shape.channels;
+        let ny = shape.batch * shape.out_height * shape.out_width * shape.channels;
+        let (x, dy) = (random.reals(nx), random.reals(ny));
+        for table in tables() {
+            let results = [1, ALONE].map(|pieces| {
+                let mut out = [ny, nx, ny, nx].map(Guarded::new);
+                let [max, max_grad, mean, mean_grad] = out.each_mut().map(Guarded::as_mut_ptr);
+                let (x, dy) = (x.as_ptr(), dy.as_ptr());
+                run(table, KernelId::MaxPool, &MaxPoolArgs { x, y: max, shape }, pieces);
+                let args = MaxPoolGradArgs { x, dy, dx: max_grad, shape };
+                run(table, KernelId::MaxPoolGrad, &args, pieces);
+                let args = AveragePoolArgs { x, y: mean, count_include_pad: 0, shape };
+                run(table, KernelId::AveragePool, &args, pieces);
+                let args = AveragePoolGradArgs { dy, dx: mean_grad, count_include_pad: 0, shape };
+                run(table, KernelId::AveragePoolGrad, &args, pieces);
+                out.map(|out| out.checked("pooling"))
+            });
+            assert_eq!(results[0], results[1]);
+        }
     }
 }

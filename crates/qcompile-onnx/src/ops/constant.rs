@@ -14,10 +14,10 @@ const FLOAT_LIMIT: usize = 4096;
 
 /// A tensor as a value: known if small, else a constant.
 pub(crate) fn add_tensor(draft: &mut Draft, tensor: Arc<Tensor>) -> Result<ValueId, Obstacle> {
-    if !tensor.dtype().is_float() || tensor.elements() <= FLOAT_LIMIT {
-        if let Some(known) = Known::from_tensor(&tensor) {
-            return Ok(draft.add_known(known));
-        }
+    if (!tensor.dtype().is_float() || tensor.elements() <= FLOAT_LIMIT)
+        && let Some(known) = Known::from_tensor(&tensor)
+    {
+        return Ok(draft.add_known(known));
     }
     draft.emit(Op::Const(tensor), &[])
 }
@@ -95,9 +95,10 @@ pub(super) fn range(draft: &mut Draft, node: &OnnxNode) -> Results {
             (0..count).map(|index| wrapped(dtype, at(index))).collect()
         }
         [Element::Float(start), Element::Float(limit), Element::Float(delta)] if delta != 0.0 => {
+            // The maximum with a NaN is 0.
             let count = ((limit - start) / delta).ceil().max(0.0);
             #[allow(clippy::cast_precision_loss, reason = "a small power of two")]
-            if !(count <= FOLD_LIMIT as f64) {
+            if count > FOLD_LIMIT as f64 {
                 return Err(too_large());
             }
             #[allow(clippy::cast_possible_truncation, reason = "bounded above")]

@@ -114,7 +114,8 @@ pub(super) fn dropout(draft: &mut Draft, node: &OnnxNode) -> Results {
     let mut results = vec![x];
     if node.wants(1) {
         let all = draft.scalar(DType::Bool, 1.0);
-        results.push(draft.broadcast(all, &draft.dims(x).to_vec())?);
+        let dims = draft.dims(x).to_vec();
+        results.push(draft.broadcast(all, &dims)?);
     }
     Ok(results)
 }

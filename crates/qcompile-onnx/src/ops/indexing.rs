@@ -286,7 +286,7 @@ pub(super) fn trilu(draft: &mut Draft, node: &OnnxNode) -> Results {
     let (Some(rows), Some(columns)) = (rows.as_fixed(), columns.as_fixed()) else {
         return Err(Obstacle::unsupported("a triangle that depends on the batch size"));
     };
-    let count = rows.checked_mul(columns).unwrap_or(usize::MAX);
+    let count = rows.saturating_mul(columns);
     bounded(count)?;
     let signed = |at: usize| i64::try_from(at).unwrap_or(i64::MAX);
     let kept = |at: usize| {

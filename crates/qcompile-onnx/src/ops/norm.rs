@@ -126,7 +126,8 @@ fn trained(
     let axes: Vec<usize> = (0..rank - 1).collect();
     let moments = Moments::of(draft, x, &axes)?;
     let inverse = inverse_deviation(draft, moments.variance, epsilon)?;
-    let inverse = draft.reshape(inverse, &draft.dims(scale).to_vec())?;
+    let channels = draft.dims(scale).to_vec();
+    let inverse = draft.reshape(inverse, &channels)?;
     let factor = draft.mul(inverse, scale)?;
     let scaled = draft.mul(moments.centered, factor)?;
     let shifted = draft.add(scaled, bias)?;

@@ -66,6 +66,7 @@ pub fn run(graph: &mut Graph) -> Result<Gradients, PassError> {
         }));
     }
     check_outputs(graph, &params)?;
+    let contributions = contributions(graph, &active);
     let order: Vec<NodeId> =
         graph.order().into_iter().filter(|id| active[id.index()]).rev().collect();
     let mut parts: BTreeMap<NodeId, Vec<NodeId>> = BTreeMap::new();
@@ -80,7 +81,9 @@ pub fn run(graph: &mut Graph) -> Result<Gradients, PassError> {
             if !active[operand.index()] || !rules::carries_gradient(graph, id, position) {
                 continue;
             }
-            let name = part_name(graph, operand, &active);
+            // `x.grad`, or `x.grad.part` if there are several.
+            let part = if contributions[operand.index()] > 1 { ".part" } else { "" };
+            let name = format!("{}{GRADIENT_SUFFIX}{part}", graph.node(operand).name.as_str());
             let before = graph.len();
             let part = rules::gradient(graph, id, position, dy, &name)?;
             if graph.len() > before {
@@ -159,19 +162,16 @@ fn seed(graph: &mut Graph, loss: NodeId) -> Result<NodeId, PassError> {
     Builder::new(graph, Region::Backward, "").scalar(dtype, 1.0)
 }
 
-/// The name of one contribution to the gradient of `operand`: `x.grad`, or `x.grad.part` if there are several.
-fn part_name(graph: &Graph, operand: NodeId, active: &[bool]) -> String {
-    // Nodes of the backward region are newer than the table.
-    let users = graph
-        .uses(operand)
-        .into_iter()
-        .filter(|&(user, position)| {
-            active.get(user.index()).is_some_and(|&active| active)
-                && rules::carries_gradient(graph, user, position)
-        })
-        .count();
-    let suffix = if users > 1 { ".part" } else { "" };
-    format!("{}{GRADIENT_SUFFIX}{suffix}", graph.node(operand).name.as_str())
+/// For each node index, how many uses contribute to its gradient.
+fn contributions(graph: &Graph, active: &[bool]) -> Vec<usize> {
+    let mut contributions = vec![0; graph.len()];
+    for id in graph.ids().filter(|id| active[id.index()]) {
+        for (position, operand) in graph.operands(id).into_iter().enumerate() {
+            contributions[operand.index()] +=
+                usize::from(rules::carries_gradient(graph, id, position));
+        }
+    }
+    contributions
 }
 
 /// The sum of the contributions to the gradient of `id`.

@@ -12,6 +12,8 @@ use std::time::Duration;
 
 /// An e-graph stops growing at this many terms.
 const NODE_LIMIT: usize = 50_000;
+/// Larger windows stay as they are: the choice of the cheapest forms takes time by the square of their size.
+const WINDOW_LIMIT: usize = 2_000;
 /// Rules are tried at most this often.
 const ITERATION_LIMIT: usize = 30;
 
@@ -45,6 +47,10 @@ pub(super) fn optimise_by(
     graph.sweep();
     for window in windows(graph) {
         moves.windows += 1;
+        if window.nodes.len() > WINDOW_LIMIT {
+            moves.unsaturated += 1;
+            continue;
+        }
         window.optimise(graph, rules, &mut moves)?;
     }
     graph.sweep();

@@ -1,0 +1,127 @@
+//! Joins groups of loops that were begun apart: a node is placed before it is known who uses it.
+
+use crate::fuse::{BitSet, Fusion, Group, Kind, MAX_MEMBERS, MAX_READS};
+use qcompile_ir::{Dim, Graph, NodeId, Region};
+use std::collections::BTreeMap;
+
+/// How many neighbours of the same domain are tried.
+const MAX_NEIGHBOURS: usize = 12;
+
+/// Joins loop groups of the same region and domain where one uses the other's values or both read the same memory.
+pub(crate) fn merge(graph: &Graph, order: &[NodeId], fusion: &mut Fusion) {
+    let mut positions = vec![0; graph.len()];
+    for (position, id) in order.iter().enumerate() {
+        positions[id.index()] = position;
+    }
+    let mut by_domain: BTreeMap<(Region, Vec<Dim>), Vec<usize>> = BTreeMap::new();
+    for (index, group) in fusion.groups.iter().enumerate() {
+        if group.kind == Kind::Loop {
+            by_domain.entry((group.region, group.domain.clone())).or_default().push(index);
+        }
+    }
+    for mut groups in by_domain.into_values() {
+        let mut at = 0;
+        while at < groups.len() {
+            let first = groups[at];
+            let later = at + 1..groups.len().min(at + 1 + MAX_NEIGHBOURS);
+            match later.into_iter().find(|&next| may_merge(graph, fusion, first, groups[next])) {
+                Some(next) => {
+                    join(fusion, &positions, first, groups.remove(next));
+                    // What could not join before may now join through the other.
+                    at = at.saturating_sub(MAX_NEIGHBOURS);
+                }
+                None => at += 1,
+            }
+        }
+    }
+    drop_empty(fusion);
+}
+
+fn may_merge(graph: &Graph, fusion: &Fusion, a: usize, b: usize) -> bool {
+    let (first, second) = (&fusion.groups[a], &fusion.groups[b]);
+    let reads = second.reads.iter().filter(|read| !first.reads.contains(read)).count();
+    if first.members.len() + second.members.len() > MAX_MEMBERS
+        || first.reads.len() + reads > MAX_READS
+    {
+        return false;
+    }
+    let between = |from: usize, to: usize| {
+        (0..fusion.groups.len()).any(|group| {
+            group != to && fusion.needs[to].contains(group) && fusion.needs[group].contains(from)
+        })
+    };
+    let users = |group: &Group, of: usize| {
+        let uses = |&id: &NodeId| fusion.uses_at_same_index(graph, of, id);
+        let uses: Option<Vec<bool>> = group.members.iter().map(uses).collect();
+        uses.map(|uses| uses.contains(&true))
+    };
+    let (Some(forth), Some(back)) = (users(second, a), users(first, b)) else { return false };
+    let shares = first
+        .reads
+        .iter()
+        .any(|read| second.reads.contains(read) && !fusion.is_small(graph, *read));
+    (forth || back || shares) && !between(a, b) && !between(b, a)
+}
+
+/// Moves the members of `b` to `a`.
+fn join(fusion: &mut Fusion, positions: &[usize], a: usize, b: usize) {
+    let moved = std::mem::take(&mut fusion.groups[b].members);
+    let reads = std::mem::take(&mut fusion.groups[b].reads);
+    for id in &moved {
+        fusion.group_of[id.index()] = Some(a);
+    }
+    let position = fusion.groups[b].position;
+    let into = &mut fusion.groups[a];
+    into.members.extend(moved);
+    into.members.sort_by_key(|id| positions[id.index()]);
+    into.position = into.position.max(position);
+    for read in reads {
+        if !into.reads.contains(&read) {
+            into.reads.push(read);
+        }
+    }
+    let group_of = &fusion.group_of;
+    into.reads.retain(|read| group_of[read.index()] != Some(a));
+    let mut needs = std::mem::take(&mut fusion.needs[b]);
+    needs.union(&fusion.needs[a]);
+    needs.remove(a);
+    needs.remove(b);
+    fusion.needs[a] = needs.clone();
+    needs.insert(a);
+    for group in (0..fusion.groups.len()).filter(|&group| group != a) {
+        if fusion.needs[group].contains(a) || fusion.needs[group].contains(b) {
+            fusion.needs[group].remove(b);
+            fusion.needs[group].union(&needs);
+        }
+    }
+}
+
+/// Forgets groups without members.
+fn drop_empty(fusion: &mut Fusion) {
+    let mut renumbered: Vec<Option<usize>> = Vec::with_capacity(fusion.groups.len());
+    let mut kept = 0;
+    for group in &fusion.groups {
+        renumbered.push((!group.members.is_empty()).then_some(kept));
+        kept += usize::from(!group.members.is_empty());
+    }
+    for place in fusion.group_of.iter_mut().chain(&mut fusion.copied) {
+        *place = place.and_then(|group| renumbered[group]);
+    }
+    let mut all_needs: Vec<BitSet> = Vec::with_capacity(kept);
+    for (group, needs) in fusion.needs.iter().enumerate() {
+        if renumbered[group].is_none() {
+            continue;
+        }
+        let mut kept_needs = BitSet::default();
+        for (old, new) in renumbered.iter().enumerate() {
+            if let Some(new) = *new
+                && needs.contains(old)
+            {
+                kept_needs.insert(new);
+            }
+        }
+        all_needs.push(kept_needs);
+    }
+    fusion.needs = all_needs;
+    fusion.groups.retain(|group| !group.members.is_empty());
+}
