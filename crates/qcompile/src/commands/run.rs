@@ -312,7 +312,7 @@ fn gradients(results: Values) -> Result<BTreeMap<String, Array>> {
     let mut arrays = BTreeMap::new();
     for (name, value) in results {
         let key = match name.strip_suffix(GRADIENT_SUFFIX) {
-            Some(parameter) if parameter == "loss" => {
+            Some("loss") => {
                 let cause = "a parameter is called `loss`: its gradient has no key of its own";
                 return Err(Error::new(Code::ModelUnsupported, cause));
             }

@@ -74,7 +74,7 @@ impl<'d> Run<'d> {
     ) -> Result<Run<'d>> {
         let size = settings.batch_size;
         let workers = trainer.workers();
-        if size % workers != 0 {
+        if !size.is_multiple_of(workers) {
             return Err(Error::usage(format!(
                 "{workers} workers cannot share batches of {size} equally"
             ))
