@@ -34,7 +34,7 @@ impl Outcome {
 
 impl Place {
     pub(crate) fn new() -> Place {
-        Place { folder: tempfile::tempdir().unwrap() }
+        Place { folder: tempfile::tempdir().expect("a working system") }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -52,9 +52,9 @@ impl Place {
             .env_remove("COLUMNS")
             .stdin(Stdio::null())
             .output()
-            .unwrap();
+            .expect("a working system");
         let text = |bytes: Vec<u8>| {
-            let text = String::from_utf8(bytes).unwrap();
+            let text = String::from_utf8(bytes).expect("a working system");
             text.replace(&models, "models").replace(&self.folder.path().display().to_string(), ".")
         };
         let code = done.status.code().expect("not killed");
@@ -72,22 +72,24 @@ impl Place {
     }
 
     pub(crate) fn write(&self, name: &str, bytes: impl AsRef<[u8]>) {
-        std::fs::write(self.path(name), bytes).unwrap();
+        std::fs::write(self.path(name), bytes).expect("a working system");
     }
 
     pub(crate) fn write_npz(&self, name: &str, arrays: &[(&str, Array)]) {
         let arrays = arrays.iter().map(|(key, array)| ((*key).to_owned(), array.clone()));
-        self.write(name, npz::write(&arrays.collect()).unwrap());
+        self.write(name, npz::write(&arrays.collect()).expect("a working system"));
     }
 
     pub(crate) fn read_npz(&self, name: &str) -> BTreeMap<String, Array> {
-        read_arrays(&self.path(name), Limits::default()).unwrap()
+        read_arrays(&self.path(name), Limits::default()).expect("a working system")
     }
 
     /// The names in the folder, but for the cache of timings.
     pub(crate) fn names(&self) -> Vec<String> {
-        let entries = std::fs::read_dir(self.folder.path()).unwrap();
-        let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let entries = std::fs::read_dir(self.folder.path()).expect("a working system");
+        let names = entries.map(|entry| {
+            entry.expect("a working system").file_name().into_string().expect("a working system")
+        });
         let mut names: Vec<String> = names.filter(|name| name != "cache").collect();
         names.sort();
         names
@@ -101,10 +103,14 @@ pub(crate) fn keys(value: &Value) -> Vec<&str> {
 /// A few of the digits, as arrays for `run`.
 pub(crate) fn digits(samples: usize) -> [(&'static str, Array); 2] {
     let path = root().join("models/data/digits.csv.gz");
-    let data = Dataset::load(path.to_str().unwrap(), Limits::default()).unwrap();
+    let data = Dataset::load(path.to_str().expect("a working system"), Limits::default())
+        .expect("a working system");
     let rows: Vec<usize> = (0..samples).collect();
-    let mut arrays = data.gather(&rows).unwrap();
-    [("x", arrays.remove("x").unwrap()), ("label", arrays.remove("label").unwrap())]
+    let mut arrays = data.gather(&rows).expect("a working system");
+    [
+        ("x", arrays.remove("x").expect("a working system")),
+        ("label", arrays.remove("label").expect("a working system")),
+    ]
 }
 
 pub(crate) const DIGITS: &str = "@/data/digits.csv.gz";

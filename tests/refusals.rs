@@ -6,7 +6,7 @@ use qcompile::data::Array;
 
 /// Writes the files that bad commands are given.
 fn bad_files(place: &Place) {
-    let model = std::fs::read(root().join("models/digits_mlp.onnx")).unwrap();
+    let model = std::fs::read(root().join("models/digits_mlp.onnx")).expect("well-formed");
     place.write("empty.onnx", b"");
     place.write("half.onnx", &model[..model.len() / 2]);
     place.write("junk.onnx", vec![0xa5; 4096]);
@@ -21,29 +21,29 @@ fn bad_files(place: &Place) {
     flipped[plan.len() / 2] ^= 1;
     place.write("flipped.qplan", flipped);
     place.write("short.qplan", &plan[..plan.len() - 64]);
-    std::fs::create_dir(place.path("folder")).unwrap();
+    std::fs::create_dir(place.path("folder")).expect("well-formed");
     let [x, label] = digits(4);
     let changed = |value: f32| {
-        let mut values = x.1.to_f32().unwrap();
+        let mut values = x.1.to_f32().expect("well-formed");
         values[70] = value;
-        ("x", Array::from_f32(vec![4, 64], &values).unwrap())
+        ("x", Array::from_f32(vec![4, 64], &values).expect("well-formed"))
     };
     place.write_npz("good.npz", &[x.clone(), label.clone()]);
     place.write_npz("nan.npz", &[changed(f32::NAN), label.clone()]);
     place.write_npz("missing.npz", &[("X", x.1.clone()), label.clone()]);
     place.write_npz(
         "labels.npz",
-        &[x.clone(), ("label", Array::from_i64(vec![4], &[0, 1, 10, 2]).unwrap())],
+        &[x.clone(), ("label", Array::from_i64(vec![4], &[0, 1, 10, 2]).expect("well-formed"))],
     );
     place.write_npz(
         "wide.npz",
-        &[("x", Array::from_f32(vec![4, 65], &[0.0; 260]).unwrap()), label.clone()],
+        &[("x", Array::from_f32(vec![4, 65], &[0.0; 260]).expect("well-formed")), label.clone()],
     );
     place.write_npz(
         "double.npz",
-        &[("x", Array::from_f64(vec![4, 64], &[0.0; 256]).unwrap()), label.clone()],
+        &[("x", Array::from_f64(vec![4, 64], &[0.0; 256]).expect("well-formed")), label.clone()],
     );
-    place.write_npz("none.npz", &[("x", Array::from_f32(vec![0, 64], &[]).unwrap())]);
+    place.write_npz("none.npz", &[("x", Array::from_f32(vec![0, 64], &[]).expect("well-formed"))]);
     place.write("half.npz", &place.bytes("good.npz")[..500]);
 }
 
