@@ -306,19 +306,22 @@ fn every_model_forward() {
 }
 
 #[test]
-fn wide_products_of_few_rows() {
-    for (batch, channels, out) in [(3, 320, 1280), (1, 64, 1040), (5, 32, 700), (2, 300, 2100)] {
+fn wide_and_deep_products_with_an_epilogue() {
+    for (batch, channels, out) in
+        [(3, 320, 1280), (1, 64, 1040), (5, 32, 700), (2, 300, 2100), (2, 257, 33), (1, 640, 70)]
+    {
         let source = format!(
             "graph @g {{\n  input %x : f32[N, 7, 7, {channels}]\n\
              param %w : f32[{out}, {channels}, 1, 1] = uniform seed=2\nforward:\n\
              %y : f32[N, 7, 7, {out}] = conv2d %x, %w input=[7, 7] kernel=[1, 1] strides=[1, 1] \
-             pads=[0, 0, 0, 0] dilations=[1, 1] groups=1\nreturn %y\n}}\n"
+             pads=[0, 0, 0, 0] dilations=[1, 1] groups=1\n\
+             %z : f32[N, 7, 7, {out}] = relu %y\nreturn %z\n}}\n"
         );
         compare(&format!("1x1 to {out}"), &parse(&source), batch, Tier::detect());
         let source = format!(
             "graph @g {{\n  input %x : f32[N, {channels}]\n\
              param %w : f32[{channels}, {out}] = uniform seed=2\nforward:\n\
-             %y : f32[N, {out}] = matmul %x, %w\nreturn %y\n}}\n"
+             %y : f32[N, {out}] = matmul %x, %w\n%z : f32[N, {out}] = relu %y\nreturn %z\n}}\n"
         );
         compare(&format!("matmul to {out}"), &parse(&source), 49 * batch, Tier::detect());
     }

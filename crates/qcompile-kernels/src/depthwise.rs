@@ -8,7 +8,7 @@ use crate::conv::Convolution;
 use crate::geometry::{Geometry, Parts, Tap};
 use crate::lanes::{Lanes, Simd, Task};
 use crate::tile::ROW_GROUP;
-use crate::window::Extent;
+use crate::window::{Ahead, Extent};
 use std::ops::Range;
 
 /// Most values of a unit, about: they stay in L2 until its rows are finished.
@@ -27,6 +27,8 @@ pub(crate) struct Reach {
     pub(crate) columns: (usize, usize),
     /// From the row's first source value to that of column number 0.
     pub(crate) offset: isize,
+    /// The source row.
+    pub(crate) row: usize,
     /// Position in the kernel.
     pub(crate) position: usize,
 }
@@ -59,6 +61,7 @@ pub(crate) fn reaches(
                 reaches.push(Reach {
                     columns: (begin, end),
                     offset: ((source - first_row as isize) * width + shift) * channels as isize,
+                    row: source.unsigned_abs(),
                     position: down.kernel * g.kernel_width + kernel,
                 });
             }
@@ -131,8 +134,8 @@ impl<L: Lanes> Task for Compute<L> {
             let pixels = part.images * rows * g.columns.target;
             let mut result = Buffer::take(Slot::Result, if direct { 0 } else { pixels * channels });
             let read = Extent::of(g, part.row_begin, part.row_end).source_rows(g);
-            let line = width * channels;
-            let size = read.len() * line;
+            let line_values = width * channels;
+            let size = read.len() * line_values;
             let mut widened = Buffer::take(Slot::Right, if L::INTEGER { size } else { 0 });
             let mut scales = Buffer::take(Slot::Scales, if L::INTEGER { channels } else { 0 });
             // SAFETY: the part lies in source and target; the buffers were sized for it above.
@@ -140,10 +143,10 @@ impl<L: Lanes> Task for Compute<L> {
                 let finish = c.finish(&part, 0..channels);
                 let out = if direct { finish.result } else { result.words().cast() };
                 for image in 0..part.images {
-                    let from = c.source.add((part.image + image) * height * line);
+                    let from = c.source.add((part.image + image) * height * line_values);
                     let (source, first_row) = if L::INTEGER {
                         let to = widened.words().cast::<f32>();
-                        widen::<L>(from.add(read.start * line), size, to);
+                        widen::<L>(from.add(read.start * line_values), size, to);
                         (to.cast_const(), read.start)
                     } else {
                         (from.cast::<f32>(), 0)
@@ -166,7 +169,15 @@ impl<L: Lanes> Task for Compute<L> {
                                 apart: g.columns.phases() * channels,
                             };
                             let count = g.columns.number(phase, g.columns.target);
-                            line.compute::<S>(count, &taps, &mut some);
+                            // The source row that the next target row reads first.
+                            let mut ahead = Ahead::NONE;
+                            let next = taps.last().map_or(0, |tap| tap.row + 1);
+                            if !L::INTEGER && phase == 0 && next < read.end {
+                                let next = source.wrapping_add((next - first_row) * line_values);
+                                let values = line_values * g.rows.step();
+                                ahead = Ahead::of(next, values).steps(count.div_ceil(4));
+                            }
+                            line.compute::<S>(count, &taps, &mut some, &mut ahead);
                         }
                     }
                 }
@@ -228,7 +239,13 @@ struct Line {
 
 impl Line {
     #[inline(always)]
-    unsafe fn compute<S: Simd>(&self, count: usize, taps: &[Reach], some: &mut Vec<Reach>) {
+    unsafe fn compute<S: Simd>(
+        &self,
+        count: usize,
+        taps: &[Reach],
+        some: &mut Vec<Reach>,
+        ahead: &mut Ahead,
+    ) {
         let inner = common(taps, count);
         // SAFETY: granted by the caller.
         unsafe {
@@ -240,6 +257,7 @@ impl Line {
             }
             let mut column = inner.start;
             while column + 4 <= inner.end {
+                ahead.step::<S>();
                 self.pixels::<S, 4>(column, taps);
                 column += 4;
             }

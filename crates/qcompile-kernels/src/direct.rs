@@ -57,9 +57,11 @@ impl<L: Lanes> Task for Compute<L> {
         let g = &c.geometry;
         let cut = Cut::of::<L>(g);
         let (phases, _) = phases::<L>(g);
-        let several = phases
-            .iter()
-            .any(|phase| phase.panels.k > PART_WORDS || phase.taps.len() > MOST_SEGMENTS);
+        // Sums that take more than one pass have to be held for all pixels of a batch.
+        let several = cut.chunk < cut.words
+            || phases
+                .iter()
+                .any(|phase| phase.panels.k > PART_WORDS || phase.taps.len() > MOST_SEGMENTS);
         let target = if c.epilogue.is_none() {
             Target::Result
         } else if phases.len() > 1 {
