@@ -33,7 +33,7 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
         let mode = std::fs::metadata(path).map_or(0o644, |old| old.permissions().mode() & 0o777);
         builder.permissions(std::fs::Permissions::from_mode(mode));
     }
-    let mut file = builder.tempfile_in(folder_of(path)).map_err(|e| failed(without_path(&e)))?;
+    let mut file = builder.tempfile_in(folder_of(path)).map_err(|e| failed(&without_path(&e)))?;
     file.write_all(bytes).map_err(|e| failed(&e))?;
     file.as_file().sync_all().map_err(|e| failed(&e))?;
     file.persist(path).map_err(|e| failed(&e.error))?;
@@ -51,7 +51,7 @@ pub fn check_writable(path: &Path) -> Result<()> {
     }
     // Only a file that is made shows that one can be made.
     let probe = tempfile::Builder::new().prefix(".qcompile-").tempfile_in(folder_of(path));
-    probe.map(|_| ()).map_err(|e| failed(without_path(&e)))
+    probe.map(|_| ()).map_err(|e| failed(&without_path(&e)))
 }
 
 fn folder_of(path: &Path) -> &Path {
@@ -61,10 +61,11 @@ fn folder_of(path: &Path) -> &Path {
     }
 }
 
-/// The system's error without the temporary file's name, which says nothing to anybody.
-fn without_path(error: &std::io::Error) -> &std::io::Error {
-    let inner = error.get_ref().and_then(std::error::Error::source);
-    inner.and_then(|inner| inner.downcast_ref()).unwrap_or(error)
+/// The system's error without the temporary file's name, which says nothing to anybody and is another every time.
+fn without_path(error: &std::io::Error) -> std::io::Error {
+    let text = error.to_string();
+    let plain = text.split_once(" at path \"").map_or(text.as_str(), |(before, _)| before);
+    std::io::Error::new(error.kind(), plain)
 }
 
 #[cfg(test)]
@@ -83,6 +84,11 @@ mod tests {
         let busy = folder.path().join("busy");
         std::fs::create_dir_all(busy.join("x")).unwrap();
         assert_eq!(write_atomically(&busy, b"x").unwrap_err().code(), Code::WriteFailed);
+        for error in [write_atomically, |path: &Path, _: &[u8]| check_writable(path)]
+            .map(|write| write(&folder.path().join("none/a.bin"), b"x").unwrap_err())
+        {
+            assert!(!error.cause().contains("qcompile-"), "{error}");
+        }
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
     }
 }
