@@ -20,4 +20,5 @@ set -x
   --precision auto --batch-size 64 --data "$train"
 "$qcompile" train mnist_cnn.qplan --data "$train" --eval "$test" --epochs 3 --batch-size 64 \
   --lr 0.05 --momentum 0.9 --lr-schedule cosine
-"$qcompile" eval mnist_cnn.qplan --data "$test"
+# Training left the plan as it was; the trained one stands beside it.
+"$qcompile" eval mnist_cnn.trained.qplan --data "$test"

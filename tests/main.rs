@@ -1,5 +1,7 @@
 //! The test suite of the workspace: one binary, one module for each kind of test.
 
+mod cli;
+mod command;
 mod evaluation;
 mod filetests;
 mod hostile;
@@ -7,6 +9,7 @@ mod models;
 mod oracle;
 mod properties;
 mod random_graph;
+mod refusals;
 mod support;
 mod tidy;
 mod training;

@@ -21,7 +21,7 @@ use std::time::Duration;
 /// Time that both plans together are measured for.
 const MEASURE: Duration = Duration::from_millis(600);
 
-/// What [`compile`] gives.
+/// What [`compile()`] gives.
 #[derive(Debug, Clone)]
 pub struct Compiled {
     /// The plan.
@@ -84,7 +84,7 @@ pub fn compile(path: impl AsRef<Path>, options: &Options) -> Result<Compiled> {
 /// Compiles the bytes of an ONNX model, which cannot have external data.
 ///
 /// # Errors
-/// As [`compile`].
+/// As [`compile()`].
 pub fn compile_bytes(bytes: &[u8], options: &Options) -> Result<Compiled> {
     let draft = model::import(bytes, None, options)?;
     finish(draft, options, Show::Nothing, &mut |_, _, _| Ok(()))

@@ -1,6 +1,6 @@
 //! Compiles an ONNX model into a mixed-precision training plan and runs the training step.
 //!
-//! Three nouns are all that a host program needs: [`compile`] (or [`Plan::load`]) gives a [`Plan`], a [`Trainer`]
+//! Three nouns are all that a host program needs: [`compile()`] (or [`Plan::load`]) gives a [`Plan`], a [`Trainer`]
 //! takes it, and [`Trainer::step`] trains. No panic crosses these functions; every error says what is wrong, where,
 //! and what to do.
 //!

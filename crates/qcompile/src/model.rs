@@ -86,10 +86,9 @@ fn read_target(path: &Path) -> Result<Target> {
 
 /// Whether the first line that is neither empty nor a comment begins with `graph`.
 fn is_graph_text(bytes: &[u8]) -> bool {
-    let lines = bytes.split(|&byte| byte == b'\n').map(<[u8]>::trim_ascii_start);
+    let mut lines = bytes.split(|&byte| byte == b'\n').map(<[u8]>::trim_ascii_start);
     lines
-        .skip_while(|line| line.is_empty() || line.starts_with(b";"))
-        .next()
+        .find(|line| !line.is_empty() && !line.starts_with(b";"))
         .is_some_and(|line| line.starts_with(b"graph @"))
 }
 

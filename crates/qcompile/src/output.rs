@@ -25,10 +25,6 @@ pub fn print(text: &str) -> Result<()> {
 /// disk is full; the old file is then untouched and nothing is left behind.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
     let failed = |source: &std::io::Error| Error::write(path.display().to_string(), source);
-    let folder = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
     let mut builder = tempfile::Builder::new();
     builder.prefix(".qcompile-");
     #[cfg(unix)]
@@ -37,11 +33,39 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
         let mode = std::fs::metadata(path).map_or(0o644, |old| old.permissions().mode() & 0o777);
         builder.permissions(std::fs::Permissions::from_mode(mode));
     }
-    let mut file = builder.tempfile_in(folder).map_err(|e| failed(&e))?;
+    let mut file = builder.tempfile_in(folder_of(path)).map_err(|e| failed(&without_path(&e)))?;
     file.write_all(bytes).map_err(|e| failed(&e))?;
     file.as_file().sync_all().map_err(|e| failed(&e))?;
     file.persist(path).map_err(|e| failed(&e.error))?;
     Ok(())
+}
+
+/// Refuses, before the work is done, a path that could not be written in the end.
+///
+/// # Errors
+/// As [`write_atomically`].
+pub fn check_writable(path: &Path) -> Result<()> {
+    let failed = |source: &std::io::Error| Error::write(path.display().to_string(), source);
+    if path.is_dir() {
+        return Err(failed(&std::io::Error::from(std::io::ErrorKind::IsADirectory)));
+    }
+    // Only a file that is made shows that one can be made.
+    let probe = tempfile::Builder::new().prefix(".qcompile-").tempfile_in(folder_of(path));
+    probe.map(|_| ()).map_err(|e| failed(&without_path(&e)))
+}
+
+fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// The system's error without the temporary file's name, which says nothing to anybody and is another every time.
+fn without_path(error: &std::io::Error) -> std::io::Error {
+    let text = error.to_string();
+    let plain = text.split_once(" at path \"").map_or(text.as_str(), |(before, _)| before);
+    std::io::Error::new(error.kind(), plain)
 }
 
 #[cfg(test)]
@@ -60,6 +84,11 @@ mod tests {
         let busy = folder.path().join("busy");
         std::fs::create_dir_all(busy.join("x")).unwrap();
         assert_eq!(write_atomically(&busy, b"x").unwrap_err().code(), Code::WriteFailed);
+        for error in [write_atomically, |path: &Path, _: &[u8]| check_writable(path)]
+            .map(|write| write(&folder.path().join("none/a.bin"), b"x").unwrap_err())
+        {
+            assert!(!error.cause().contains("qcompile-"), "{error}");
+        }
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
     }
 }

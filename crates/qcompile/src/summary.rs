@@ -52,7 +52,7 @@ pub(crate) fn by_precision(decisions: &[LayerDecision]) -> String {
                 None => reasons.push((1, kind)),
             }
         }
-        reasons.sort_by(|a, b| b.0.cmp(&a.0));
+        reasons.sort_by_key(|(times, _)| std::cmp::Reverse(*times));
         let why: Vec<String> =
             reasons.iter().map(|(times, kind)| format!("{kind} ({times})")).collect();
         table.row([word.to_owned(), those.len().to_string(), count(parameters), why.join(", ")]);

@@ -1,15 +1,16 @@
 //! `qcompile MODEL.onnx`.
 
-use super::{beside, check_writable, print_json, timings_path};
+use super::{beside, in_data, print_json, timings_path};
 use crate::cli::{Cli, CompileCommand, Emit};
 use crate::compile::{Compiled, finish};
 use crate::error::{Code, Error, Result};
-use crate::model::{draft, open};
+use crate::model::{at_path, draft, open};
 use crate::options::Options;
-use crate::output::{print, write_atomically};
+use crate::output::{check_writable, print, write_atomically};
 use crate::street::{Draft, Pass, Street, write_dump};
 use crate::summary;
 use crate::terminal::{Show, bytes, milliseconds, say, say_verb};
+use clap::CommandFactory;
 use qcompile_codegen::{asm_text, clif_text};
 use qcompile_kernels::Tier;
 use std::path::{Path, PathBuf};
@@ -28,14 +29,14 @@ pub(super) fn run(cli: &Cli) -> Result<()> {
     };
     let show = command.talk.show();
     let output = output_path(command, model);
+    let begin = Instant::now();
+    let target = open(model).map_err(mistaken_command(model))?;
+    let mut draft = draft(&target, model, &options)?;
+    drop(target);
     if let Some(path) = &output {
         refuse_overwriting(path, model)?;
         check_writable(path)?;
     }
-    let begin = Instant::now();
-    let target = open(model)?;
-    let mut draft = draft(&target, model, &options)?;
-    drop(target);
     say_verb(show, "Importing", &imported(model, &draft));
     let mut spent: Vec<(Pass, Duration)> = Vec::new();
     let mut each = |pass: Pass, draft: &Draft, took: Duration| {
@@ -48,16 +49,21 @@ pub(super) fn run(cli: &Cli) -> Result<()> {
             let cause = format!("the graph has been through `{word}` already");
             return Err(Error::usage(cause).at(model.display().to_string()));
         }
-        Street::new(&options, show, &mut each).run(&mut draft, last)?;
+        Street::new(&options, show, &mut each)
+            .run(&mut draft, last)
+            .map_err(|e| place(e, model, &options))?;
         say_times(command, &spent);
         return write_dump(&draft, output.as_deref());
     }
     if command.emit == Emit::Graph {
-        Street::new(&options, show, &mut each).run(&mut draft, Pass::LAST)?;
+        Street::new(&options, show, &mut each)
+            .run(&mut draft, Pass::LAST)
+            .map_err(|e| place(e, model, &options))?;
         say_times(command, &spent);
         return write_dump(&draft, output.as_deref());
     }
-    let compiled = finish(draft, &options, show, &mut each)?;
+    let compiled =
+        finish(draft, &options, show, &mut each).map_err(|e| place(e, model, &options))?;
     say_times(command, &spent);
     match (command.emit, &output) {
         (Emit::Plan | Emit::Graph, _) => {}
@@ -74,6 +80,18 @@ pub(super) fn run(cli: &Cli) -> Result<()> {
         return print_json(&summary::document(&compiled, model, Some(&path)), false);
     }
     print(&summary::text(&compiled, command.talk.verbose > 0))
+}
+
+/// A command that is misspelt is taken for a model that is not there.
+fn mistaken_command(model: &Path) -> impl Fn(Error) -> Error {
+    move |error| {
+        let command = Cli::command();
+        let names = command.get_subcommands().map(clap::Command::get_name);
+        match model.to_str() {
+            Some(word) if !model.exists() => error.did_you_mean(word, names),
+            _ => error,
+        }
+    }
 }
 
 fn pass(word: &str) -> Result<Pass> {
@@ -157,5 +175,14 @@ pub(super) fn in_passing(model: &Path, options: &Options, show: Show) -> Result<
     let draft = draft(&target, model, options)?;
     drop(target);
     say_verb(show, "Importing", &imported(model, &draft));
-    finish(draft, options, show, &mut |_, _, _| Ok(()))
+    finish(draft, options, show, &mut |_, _, _| Ok(())).map_err(|e| place(e, model, options))
+}
+
+/// An error of the passes with its place: the data, if it is about data, else the model.
+fn place(error: Error, model: &Path, options: &Options) -> Error {
+    match &options.data {
+        Some(data) if error.code().text().starts_with("QC05") => in_data(error, data),
+        _ if !error.places().is_empty() => error,
+        _ => at_path(error, model),
+    }
 }

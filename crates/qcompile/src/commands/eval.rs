@@ -1,6 +1,6 @@
 //! `qcompile eval`.
 
-use super::print_json;
+use super::{in_data, print_json};
 use crate::about::About;
 use crate::cli::EvalCommand;
 use crate::data::{Dataset, Limits};
@@ -23,7 +23,9 @@ pub(super) fn run(command: &EvalCommand) -> Result<()> {
         subjects.push(Subject::open(baseline, &options)?);
     }
     let data = Dataset::load(&command.data, Limits::default())?;
-    let results = subjects.iter_mut().map(|subject| subject.evaluate(command, &data));
+    let results = subjects
+        .iter_mut()
+        .map(|subject| subject.evaluate(command, &data).map_err(|e| in_data(e, &command.data)));
     let results = results.collect::<Result<Vec<Evaluation>>>()?;
     let Some(result) = results.first() else {
         return Err(Error::new(Code::Internal, "there is nothing to evaluate"));

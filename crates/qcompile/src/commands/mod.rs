@@ -52,6 +52,16 @@ fn wrong_usage(error: &clap::Error) -> Error {
         return Error::usage("neither a model nor a command is given")
             .help("qcompile MODEL.onnx compiles; qcompile --help lists the commands");
     }
+    let names = Cli::command();
+    let names: Vec<&str> = names.get_subcommands().map(clap::Command::get_name).collect();
+    let words = std::env::args().skip(1);
+    let first = words.into_iter().find(|word| !word.starts_with('-')).unwrap_or_default();
+    if error.kind() == ErrorKind::ArgumentConflict && !Path::new(&first).exists() {
+        // clap takes the first word for a model.
+        return Error::usage(format!("there is neither a command nor a file `{first}`"))
+            .did_you_mean(&first, names.iter().copied())
+            .help(format!("commands are {}", names.join(", ")));
+    }
     let text = error.render().to_string();
     let mut lines = text.lines().map(str::trim);
     let first = lines.next().unwrap_or_default();
@@ -142,18 +152,9 @@ fn print_json(value: &serde_json::Value, line: bool) -> Result<()> {
     print(&format!("{text}\n"))
 }
 
-/// Refuses an output that could not be written in the end, before the work is done.
-fn check_writable(path: &Path) -> Result<()> {
-    let place = path.display().to_string();
-    if path.is_dir() {
-        let error = std::io::Error::from(std::io::ErrorKind::IsADirectory);
-        return Err(Error::write(place, &error));
-    }
-    let folder = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    // Only a file that is made shows that one can be made.
-    let probe = tempfile::Builder::new().prefix(".qcompile-").tempfile_in(folder);
-    probe.map(|_| ()).map_err(|e| Error::write(place, &e))
+/// The error with this text of `--data` for its place, if it is about data.
+fn in_data(error: Error, text: &str) -> Error {
+    let about_data = error.code().text().starts_with("QC05");
+    let known = error.places().iter().any(|place| text.contains(place.as_str()));
+    if about_data && !known { error.at(text) } else { error }
 }

@@ -1,13 +1,12 @@
 //! `qcompile run`: forward, or forward and backward without an update.
 
-use super::check_writable;
 use crate::about::{About, Port};
 use crate::cli::RunCommand;
 use crate::data::{Array, Dtype, LABEL, Limits, check_exact, npz, read_arrays};
 use crate::error::{Code, Error, Result};
 use crate::model::{Target, draft, open};
 use crate::options::Options;
-use crate::output::write_atomically;
+use crate::output::{check_writable, write_atomically};
 use crate::street::{Draft, Pass, Street};
 use crate::subgraph::{part, with_values};
 use crate::tensors::{input_type, to_array, to_tensor};
@@ -40,7 +39,8 @@ pub(super) fn run(command: &RunCommand) -> Result<()> {
         .map_err(|error| error.at(command.inputs.display().to_string()))?;
     let batch = batch_size(&graph, &inputs)
         .map_err(|error| error.at(command.inputs.display().to_string()))?;
-    let results = execute(graph, &inputs, batch, &trainer)?;
+    let results = execute(graph, &inputs, batch, &trainer)
+        .map_err(|error| error.at(command.inputs.display().to_string()))?;
     let arrays = if backward { gradients(results)? } else { outputs(results, &about)? };
     write_atomically(goal, &npz::write(&arrays)?)
 }
@@ -312,7 +312,7 @@ fn gradients(results: Values) -> Result<BTreeMap<String, Array>> {
     let mut arrays = BTreeMap::new();
     for (name, value) in results {
         let key = match name.strip_suffix(GRADIENT_SUFFIX) {
-            Some(parameter) if parameter == "loss" => {
+            Some("loss") => {
                 let cause = "a parameter is called `loss`: its gradient has no key of its own";
                 return Err(Error::new(Code::ModelUnsupported, cause));
             }

@@ -1,11 +1,11 @@
 //! `qcompile sensitivity`.
 
-use super::{check_writable, timings_path};
+use super::{in_data, timings_path};
 use crate::cli::SensitivityCommand;
 use crate::error::{Code, Error, Result};
 use crate::model::{draft, open};
 use crate::options::Options;
-use crate::output::{print, write_atomically};
+use crate::output::{check_writable, print, write_atomically};
 use crate::sensitivity::{Calibration, score, scores_json};
 use crate::street::{Pass, Street};
 use crate::terminal::{Align, Table, say_verb, width};
@@ -44,7 +44,8 @@ pub(super) fn run(command: &SensitivityCommand) -> Result<()> {
             Error::new(Code::ModelUnsupported, cause).at(command.model.display().to_string())
         );
     }
-    let calibration = Calibration::new(&draft.graph, &draft.about, &options)?;
+    let calibration = Calibration::new(&draft.graph, &draft.about, &options)
+        .map_err(|e| in_data(e, command.data.as_deref().unwrap_or_default()))?;
     draft.about.warnings.extend(calibration.notes().iter().cloned());
     command.talk.warn(&draft.about.warnings);
     let scores = score(&mut draft.graph, &calibration, &options, show)?;

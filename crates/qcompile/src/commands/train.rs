@@ -1,13 +1,13 @@
 //! `qcompile train`.
 
-use super::{beside, check_writable, print_json, timings_path};
+use super::{beside, in_data, print_json, timings_path};
 use crate::about::About;
 use crate::cli::{CompileArgs, TrainCommand};
 use crate::data::{Binding, Dataset, Limits};
 use crate::error::{Code, Error, Result};
 use crate::model::{CHECKPOINT_PLAN, CHECKPOINT_STATE, Target, at_path, open, read_file};
 use crate::options::Options;
-use crate::output::{print, write_atomically};
+use crate::output::{check_writable, print, write_atomically};
 use crate::subgraph::with_values;
 use crate::terminal::{Progress as Bar, milliseconds, say_verb};
 use crate::train::{
@@ -33,11 +33,13 @@ pub(super) fn run(command: &TrainCommand) -> Result<()> {
     }
     let wants = Wants::of(plan.graph(), &about)?;
     let data = Dataset::load(&command.data, Limits::default())?;
-    let binding = wants.bind(&data)?;
+    let binding = wants.bind(&data).map_err(|e| in_data(e, &command.data))?;
     command.talk.warn(binding.notes());
     let others = command.eval.as_deref().map(|text| Dataset::load(text, Limits::default()));
     let others = others.transpose()?;
-    let eval = others.as_ref().map(|data| wants.bind(data)).transpose()?;
+    let eval_text = command.eval.as_deref().unwrap_or_default();
+    let eval = others.as_ref().map(|data| wants.bind(data)).transpose();
+    let eval = eval.map_err(|e| in_data(e, eval_text))?;
     let plan_bytes = plan.to_bytes();
     let settings = Settings {
         epochs: command.epochs,
@@ -53,7 +55,8 @@ pub(super) fn run(command: &TrainCommand) -> Result<()> {
     let mut trainer = Trainer::new(Arc::clone(&plan), &options)?;
     let resumed = place.resume(&mut trainer, &settings)?;
     place.begin(&plan_bytes)?;
-    let mut run = Run::new(trainer, binding, &wants, &settings, resumed)?;
+    let mut run = Run::new(trainer, binding, &wants, &settings, resumed)
+        .map_err(|e| in_data(e, &command.data))?;
     run.progress.settings = settings;
     if run.left_out() > 0 {
         say_verb(show, "Note", &format!("{} samples of each epoch are left out", run.left_out()));
@@ -65,10 +68,10 @@ pub(super) fn run(command: &TrainCommand) -> Result<()> {
     }
     let mut last = None;
     for _ in first..command.epochs {
-        let log = teller.epoch(&mut run)?;
+        let log = teller.epoch(&mut run).map_err(|e| in_data(e, &command.data))?;
         place.save(&run)?;
         let result = eval.as_ref().map(|eval| evaluation(&mut run, eval, &wants, &about, command));
-        let result = result.transpose()?;
+        let result = result.transpose().map_err(|e| in_data(e, eval_text))?;
         teller.tell(&log, result.as_ref())?;
         last = Some(log);
     }

@@ -17,7 +17,7 @@ pub struct Table {
     pub x: Array,
     /// Names of the columns of `x`; empty without a header line.
     pub names: Vec<String>,
-    /// The label column [samples]: i64 when every value is an integer, f32 otherwise.
+    /// The label column, `[samples]`: i64 when every value is an integer, f32 otherwise.
     pub label: Option<Array>,
 }
 

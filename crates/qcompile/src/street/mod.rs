@@ -16,7 +16,7 @@ use crate::terminal::Show;
 use qcompile_ir::{Graph, verify};
 use qcompile_passes::attach_loss::{self, LossKind};
 use qcompile_passes::quantize::{self, LayerCost, PrecisionChoice};
-use qcompile_passes::sensitivity::Scores;
+use qcompile_passes::sensitivity::{LayerScore, Scores};
 use qcompile_passes::{PassError, differentiate, distribute, evaluation, simplify, update};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -239,11 +239,18 @@ impl<'a> Street<'a> {
     fn score(&mut self, draft: &mut Draft) -> Result<()> {
         if let Some(path) = &self.options.scores {
             let scores = sensitivity::read_scores(path)?;
-            if scores.annotate(&mut draft.graph) == 0 && !quantize::layers(&draft.graph).is_empty()
-            {
-                let cause = "the scores are of another model: no layer has one of their names";
+            let layers = quantize::layers(&draft.graph);
+            let unknown = layers.iter().find_map(|layer| {
+                let name = draft.graph.node(layer.node).name.as_str();
+                let fits = |score: &LayerScore| score.channels.len() == layer.channels;
+                (!scores.find(name).is_some_and(fits)).then_some(name)
+            });
+            if let Some(name) = unknown {
+                let cause =
+                    format!("the scores are of another model: layer `{name}` has none that fits");
                 return Err(Error::usage(cause).at(path.display().to_string()));
             }
+            scores.annotate(&mut draft.graph);
             draft.scores = Some(scores);
             return Ok(());
         }

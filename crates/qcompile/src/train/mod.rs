@@ -74,7 +74,7 @@ impl<'d> Run<'d> {
     ) -> Result<Run<'d>> {
         let size = settings.batch_size;
         let workers = trainer.workers();
-        if size % workers != 0 {
+        if !size.is_multiple_of(workers) {
             return Err(Error::usage(format!(
                 "{workers} workers cannot share batches of {size} equally"
             ))
@@ -197,5 +197,5 @@ fn diverged(log: &StepLog, refused: u64) -> Error {
     );
     Error::new(Code::Diverged, cause)
         .help("a smaller --lr, --warmup-steps or --grad-clip-norm may keep it in bounds")
-        .note("the refused steps changed no parameter; the last checkpoint stands")
+        .note("the refused steps changed no parameter")
 }
