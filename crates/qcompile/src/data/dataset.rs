@@ -417,7 +417,10 @@ impl<'a> Binding<'a> {
     }
 }
 
-/// Checks that every label is a whole number of `0..classes`.
+/// The label of rows that the loss leaves out, as in PyTorch and ONNX.
+const IGNORED: i128 = -100;
+
+/// Checks that every label is a whole number of `0..classes`, or the one that is ignored.
 fn check_classes(label: &Array, classes: usize, rows_per_sample: usize) -> Result<()> {
     for element in 0..label.elements() {
         let class = if label.dtype.is_float() {
@@ -426,7 +429,8 @@ fn check_classes(label: &Array, classes: usize, rows_per_sample: usize) -> Resul
         } else {
             Some(whole_number(label, element))
         };
-        if class.is_none_or(|class| class < 0 || class >= classes as i128) {
+        let fits = |class: i128| class == IGNORED || (0..classes as i128).contains(&class);
+        if !class.is_some_and(fits) {
             let value = match class {
                 Some(class) => class.to_string(),
                 None => number(label, element).to_string(),
