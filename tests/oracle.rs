@@ -1,5 +1,6 @@
 //! Native code against the reference evaluator: every op, type and tier, on shapes with edges.
 
+use crate::support::{self, cases};
 use qcompile_ir::eval::{EvalOptions, eval};
 use qcompile_ir::{DType, Graph, NodeId, Op, Region, Tensor, text};
 use qcompile_kernels::Tier;
@@ -7,7 +8,6 @@ use qcompile_passes::differentiate;
 use qcompile_plan::{BuildOptions, build};
 use qcompile_runtime::{Trainer, TrainerOptions};
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
 
 type Values = BTreeMap<String, Tensor>;
@@ -109,37 +109,20 @@ fn check(name: &str, graph: &Graph, batches: &[usize]) {
     }
 }
 
-fn files(folder: &str) -> Vec<(String, String)> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/filetests").join(folder);
-    let mut files: Vec<_> = std::fs::read_dir(&folder)
-        .unwrap_or_else(|error| panic!("{}: {error}", folder.display()))
-        .map(|entry| entry.expect("readable").path())
-        .collect();
-    files.sort();
-    assert!(!files.is_empty());
-    files
-        .into_iter()
-        .map(|path| {
-            let name = path.file_stem().expect("a name").to_string_lossy().into_owned();
-            (name, std::fs::read_to_string(path).expect("readable"))
-        })
-        .collect()
-}
-
 #[test]
 fn every_op_and_its_gradient() {
-    for (name, source) in files("gradients") {
-        let mut graph = parse(&source);
+    for path in cases("gradients") {
+        let mut graph = support::parse(&path);
         differentiate::run(&mut graph).expect("differentiable");
         graph.sweep();
-        check(&name, &graph, &[3]);
+        check(&path.display().to_string(), &graph, &[3]);
     }
 }
 
 #[test]
 fn every_way_to_fuse() {
-    for (name, source) in files("plan") {
-        check(&name, &parse(&source), &[1, 2, 7]);
+    for path in cases("plan") {
+        check(&path.display().to_string(), &support::parse(&path), &[1, 2, 7]);
     }
 }
 
@@ -294,7 +277,7 @@ fn every_model_forward() {
         "tiny_bert",
         "tiny_gpt",
     ] {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../../models/{model}.onnx"));
+        let path = support::root().join(format!("models/{model}.onnx"));
         let bytes = std::fs::read(path).expect("committed");
         let mut graph = qcompile_onnx::import(&bytes, &qcompile_onnx::ImportOptions::default())
             .expect("imports")

@@ -45,7 +45,7 @@ pub struct Node {
     pub name: Name,
     /// What it computes.
     pub op: Op,
-    /// Its type, derived by [`infer`].
+    /// Its type, derived by [`infer()`].
     pub ty: TensorType,
     /// Which part of the step computes it.
     pub region: Region,

@@ -6,9 +6,9 @@
 //! `next %w = %w.next` says what a leaf holds after the step.
 //!
 //! * [`graph`] stores it and has the only doors of mutation;
-//! * [`op`] is the closed vocabulary, [`infer`] gives each op its type;
+//! * [`op`] is the closed vocabulary, [`mod@infer`] gives each op its type;
 //! * [`text`] prints and parses `.qir`;
-//! * [`verify`] lists and checks every invariant;
+//! * [`mod@verify`] lists and checks every invariant;
 //! * [`eval`] is the slow, obvious meaning of every op, the oracle of everything else.
 //!
 //! This crate does no I/O and depends on nothing else of this project.

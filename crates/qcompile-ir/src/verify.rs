@@ -1,6 +1,6 @@
 //! Every invariant of a graph, checked at each border.
 //!
-//! 1. Every node has the type that [`infer`] derives from its operands' types.
+//! 1. Every node has the type that [`infer()`] derives from its operands' types.
 //! 2. The operands of a node have the positions 0, 1, 2, ... without gap or repetition.
 //! 3. No value depends on itself.
 //! 4. No edge goes back a region; leaves are in the forward region.

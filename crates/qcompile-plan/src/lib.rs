@@ -3,7 +3,7 @@
 //!
 //! A plan is data: it names no instruction and no address. [`build`] is a pure function of a verified graph, so a
 //! file holds the graph and its tensors, and the schedule is derived again where it is loaded: there is no second
-//! truth that a hostile file could bend. [`verify`](Plan::verify) proves that every access of every step stays
+//! truth that a hostile file could bend. [`verify()`] proves that every access of every step stays
 //! within its slot for every batch size.
 #![forbid(unsafe_code)]
 

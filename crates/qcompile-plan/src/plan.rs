@@ -321,7 +321,7 @@ impl Plan {
 
 /// Bytes of a value of this type.
 ///
-/// The type must have passed [`infer`](qcompile_ir::infer), which bounds it.
+/// The type must have passed [`infer`](fn@qcompile_ir::infer), which bounds it.
 #[must_use]
 pub fn bytes_of(ty: &TensorType) -> Affine {
     let elements = ty.shape.elements().expect("verified: types are bounded");
