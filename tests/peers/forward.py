@@ -46,7 +46,8 @@ def main():
             continue
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        # Its blocked layout normalizes wrongly by batch statistics of 8 or 24 channels.
+        # Optimized, it normalizes 8 channels by other statistics than those of the batch, which NumPy and it itself give
+        # unoptimized.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         arrays = draw(session)
