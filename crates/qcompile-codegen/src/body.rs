@@ -1,6 +1,7 @@
 //! The straight-line body of a nest: one value at a time, on one element or four lanes.
 
 use crate::emitter::Emitter;
+use crate::facts::Facts;
 use crate::math;
 use cranelift_codegen::ir::condcodes::{FloatCC, IntCC};
 use cranelift_codegen::ir::types::{F32, F32X4, I32, I32X4, I64};
@@ -65,10 +66,11 @@ impl Emitter<'_, '_> {
     pub(crate) fn apply(
         &mut self,
         nest: &LoopNest,
-        types: &[DType],
+        facts: &Facts,
         at: usize,
         value_of: &dyn Fn(usize) -> Value,
     ) -> Value {
+        let types = &facts.types;
         match nest.body[at] {
             Scalar::Read(_) | Scalar::Tile | Scalar::Const(..) | Scalar::Size(_) => {
                 unreachable!("verified: leaves are loaded by the nest")
@@ -83,6 +85,7 @@ impl Emitter<'_, '_> {
             }
             Scalar::Compare(op, x, y) => self.comparison(op, types[x], value_of(x), value_of(y)),
             Scalar::Select(mask, x, y) => self.choose(value_of(mask), value_of(x), value_of(y)),
+            Scalar::Cast(DType::BF16, x) if facts.exact[x] => value_of(x),
             Scalar::Cast(to, x) => self.convert(types[x], to, value_of(x)),
             Scalar::Quantize(dtype, x, scale) => {
                 let max = Op::quantized_max(dtype).unwrap_or(127.0) as f32;

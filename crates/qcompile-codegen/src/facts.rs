@@ -1,7 +1,7 @@
 //! What lowering must know of a nest before it emits anything.
 
 use crate::body::{cost, has_lanes};
-use qcompile_ir::{DType, Dim};
+use qcompile_ir::{BinaryOp, DType, Dim, Tensor, UnaryOp};
 use qcompile_plan::verify::body_types;
 use qcompile_plan::{LoopNest, Scalar, Write};
 
@@ -12,6 +12,8 @@ pub(crate) struct Facts {
     pub types: Vec<DType>,
     /// Values of the body that do not change along the innermost dimension.
     pub invariant: Vec<bool>,
+    /// f32 values of the body, and bf16 ones, whose elements bf16 holds exactly.
+    pub exact: Vec<bool>,
     /// Vectors of four lanes per turn of the innermost loop; 0 if it goes element by element.
     pub parts: usize,
     /// About how many instructions a point costs.
@@ -41,7 +43,8 @@ impl Facts {
             });
         }
         let cost: usize = nest.body.iter().map(|&scalar| cost(scalar)).sum::<usize>().max(1);
-        let mut facts = Facts { types, invariant, parts: 0, cost };
+        let exact = exact(nest, &types);
+        let mut facts = Facts { types, invariant, exact, parts: 0, cost };
         if facts.vectorizes(nest) {
             facts.parts = facts.width(nest.dims.last().copied());
         }
@@ -90,6 +93,26 @@ impl Facts {
         }
         parts
     }
+}
+
+/// Whether bf16 holds every element of a value, for each value of a body. In registers a bf16 value is the f32 that
+/// equals it, once it was rounded; arithmetic on bf16 rounds when its result is stored or cast.
+fn exact(nest: &LoopNest, types: &[DType]) -> Vec<bool> {
+    let mut exact: Vec<bool> = Vec::with_capacity(nest.body.len());
+    for (at, &scalar) in nest.body.iter().enumerate() {
+        exact.push(match scalar {
+            Scalar::Read(read) => nest.reads[read].dtype == DType::BF16,
+            Scalar::Const(_, value) => Tensor::scalar(DType::BF16, value).splat() == Some(value),
+            Scalar::Cast(DType::BF16, _) => true,
+            Scalar::Cast(DType::F32, x) => types[x].is_float() && exact[x],
+            Scalar::Unary(UnaryOp::Relu | UnaryOp::Neg | UnaryOp::Abs, x) => exact[x],
+            Scalar::Binary(BinaryOp::Max | BinaryOp::Min, x, y) | Scalar::Select(_, x, y) => {
+                exact[x] && exact[y]
+            }
+            _ => false,
+        } && types[at].is_float());
+    }
+    exact
 }
 
 /// Whether a reduction writes each of its results exactly once, after the innermost loop.

@@ -278,7 +278,7 @@ fn fill(e: &mut Emitter<'_, '_>, op: ReduceOp, dtype: DType, address: Value, cou
         e.count((zero, done, 4), None, &[], &mut |e, index, _| {
             let offset = e.times(index, dtype.size());
             let at = e.b.ins().iadd(address, offset);
-            e.store4(dtype, &[identity], at);
+            e.store4(dtype, &[identity], at, false);
             Vec::new()
         });
     }
@@ -286,7 +286,7 @@ fn fill(e: &mut Emitter<'_, '_>, op: ReduceOp, dtype: DType, address: Value, cou
     e.count((done, count, 1), None, &[], &mut |e, index, _| {
         let offset = e.times(index, dtype.size());
         let at = e.b.ins().iadd(address, offset);
-        e.store(dtype, identity, at);
+        e.store(dtype, identity, at, false);
         Vec::new()
     });
 }
@@ -325,7 +325,7 @@ fn combine(
             });
             let offset = e.times(index, dtype.size());
             let to = e.b.ins().iadd(result, offset);
-            e.store4(dtype, &sum, to);
+            e.store4(dtype, &sum, to, false);
             Vec::new()
         });
     }
@@ -341,7 +341,7 @@ fn combine(
         });
         let offset = e.times(index, dtype.size());
         let to = e.b.ins().iadd(result, offset);
-        e.store(dtype, sum[0], to);
+        e.store(dtype, sum[0], to, false);
         Vec::new()
     });
 }

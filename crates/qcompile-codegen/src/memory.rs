@@ -55,8 +55,8 @@ impl Emitter<'_, '_> {
         }
     }
 
-    /// Stores one element.
-    pub(crate) fn store(&mut self, dtype: DType, value: Value, address: Value) {
+    /// Stores one element. `exact` says that bf16 holds it, so that it need not be rounded.
+    pub(crate) fn store(&mut self, dtype: DType, value: Value, address: Value, exact: bool) {
         let flags = trusted();
         match dtype {
             DType::F32 | DType::I32 | DType::I64 => {
@@ -70,14 +70,20 @@ impl Emitter<'_, '_> {
                 self.b.ins().istore8(flags, byte, address, 0);
             }
             DType::BF16 | DType::F16 => {
-                let bits = self.narrow_float(dtype, value);
+                let bits = self.half_bits(dtype, value, exact);
                 self.b.ins().istore16(flags, bits, address, 0);
             }
         }
     }
 
-    /// Stores the lanes of `parts`, one after another. Not for i64.
-    pub(crate) fn store4(&mut self, dtype: DType, parts: &[Value], address: Value) {
+    /// Stores the lanes of `parts`, one after another. Not for i64. `exact` as in [`store`](Self::store).
+    pub(crate) fn store4(
+        &mut self,
+        dtype: DType,
+        parts: &[Value],
+        address: Value,
+        exact: bool,
+    ) {
         let flags = trusted();
         let step = 4 * dtype.size() as i32;
         match dtype {
@@ -87,12 +93,19 @@ impl Emitter<'_, '_> {
                 }
             }
             DType::BF16 | DType::F16 => {
-                for (part, &value) in parts.iter().enumerate() {
-                    let bits = self.narrow_float(dtype, value);
-                    let halves = self.b.ins().unarrow(bits, bits);
+                let bits: Vec<Value> =
+                    parts.iter().map(|&part| self.half_bits(dtype, part, exact)).collect();
+                for (pair, bits) in bits.chunks(2).enumerate() {
+                    let offset = 2 * pair as i32 * step;
+                    if let &[low, high] = bits {
+                        let halves = self.b.ins().unarrow(low, high);
+                        self.b.ins().store(flags, halves, address, offset);
+                        continue;
+                    }
+                    let halves = self.b.ins().unarrow(bits[0], bits[0]);
                     let words = self.cast_bits(I64X2, halves);
                     let word = self.b.ins().extractlane(words, 0);
-                    self.b.ins().store(flags, word, address, part as i32 * step);
+                    self.b.ins().store(flags, word, address, offset);
                 }
             }
             DType::I8 | DType::U8 | DType::Bool => {
@@ -161,22 +174,36 @@ impl Emitter<'_, '_> {
         self.as_float(result)
     }
 
-    /// The 16 bits of the nearest bf16 or f16 (ties to even), zero-extended.
-    fn narrow_float(&mut self, dtype: DType, value: Value) -> Value {
-        let bits = self.as_bits(value);
-        if dtype == DType::BF16 {
-            let one = self.i(bits, 1);
-            let odd = self.shift_right_zero(bits, 16);
-            let odd = self.b.ins().band(odd, one);
-            let bias = self.i(bits, 0x7fff);
-            let rounded = self.b.ins().iadd(bits, bias);
-            let rounded = self.b.ins().iadd(rounded, odd);
-            let quiet = self.i(bits, 0x0040_0000);
-            let quiet = self.b.ins().bor(bits, quiet);
-            let number = self.compare(FloatCC::Ordered, value, value);
-            let result = self.choose(number, rounded, quiet);
-            return self.shift_right_zero(result, 16);
+    /// The 16 bits of bf16 or f16, zero-extended.
+    fn half_bits(&mut self, dtype: DType, value: Value, exact: bool) -> Value {
+        if dtype != DType::BF16 {
+            return self.f16_bits(value);
         }
+        let value = if exact { value } else { self.round_bf16(value) };
+        let bits = self.as_bits(value);
+        self.shift_right_zero(bits, 16)
+    }
+
+    /// The nearest value that bf16 has (ties to even), as f32.
+    fn round_bf16(&mut self, value: Value) -> Value {
+        let bits = self.as_bits(value);
+        let one = self.i(bits, 1);
+        let odd = self.shift_right_zero(bits, 16);
+        let odd = self.b.ins().band(odd, one);
+        let bias = self.i(bits, 0x7fff);
+        let rounded = self.b.ins().iadd(bits, bias);
+        let rounded = self.b.ins().iadd(rounded, odd);
+        // What is not a number gets all bits, which is none either.
+        let strange = self.compare(FloatCC::Unordered, value, value);
+        let rounded = self.b.ins().bor(rounded, strange);
+        let high = self.i(bits, 0xffff_0000);
+        let rounded = self.b.ins().band(rounded, high);
+        self.as_float(rounded)
+    }
+
+    /// The 16 bits of the nearest f16 (ties to even), zero-extended.
+    fn f16_bits(&mut self, value: Value) -> Value {
+        let bits = self.as_bits(value);
         let sign = self.i(bits, 0x8000_0000);
         let sign = self.b.ins().band(bits, sign);
         let magnitude = self.b.ins().bxor(bits, sign);
@@ -253,8 +280,9 @@ impl Emitter<'_, '_> {
     fn convert_float(&mut self, to: DType, value: Value) -> Value {
         match to {
             DType::F32 => value,
-            DType::BF16 | DType::F16 => {
-                let bits = self.narrow_float(to, value);
+            DType::BF16 => self.round_bf16(value),
+            DType::F16 => {
+                let bits = self.f16_bits(value);
                 self.widen_half(to, bits)
             }
             DType::Bool => {

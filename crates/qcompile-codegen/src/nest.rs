@@ -188,7 +188,7 @@ impl Sweep<'_> {
                 let old = e.load(cursor.dtype, cursor.address);
                 e.combine(op, dtype, old, sum)
             };
-            e.store(cursor.dtype, sum, cursor.address);
+            e.store(cursor.dtype, sum, cursor.address, false);
         }
     }
 
@@ -209,7 +209,7 @@ impl Sweep<'_> {
                     let size = e.dim(dim);
                     e.b.ins().fcvt_from_sint(F32, size)
                 }
-                _ => e.apply(self.nest, &self.facts.types, at, &|x| {
+                _ => e.apply(self.nest, self.facts, at, &|x| {
                     values[x].expect("verified: operands come first")
                 }),
             });
@@ -276,7 +276,7 @@ impl Sweep<'_> {
                             let address = addresses[addresses.len() - 1];
                             e.load4(DType::F32, address, 16 * part as i32)
                         }
-                        _ => e.apply(self.nest, &self.facts.types, at, &|x| values[x][part]),
+                        _ => e.apply(self.nest, self.facts, at, &|x| values[x][part]),
                     })
                     .collect()
             };
@@ -296,7 +296,9 @@ impl Sweep<'_> {
             let at = self.nest.reads.len() + index;
             let (address, dtype) = (addresses[at], cursors[at].dtype);
             match write {
-                Write::Store { .. } => e.store4(dtype, parts_of, address),
+                Write::Store { value, .. } => {
+                    e.store4(dtype, parts_of, address, self.facts.exact[*value]);
+                }
                 Write::Reduce { op, .. } => {
                     let kind = partial_type(dtype);
                     let mut new = Vec::with_capacity(parts);
@@ -304,7 +306,7 @@ impl Sweep<'_> {
                         let old = e.load4(dtype, address, (4 * part * dtype.size()) as i32);
                         new.push(e.combine(*op, kind, old, value));
                     }
-                    e.store4(dtype, &new, address);
+                    e.store4(dtype, &new, address, false);
                 }
             }
         }
@@ -330,7 +332,7 @@ impl Sweep<'_> {
                 (Some(value), _) => value,
                 (None, Scalar::Read(read)) => e.load(cursors[read].dtype, addresses[read]),
                 (None, Scalar::Tile) => e.load(DType::F32, addresses[addresses.len() - 1]),
-                (None, _) => e.apply(self.nest, &self.facts.types, at, &|x| values[x]),
+                (None, _) => e.apply(self.nest, self.facts, at, &|x| values[x]),
             });
         }
         let mut sums = carried.to_vec();
@@ -344,11 +346,13 @@ impl Sweep<'_> {
             let at = self.nest.reads.len() + index;
             let (address, dtype) = (addresses[at], cursors[at].dtype);
             match write {
-                Write::Store { .. } => e.store(dtype, value, address),
+                Write::Store { value: at, .. } => {
+                    e.store(dtype, value, address, self.facts.exact[*at]);
+                }
                 Write::Reduce { op, .. } => {
                     let old = e.load(dtype, address);
                     let new = e.combine(*op, partial_type(dtype), old, value);
-                    e.store(dtype, new, address);
+                    e.store(dtype, new, address, false);
                 }
             }
         }

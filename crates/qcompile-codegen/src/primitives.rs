@@ -6,13 +6,14 @@ use cranelift_codegen::ir::types::I64;
 use cranelift_codegen::ir::{InstBuilder, StackSlot, StackSlotData, StackSlotKind, Value};
 use qcompile_ir::{ConvGeometry, Dim, PoolGeometry};
 use qcompile_kernels::args::{
-    AveragePoolArgs, AveragePoolGradArgs, Conv2dArgs, Conv2dGradInputArgs, Conv2dGradInputI8Args,
-    Conv2dGradWeightArgs, Conv2dI8Args, ConvShape, CrossEntropyArgs, CrossEntropyGradArgs,
-    GatherArgs, MatmulArgs, MatmulI8Args, MaxPoolArgs, MaxPoolGradArgs, PoolShape, ScatterAddArgs,
+    AveragePoolArgs, AveragePoolGradArgs, Conv2dArgs, Conv2dBf16Args, Conv2dGradInputArgs,
+    Conv2dGradInputBf16Args, Conv2dGradInputI8Args, Conv2dGradWeightArgs, Conv2dGradWeightBf16Args,
+    Conv2dI8Args, ConvShape, CrossEntropyArgs, CrossEntropyGradArgs, GatherArgs, MatmulArgs,
+    MatmulBf16Args, MatmulI8Args, MaxPoolArgs, MaxPoolGradArgs, PoolShape, ScatterAddArgs,
     SoftmaxArgs,
 };
 use qcompile_kernels::{KernelId, Kernels, Primitive as Entry};
-use qcompile_plan::{Convolution, Matmul, Matrix, Place, Pooling, Primitive, Product};
+use qcompile_plan::{Convolution, Matmul, Matrix, Operands, Place, Pooling, Primitive, Product};
 use std::mem::{offset_of, size_of};
 
 /// Labels with this value are left out of the loss.
@@ -21,14 +22,20 @@ const IGNORED_LABEL: i64 = -100;
 /// The kernel of a primitive.
 pub(crate) fn kernel_id(primitive: &Primitive) -> KernelId {
     match primitive {
-        Primitive::Matmul(matmul, _) if matmul.int8.is_some() => KernelId::MatmulI8,
-        Primitive::Matmul(..) => KernelId::Matmul,
+        Primitive::Matmul(matmul, _) => match matmul.operands {
+            Operands::F32 => KernelId::Matmul,
+            Operands::Bf16 => KernelId::MatmulBf16,
+            Operands::Int8(_) => KernelId::MatmulI8,
+        },
         Primitive::Convolution(convolution, _) => {
-            match (convolution.product, convolution.int8.is_some()) {
-                (Product::Forward, false) => KernelId::Conv2d,
-                (Product::Forward, true) => KernelId::Conv2dI8,
-                (Product::GradInput, false) => KernelId::Conv2dGradInput,
-                (Product::GradInput, true) => KernelId::Conv2dGradInputI8,
+            match (convolution.product, convolution.operands) {
+                (Product::Forward, Operands::F32) => KernelId::Conv2d,
+                (Product::Forward, Operands::Bf16) => KernelId::Conv2dBf16,
+                (Product::Forward, Operands::Int8(_)) => KernelId::Conv2dI8,
+                (Product::GradInput, Operands::F32) => KernelId::Conv2dGradInput,
+                (Product::GradInput, Operands::Bf16) => KernelId::Conv2dGradInputBf16,
+                (Product::GradInput, Operands::Int8(_)) => KernelId::Conv2dGradInputI8,
+                (Product::GradWeight, Operands::Bf16) => KernelId::Conv2dGradWeightBf16,
                 (Product::GradWeight, _) => KernelId::Conv2dGradWeight,
             }
         }
@@ -200,7 +207,7 @@ fn strides(e: &mut Emitter<'_, '_>, matrix: &Matrix) -> [Value; 3] {
 }
 
 fn matmul(e: &mut Emitter<'_, '_>, matmul: &Matmul, tail: Tail) -> Block {
-    let size = if matmul.int8.is_some() { 1 } else { 4 };
+    let size = matmul.operands.dtype().size();
     let (a, b) = (e.place(matmul.a.place, size), e.place(matmul.b.place, size));
     let c = e.place(matmul.c, 4);
     let [a_batch, a_row, a_col] = strides(e, &matmul.a);
@@ -236,7 +243,7 @@ fn matmul(e: &mut Emitter<'_, '_>, matmul: &Matmul, tail: Tail) -> Block {
             )
         };
     }
-    if let Some(int8) = &matmul.int8 {
+    if let Some(int8) = matmul.operands.scales() {
         let block = Block::new::<MatmulI8Args>(e);
         common!(block, MatmulI8Args);
         fields!(
@@ -249,6 +256,11 @@ fn matmul(e: &mut Emitter<'_, '_>, matmul: &Matmul, tail: Tail) -> Block {
                 b_scale_stride: e.int(usize::from(int8.per_channel)),
             }
         );
+        return block;
+    }
+    if matmul.operands == Operands::Bf16 {
+        let block = Block::new::<MatmulBf16Args>(e);
+        common!(block, MatmulBf16Args);
         return block;
     }
     let block = Block::new::<MatmulArgs>(e);
@@ -297,8 +309,8 @@ fn put_words(
 }
 
 fn convolution(e: &mut Emitter<'_, '_>, convolution: &Convolution, tail: Tail) -> Block {
-    let Convolution { product, a, b, c, int8, .. } = convolution;
-    let size = if int8.is_some() { 1 } else { 4 };
+    let Convolution { product, a, b, c, operands, .. } = convolution;
+    let size = operands.dtype().size();
     let (a, b, c) = (e.place(*a, size), e.place(*b, size), e.place(*c, 4));
     let scratch = e.field(Frame::SCRATCH);
     macro_rules! block {
@@ -309,15 +321,22 @@ fn convolution(e: &mut Emitter<'_, '_>, convolution: &Convolution, tail: Tail) -
             block
         }};
     }
-    match (product, int8) {
-        (Product::Forward, None) => block!(Conv2dArgs {
+    match (product, operands) {
+        (Product::Forward, Operands::F32) => block!(Conv2dArgs {
             x: a,
             w: b,
             y: c,
             epilogue: tail.function,
             epilogue_ctx: tail.context,
         }),
-        (Product::Forward, Some(int8)) => block!(Conv2dI8Args {
+        (Product::Forward, Operands::Bf16) => block!(Conv2dBf16Args {
+            x: a,
+            w: b,
+            y: c,
+            epilogue: tail.function,
+            epilogue_ctx: tail.context,
+        }),
+        (Product::Forward, Operands::Int8(int8)) => block!(Conv2dI8Args {
             x: a,
             w: b,
             y: c,
@@ -328,14 +347,21 @@ fn convolution(e: &mut Emitter<'_, '_>, convolution: &Convolution, tail: Tail) -
             w_scale: e.place(int8.scale_b, 4),
             w_scale_stride: e.int(usize::from(int8.per_channel)),
         }),
-        (Product::GradInput, None) => block!(Conv2dGradInputArgs {
+        (Product::GradInput, Operands::F32) => block!(Conv2dGradInputArgs {
             dy: a,
             w: b,
             dx: c,
             epilogue: tail.function,
             epilogue_ctx: tail.context,
         }),
-        (Product::GradInput, Some(int8)) => block!(Conv2dGradInputI8Args {
+        (Product::GradInput, Operands::Bf16) => block!(Conv2dGradInputBf16Args {
+            dy: a,
+            w: b,
+            dx: c,
+            epilogue: tail.function,
+            epilogue_ctx: tail.context,
+        }),
+        (Product::GradInput, Operands::Int8(int8)) => block!(Conv2dGradInputI8Args {
             dy: a,
             w: b,
             dx: c,
@@ -346,6 +372,9 @@ fn convolution(e: &mut Emitter<'_, '_>, convolution: &Convolution, tail: Tail) -
             w_scale: e.place(int8.scale_b, 4),
             w_scale_stride: e.int(usize::from(int8.per_channel)),
         }),
+        (Product::GradWeight, Operands::Bf16) => {
+            block!(Conv2dGradWeightBf16Args { x: a, dy: b, dw: c })
+        }
         (Product::GradWeight, _) => block!(Conv2dGradWeightArgs { x: a, dy: b, dw: c }),
     }
 }
@@ -429,18 +458,23 @@ pub(crate) fn entry<'k>(kernels: &'k Kernels, primitive: &Primitive) -> &'k Entr
     kernels.get(kernel_id(primitive))
 }
 
+/// Where the scales of integers are.
+fn scales(operands: &Operands) -> impl Iterator<Item = Place> {
+    operands.scales().into_iter().flat_map(|int8| [int8.scale_a, int8.scale_b])
+}
+
 /// The places of a primitive: what it reads, and what it writes besides its epilogue.
 pub(crate) fn places(primitive: &Primitive) -> (Vec<Place>, Vec<Place>) {
     match primitive {
         Primitive::Matmul(matmul, epilogue) => {
             let mut reads = vec![matmul.a.place, matmul.b.place];
-            reads.extend(matmul.int8.iter().flat_map(|int8| [int8.scale_a, int8.scale_b]));
+            reads.extend(scales(&matmul.operands));
             (reads, if epilogue.is_some() { Vec::new() } else { vec![matmul.c] })
         }
         Primitive::Convolution(convolution, epilogue) => {
-            let Convolution { a, b, c, int8, .. } = convolution;
+            let Convolution { a, b, c, operands, .. } = convolution;
             let mut reads = vec![*a, *b];
-            reads.extend(int8.iter().flat_map(|int8| [int8.scale_a, int8.scale_b]));
+            reads.extend(scales(operands));
             (reads, if epilogue.is_some() { Vec::new() } else { vec![*c] })
         }
         Primitive::Pooling(pooling) => (vec![pooling.x, pooling.dy], vec![pooling.y]),

@@ -40,13 +40,21 @@ pub(crate) struct Group {
     pub(crate) position: usize,
 }
 
-/// A node's int8 form: what `dequantize` hides. See [`int8_operands`].
+/// The operands of a product as they are stored, where both are of low precision: under what `dequantize` or a
+/// widening cast hides. See [`int8_operands`].
 #[derive(Clone, Debug)]
-pub(crate) struct Int8Operands {
+pub(crate) struct LowOperands {
     pub(crate) a: View,
     pub(crate) b: View,
-    pub(crate) scale_a: NodeId,
-    pub(crate) scale_b: NodeId,
+    /// Of integers; bf16 has none.
+    pub(crate) scales: Option<Scales>,
+}
+
+/// The scales of integer operands.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Scales {
+    pub(crate) a: NodeId,
+    pub(crate) b: NodeId,
     pub(crate) per_channel: bool,
 }
 
@@ -60,7 +68,7 @@ pub(crate) struct Fusion {
     /// For each group, the groups that it needs, directly or not.
     pub(crate) needs: Vec<BitSet>,
     pub(crate) views: Vec<View>,
-    pub(crate) int8: BTreeMap<NodeId, Int8Operands>,
+    pub(crate) low: BTreeMap<NodeId, LowOperands>,
 }
 
 /// A growing set of small numbers.
@@ -115,15 +123,15 @@ const MAX_GROUPS: usize = 1 << 15;
 /// # Errors
 /// [`PlanError::TooLarge`].
 pub(crate) fn fuse(graph: &Graph, order: &[NodeId], views: Vec<View>) -> Result<Fusion, PlanError> {
-    let int8 = int8_products(graph, &views);
-    let live = live(graph, order, &views, &int8);
+    let low = low_products(graph, &views);
+    let live = live(graph, order, &views, &low);
     let mut fusion = Fusion {
         groups: Vec::new(),
         group_of: vec![None; graph.len()],
         copied: vec![None; graph.len()],
         needs: Vec::new(),
         views,
-        int8,
+        low,
     };
     let mut by_domain: BTreeMap<(Region, Vec<Dim>), Vec<usize>> = BTreeMap::new();
     for (position, &id) in order.iter().enumerate() {
@@ -142,7 +150,7 @@ pub(crate) fn fuse(graph: &Graph, order: &[NodeId], views: Vec<View>) -> Result<
 impl Fusion {
     /// Whether a node only views another's memory.
     pub(crate) fn is_view(&self, graph: &Graph, id: NodeId) -> bool {
-        is_view_op(graph.op(id)) && self.views[id.index()].base != id
+        !graph.op(id).is_leaf() && self.views[id.index()].base != id
     }
 
     /// A constant of one value, or a size: read as an immediate.
@@ -154,10 +162,33 @@ impl Fusion {
         }
     }
 
+    /// Whether the memory that `id` views holds its type, not a narrower one.
+    fn is_of_own_type(&self, graph: &Graph, id: NodeId) -> bool {
+        graph.ty(self.views[id.index()].base).dtype == graph.ty(id).dtype
+    }
+
+    /// Whether the memory that `id` views is what a consumer needs that reads its type in row-major order.
+    fn lies_dense(&self, graph: &Graph, id: NodeId) -> bool {
+        self.views[id.index()].is_dense() && self.is_of_own_type(graph, id)
+    }
+
     /// The view through which a consumer that needs row-major order reads `id`: itself if it is dense, else a copy.
     pub(crate) fn dense_view(&self, graph: &Graph, id: NodeId) -> View {
+        if self.lies_dense(graph, id) {
+            self.views[id.index()].clone()
+        } else {
+            View::dense(id, &graph.ty(id).shape)
+        }
+    }
+
+    /// The view through which a matrix product reads its f32 operand `id`: itself if strides can say it, else a copy.
+    pub(crate) fn matrix_view(&self, graph: &Graph, id: NodeId) -> View {
         let view = &self.views[id.index()];
-        if view.is_dense() { view.clone() } else { View::dense(id, &graph.ty(id).shape) }
+        if view.as_matrices().is_some() && self.is_of_own_type(graph, id) {
+            view.clone()
+        } else {
+            self.dense_view(graph, id)
+        }
     }
 
     fn place(
@@ -249,9 +280,9 @@ impl Fusion {
         position: usize,
         kind: Kind,
     ) -> Vec<NodeId> {
-        if let Some(int8) = self.int8.get(&id).cloned() {
-            let mut reads = vec![int8.a.base, int8.b.base];
-            for scale in [int8.scale_a, int8.scale_b] {
+        if let Some(low) = self.low.get(&id).cloned() {
+            let mut reads = vec![low.a.base, low.b.base];
+            for scale in low.scales.into_iter().flat_map(|scales| [scales.a, scales.b]) {
                 reads.push(self.dense_base(graph, scale, position));
             }
             return reads;
@@ -266,11 +297,8 @@ impl Fusion {
             (Kind::Primitive, Op::Matmul { .. }) => operands
                 .iter()
                 .map(|&operand| {
-                    if self.views[operand.index()].as_matrices().is_some() {
-                        self.views[operand.index()].base
-                    } else {
-                        self.dense_base(graph, operand, position)
-                    }
+                    let base = self.matrix_view(graph, operand).base;
+                    if base == operand { self.dense_base(graph, operand, position) } else { base }
                 })
                 .collect(),
             (Kind::Primitive | Kind::Collective, _) => {
@@ -282,7 +310,7 @@ impl Fusion {
     /// The base of a dense view of `id`, copying it if it has none.
     fn dense_base(&mut self, graph: &Graph, id: NodeId, position: usize) -> NodeId {
         let view = self.views[id.index()].clone();
-        if view.is_dense() {
+        if self.lies_dense(graph, id) {
             return view.base;
         }
         if self.copied[id.index()].is_none() && self.group_of[id.index()].is_none() {
@@ -423,15 +451,31 @@ fn kind_of(op: &Op) -> Kind {
     }
 }
 
-/// The products whose operands are both dequantized: they run on the integers.
-fn int8_products(graph: &Graph, views: &[View]) -> BTreeMap<NodeId, Int8Operands> {
-    let products = graph.ids().filter(|&id| has_epilogue(graph.op(id)));
-    products.filter_map(|id| Some((id, int8_operands(graph, views, id)?))).collect()
+/// The products whose operands are both dequantized or both widened: they run on the integers, or on bf16.
+fn low_products(graph: &Graph, views: &[View]) -> BTreeMap<NodeId, LowOperands> {
+    let low = |id| int8_operands(graph, views, id).or_else(|| bf16_operands(graph, views, id));
+    graph.ids().filter_map(|id| Some((id, low(id)?))).collect()
+}
+
+/// `product(cast f32 x, cast f32 y)` as a product of the bf16 values `x` and `y`.
+fn bf16_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<LowOperands> {
+    let fits: fn(&View) -> bool = match graph.op(id) {
+        Op::Matmul { .. } => |view| view.as_matrices().is_some(),
+        Op::Conv2d(_) | Op::Conv2dGradInput(_) | Op::Conv2dGradWeight(_) => View::is_dense,
+        _ => return None,
+    };
+    let [a, b] = [0, 1].map(|position| &views[graph.operand(id, position).index()]);
+    let bf16 = |view: &View| graph.ty(view.base).dtype == DType::BF16 && fits(view);
+    let f32 = graph.ty(id).dtype == DType::F32;
+    (f32 && bf16(a) && bf16(b)).then(|| LowOperands { a: a.clone(), b: b.clone(), scales: None })
 }
 
 /// `product(dequantize(q, s), dequantize(r, t))` as a product of `q` and `r`, if the kernels have it: `s` one
 /// scale; `t` one scale, or one for each result column of a forward product.
-fn int8_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<Int8Operands> {
+fn int8_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<LowOperands> {
+    if !has_epilogue(graph.op(id)) {
+        return None;
+    }
     let (a, scale_a, None) = hidden(graph, views, graph.operand(id, 0))? else { return None };
     let (b, scale_b, axis) = hidden(graph, views, graph.operand(id, 1))?;
     let per_channel = match (axis, graph.op(id)) {
@@ -456,7 +500,8 @@ fn int8_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<Int8Operan
         Op::Matmul { .. } => a.as_matrices().is_some() && b.as_matrices().is_some(),
         _ => a.is_dense() && b.is_dense(),
     };
-    fits.then_some(Int8Operands { a, b, scale_a, scale_b, per_channel })
+    let scales = Some(Scales { a: scale_a, b: scale_b, per_channel });
+    fits.then_some(LowOperands { a, b, scales })
 }
 
 /// If `id` views a `dequantize` of i8: the view of the integers, the scale and its axis.
@@ -480,7 +525,7 @@ fn live(
     graph: &Graph,
     order: &[NodeId],
     views: &[View],
-    int8: &BTreeMap<NodeId, Int8Operands>,
+    low: &BTreeMap<NodeId, LowOperands>,
 ) -> Vec<bool> {
     let mut live = vec![false; graph.len()];
     for id in graph.outputs().iter().map(|(_, id)| id).chain(graph.next().values()) {
@@ -491,8 +536,9 @@ fn live(
             continue;
         }
         live[views[id.index()].base.index()] = true;
-        if let Some(int8) = int8.get(&id) {
-            for needed in [int8.a.base, int8.b.base, int8.scale_a, int8.scale_b] {
+        if let Some(low) = low.get(&id) {
+            let scales = low.scales.into_iter().flat_map(|scales| [scales.a, scales.b]);
+            for needed in [low.a.base, low.b.base].into_iter().chain(scales) {
                 live[needed.index()] = true;
             }
         } else if views[id.index()].base == id {

@@ -126,6 +126,7 @@ impl Lowering<'_> {
     fn scatter(&self, view: &View, place: Place, strides: Vec<Dim>, dtype: DType) -> LoopNest {
         let mut builder = NestBuilder::new(self, view.dims.clone());
         let value = builder.read_view(view);
+        let value = builder.widened(value, view.base, dtype);
         builder.store(value, place, strides, dtype);
         builder.finish()
     }

@@ -100,10 +100,15 @@ impl<'a> NestBuilder<'a> {
 
     fn operand(&mut self, id: NodeId) -> usize {
         let view = &self.lowering.fusion.views[id.index()];
-        if let Some(&value) = self.values.get(&view.base) {
-            return value;
-        }
-        self.read_view(view)
+        let known = self.values.get(&view.base).copied();
+        let value = known.unwrap_or_else(|| self.read_view(view));
+        self.widened(value, view.base, self.lowering.graph.ty(id).dtype)
+    }
+
+    /// A value of `base` as `dtype`, which is its own or a wider one.
+    pub(crate) fn widened(&mut self, value: usize, base: NodeId, dtype: DType) -> usize {
+        let own = self.lowering.graph.ty(base).dtype;
+        if own == dtype { value } else { self.push(Scalar::Cast(dtype, value)) }
     }
 
     /// Equal values are computed once.

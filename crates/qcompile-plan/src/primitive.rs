@@ -1,7 +1,7 @@
 //! Steps that run a hand-scheduled kernel.
 
 use crate::{Affine, LoopNest, SlotId};
-use qcompile_ir::{ConvGeometry, Dim, PoolGeometry};
+use qcompile_ir::{ConvGeometry, DType, Dim, PoolGeometry};
 
 /// A dense value in a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -23,6 +23,38 @@ pub struct Matrix {
     pub row_stride: Dim,
     /// From one column to the next.
     pub col_stride: Dim,
+}
+
+/// What the operands of a product are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Operands {
+    /// f32.
+    F32,
+    /// bf16; sums are f32.
+    Bf16,
+    /// i8, with their scales; sums are i32 (not for the gradient of a convolution's weight).
+    Int8(Int8),
+}
+
+impl Operands {
+    /// Their element type.
+    #[must_use]
+    pub const fn dtype(&self) -> DType {
+        match self {
+            Operands::F32 => DType::F32,
+            Operands::Bf16 => DType::BF16,
+            Operands::Int8(_) => DType::I8,
+        }
+    }
+
+    /// The scales of integers.
+    #[must_use]
+    pub const fn scales(&self) -> Option<&Int8> {
+        match self {
+            Operands::F32 | Operands::Bf16 => None,
+            Operands::Int8(int8) => Some(int8),
+        }
+    }
 }
 
 /// Scales of a product of int8 operands: `y = (a · b) · scale_a · scale_b`.
@@ -53,8 +85,8 @@ pub struct Matmul {
     pub b: Matrix,
     /// Result, dense.
     pub c: Place,
-    /// Scales, if the operands are i8; else they are f32.
-    pub int8: Option<Int8>,
+    /// What the operands are.
+    pub operands: Operands,
 }
 
 /// Which of the three products of a convolution.
@@ -87,8 +119,8 @@ pub struct Convolution {
     pub b: Place,
     /// Result, f32.
     pub c: Place,
-    /// Scales, if the operands are i8 (not for the gradient of the weight).
-    pub int8: Option<Int8>,
+    /// What the operands are.
+    pub operands: Operands,
 }
 
 /// One 2-D pooling, NHWC, dense f32.
@@ -200,14 +232,20 @@ impl Primitive {
     #[must_use]
     pub fn name(&self) -> &'static str {
         match self {
-            Primitive::Matmul(matmul, _) if matmul.int8.is_some() => "matmul_i8",
-            Primitive::Matmul(..) => "matmul",
+            Primitive::Matmul(matmul, _) => match matmul.operands {
+                Operands::F32 => "matmul",
+                Operands::Bf16 => "matmul_bf16",
+                Operands::Int8(_) => "matmul_i8",
+            },
             Primitive::Convolution(convolution, _) => {
-                match (convolution.product, convolution.int8.is_some()) {
-                    (Product::Forward, false) => "conv2d",
-                    (Product::Forward, true) => "conv2d_i8",
-                    (Product::GradInput, false) => "conv2d_grad_input",
-                    (Product::GradInput, true) => "conv2d_grad_input_i8",
+                match (convolution.product, convolution.operands) {
+                    (Product::Forward, Operands::F32) => "conv2d",
+                    (Product::Forward, Operands::Bf16) => "conv2d_bf16",
+                    (Product::Forward, Operands::Int8(_)) => "conv2d_i8",
+                    (Product::GradInput, Operands::F32) => "conv2d_grad_input",
+                    (Product::GradInput, Operands::Bf16) => "conv2d_grad_input_bf16",
+                    (Product::GradInput, Operands::Int8(_)) => "conv2d_grad_input_i8",
+                    (Product::GradWeight, Operands::Bf16) => "conv2d_grad_weight_bf16",
                     (Product::GradWeight, _) => "conv2d_grad_weight",
                 }
             }

@@ -4,7 +4,8 @@ use crate::build::PlanError;
 use crate::lower::Lowering;
 use crate::view::View;
 use crate::{
-    Affine, Convolution, Int8, LoopNest, Matmul, Matrix, Place, Pooling, Primitive, Product, SlotId,
+    Affine, Convolution, Int8, LoopNest, Matmul, Matrix, Operands, Place, Pooling, Primitive,
+    Product, SlotId,
 };
 use qcompile_ir::{ConvGeometry, DType, Dim, NodeId, Op, PoolGeometry};
 
@@ -90,7 +91,7 @@ pub(crate) fn primitive(
     })
 }
 
-/// The kernels compute in f32 (the gather moves any type; int8 products were recognised before).
+/// The kernels take f32 (the gather moves any type; products of low precision were recognised before).
 fn check_types(lowering: &Lowering, id: NodeId) -> Result<(), PlanError> {
     let graph = lowering.graph;
     if *graph.op(id) == Op::Gather {
@@ -129,25 +130,26 @@ impl Lowering<'_> {
         Place { slot: self.memory.slot_of[&view.base], offset: view.offset }
     }
 
-    fn int8(&self, id: NodeId) -> Option<Int8> {
-        let operands = self.fusion.int8.get(&id)?;
-        Some(Int8 {
-            scale_a: self.dense_place(operands.scale_a),
-            scale_b: self.dense_place(operands.scale_b),
-            per_channel: operands.per_channel,
+    /// What the operands of a product are.
+    fn operands(&self, id: NodeId) -> Operands {
+        let Some(low) = self.fusion.low.get(&id) else { return Operands::F32 };
+        let Some(scales) = low.scales else { return Operands::Bf16 };
+        Operands::Int8(Int8 {
+            scale_a: self.dense_place(scales.a),
+            scale_b: self.dense_place(scales.b),
+            per_channel: scales.per_channel,
         })
     }
 
-    /// The views of the two operands of a product: of the integers, if it runs on those.
+    /// The views of the two operands of a product: of what is stored, if that is of low precision.
     fn product_operands(&self, id: NodeId, matrices: bool) -> [View; 2] {
-        if let Some(int8) = self.fusion.int8.get(&id) {
-            return [int8.a.clone(), int8.b.clone()];
+        if let Some(low) = self.fusion.low.get(&id) {
+            return [low.a.clone(), low.b.clone()];
         }
         [0, 1].map(|position| {
             let operand = self.graph.operand(id, position);
-            let view = &self.fusion.views[operand.index()];
-            if matrices && view.as_matrices().is_some() {
-                view.clone()
+            if matrices {
+                self.fusion.matrix_view(self.graph, operand)
             } else {
                 self.fusion.dense_view(self.graph, operand)
             }
@@ -173,7 +175,7 @@ fn matmul(lowering: &Lowering, id: NodeId, transposed: [bool; 2], c: Place) -> M
     };
     let (a, batch, m, k) = matrix(&a, transposed[0]);
     let (b, _, _, n) = matrix(&b, transposed[1]);
-    Matmul { batch, m, n, k, a, b, c, int8: lowering.int8(id) }
+    Matmul { batch, m, n, k, a, b, c, operands: lowering.operands(id) }
 }
 
 fn convolution(
@@ -202,7 +204,7 @@ fn convolution(
         a: lowering.place(&a),
         b: lowering.place(&b),
         c,
-        int8: lowering.int8(id),
+        operands: lowering.operands(id),
     }
 }
 

@@ -143,9 +143,9 @@ fn write_primitive(f: &mut fmt::Formatter<'_>, primitive: &Primitive) -> fmt::Re
     let mut epilogue = None;
     match primitive {
         Primitive::Matmul(matmul, nest) => {
-            let crate::Matmul { batch, m, n, k, a, b, c, int8 } = matmul;
+            let crate::Matmul { batch, m, n, k, a, b, c, operands } = matmul;
             write!(f, " {} {a}, {b}", List(&[*batch, *m, *n, *k]))?;
-            write_scales(f, int8.as_ref())?;
+            write_scales(f, operands)?;
             epilogue = nest.as_ref();
             if epilogue.is_none() {
                 write!(f, " -> {c}")?;
@@ -160,7 +160,7 @@ fn write_primitive(f: &mut fmt::Formatter<'_>, primitive: &Primitive) -> fmt::Re
                 a,
                 b,
                 c,
-                int8,
+                operands,
                 ..
             } = convolution;
             let [height, width] = geometry.input;
@@ -172,7 +172,7 @@ fn write_primitive(f: &mut fmt::Formatter<'_>, primitive: &Primitive) -> fmt::Re
             write!(f, " strides {:?} pads {:?}", geometry.strides, geometry.pads)?;
             write!(f, " dilations {:?} groups {}", geometry.dilations, geometry.groups)?;
             write!(f, " channels {out_channels} {a}, {b}")?;
-            write_scales(f, int8.as_ref())?;
+            write_scales(f, operands)?;
             epilogue = nest.as_ref();
             if epilogue.is_none() {
                 write!(f, " -> {c}")?;
@@ -210,8 +210,8 @@ fn write_primitive(f: &mut fmt::Formatter<'_>, primitive: &Primitive) -> fmt::Re
     epilogue.map_or(Ok(()), |nest| write_nest(f, nest))
 }
 
-fn write_scales(f: &mut fmt::Formatter<'_>, int8: Option<&crate::Int8>) -> fmt::Result {
-    let Some(int8) = int8 else { return Ok(()) };
+fn write_scales(f: &mut fmt::Formatter<'_>, operands: &crate::Operands) -> fmt::Result {
+    let Some(int8) = operands.scales() else { return Ok(()) };
     let channels = if int8.per_channel { " per channel" } else { "" };
     write!(f, " scales {}, {}{channels}", int8.scale_a, int8.scale_b)
 }

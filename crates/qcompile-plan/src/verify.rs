@@ -320,8 +320,8 @@ fn check_epilogue(plan: &Plan, nest: Option<&LoopNest>, rows: Dim, cols: Dim) ->
 }
 
 fn check_matmul(plan: &Plan, matmul: &Matmul, epilogue: Option<&LoopNest>) -> Checked {
-    let Matmul { batch, m, n, k, a, b, c, int8 } = matmul;
-    let dtype = if int8.is_some() { DType::I8 } else { DType::F32 };
+    let Matmul { batch, m, n, k, a, b, c, operands } = matmul;
+    let dtype = operands.dtype();
     for (matrix, rows, cols) in [(a, *m, *k), (b, *k, *n)] {
         let access = Access {
             slot: matrix.place.slot,
@@ -331,7 +331,7 @@ fn check_matmul(plan: &Plan, matmul: &Matmul, epilogue: Option<&LoopNest>) -> Ch
         };
         check_access(plan, &[*batch, rows, cols], &access)?;
     }
-    if let Some(int8) = int8 {
+    if let Some(int8) = operands.scales() {
         let channels = if int8.per_channel { *n } else { Dim::ONE };
         dense(plan, int8.scale_a, DType::F32, product(&[Dim::ONE])?)?;
         dense(plan, int8.scale_b, DType::F32, product(&[channels])?)?;
@@ -349,7 +349,7 @@ fn check_convolution(
     convolution: &Convolution,
     epilogue: Option<&LoopNest>,
 ) -> Checked {
-    let Convolution { product: kind, geometry, images, in_channels, out_channels, a, b, c, int8 } =
+    let Convolution { product: kind, geometry, images, in_channels, out_channels, a, b, c, operands } =
         convolution;
     let [out_height, out_width] = geometry.output().ok_or("the kernel does not fit")?;
     let groups = geometry.groups;
@@ -376,10 +376,10 @@ fn check_convolution(
         Product::GradInput => (y, w, x, x_rows, *in_channels),
         Product::GradWeight => (x, y, w, Dim::ONE, 0),
     };
-    let dtype = if int8.is_some() { DType::I8 } else { DType::F32 };
+    let dtype = operands.dtype();
     dense(plan, *a, dtype, first)?;
     dense(plan, *b, dtype, second)?;
-    if let Some(int8) = int8 {
+    if let Some(int8) = operands.scales() {
         if *kind == Product::GradWeight {
             return Err("the gradient of a weight has no int8 form".to_owned());
         }

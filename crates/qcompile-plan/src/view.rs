@@ -1,8 +1,8 @@
 //! Views: reshape, transpose, broadcast and slice move no data; whoever reads their result reads the value under
-//! it with other strides.
+//! it with other strides. Widening a 16-bit float to f32 changes none either: whoever reads it widens what it loads.
 
 use crate::{Affine, plan::dense_strides};
-use qcompile_ir::{Dim, Graph, NodeId, Op, Shape};
+use qcompile_ir::{DType, Dim, Graph, NodeId, Op, Shape};
 
 /// How a value lies in the memory of another: element `offset + sum(index[d] · strides[d])` of `base`.
 #[derive(Clone, Debug, PartialEq)]
@@ -178,11 +178,19 @@ pub(crate) fn views(graph: &Graph, order: &[NodeId]) -> Vec<View> {
                 let operand = graph.operand(id, 0);
                 views[operand.index()].as_ref().and_then(|view| view.through(op))
             }
+            Op::Cast(DType::F32) if is_half(graph.ty(graph.operand(id, 0)).dtype) => {
+                views[graph.operand(id, 0).index()].clone()
+            }
             _ => None,
         };
         views[id.index()] = Some(view.unwrap_or_else(|| View::dense(id, &graph.ty(id).shape)));
     }
     views.into_iter().map(|view| view.expect("verified: the order has every node")).collect()
+}
+
+/// Whether it is a float of 16 bits, all of whose values f32 has.
+fn is_half(dtype: DType) -> bool {
+    matches!(dtype, DType::BF16 | DType::F16)
 }
 
 /// Drops dims of size 1 and merges neighbours that every access walks as one. Returns the dims; `accesses` are

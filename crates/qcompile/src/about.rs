@@ -42,10 +42,10 @@ pub struct Operations {
 }
 
 impl Operations {
-    /// Whether any of them is int8.
+    /// Whether a product runs in less than f32.
     #[must_use]
     pub fn is_low(&self) -> bool {
-        [&self.forward, &self.grad_input].into_iter().any(|word| word == "int8")
+        [&self.forward, &self.grad_input, &self.grad_weight].into_iter().any(|word| word != "f32")
     }
 }
 

@@ -178,7 +178,7 @@ impl Options {
     #[must_use]
     pub fn needs_scores(&self) -> bool {
         match self.precision {
-            PrecisionChoice::F32 => false,
+            PrecisionChoice::F32 | PrecisionChoice::Bf16 => false,
             PrecisionChoice::Int8 => self.channel_threshold.is_some(),
             PrecisionChoice::Auto | PrecisionChoice::Mixed => true,
         }

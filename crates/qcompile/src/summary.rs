@@ -7,13 +7,12 @@ use serde_json::{Value, json};
 use std::path::Path;
 
 /// The word for a layer as a whole.
-fn precision(decision: &LayerDecision) -> &'static str {
-    let words = [&decision.precision.forward, &decision.precision.grad_input];
-    match words.map(|word| word == "int8") {
-        [true, true] => "int8",
-        [true, false] => "int8 forward",
-        [false, true] => "int8 backward",
-        [false, false] => "f32",
+fn precision(decision: &LayerDecision) -> String {
+    match (decision.precision.forward.as_str(), decision.precision.grad_input.as_str()) {
+        (forward, backward) if forward == backward => forward.to_owned(),
+        (forward, "f32") => format!("{forward} forward"),
+        ("f32", backward) => format!("{backward} backward"),
+        (forward, backward) => format!("{forward} forward, {backward} backward"),
     }
 }
 
@@ -38,11 +37,11 @@ pub(crate) fn by_precision(decisions: &[LayerDecision]) -> String {
         ("parameters", Align::Right),
         ("why not lower", Align::Left),
     ]);
-    for word in ["int8", "int8 forward", "int8 backward", "f32"] {
+    let mut words: Vec<String> = decisions.iter().map(precision).collect();
+    words.sort_by_key(|word| (word == "f32", std::cmp::Reverse(word.clone())));
+    words.dedup();
+    for word in words {
         let those: Vec<_> = decisions.iter().filter(|d| precision(d) == word).collect();
-        if those.is_empty() {
-            continue;
-        }
         let parameters = those.iter().map(|decision| decision.parameters).sum();
         let mut reasons: Vec<(usize, &str)> = Vec::new();
         for decision in those.iter().filter(|_| word == "f32") {
@@ -55,7 +54,7 @@ pub(crate) fn by_precision(decisions: &[LayerDecision]) -> String {
         reasons.sort_by_key(|(times, _)| std::cmp::Reverse(*times));
         let why: Vec<String> =
             reasons.iter().map(|(times, kind)| format!("{kind} ({times})")).collect();
-        table.row([word.to_owned(), those.len().to_string(), count(parameters), why.join(", ")]);
+        table.row([word, those.len().to_string(), count(parameters), why.join(", ")]);
     }
     table.render(width())
 }

@@ -3,8 +3,9 @@
 use super::rules::{Site, not_differentiable};
 use crate::PassError;
 use crate::builder::Builder;
+use crate::quantize::parameter;
 use crate::simplify::splat;
-use qcompile_ir::{BinaryOp, CompareOp, NodeId, UnaryOp};
+use qcompile_ir::{BinaryOp, CompareOp, DType, NodeId, Op, UnaryOp};
 
 type Gradient = Result<NodeId, PassError>;
 
@@ -148,7 +149,14 @@ pub(super) fn select(b: &mut Builder<'_>, site: &Site) -> Gradient {
     }
 }
 
+/// The gradient has the type of its value, so a rounding of the forward pass rounds the gradient too; but the gradient
+/// of a parameter stays f32, which is what accumulates it.
 pub(super) fn cast(b: &mut Builder<'_>, site: &Site) -> Gradient {
+    let narrow = site.x();
+    let rounds = *b.graph.op(narrow) == Op::Cast(DType::BF16);
+    if rounds && b.graph.uses(narrow).len() == 1 && parameter(b.graph, narrow).is_some() {
+        return Ok(site.dy);
+    }
     let dtype = b.graph.ty(site.x()).dtype;
     b.cast("", site.dy, dtype)
 }

@@ -8,14 +8,8 @@ use qcompile_ir::{DType, Graph, NodeId, Op, ReduceOp, Region, Shape};
 
 /// Rounds the operands of every backward `conv2d_grad_input` and `matmul` whose note says that `grad_input` is int8:
 /// the incoming gradient and the weight, both per tensor, since the product sums over the weight's output channels.
-/// The gradient of the weight is not touched and sees the unrounded gradient. Call after `differentiate`, which
-/// copies the note from the layer to the product.
-///
-/// Returns the number of products quantized.
-///
-/// # Errors
-/// [`PassError::Graph`], a defect of this pass.
-pub fn insert_backward(graph: &mut Graph) -> Result<usize, PassError> {
+/// The gradient of the weight is not touched and sees the unrounded gradient. Returns the number of products quantized.
+pub(super) fn insert(graph: &mut Graph) -> Result<usize, PassError> {
     let mut inserted = Inserted::default();
     let mut count = 0;
     for id in graph.order() {
@@ -43,7 +37,6 @@ pub fn insert_backward(graph: &mut Graph) -> Result<usize, PassError> {
         graph.set_operand(id, gradient, quantized)?;
         count += 1;
     }
-    graph.sweep();
     Ok(count)
 }
 

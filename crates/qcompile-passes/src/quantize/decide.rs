@@ -17,6 +17,8 @@ pub enum PrecisionChoice {
     Auto,
     /// f32 everywhere.
     F32,
+    /// bf16 in every product and between them.
+    Bf16,
     /// int8 in every layer.
     Int8,
     /// int8 where the score allows it.
@@ -25,9 +27,10 @@ pub enum PrecisionChoice {
 
 impl PrecisionChoice {
     /// Every choice, the default first.
-    pub const ALL: [PrecisionChoice; 4] = [
+    pub const ALL: [PrecisionChoice; 5] = [
         PrecisionChoice::Auto,
         PrecisionChoice::F32,
+        PrecisionChoice::Bf16,
         PrecisionChoice::Int8,
         PrecisionChoice::Mixed,
     ];
@@ -38,6 +41,7 @@ impl PrecisionChoice {
         match self {
             PrecisionChoice::Auto => "auto",
             PrecisionChoice::F32 => "f32",
+            PrecisionChoice::Bf16 => "bf16",
             PrecisionChoice::Int8 => "int8",
             PrecisionChoice::Mixed => "mixed",
         }
@@ -138,6 +142,19 @@ impl Default for Options {
             scores: None,
         }
     }
+}
+
+/// The products of a layer that may be of low precision in bf16; the mean of its gradient and its update in f32.
+pub(super) fn bf16(operations: Operations) -> Precision {
+    let mut precision = Precision::uniform(DType::F32);
+    if operations.forward {
+        precision.forward = DType::BF16;
+    }
+    if operations.backward {
+        precision.grad_input = DType::BF16;
+        precision.grad_weight = DType::BF16;
+    }
+    precision
 }
 
 /// What was decided for one layer.
@@ -343,6 +360,9 @@ fn decide_layer(
     let high = |reason| decision(Precision::uniform(DType::F32), Vec::new(), reason);
     if let Some(reason) = barred(graph, layer, options) {
         return high(reason);
+    }
+    if options.precision == PrecisionChoice::Bf16 {
+        return decision(bf16(options.operations), Vec::new(), "bf16 was asked for".to_owned());
     }
     let (low, reason) = by_score(graph, layer, options, within_budget);
     if !low {

@@ -1,6 +1,6 @@
 //! What a layer is: a forward product of data and a trained weight.
 
-use qcompile_ir::{Graph, NodeId, Op, Region};
+use qcompile_ir::{DType, Graph, NodeId, Op, Region};
 
 /// A forward `conv2d` or `matmul` whose first operand depends on an input and whose second is a parameter, perhaps
 /// reshaped or transposed.
@@ -65,7 +65,7 @@ pub fn layers(graph: &Graph) -> Vec<Layer> {
 }
 
 /// The parameter whose elements `id` holds, if only their layout or precision changed on the way.
-pub(super) fn parameter(graph: &Graph, mut id: NodeId) -> Option<NodeId> {
+pub(crate) fn parameter(graph: &Graph, mut id: NodeId) -> Option<NodeId> {
     loop {
         match graph.op(id) {
             Op::Param(_) => return Some(id),
@@ -75,7 +75,8 @@ pub(super) fn parameter(graph: &Graph, mut id: NodeId) -> Option<NodeId> {
             | Op::Slice { .. }
             | Op::Concat { .. }
             | Op::Quantize { .. }
-            | Op::Dequantize { .. } => id = graph.operand(id, 0),
+            | Op::Dequantize { .. }
+            | Op::Cast(DType::BF16 | DType::F32) => id = graph.operand(id, 0),
             _ => return None,
         }
     }

@@ -1,16 +1,16 @@
-//! Decides which layers run in int8, writes that as `quantize`, `dequantize` pairs, and moves the pairs to where
-//! they cost least.
+//! Decides which layers run in int8 or bf16, writes that as `quantize`, `dequantize` pairs and pairs of casts, and moves
+//! the pairs to where they cost least.
 //!
 //! *Before*: a forward graph with its loss, layers noted with their `sensitivity`. *After* [`run`]: every layer has
 //! a [`Decision`] and the note `precision`; the operands of the chosen ones are
-//! `dequantize(quantize(x, scale), scale)`. *Why here*: `differentiate` passes gradients straight through the plain
-//! pairs, so they must stand before it, and moved pairs only after it.
+//! `dequantize(quantize(x, scale), scale)`, or `cast f32 (cast bf16 x)`. *Why here*: `differentiate` passes gradients
+//! straight through the plain pairs, so they must stand before it, and moved pairs only after it.
 //!
-//! After `differentiate`, [`insert_backward`] does the same for the products that give the gradients of layer
-//! inputs, and [`optimise`] moves, merges and cancels pairs by equalities that hold bit for bit.
+//! After `differentiate`, [`insert_backward`] does the same for the products of the backward pass, and [`optimise`] moves, merges and cancels pairs by equalities that hold bit for bit.
 //! docs/quantization.md has the formulas and every rule.
 
 mod backward;
+mod bf16;
 mod decide;
 mod extract;
 mod insert;
@@ -22,15 +22,15 @@ mod split;
 mod tests;
 mod window;
 
-pub use backward::insert_backward;
 pub use decide::{Decision, LayerCost, Operations, Options, PrecisionChoice, decide};
 pub(crate) use insert::{Inserted, forward as insert_forward};
+pub(crate) use layer::parameter;
 pub use layer::{Layer, layers};
 pub use rules::rule_names;
 pub use window::{Moves, optimise};
 
 use crate::PassError;
-use qcompile_ir::{DType, Graph};
+use qcompile_ir::{DType, Graph, Op, Region};
 
 /// The pass's word in errors.
 const PASS: &str = "quantize";
@@ -41,12 +41,41 @@ const PASS: &str = "quantize";
 /// [`PassError::Unsupported`] if the options ask for what is not there; see [`decide`].
 pub fn run(graph: &mut Graph, options: &Options) -> Result<Vec<Decision>, PassError> {
     let decisions = decide(graph, options)?;
+    if options.precision == PrecisionChoice::Bf16 {
+        note_other_products(graph, options.operations);
+    }
     insert(graph)?;
     Ok(decisions)
 }
 
+/// Products of two computed values (those of attention) are no layers; in bf16 they run as layers do.
+fn note_other_products(graph: &mut Graph, operations: Operations) {
+    for id in graph.order() {
+        let node = graph.node(id);
+        let product = matches!(node.op, Op::Matmul { .. } | Op::Conv2d(_));
+        if product && node.region == Region::Forward && node.ty.dtype == DType::F32 {
+            graph.note_mut(id).precision.get_or_insert(decide::bf16(operations));
+        }
+    }
+}
+
+/// Rounds the operands of the backward products as the notes say that `differentiate` copied from the layers. Returns
+/// how many products read low precision.
+///
+/// # Errors
+/// [`PassError::Graph`], a defect of this pass.
+pub fn insert_backward(graph: &mut Graph) -> Result<usize, PassError> {
+    let int8 = backward::insert(graph)?;
+    let bf16 = bf16::insert_backward(graph)?;
+    if bf16 > 0 {
+        bf16::store_exact(graph)?;
+    }
+    graph.sweep();
+    Ok(int8 + bf16)
+}
+
 /// Inserts forward pairs as the notes say: layers whose `precision` is int8 in the forward product, but for the
-/// channels in `outliers`.
+/// channels in `outliers`; products whose `precision` is bf16.
 ///
 /// # Errors
 /// [`PassError::Unsupported`] if a note asks for what cannot be done.
@@ -62,6 +91,7 @@ pub fn insert(graph: &mut Graph) -> Result<(), PassError> {
             insert_forward(graph, &layer, &mut inserted)?;
         }
     }
+    bf16::insert_forward(graph)?;
     graph.sweep();
     Ok(())
 }

@@ -125,7 +125,7 @@ mod tests {
     #[test]
     fn wrong_words_are_usage_errors() {
         for line in [
-            "qcompile m.onnx --precision bf16",
+            "qcompile m.onnx --precision fp4",
             "qcompile m.onnx --loss huber",
             "qcompile m.onnx --levels 3",
             "qcompile m.onnx --dim n",

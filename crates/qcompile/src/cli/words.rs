@@ -41,7 +41,8 @@ pub(super) fn precision() -> impl TypedValueParser<Value = PrecisionChoice> {
 }
 
 pub(super) fn run_precision() -> impl TypedValueParser<Value = PrecisionChoice> {
-    words(&[PrecisionChoice::F32, PrecisionChoice::Int8], |choice| choice.name())
+    let choices = [PrecisionChoice::F32, PrecisionChoice::Bf16, PrecisionChoice::Int8];
+    words(&choices, |choice| choice.name())
 }
 
 pub(super) fn tier() -> impl TypedValueParser<Value = Tier> {

@@ -39,8 +39,8 @@ forward:
 const BATCH: usize = 4;
 /// Largest relative difference from the reference: of rounding in another order, and of values that int8 rounds to
 /// the other side.
-const LIMITS: [(PrecisionChoice, f64); 2] =
-    [(PrecisionChoice::F32, 1e-4), (PrecisionChoice::Int8, 2e-2)];
+const LIMITS: [(PrecisionChoice, f64); 3] =
+    [(PrecisionChoice::F32, 1e-4), (PrecisionChoice::Bf16, 2e-2), (PrecisionChoice::Int8, 2e-2)];
 
 pub(super) fn run(command: &DoctorCommand) -> Result<()> {
     let tests = self_test()?;

@@ -65,12 +65,12 @@ fn of_model(command: &RunCommand, target: &Target, backward: bool) -> Result<(Gr
     let mut street = Street::new(&options, Show::Nothing, &mut nothing);
     if !backward {
         street.run(&mut draft, Pass::Simplify)?;
-        if options.precision == PrecisionChoice::Int8 && !draft.is_after(Pass::Quantize) {
-            let int8 = qcompile_passes::quantize::Options {
-                precision: PrecisionChoice::Int8,
+        if options.precision != PrecisionChoice::F32 && !draft.is_after(Pass::Quantize) {
+            let low = qcompile_passes::quantize::Options {
+                precision: options.precision,
                 ..Default::default()
             };
-            qcompile_passes::quantize::run(&mut draft.graph, &int8)?;
+            qcompile_passes::quantize::run(&mut draft.graph, &low)?;
             qcompile_passes::quantize::optimise(&mut draft.graph)?;
         }
         return Ok((forward_of(&draft.graph, &draft.about)?, draft.about));

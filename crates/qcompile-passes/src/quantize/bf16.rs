@@ -1,0 +1,188 @@
+//! bf16: rounds what products read and what they give, as mixed precision training does (Micikevicius et al. 2018,
+//! arXiv:1710.03740; Kalamkar et al. 2019, arXiv:1905.12322).
+//!
+//! A rounding is the pair `cast f32 (cast bf16 x)`. A product of two such values runs on the bf16 that is stored and sums
+//! in f32. Parameters stay f32: only products see them rounded, and their gradients are f32. Losses, softmax, statistics
+//! of normalisation and everything else between products computes in f32, from values that are stored in bf16.
+
+use super::layer::parameter;
+use crate::PassError;
+use crate::builder::Builder;
+use crate::simplify::splat;
+use qcompile_ir::{BinaryOp, DType, Graph, NodeId, Op, Region, Tensor, UnaryOp};
+
+/// Rounds operands and results of the forward products whose note says bf16.
+pub(super) fn insert_forward(graph: &mut Graph) -> Result<(), PassError> {
+    let asked = |graph: &Graph, id: NodeId| {
+        let node = graph.node(id);
+        node.region == Region::Forward && node.note.precision.is_some_and(|p| p.forward == DType::BF16)
+    };
+    let products: Vec<NodeId> = graph.order().into_iter().filter(|&id| asked(graph, id)).collect();
+    for &product in &products {
+        if let Some(value) = stored_result(graph, product) {
+            round_everywhere(graph, value)?;
+        }
+    }
+    for &product in &products {
+        for (position, operand) in graph.operands(product).into_iter().enumerate() {
+            if views_bf16(graph, operand) {
+                continue;
+            }
+            if parameter(graph, operand).is_some() || matches!(graph.op(operand), Op::Input(_)) {
+                let rounded = rounded(graph, operand)?;
+                graph.set_operand(product, position, rounded)?;
+            } else {
+                round_everywhere(graph, operand)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Rounds the operands of the backward products whose note says bf16, where they are not rounded yet: gradients that
+/// came through a rounding of the forward pass are. Returns how many products read bf16.
+pub(super) fn insert_backward(graph: &mut Graph) -> Result<usize, PassError> {
+    let mut count = 0;
+    for id in graph.order() {
+        let node = graph.node(id);
+        let Some(precision) = node.note.precision.filter(|_| node.region == Region::Backward) else {
+            continue;
+        };
+        let operands = graph.operands(id);
+        let of_weight = |&operand: &NodeId| {
+            graph.node(operand).region == Region::Forward && parameter(graph, operand).is_some()
+        };
+        let asked = match node.op {
+            Op::Conv2dGradInput(_) => precision.grad_input,
+            Op::Conv2dGradWeight(_) => precision.grad_weight,
+            Op::Matmul { .. } if operands.iter().any(of_weight) => precision.grad_input,
+            Op::Matmul { .. } => precision.grad_weight,
+            _ => continue,
+        };
+        if asked != DType::BF16 {
+            continue;
+        }
+        for (position, operand) in operands.into_iter().enumerate() {
+            if !views_bf16(graph, operand) {
+                let rounded = rounded(graph, operand)?;
+                graph.set_operand(id, position, rounded)?;
+            }
+        }
+        count += 1;
+    }
+    Ok(count)
+}
+
+/// Stores in bf16 what bf16 holds exactly: values that only choose among, or change the sign of, rounded ones.
+pub(super) fn store_exact(graph: &mut Graph) -> Result<(), PassError> {
+    let order = graph.order();
+    let mut exact = vec![false; graph.len()];
+    for &id in &order {
+        exact[id.index()] = is_exact(graph, id, &exact);
+    }
+    for id in order {
+        let chooses = matches!(graph.op(id), Op::Select | Op::Unary(_) | Op::Binary(_));
+        let constant = splat(graph, id).is_some();
+        if exact[id.index()] && chooses && !constant && graph.uses(id).len() > 1 {
+            round_everywhere(graph, id)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether bf16 holds every element of an f32 value, given that of its operands.
+fn is_exact(graph: &Graph, id: NodeId, exact: &[bool]) -> bool {
+    if graph.ty(id).dtype != DType::F32 {
+        return false;
+    }
+    let operand = |position: usize| exact[graph.operand(id, position).index()];
+    match graph.op(id) {
+        Op::Cast(_) => graph.ty(graph.operand(id, 0)).dtype == DType::BF16,
+        Op::Const(tensor) => tensor.splat().is_some_and(|value| {
+            Tensor::scalar(DType::BF16, value).splat() == Some(value)
+        }),
+        Op::Reshape(_)
+        | Op::Transpose(_)
+        | Op::Broadcast(_)
+        | Op::Slice { .. }
+        | Op::Unary(UnaryOp::Relu | UnaryOp::Neg | UnaryOp::Abs | UnaryOp::StopGradient) => operand(0),
+        Op::Binary(BinaryOp::Max | BinaryOp::Min) => operand(0) && operand(1),
+        Op::Select => operand(1) && operand(2),
+        _ => false,
+    }
+}
+
+/// Whether the value lies in memory as bf16: a widened one, perhaps seen through strides.
+fn views_bf16(graph: &Graph, mut id: NodeId) -> bool {
+    loop {
+        match graph.op(id) {
+            Op::Cast(DType::F32) => return graph.ty(graph.operand(id, 0)).dtype == DType::BF16,
+            Op::Reshape(_) | Op::Transpose(_) | Op::Broadcast(_) | Op::Slice { .. } => {
+                id = graph.operand(id, 0);
+            }
+            _ => return false,
+        }
+    }
+}
+
+/// Which value of what follows a product is stored, if it should be in bf16: the last of a chain of elementwise ops
+/// that have no other large operand. One that goes into an elementwise op with another large value is not stored (that
+/// op's result is, such as the sum of a residual branch, which stays f32); nor is what a loss or a softmax reads rounded.
+fn stored_result(graph: &Graph, product: NodeId) -> Option<NodeId> {
+    let mut end = product;
+    loop {
+        let uses = graph.uses(end);
+        if graph.outputs().iter().any(|(_, output)| *output == end) {
+            return None;
+        }
+        let [(user, _)] = uses[..] else {
+            let kept = uses.iter().any(|&(user, _)| needs_f32(graph.op(user)));
+            return (!kept && !uses.is_empty()).then_some(end);
+        };
+        if needs_f32(graph.op(user)) || matches!(graph.op(user), Op::Cast(_)) {
+            return None;
+        }
+        if !matches!(graph.op(user), Op::Unary(_) | Op::Binary(_)) {
+            return Some(end);
+        }
+        let mut others = graph.operands(user).into_iter().filter(|&operand| operand != end);
+        if !others.all(|other| matches!(graph.op(other), Op::Broadcast(_) | Op::Const(_))) {
+            return None;
+        }
+        end = user;
+    }
+}
+
+/// Ops whose operands are not rounded, and whose kernels read f32.
+fn needs_f32(op: &Op) -> bool {
+    matches!(op, Op::Softmax | Op::LogSoftmax | Op::CrossEntropy | Op::CrossEntropyGrad)
+}
+
+/// `x` rounded, in the region of `x`.
+fn rounded(graph: &mut Graph, x: NodeId) -> Result<NodeId, PassError> {
+    let narrow = graph.uses(x).into_iter().map(|(user, _)| user);
+    let known = narrow.filter(|&user| *graph.op(user) == Op::Cast(DType::BF16)).find_map(|narrow| {
+        let users = graph.uses(narrow).into_iter().map(|(user, _)| user);
+        users.into_iter().find(|&user| *graph.op(user) == Op::Cast(DType::F32))
+    });
+    if let Some(known) = known {
+        return Ok(known);
+    }
+    let (name, region) = (graph.node(x).name.as_str().to_owned(), graph.node(x).region);
+    let mut builder = Builder::new(graph, region, &name);
+    let narrow = builder.add("bf16", Op::Cast(DType::BF16), &[x])?;
+    builder.add("f32", Op::Cast(DType::F32), &[narrow])
+}
+
+/// Makes every user of `x` use it rounded. Outputs of the graph stay as they are.
+fn round_everywhere(graph: &mut Graph, x: NodeId) -> Result<(), PassError> {
+    let users = graph.uses(x);
+    let wide = rounded(graph, x)?;
+    let narrow = graph.operand(wide, 0);
+    for (user, position) in users {
+        if user != narrow {
+            graph.set_operand(user, position, wide)?;
+        }
+    }
+    Ok(())
+}
