@@ -6,7 +6,7 @@
 
 use crate::support::{cases, parse, root, snapshot};
 use qcompile_ir::{BinaryOp, ReduceOp, UnaryOp};
-use qcompile_passes::{PassError, quantize, simplify};
+use qcompile_passes::{PassError, differentiate, quantize, simplify};
 use std::collections::BTreeSet;
 
 /// One snapshot for each file of the kind: `snapshots/<kind>/<case>.snap`.
@@ -41,6 +41,21 @@ fn plan() {
 #[test]
 fn quantize() {
     check("quantize", |mut graph| shown(quantize::optimise(&mut graph).map(|_| graph)));
+}
+
+/// The step in bf16, forward and backward.
+#[test]
+fn bf16() {
+    check("bf16", |mut graph| {
+        let precision = quantize::PrecisionChoice::Bf16;
+        let options = quantize::Options { precision, ..Default::default() };
+        let step = |graph: &mut qcompile_ir::Graph| {
+            quantize::run(graph, &options)?;
+            differentiate::run(graph)?;
+            quantize::insert_backward(graph)
+        };
+        shown(step(&mut graph).map(|_| graph))
+    });
 }
 
 #[test]

@@ -100,17 +100,21 @@ impl Facts {
 fn exact(nest: &LoopNest, types: &[DType]) -> Vec<bool> {
     let mut exact: Vec<bool> = Vec::with_capacity(nest.body.len());
     for (at, &scalar) in nest.body.iter().enumerate() {
-        exact.push(match scalar {
-            Scalar::Read(read) => nest.reads[read].dtype == DType::BF16,
-            Scalar::Const(_, value) => Tensor::scalar(DType::BF16, value).splat() == Some(value),
-            Scalar::Cast(DType::BF16, _) => true,
-            Scalar::Cast(DType::F32, x) => types[x].is_float() && exact[x],
-            Scalar::Unary(UnaryOp::Relu | UnaryOp::Neg | UnaryOp::Abs, x) => exact[x],
-            Scalar::Binary(BinaryOp::Max | BinaryOp::Min, x, y) | Scalar::Select(_, x, y) => {
-                exact[x] && exact[y]
-            }
-            _ => false,
-        } && types[at].is_float());
+        exact.push(
+            match scalar {
+                Scalar::Read(read) => nest.reads[read].dtype == DType::BF16,
+                Scalar::Const(_, value) => {
+                    Tensor::scalar(DType::BF16, value).splat() == Some(value)
+                }
+                Scalar::Cast(DType::BF16, _) => true,
+                Scalar::Cast(DType::F32, x) => types[x].is_float() && exact[x],
+                Scalar::Unary(UnaryOp::Relu | UnaryOp::Neg | UnaryOp::Abs, x) => exact[x],
+                Scalar::Binary(BinaryOp::Max | BinaryOp::Min, x, y) | Scalar::Select(_, x, y) => {
+                    exact[x] && exact[y]
+                }
+                _ => false,
+            } && types[at].is_float(),
+        );
     }
     exact
 }

@@ -77,13 +77,7 @@ impl Emitter<'_, '_> {
     }
 
     /// Stores the lanes of `parts`, one after another. Not for i64. `exact` as in [`store`](Self::store).
-    pub(crate) fn store4(
-        &mut self,
-        dtype: DType,
-        parts: &[Value],
-        address: Value,
-        exact: bool,
-    ) {
+    pub(crate) fn store4(&mut self, dtype: DType, parts: &[Value], address: Value, exact: bool) {
         let flags = trusted();
         let step = 4 * dtype.size() as i32;
         match dtype {

@@ -349,8 +349,17 @@ fn check_convolution(
     convolution: &Convolution,
     epilogue: Option<&LoopNest>,
 ) -> Checked {
-    let Convolution { product: kind, geometry, images, in_channels, out_channels, a, b, c, operands } =
-        convolution;
+    let Convolution {
+        product: kind,
+        geometry,
+        images,
+        in_channels,
+        out_channels,
+        a,
+        b,
+        c,
+        operands,
+    } = convolution;
     let [out_height, out_width] = geometry.output().ok_or("the kernel does not fit")?;
     let groups = geometry.groups;
     if groups == 0 || in_channels % groups != 0 || out_channels % groups != 0 {

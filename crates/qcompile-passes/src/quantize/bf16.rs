@@ -15,7 +15,8 @@ use qcompile_ir::{BinaryOp, DType, Graph, NodeId, Op, Region, Tensor, UnaryOp};
 pub(super) fn insert_forward(graph: &mut Graph) -> Result<(), PassError> {
     let asked = |graph: &Graph, id: NodeId| {
         let node = graph.node(id);
-        node.region == Region::Forward && node.note.precision.is_some_and(|p| p.forward == DType::BF16)
+        node.region == Region::Forward
+            && node.note.precision.is_some_and(|p| p.forward == DType::BF16)
     };
     let products: Vec<NodeId> = graph.order().into_iter().filter(|&id| asked(graph, id)).collect();
     for &product in &products {
@@ -45,7 +46,8 @@ pub(super) fn insert_backward(graph: &mut Graph) -> Result<usize, PassError> {
     let mut count = 0;
     for id in graph.order() {
         let node = graph.node(id);
-        let Some(precision) = node.note.precision.filter(|_| node.region == Region::Backward) else {
+        let Some(precision) = node.note.precision.filter(|_| node.region == Region::Backward)
+        else {
             continue;
         };
         let operands = graph.operands(id);
@@ -73,6 +75,30 @@ pub(super) fn insert_backward(graph: &mut Graph) -> Result<usize, PassError> {
     Ok(count)
 }
 
+/// Makes the backward region use the rounded form of every forward value that has one: what is saved for it is what the
+/// rest of the forward pass saw. (The gradient of an op may name the op's result, which stands before its rounding.)
+pub(super) fn save_rounded(graph: &mut Graph) -> Result<(), PassError> {
+    for narrow in graph.order() {
+        if *graph.op(narrow) != Op::Cast(DType::BF16)
+            || graph.node(narrow).region != Region::Forward
+        {
+            continue;
+        }
+        let x = graph.operand(narrow, 0);
+        let users = graph.uses(x).into_iter();
+        let backward: Vec<(NodeId, usize)> =
+            users.filter(|&(user, _)| graph.node(user).region == Region::Backward).collect();
+        if backward.is_empty() || graph.op(x).is_leaf() {
+            continue;
+        }
+        let wide = rounded(graph, x)?;
+        for (user, position) in backward {
+            graph.set_operand(user, position, wide)?;
+        }
+    }
+    Ok(())
+}
+
 /// Stores in bf16 what bf16 holds exactly: values that only choose among, or change the sign of, rounded ones.
 pub(super) fn store_exact(graph: &mut Graph) -> Result<(), PassError> {
     let order = graph.order();
@@ -98,14 +124,16 @@ fn is_exact(graph: &Graph, id: NodeId, exact: &[bool]) -> bool {
     let operand = |position: usize| exact[graph.operand(id, position).index()];
     match graph.op(id) {
         Op::Cast(_) => graph.ty(graph.operand(id, 0)).dtype == DType::BF16,
-        Op::Const(tensor) => tensor.splat().is_some_and(|value| {
-            Tensor::scalar(DType::BF16, value).splat() == Some(value)
-        }),
+        Op::Const(tensor) => tensor
+            .splat()
+            .is_some_and(|value| Tensor::scalar(DType::BF16, value).splat() == Some(value)),
         Op::Reshape(_)
         | Op::Transpose(_)
         | Op::Broadcast(_)
         | Op::Slice { .. }
-        | Op::Unary(UnaryOp::Relu | UnaryOp::Neg | UnaryOp::Abs | UnaryOp::StopGradient) => operand(0),
+        | Op::Unary(UnaryOp::Relu | UnaryOp::Neg | UnaryOp::Abs | UnaryOp::StopGradient) => {
+            operand(0)
+        }
         Op::Binary(BinaryOp::Max | BinaryOp::Min) => operand(0) && operand(1),
         Op::Select => operand(1) && operand(2),
         _ => false,
@@ -161,10 +189,11 @@ fn needs_f32(op: &Op) -> bool {
 /// `x` rounded, in the region of `x`.
 fn rounded(graph: &mut Graph, x: NodeId) -> Result<NodeId, PassError> {
     let narrow = graph.uses(x).into_iter().map(|(user, _)| user);
-    let known = narrow.filter(|&user| *graph.op(user) == Op::Cast(DType::BF16)).find_map(|narrow| {
-        let users = graph.uses(narrow).into_iter().map(|(user, _)| user);
-        users.into_iter().find(|&user| *graph.op(user) == Op::Cast(DType::F32))
-    });
+    let known =
+        narrow.filter(|&user| *graph.op(user) == Op::Cast(DType::BF16)).find_map(|narrow| {
+            let users = graph.uses(narrow).into_iter().map(|(user, _)| user);
+            users.into_iter().find(|&user| *graph.op(user) == Op::Cast(DType::F32))
+        });
     if let Some(known) = known {
         return Ok(known);
     }

@@ -68,6 +68,7 @@ pub fn insert_backward(graph: &mut Graph) -> Result<usize, PassError> {
     let int8 = backward::insert(graph)?;
     let bf16 = bf16::insert_backward(graph)?;
     if bf16 > 0 {
+        bf16::save_rounded(graph)?;
         bf16::store_exact(graph)?;
     }
     graph.sweep();
