@@ -329,7 +329,7 @@ impl<'p> Unit<'p> {
         functions: &mut Vec<(String, FuncId, Function)>,
     ) -> Result<Option<FuncId>, CodegenError> {
         let Kernel::Primitive(primitive) = &step.kernel else { return Ok(None) };
-        let Some(nest) = schedule::epilogue(primitive) else { return Ok(None) };
+        let Some(nest) = primitive.epilogue() else { return Ok(None) };
         let name = format!("epilogue{index}");
         let signature = self.signature(7, false);
         let id = self.declare(&name, &signature)?;

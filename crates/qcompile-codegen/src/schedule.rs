@@ -7,7 +7,7 @@ use crate::{loops, primitives};
 use cranelift_codegen::ir::condcodes::IntCC;
 use cranelift_codegen::ir::{InstBuilder, Value};
 use qcompile_kernels::Kernels;
-use qcompile_plan::{Kernel, Primitive, SlotId, Step};
+use qcompile_plan::{Kernel, SlotId, Step};
 use std::collections::BTreeSet;
 
 /// What a step touches.
@@ -37,7 +37,7 @@ impl Touched {
                 let (reads, writes) = primitives::places(primitive);
                 touched.reads.extend(reads.iter().map(|place| place.slot));
                 touched.writes.extend(writes.iter().map(|place| place.slot));
-                if let Some(nest) = epilogue(primitive) {
+                if let Some(nest) = primitive.epilogue() {
                     touched.nest(nest);
                 }
                 touched.barrier = primitives::entry(kernels, primitive).phases > 1;
@@ -51,14 +51,6 @@ impl Touched {
     fn nest(&mut self, nest: &qcompile_plan::LoopNest) {
         self.reads.extend(nest.reads.iter().map(|read| read.slot));
         self.writes.extend(nest.writes.iter().map(|write| write.access().slot));
-    }
-}
-
-/// The nest that follows a product.
-pub(crate) fn epilogue(primitive: &Primitive) -> Option<&qcompile_plan::LoopNest> {
-    match primitive {
-        Primitive::Matmul(_, epilogue) | Primitive::Convolution(_, epilogue) => epilogue.as_ref(),
-        _ => None,
     }
 }
 

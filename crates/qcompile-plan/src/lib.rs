@@ -21,6 +21,7 @@ mod primitives;
 mod text;
 pub mod verify;
 mod view;
+mod work;
 
 pub use build::{BuildOptions, PlanError, build};
 pub use file::FileError;
@@ -30,3 +31,4 @@ pub use primitive::{
     Convolution, Int8, Matmul, Matrix, Operands, Place, Pooling, Primitive, Product,
 };
 pub use verify::{VerifyError, verify};
+pub use work::Work;

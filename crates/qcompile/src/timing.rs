@@ -2,8 +2,7 @@
 
 use crate::error::Result;
 use crate::synthetic;
-use qcompile_ir::{Graph, Op};
-use qcompile_plan::Plan;
+use qcompile_plan::{Kernel, Plan};
 use qcompile_runtime::{Trainer, TrainerOptions};
 use serde::Serialize;
 use std::sync::Arc;
@@ -89,7 +88,7 @@ impl Runner {
     fn finish(self) -> Measured {
         let steps = self.times[0].len();
         let [step_ms, forward, backward, reduce, update] = self.times.map(Quantiles::of);
-        let flops = product_flops(self.trainer.plan().graph(), self.batch);
+        let flops = product_flops(self.trainer.plan(), self.batch);
         Measured {
             step_ms,
             forward_ms: forward.median,
@@ -135,32 +134,66 @@ pub fn measure(
 
 /// Multiplications and additions of all products of a step.
 #[must_use]
-pub fn product_flops(graph: &Graph, batch: usize) -> f64 {
-    let size = |id| -> f64 {
-        let sizes = graph.ty(id).shape.sizes(batch);
-        sizes.iter().map(|&extent| extent as f64).product()
-    };
-    let flops = graph.ids().map(|id| match graph.op(id) {
-        Op::Matmul { transpose_a, .. } => {
-            let a = graph.ty(graph.operand(id, 0)).shape.sizes(batch);
-            let inner = if *transpose_a { a.len().checked_sub(2) } else { a.len().checked_sub(1) };
-            2.0 * size(id) * inner.map_or(0.0, |axis| a[axis] as f64)
-        }
-        // Every weight meets every place of the result.
-        Op::Conv2d(_) => 2.0 * size(id) * per_place(graph.ty(graph.operand(id, 1))),
-        Op::Conv2dGradInput(_) => {
-            let dy = graph.operand(id, 0);
-            2.0 * size(dy) * per_place(graph.ty(graph.operand(id, 1)))
-        }
-        Op::Conv2dGradWeight(_) => 2.0 * size(graph.operand(id, 1)) * per_place(graph.ty(id)),
-        _ => 0.0,
-    });
-    flops.sum()
+pub fn product_flops(plan: &Plan, batch: usize) -> f64 {
+    plan.steps().iter().map(|step| step.work(batch).flops).sum()
 }
 
-/// Weights that one element of a convolution's result meets: of `[o, c / groups, kh, kw]`, all but o.
-fn per_place(weight: &qcompile_ir::TensorType) -> f64 {
-    weight.shape.sizes(1).iter().skip(1).map(|&extent| extent as f64).product()
+/// One kernel of a step, measured alone.
+#[derive(Debug, Clone, Serialize)]
+pub struct StepTime {
+    /// The (last) value that it computes.
+    pub name: String,
+    /// When it runs.
+    pub region: &'static str,
+    /// What runs.
+    pub kernel: &'static str,
+    /// Median in milliseconds.
+    pub ms: f64,
+    /// 10^9 multiplications and additions a second; 0 for what is no product.
+    pub gflops: f64,
+    /// 10^9 bytes of operands and results of loops and epilogues a second.
+    pub gbytes: f64,
+}
+
+/// Measures every kernel of a plan alone, all threads meeting before and after: `rounds` steps, medians.
+///
+/// # Errors
+/// Of running them.
+pub fn profile(
+    plan: &Arc<Plan>,
+    batch: usize,
+    options: &TrainerOptions,
+    rounds: usize,
+) -> Result<Vec<StepTime>> {
+    let mut trainer = Trainer::new(Arc::clone(plan), options)?;
+    let inputs = synthetic::inputs(plan.graph(), batch, 1);
+    // The first step touches all memory.
+    trainer.profile(&inputs)?;
+    let mut times: Vec<Vec<f64>> = vec![Vec::new(); plan.steps().len()];
+    for _ in 0..rounds.max(1) {
+        for (times, time) in times.iter_mut().zip(trainer.profile(&inputs)?) {
+            times.push(time.as_secs_f64() * 1e3);
+        }
+    }
+    let measured = plan.steps().iter().zip(times).map(|(step, times)| {
+        let ms = Quantiles::of(times).median;
+        let work = step.work(batch);
+        let rate = |amount: f64| if ms > 0.0 { amount / ms / 1e6 } else { 0.0 };
+        let kernel = match &step.kernel {
+            Kernel::Loops(_) => "loops",
+            Kernel::Primitive(primitive) => primitive.name(),
+            Kernel::AllReduce { .. } => "all_reduce",
+        };
+        StepTime {
+            name: step.name.clone(),
+            region: step.region.name(),
+            kernel,
+            ms,
+            gflops: rate(work.flops),
+            gbytes: rate(work.bytes),
+        }
+    });
+    Ok(measured.collect())
 }
 
 #[cfg(test)]
@@ -187,6 +220,7 @@ forward:
 }
 ";
         let graph = text::parse(source, &|_| None).unwrap();
-        assert_eq!(product_flops(&graph, 3), 2.0 * 3.0 * 8.0 * 4.0);
+        let plan = qcompile_plan::build(graph, &Default::default()).unwrap();
+        assert_eq!(product_flops(&plan, 3), 2.0 * 3.0 * 8.0 * 4.0);
     }
 }

@@ -219,6 +219,9 @@ pub struct BenchCommand {
     /// Seconds to measure.
     #[arg(long, value_name = "SECONDS", default_value_t = 2.0, value_parser = above_zero)]
     pub duration: f64,
+    /// Measure every kernel of the plan alone, too.
+    #[arg(long)]
+    pub profile: bool,
     /// On what it runs.
     #[command(flatten)]
     pub machine: Machine,

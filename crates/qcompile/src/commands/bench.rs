@@ -7,7 +7,7 @@ use crate::error::{Code, Error, Result};
 use crate::model::{Target, at_path, open};
 use crate::output::print;
 use crate::terminal::{Align, Table, bytes, milliseconds, width};
-use crate::timing::{Measured, measure};
+use crate::timing::{Measured, StepTime, measure, profile};
 use crate::wants::Wants;
 use qcompile_plan::Plan;
 use serde_json::{Value, json};
@@ -29,10 +29,86 @@ pub(super) fn run(command: &BenchCommand) -> Result<()> {
     let batch = wants.batch_size(command.batch_size, first.batch_size())?;
     let duration = Duration::from_secs_f64(command.duration.min(86_400.0));
     let measured = measure(&plans, batch, &options, duration)?;
+    let steps =
+        if command.profile { profile(&plans[0], batch, &options, ROUNDS)? } else { Vec::new() };
     if command.talk.json {
-        return print_json(&document(&measured, &names), false);
+        let mut document = document(&measured, &names);
+        if let (true, Some(fields)) = (command.profile, document.as_object_mut()) {
+            fields.insert("profile".to_owned(), json!(steps));
+        }
+        return print_json(&document, false);
     }
-    print(&table(&measured, &names))
+    let mut text = table(&measured, &names);
+    if command.profile {
+        text.push('\n');
+        text.push_str(&by_kernel(&steps));
+        text.push('\n');
+        text.push_str(&slowest(&steps));
+    }
+    print(&text)
+}
+
+/// Steps that are measured kernel by kernel.
+const ROUNDS: usize = 5;
+/// Kernels that the table of the slowest has.
+const SLOWEST: usize = 25;
+
+/// Where the time goes: each kind of kernel in each region.
+fn by_kernel(steps: &[StepTime]) -> String {
+    let total: f64 = steps.iter().map(|step| step.ms).sum();
+    let mut kinds: Vec<(&str, &str, usize, f64, f64)> = Vec::new();
+    for step in steps {
+        let known = kinds.iter_mut().find(|kind| (kind.0, kind.1) == (step.region, step.kernel));
+        let work = step.gflops * step.ms;
+        match known {
+            Some(kind) => {
+                kind.2 += 1;
+                kind.3 += step.ms;
+                kind.4 += work;
+            }
+            None => kinds.push((step.region, step.kernel, 1, step.ms, work)),
+        }
+    }
+    kinds.sort_by(|a, b| b.3.total_cmp(&a.3));
+    let mut table = Table::new(&[
+        ("region", Align::Left),
+        ("kernel", Align::Left),
+        ("times", Align::Right),
+        ("time", Align::Right),
+        ("share", Align::Right),
+        ("GFLOP/s", Align::Right),
+    ]);
+    for (region, kernel, count, ms, work) in kinds {
+        table.row([
+            region.to_owned(),
+            kernel.to_owned(),
+            count.to_string(),
+            milliseconds(ms),
+            format!("{:.1} %", 100.0 * ms / total.max(f64::MIN_POSITIVE)),
+            if work > 0.0 { format!("{:.0}", work / ms) } else { "-".to_owned() },
+        ]);
+    }
+    table.render(width())
+}
+
+/// The kernels that take longest.
+fn slowest(steps: &[StepTime]) -> String {
+    let mut steps: Vec<&StepTime> = steps.iter().collect();
+    steps.sort_by(|a, b| b.ms.total_cmp(&a.ms));
+    let mut table = Table::new(&[
+        ("slowest", Align::Left),
+        ("kernel", Align::Left),
+        ("time", Align::Right),
+        ("GFLOP/s", Align::Right),
+        ("GB/s of loops", Align::Right),
+    ]);
+    let rate = |rate: f64| if rate > 0.0 { format!("{rate:.1}") } else { "-".to_owned() };
+    for step in steps.into_iter().take(SLOWEST) {
+        let ms = milliseconds(step.ms);
+        let kernel = step.kernel.to_owned();
+        table.row([step.name.clone(), kernel, ms, rate(step.gflops), rate(step.gbytes)]);
+    }
+    table.render(width())
 }
 
 fn plan(path: &Path) -> Result<Arc<Plan>> {
