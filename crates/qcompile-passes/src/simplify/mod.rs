@@ -2,13 +2,15 @@
 //!
 //! *Before*: any graph. *After*: a graph that computes the same values with no op over constants alone, no ops that do
 //! nothing, no value computed twice in a region, and as few layout changes as possible: transposes have moved
-//! down and met their inverses, so that an imported image network is channels-last throughout.
+//! down and met their inverses, so that an imported image network is channels-last throughout; reshapes of matrices
+//! have, so that what follows a linear layer runs over its rows and columns.
 //!
 //! *Why here*: first, because every later pass sees fewer and plainer nodes (a layer is one product of its
 //! weight); and last, because gradients and updates are written in general forms.
 
 mod fold;
 mod identity;
+mod reshape;
 mod share;
 mod transpose;
 
@@ -39,6 +41,7 @@ pub fn run(graph: &mut Graph, options: &Options) -> Result<(), PassError> {
         changed |= identity::run(graph, options)?;
         changed |= share::run(graph)?;
         changed |= transpose::sink(graph)?;
+        changed |= reshape::sink(graph)?;
         if !changed && !transpose::flatten(graph)? {
             break;
         }

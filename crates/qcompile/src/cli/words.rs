@@ -41,8 +41,9 @@ pub(super) fn precision() -> impl TypedValueParser<Value = PrecisionChoice> {
 }
 
 pub(super) fn run_precision() -> impl TypedValueParser<Value = PrecisionChoice> {
-    let choices = [PrecisionChoice::F32, PrecisionChoice::Bf16, PrecisionChoice::Int8];
-    words(&choices, |choice| choice.name())
+    const CHOICES: [PrecisionChoice; 3] =
+        [PrecisionChoice::F32, PrecisionChoice::Bf16, PrecisionChoice::Int8];
+    words(&CHOICES, |choice| choice.name())
 }
 
 pub(super) fn tier() -> impl TypedValueParser<Value = Tier> {
