@@ -23,14 +23,14 @@ pub type Epilogue = unsafe extern "C" fn(
     cols: usize,
 );
 
-/// `C[b, m, n] = sum over k of A[b, m, k] * B[b, k, n]`, all f32.
+/// `C[b, m, n] = sum over k of A[b, m, k] * B[b, k, n]`, with sums in f32.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct MatmulArgs {
+pub struct MatmulArgs<E = f32> {
     /// First element of A.
-    pub a: *const f32,
+    pub a: *const E,
     /// First element of B.
-    pub b: *const f32,
+    pub b: *const E,
     /// First element of C; not touched when there is an epilogue.
     pub c: *mut f32,
     /// Number of matrices.
@@ -64,6 +64,9 @@ pub struct MatmulArgs {
     /// Shared scratch.
     pub scratch: *mut u8,
 }
+
+/// The product of bf16 operands, given as their bits; sums and results are f32.
+pub type MatmulBf16Args = MatmulArgs<u16>;
 
 /// `C = (A * B in i32) as f32 * (scale_a * scale_b)` with i8 operands, symmetric (no zero points).
 ///
@@ -176,11 +179,11 @@ impl ConvShape {
 /// `y = conv(x, w)`: x `[n, h, w, cin]`, w `[cout, cin / groups, kh, kw]`, y `[n, oh, ow, cout]`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct Conv2dArgs {
+pub struct Conv2dArgs<E = f32> {
     /// Input.
-    pub x: *const f32,
+    pub x: *const E,
     /// Weights.
-    pub w: *const f32,
+    pub w: *const E,
     /// Output; not touched when there is an epilogue.
     pub y: *mut f32,
     /// Geometry.
@@ -193,14 +196,17 @@ pub struct Conv2dArgs {
     pub scratch: *mut u8,
 }
 
+/// The convolution of bf16 operands, given as their bits; sums and results are f32.
+pub type Conv2dBf16Args = Conv2dArgs<u16>;
+
 /// Gradient of a convolution by its input: dx `[n, h, w, cin]` from dy `[n, oh, ow, cout]` and w.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct Conv2dGradInputArgs {
+pub struct Conv2dGradInputArgs<E = f32> {
     /// Gradient of the output.
-    pub dy: *const f32,
+    pub dy: *const E,
     /// Weights, as in the forward convolution.
-    pub w: *const f32,
+    pub w: *const E,
     /// Gradient of the input; not touched when there is an epilogue.
     pub dx: *mut f32,
     /// Geometry of the forward convolution.
@@ -213,14 +219,17 @@ pub struct Conv2dGradInputArgs {
     pub scratch: *mut u8,
 }
 
+/// The same of bf16 operands, given as their bits.
+pub type Conv2dGradInputBf16Args = Conv2dGradInputArgs<u16>;
+
 /// Gradient of a convolution by its weights: dw `[cout, cin / groups, kh, kw]` from x and dy.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct Conv2dGradWeightArgs {
+pub struct Conv2dGradWeightArgs<E = f32> {
     /// Input of the forward convolution.
-    pub x: *const f32,
+    pub x: *const E,
     /// Gradient of the output.
-    pub dy: *const f32,
+    pub dy: *const E,
     /// Gradient of the weights (overwritten).
     pub dw: *mut f32,
     /// Geometry of the forward convolution.
@@ -228,6 +237,9 @@ pub struct Conv2dGradWeightArgs {
     /// Shared scratch.
     pub scratch: *mut u8,
 }
+
+/// The same of bf16 operands, given as their bits.
+pub type Conv2dGradWeightBf16Args = Conv2dGradWeightArgs<u16>;
 
 /// Convolution of i8 operands: `y = sum(x * w) as f32 * (x_scale * w_scale)`, bit-equal on every tier.
 #[repr(C)]

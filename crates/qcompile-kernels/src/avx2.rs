@@ -1,6 +1,6 @@
 //! The AVX2 + FMA tier: 8 lanes, 6 x 16 tiles; int8 as pairs of i16 (no saturation anywhere).
 
-use crate::lanes::{Lanes, Simd, Task, tile_entries, word_of_i16};
+use crate::lanes::{Lanes, Simd, Task, Widened, tile_entries, word_of_i16};
 use std::arch::x86_64::*;
 
 /// AVX2 and FMA.
@@ -10,6 +10,7 @@ pub(crate) struct Avx2;
 impl Simd for Avx2 {
     type Real = Real;
     type Int8 = Int8;
+    type Bf16 = Widened<Real>;
     const FMA: bool = true;
 
     unsafe fn enter<T: Task>(task: T) {

@@ -1,6 +1,6 @@
-//! The AVX-512 tier: 16 lanes, 12 x 32 tiles; int8 by VNNI.
+//! The AVX-512 tiers: 16 lanes, 12 x 32 tiles; int8 by VNNI, bf16 by its own instruction or as f32.
 
-use crate::lanes::{Lanes, Simd, Task, tile_entries, word_of_i8};
+use crate::lanes::{Lanes, Simd, Task, Widened, tile_entries, word_of_bf16, word_of_i8};
 use std::arch::x86_64::*;
 
 /// AVX-512 F, BW, VL, DQ and VNNI.
@@ -10,6 +10,7 @@ pub(crate) struct Avx512;
 impl Simd for Avx512 {
     type Real = Real;
     type Int8 = Int8;
+    type Bf16 = Widened<Real>;
     const FMA: bool = true;
 
     unsafe fn enter<T: Task>(task: T) {
@@ -39,6 +40,87 @@ impl Simd for Avx512 {
         // SAFETY: the caller grants both blocks and the CPU.
         unsafe { crate::avx2::transpose8(src, src_stride, dst, dst_stride) }
     }
+}
+
+/// AVX-512 with the BF16 instructions.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512Bf16;
+
+impl Simd for Avx512Bf16 {
+    type Real = Real;
+    type Int8 = Int8;
+    type Bf16 = Bf16;
+    const FMA: bool = true;
+
+    unsafe fn enter<T: Task>(task: T) {
+        #[target_feature(
+            enable = "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16"
+        )]
+        unsafe fn with_features<T: Task>(task: T) {
+            // SAFETY: passed on from the caller.
+            unsafe { task.run::<Avx512Bf16>() }
+        }
+        // SAFETY: the caller checked the CPU.
+        unsafe { with_features(task) }
+    }
+
+    #[inline(always)]
+    fn prefetch(address: *const u8) {
+        Avx512::prefetch(address);
+    }
+
+    #[inline(always)]
+    fn prefetch_near(address: *const u8) {
+        Avx512::prefetch_near(address);
+    }
+
+    #[inline(always)]
+    unsafe fn transpose8(src: *const u32, src_stride: usize, dst: *mut u32, dst_stride: usize) {
+        // SAFETY: the caller grants both blocks and the CPU.
+        unsafe { crate::avx2::transpose8(src, src_stride, dst, dst_stride) }
+    }
+
+    #[inline(always)]
+    unsafe fn zip(first: *const u16, second: *const u16, count: usize, to: *mut u32) {
+        // Positions in the two rows, those of the second from 32 on.
+        const LOW: [u16; 32] = zip_order(0);
+        const HIGH: [u16; 32] = zip_order(16);
+        // SAFETY: the caller grants the rows, the words and the CPU; masks leave out what is beyond.
+        unsafe {
+            let low = _mm512_loadu_si512(LOW.as_ptr().cast());
+            let high = _mm512_loadu_si512(HIGH.as_ptr().cast());
+            let mut i = 0;
+            while i + 32 <= count {
+                let a = _mm512_loadu_si512(first.add(i).cast());
+                let b = _mm512_loadu_si512(second.add(i).cast());
+                _mm512_storeu_si512(to.add(i).cast(), _mm512_permutex2var_epi16(a, low, b));
+                _mm512_storeu_si512(to.add(i + 16).cast(), _mm512_permutex2var_epi16(a, high, b));
+                i += 32;
+            }
+            if i < count {
+                let mask = (1_u32 << (count - i)) - 1;
+                let a = _mm512_maskz_loadu_epi16(mask, first.add(i).cast());
+                let b = _mm512_maskz_loadu_epi16(mask, second.add(i).cast());
+                let to = to.add(i).cast();
+                _mm512_mask_storeu_epi32(to, mask as u16, _mm512_permutex2var_epi16(a, low, b));
+                if mask >> 16 != 0 {
+                    let (to, mask) = (to.add(16), (mask >> 16) as u16);
+                    _mm512_mask_storeu_epi32(to, mask, _mm512_permutex2var_epi16(a, high, b));
+                }
+            }
+        }
+    }
+}
+
+/// Pairs from two rows of 32, from position `first` on.
+const fn zip_order(first: u16) -> [u16; 32] {
+    let mut order = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        order[i] = first + i as u16 / 2 + if i % 2 == 0 { 0 } else { 32 };
+        i += 1;
+    }
+    order
 }
 
 #[derive(Clone, Copy)]
@@ -151,5 +233,63 @@ impl Lanes for Int8 {
     #[inline(always)]
     fn right_word(elements: &[i8; 4]) -> u32 {
         word_of_i8(elements)
+    }
+}
+
+/// `vdpbf16ps` takes subnormal numbers for zeros and rounds to nearest even whatever the mode is.
+#[derive(Clone, Copy)]
+pub(crate) struct Bf16;
+
+impl Lanes for Bf16 {
+    type Tier = Avx512Bf16;
+    type Element = u16;
+    type V = __m512;
+    const LANES: usize = 16;
+    const GROUP: usize = 2;
+    const HALO: u32 = 0;
+    const HEADER: bool = false;
+    const INTEGER: bool = false;
+    tile_entries!(12, 12, "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16");
+
+    #[inline(always)]
+    unsafe fn zero() -> Self::V {
+        // SAFETY: the caller checked the CPU.
+        unsafe { _mm512_setzero_ps() }
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const u32) -> Self::V {
+        // SAFETY: the caller grants `LANES` words.
+        unsafe { _mm512_loadu_ps(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn splat(from: *const u32) -> Self::V {
+        // SAFETY: the caller grants one word.
+        unsafe { _mm512_castsi512_ps(_mm512_set1_epi32(from.cast::<i32>().read_unaligned())) }
+    }
+    #[inline(always)]
+    unsafe fn store(to: *mut u32, value: Self::V) {
+        // SAFETY: the caller grants `LANES` words.
+        unsafe { _mm512_storeu_ps(to.cast(), value) }
+    }
+    #[inline(always)]
+    unsafe fn dot(sum: Self::V, a: Self::V, b: Self::V) -> Self::V {
+        // The instruction can broadcast its last operand from memory, and only that one.
+        // SAFETY: the caller checked the CPU; the types differ in name only.
+        unsafe {
+            let pairs = |v: __m512| std::mem::transmute::<__m512, __m512bh>(v);
+            _mm512_dpbf16_ps(sum, pairs(b), pairs(a))
+        }
+    }
+    #[inline(always)]
+    unsafe fn scale(sum: Self::V, _left: *const f32, _right: *const f32) -> Self::V {
+        sum
+    }
+    #[inline(always)]
+    fn left_word(elements: &[u16; 4]) -> u32 {
+        word_of_bf16(elements)
+    }
+    #[inline(always)]
+    fn right_word(elements: &[u16; 4]) -> u32 {
+        word_of_bf16(elements)
     }
 }

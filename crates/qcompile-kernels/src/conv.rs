@@ -1,4 +1,4 @@
-//! Direct convolution, forward and gradient by the input, f32 and int8: no im2col in memory.
+//! Direct convolution, forward and gradient by the input, f32, bf16 and int8: no im2col in memory.
 //!
 //! A unit owns some target rows and a block of target channels. It reads the source through a padded
 //! window, so that every tap of a pixel is a fixed offset from the pixel's pointer, and runs the
@@ -6,7 +6,10 @@
 //! `[channel chunk][tap][channel]`.
 
 use crate::Primitive;
-use crate::args::{Conv2dArgs, Conv2dGradInputArgs, Conv2dGradInputI8Args, Conv2dI8Args, Epilogue};
+use crate::args::{
+    Conv2dArgs, Conv2dBf16Args, Conv2dGradInputArgs, Conv2dGradInputBf16Args,
+    Conv2dGradInputI8Args, Conv2dI8Args, Epilogue,
+};
 use crate::depthwise;
 use crate::direct;
 use crate::geometry::{Geometry, Part, Parts, Tap};
@@ -109,6 +112,8 @@ macro_rules! kind {
 
 kind!(Forward, Conv2dArgs, Real, f32, false, x, y, |_| None);
 kind!(GradInput, Conv2dGradInputArgs, Real, f32, true, dy, dx, |_| None);
+kind!(ForwardBf16, Conv2dBf16Args, Bf16, u16, false, x, y, |_| None);
+kind!(GradInputBf16, Conv2dGradInputBf16Args, Bf16, u16, true, dy, dx, |_| None);
 kind!(ForwardI8, Conv2dI8Args, Int8, i8, false, x, y, |args| Some(Scales {
     source: args.x_scale,
     source_stride: args.x_scale_stride,
@@ -205,7 +210,7 @@ unsafe extern "C" fn units<K: Kind, S: Simd>(args: *const u64, phase: usize) -> 
     }
     match (is_depthwise(&c), phase) {
         (true, 0) => 1,
-        (true, _) => depthwise::parts(&c.geometry).count(),
+        (true, _) => depthwise::parts(&c.geometry, depthwise::WANTED_UNITS).count(),
         (false, 0) => c.geometry.phases() * c.geometry.groups * cut.panels_per_group,
         (false, _) => c.geometry.groups * cut.column_blocks * cut.parts.count(),
     }

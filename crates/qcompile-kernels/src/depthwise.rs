@@ -1,12 +1,13 @@
 //! Depthwise convolution: every channel by itself, lanes are channels. The source is read in place, and
 //! taps that would meet padding are left out.
 //!
-//! int8 goes through f32: products and their sums are whole numbers below 2^24, so the sums are exact.
+//! bf16 and int8 go through f32. For int8, products and their sums are whole numbers below 2^24, so the
+//! sums are exact.
 
 use crate::buffer::{Buffer, Slot};
 use crate::conv::Convolution;
 use crate::geometry::{Geometry, Parts, Tap};
-use crate::lanes::{Lanes, Simd, Task};
+use crate::lanes::{Element, Lanes, Simd, Task};
 use crate::tile::ROW_GROUP;
 use crate::window::{Ahead, Extent};
 use std::ops::Range;
@@ -14,10 +15,13 @@ use std::ops::Range;
 /// Most values of a unit, about: they stay in L2 until its rows are finished.
 const UNIT_VALUES: usize = 32 << 10;
 
-/// Parts of the target that make the units.
-pub(crate) fn parts(g: &Geometry) -> Parts {
+/// Units wanted, for the threads to share.
+pub(crate) const WANTED_UNITS: usize = 32;
+
+/// Parts of the target that make the units, at least so many if there are enough pixels.
+pub(crate) fn parts(g: &Geometry, wanted: usize) -> Parts {
     let pixels = (UNIT_VALUES / g.groups.max(1)).clamp(ROW_GROUP, 256);
-    Parts::new(g.batch, g.rows.target, g.columns.target, pixels, 32)
+    Parts::new(g.batch, g.rows.target, g.columns.target, pixels, wanted)
 }
 
 /// One tap of a target row.
@@ -90,22 +94,10 @@ impl<L: Lanes> Task for Pack<L> {
             for position in 0..kernel {
                 // SAFETY: inside the weights and the scratch.
                 unsafe {
-                    let value = real::<L>(c.weights.add(channel * kernel + position));
+                    let value = (*c.weights.add(channel * kernel + position)).real();
                     *c.scratch.cast::<f32>().add(position * channels + channel) = value;
                 }
             }
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn real<L: Lanes>(element: *const L::Element) -> f32 {
-    // SAFETY: the element type is f32 or i8, as `INTEGER` says.
-    unsafe {
-        if L::INTEGER {
-            f32::from(element.cast::<i8>().read())
-        } else {
-            element.cast::<f32>().read()
         }
     }
 }
@@ -123,7 +115,7 @@ impl<L: Lanes> Task for Compute<L> {
         let c = &self.convolution;
         let g = &c.geometry;
         let channels = g.groups;
-        let parts = parts(g);
+        let parts = parts(g, WANTED_UNITS);
         let direct = c.epilogue.is_none() && !L::INTEGER;
         let (height, width) = (g.rows.source, g.columns.source);
         let mut taps = Vec::new();
@@ -136,7 +128,8 @@ impl<L: Lanes> Task for Compute<L> {
             let read = Extent::of(g, part.row_begin, part.row_end).source_rows(g);
             let line_values = width * channels;
             let size = read.len() * line_values;
-            let mut widened = Buffer::take(Slot::Right, if L::INTEGER { size } else { 0 });
+            let narrow = L::Element::NARROW;
+            let mut widened = Buffer::take(Slot::Right, if narrow { size } else { 0 });
             let mut scales = Buffer::take(Slot::Scales, if L::INTEGER { channels } else { 0 });
             // SAFETY: the part lies in source and target; the buffers were sized for it above.
             unsafe {
@@ -144,9 +137,9 @@ impl<L: Lanes> Task for Compute<L> {
                 let out = if direct { finish.result } else { result.words().cast() };
                 for image in 0..part.images {
                     let from = c.source.add((part.image + image) * height * line_values);
-                    let (source, first_row) = if L::INTEGER {
+                    let (source, first_row) = if narrow {
                         let to = widened.words().cast::<f32>();
-                        widen::<L>(from.add(read.start * line_values), size, to);
+                        widen(from.add(read.start * line_values), size, to);
                         (to.cast_const(), read.start)
                     } else {
                         (from.cast::<f32>(), 0)
@@ -172,7 +165,7 @@ impl<L: Lanes> Task for Compute<L> {
                             // The source row that the next target row reads first.
                             let mut ahead = Ahead::NONE;
                             let next = taps.last().map_or(0, |tap| tap.row + 1);
-                            if !L::INTEGER && phase == 0 && next < read.end {
+                            if !narrow && phase == 0 && next < read.end {
                                 let next = source.wrapping_add((next - first_row) * line_values);
                                 let values = line_values * g.rows.step();
                                 ahead = Ahead::of(next, values).steps(count.div_ceil(4));
@@ -212,14 +205,17 @@ impl<L: Lanes> Task for Compute<L> {
 }
 
 /// Turns elements into f32.
+///
+/// # Safety
+/// Both are valid for the count.
 #[inline(always)]
-unsafe fn widen<L: Lanes>(from: *const L::Element, count: usize, to: *mut f32) {
-    // SAFETY: the caller grants both; called for i8 only.
+pub(crate) unsafe fn widen<E: Element>(from: *const E, count: usize, to: *mut f32) {
+    // SAFETY: granted by the caller.
     unsafe {
-        let from = std::slice::from_raw_parts(from.cast::<i8>(), count);
+        let from = std::slice::from_raw_parts(from, count);
         let to = std::slice::from_raw_parts_mut(to, count);
         for (to, from) in to.iter_mut().zip(from) {
-            *to = f32::from(*from);
+            *to = from.real();
         }
     }
 }

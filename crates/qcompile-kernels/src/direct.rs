@@ -90,9 +90,9 @@ impl<L: Lanes> Task for Compute<L> {
                 Target::Unit => pixels,
             };
             let mut result = Buffer::take(Slot::Result, (held + 1) * stride);
-            let mut left =
-                Buffer::take(Slot::Left, Window::words::<L>(g, &part, g.source_channels));
             let channels = group * g.source_channels..(group + 1) * g.source_channels;
+            let words = Window::words::<L>(g, &part, c.source_total(), &channels);
+            let mut left = Buffer::take(Slot::Left, words);
             // SAFETY: the part lies in source and target; the buffers were sized for it above.
             unsafe {
                 let window =

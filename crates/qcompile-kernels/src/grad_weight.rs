@@ -1,18 +1,20 @@
 //! Gradient of a convolution by its weights: sums of outer products over pixels.
 //!
 //! Rows of the tile are pairs of kernel position and input channel, columns are output channels, and K
-//! runs over output pixels. Images are cut into chunks by shape; every chunk has its own partial sums,
-//! and a last phase adds them in order.
+//! runs over output pixels. Where a word holds two elements, they are pixels at the same place of two
+//! parts of the same shape: then one interleaved window serves every stride, dilation and kernel
+//! position. Images are cut into chunks by shape; every chunk has its own partial sums, and a last phase
+//! adds them in order.
 
 use crate::Primitive;
 use crate::args::Conv2dGradWeightArgs;
 use crate::buffer::{Buffer, Slot};
 use crate::depthwise::{self, Reach};
 use crate::geometry::{Geometry, Part, Parts};
-use crate::lanes::{Lanes, Simd, Task};
+use crate::lanes::{Element, Lanes, Simd, Task};
 use crate::pack::{self, Right, Source};
 use crate::tile::{Block, Depth, Panels, ROW_GROUP};
-use crate::window::{Ahead, Window};
+use crate::window::{Ahead, Extent, Window};
 
 /// Most rows (kernel positions times input channels) of a unit.
 const UNIT_ROWS: usize = 10 * ROW_GROUP;
@@ -47,12 +49,12 @@ struct Cut {
 }
 
 impl Cut {
-    fn of<S: Simd>(args: &Conv2dGradWeightArgs) -> Cut {
+    fn of<L: Lanes>(args: &Conv2dGradWeightArgs<L::Element>) -> Cut {
         let g = Geometry::new(&args.shape, false);
         let depthwise = g.is_depthwise();
-        let width = Panels::width::<S::Real>();
+        let width = Panels::width::<L>();
         let panels = Panels { k: 0, n: if depthwise { g.groups } else { g.target_channels } };
-        let stride = panels.count::<S::Real>() * width;
+        let stride = panels.count::<L>() * width;
         let (input, kernel) = (g.source_channels, g.kernel);
         let rows = kernel * input;
         // All kernel positions of as many channels as fit; of one channel only some, if there are many.
@@ -61,7 +63,7 @@ impl Cut {
         let channels = input.div_ceil(channel_blocks.max(1));
         let positions = kernel.min(UNIT_ROWS);
         let position_blocks = kernel.div_ceil(positions);
-        let count = panels.count::<S::Real>();
+        let count = panels.count::<L>();
         let columns = count.min(UNIT_CHANNELS / width).max(1);
         let column_blocks = count.div_ceil(columns);
         let groups = if depthwise { 1 } else { g.groups };
@@ -113,54 +115,100 @@ impl Cut {
     }
 }
 
-unsafe extern "C" fn units<S: Simd>(args: *const u64, phase: usize) -> usize {
+unsafe extern "C" fn units<L: Lanes>(args: *const u64, phase: usize) -> usize {
     // SAFETY: the caller passes the argument block of this kernel.
-    let cut = Cut::of::<S>(unsafe { &*args.cast::<Conv2dGradWeightArgs>() });
+    let cut = Cut::of::<L>(unsafe { &*args.cast() });
     if cut.rows == 0 || cut.panels.n == 0 { 0 } else { cut.units(phase) }
 }
 
-unsafe extern "C" fn scratch<S: Simd>(args: *const u64) -> usize {
+unsafe extern "C" fn scratch<L: Lanes>(args: *const u64) -> usize {
     // SAFETY: the caller passes the argument block of this kernel.
-    let cut = Cut::of::<S>(unsafe { &*args.cast::<Conv2dGradWeightArgs>() });
+    let cut = Cut::of::<L>(unsafe { &*args.cast() });
     cut.partial(cut.chunks, 0, 0) * 4
 }
 
-unsafe extern "C" fn run<S: Simd>(args: *const u64, phase: usize, begin: usize, end: usize) {
+unsafe extern "C" fn run<L: Lanes>(args: *const u64, phase: usize, begin: usize, end: usize) {
     // SAFETY: the caller passes the argument block of this kernel, on a CPU of the tier.
     unsafe {
-        let args = *args.cast::<Conv2dGradWeightArgs>();
-        let cut = Cut::of::<S>(&args);
+        let args = *args.cast::<Conv2dGradWeightArgs<L::Element>>();
+        let cut = Cut::of::<L>(&args);
         match (phase, cut.depthwise) {
-            (0, false) => S::enter(Outer { args, cut, begin, end }),
-            (0, true) => S::enter(Depthwise { args, cut, begin, end }),
-            _ => S::enter(Sum { args, cut, begin, end }),
+            (0, false) => L::Tier::enter(Outer::<L> { args, cut, begin, end }),
+            (0, true) => L::Tier::enter(Depthwise { args, cut, begin, end }),
+            _ => L::Tier::enter(Sum { args, cut, begin, end }),
         }
     }
 }
 
-/// The primitive on a tier.
-pub(crate) const fn primitive<S: Simd>() -> Primitive {
-    Primitive { phases: 2, units: units::<S>, run: run::<S>, scratch: scratch::<S> }
+/// The primitive on certain lanes.
+pub(crate) const fn primitive<L: Lanes>() -> Primitive {
+    Primitive { phases: 2, units: units::<L>, run: run::<L>, scratch: scratch::<L> }
 }
 
-/// The strips of a chunk: rows of one image, or several whole images.
-fn strips(cut: &Cut, images: usize) -> Parts {
-    Parts::new(images, cut.g.rows.target, cut.g.columns.target, STRIP_PIXELS, 1)
+/// What is summed up at once: rows of one image, or several whole images.
+#[derive(Clone, Copy)]
+struct Strip {
+    part: Part,
+    /// Whose pixels are the second elements of the words; of the same shape.
+    second: Option<Part>,
+}
+
+impl Strip {
+    fn parts(self) -> [Option<Part>; 2] {
+        [Some(self.part), self.second]
+    }
+}
+
+/// The strips of a chunk of images.
+fn strips<L: Lanes>(cut: &Cut, images: std::ops::Range<usize>, strips: &mut Vec<Strip>) {
+    strips.clear();
+    let (height, width) = (cut.g.rows.target, cut.g.columns.target);
+    let pixels = (STRIP_PIXELS * L::GROUP).max(L::GROUP * width);
+    let parts = Parts::new(images.len(), height, width, pixels, 1);
+    for index in 0..parts.count() {
+        let mut part = parts.part(index);
+        part.image += images.start;
+        if L::GROUP == 1 {
+            strips.push(Strip { part, second: None });
+            continue;
+        }
+        // Halves of the images, then of the rows of a single one.
+        let half = part.images / 2;
+        if half > 0 {
+            let first = Part { images: half, ..part };
+            let second = Part { image: part.image + half, ..first };
+            strips.push(Strip { part: first, second: Some(second) });
+        }
+        if part.images.is_multiple_of(2) {
+            continue;
+        }
+        let single = Part { image: part.image + 2 * half, images: 1, ..part };
+        let half = (single.row_end - single.row_begin) / 2;
+        let middle = single.row_begin + half;
+        if half > 0 {
+            let first = Part { row_end: middle, ..single };
+            let second = Part { row_begin: middle, row_end: middle + half, ..single };
+            strips.push(Strip { part: first, second: Some(second) });
+        }
+        if middle + half < single.row_end {
+            strips.push(Strip { part: Part { row_begin: middle + half, ..single }, second: None });
+        }
+    }
 }
 
 /// Partial sums of outer products.
-struct Outer {
-    args: Conv2dGradWeightArgs,
+struct Outer<L: Lanes> {
+    args: Conv2dGradWeightArgs<L::Element>,
     cut: Cut,
     begin: usize,
     end: usize,
 }
 
-impl Task for Outer {
+impl<L: Lanes> Task for Outer<L> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let cut = &self.cut;
-        let mut lines = Vec::new();
+        let (mut lines, mut strips) = (Vec::new(), Vec::new());
         for unit in self.begin..self.end {
             let (rest, column_block) = (unit / cut.column_blocks, unit % cut.column_blocks);
             let (rest, positions) = (rest / cut.position_blocks, rest % cut.position_blocks);
@@ -168,31 +216,31 @@ impl Task for Outer {
             let (chunk, group) = (rest / cut.g.groups, rest % cut.g.groups);
             // SAFETY: the unit lies in the partial sums.
             unsafe {
-                self.unit::<S>(chunk, group, channels, positions, column_block, &mut lines);
+                let block = [channels, positions, column_block];
+                self.unit(chunk, group, block, &mut strips, &mut lines);
             }
         }
     }
 }
 
-impl Outer {
+impl<L: Lanes> Outer<L> {
     #[inline(always)]
-    unsafe fn unit<S: Simd>(
+    unsafe fn unit(
         &self,
         chunk: usize,
         group: usize,
-        channel_block: usize,
-        position_block: usize,
-        column_block: usize,
+        [channel_block, position_block, column_block]: [usize; 3],
+        strips: &mut Vec<Strip>,
         lines: &mut Vec<isize>,
     ) {
         let (cut, g, args) = (&self.cut, &self.cut.g, &self.args);
-        let width = Panels::width::<S::Real>();
+        let width = Panels::width::<L>();
         let first_channel = channel_block * cut.channels;
         let channels = cut.channels.min(g.source_channels - first_channel);
         let first_position = position_block * cut.positions;
         let positions = cut.positions.min(g.kernel - first_position);
         let panel_begin = column_block * cut.columns;
-        let panel_end = (panel_begin + cut.columns).min(cut.panels.count::<S::Real>());
+        let panel_end = (panel_begin + cut.columns).min(cut.panels.count::<L>());
         let count = positions * channels;
         let padded = count.next_multiple_of(ROW_GROUP);
         let mut rows = [std::ptr::null(); UNIT_ROWS];
@@ -211,21 +259,28 @@ impl Outer {
                     sink.words()
                 };
             }
-            let strips = strips(cut, images.len());
-            if strips.count() == 0 {
+            self::strips::<L>(cut, images, strips);
+            if strips.is_empty() {
                 for out in &outs[..count] {
                     out.write_bytes(0, (panel_end - panel_begin) * width);
                 }
             }
-            for index in 0..strips.count() {
-                let mut part = strips.part(index);
-                part.image += images.start;
+            for (index, strip) in strips.iter().enumerate() {
+                let part = strip.part;
                 let (input, output) = (g.groups * g.source_channels, g.groups * g.target_channels);
                 let first = group * g.source_channels + first_channel;
                 let range = first..first + channels;
-                let words = Window::words::<S::Real>(g, &part, channels);
+                let words = if L::GROUP == 1 {
+                    Window::words::<L>(g, &part, input, &range)
+                } else {
+                    Window::zipped_words(g, &part, channels)
+                };
                 let mut left = Buffer::take(Slot::Left, words);
-                let window = Window::open::<S::Real>(g, &part, args.x, input, range, &mut left);
+                let window = if L::GROUP == 1 {
+                    Window::open::<L>(g, &part, args.x, input, range, &mut left)
+                } else {
+                    Window::zipped::<L>(g, strip.parts(), args.x, input, range, &mut left)
+                };
                 lines.clear();
                 for image in 0..part.images {
                     for row in part.row_begin..part.row_end {
@@ -248,19 +303,36 @@ impl Outer {
                 let column = panel_begin * width;
                 let first = args.dy.add(first_pixel * output + group * g.target_channels + column);
                 // A single panel that fills its vectors is packed already.
-                let packed = cut.panels.n == output && panels.stored::<S::Real>(0) == output;
-                let size = if packed { 0 } else { panels.words::<S::Real>() };
+                let packed = L::PLAIN
+                    && L::GROUP == 1
+                    && cut.panels.n == output
+                    && panels.stored::<L>(0) == output;
+                let size = if packed { 0 } else { panels.words::<L>() };
                 let mut right = Buffer::take(Slot::Right, size);
+                let second = strip.second.map(|part| (self.pixel(&part).0 - first_pixel) * output);
                 for panel in if packed { 0..0 } else { panel_begin..panel_end } {
-                    let from = Source {
-                        first: first.add((panel - panel_begin) * width),
-                        k_stride: output,
-                        column_stride: 1,
+                    let first = first.add((panel - panel_begin) * width);
+                    let to = right.words().add(panels.offset::<L>(panel));
+                    let stored = panels.stored::<L>(panel);
+                    let valid = panels.valid::<L>(panel);
+                    if L::GROUP == 1 {
+                        let from = Source { first, k_stride: output, column_stride: 1 };
+                        pack::interleave::<L, Right>(from, pixels, valid, to, stored);
+                        continue;
+                    }
+                    // Without gaps, all pixels are one.
+                    let (pixels, valid, stored) = if valid == output && stored == output {
+                        (1, pixels * output, pixels * output)
+                    } else {
+                        (pixels, valid, stored)
                     };
-                    let to = right.words().add(panels.offset::<S::Real>(panel));
-                    let stored = panels.stored::<S::Real>(panel);
-                    let valid = panels.valid::<S::Real>(panel);
-                    pack::interleave::<S::Real, Right>(from, pixels, valid, to, stored);
+                    for pixel in 0..pixels {
+                        let first = first.add(pixel * output);
+                        let second = second.map(|second| first.add(second));
+                        let to = to.add(pixel * stored);
+                        pack::zip::<L>([Some(first), second], valid, to);
+                        to.add(valid).write_bytes(0, stored - valid);
+                    }
                 }
                 let block = Block {
                     rows: &rows[..padded],
@@ -274,16 +346,14 @@ impl Outer {
                     scales: None,
                 };
                 // What the next strip reads.
-                let mut ahead = [Ahead::NONE; 2];
-                if index + 1 < strips.count() {
-                    let mut next = strips.part(index + 1);
-                    next.image += images.start;
-                    let (pixel, count) = self.pixel(&next);
-                    ahead = [
-                        Ahead::source(g, &next, args.x, input),
-                        Ahead::of(args.dy.wrapping_add(pixel * output), count * output),
-                    ]
-                    .map(|ahead| ahead.steps(padded / ROW_GROUP));
+                let mut ahead = [Ahead::NONE; 4];
+                let next = strips.get(index + 1).map_or([None; 2], |strip| strip.parts());
+                for (ahead, part) in ahead.chunks_mut(2).zip(next) {
+                    let Some(part) = part else { continue };
+                    let (pixel, count) = self.pixel(&part);
+                    let x = Ahead::source(g, &part, args.x, input);
+                    let dy = Ahead::of(args.dy.wrapping_add(pixel * output), count * output);
+                    ahead.copy_from_slice(&[x, dy].map(|a| a.steps(padded / ROW_GROUP)));
                 }
                 let depth = Depth {
                     segments: lines,
@@ -295,9 +365,9 @@ impl Outer {
                 };
                 for first in (0..count).step_by(ROW_GROUP) {
                     for ahead in &mut ahead {
-                        ahead.step::<S>();
+                        ahead.step::<L::Tier>();
                     }
-                    block.sweep::<S::Real>(first, &depth);
+                    block.sweep::<L>(first, &depth);
                 }
             }
         }
@@ -317,37 +387,63 @@ impl Outer {
 const MOST_TAPS: usize = 9;
 
 /// Partial sums of a depthwise convolution: rows are kernel positions, columns are channels.
-struct Depthwise {
-    args: Conv2dGradWeightArgs,
+struct Depthwise<E> {
+    args: Conv2dGradWeightArgs<E>,
     cut: Cut,
     begin: usize,
     end: usize,
 }
 
-impl Task for Depthwise {
+impl<E: Element> Task for Depthwise<E> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let (cut, args, g) = (&self.cut, &self.args, &self.cut.g);
         let channels = g.groups;
+        let (height, columns) = (g.rows.target, g.columns.target);
         let mut taps = Vec::new();
         for chunk in self.begin..self.end {
+            let images = cut.images(chunk);
+            // What is widened at once stays near.
+            let parts = depthwise::parts(&Geometry { batch: images.len(), ..*g }, 1);
             // SAFETY: rows lie in the partial sums, taps in the source.
             unsafe {
-                let partial = args.scratch.cast::<f32>().add(cut.partial(chunk, 0, 0));
-                partial.write_bytes(0, g.kernel * cut.stride);
-                for image in cut.images(chunk) {
-                    let x = args.x.add(image * g.rows.source * g.columns.source * channels);
-                    for row in 0..g.rows.target {
-                        let at = (image * g.rows.target + row) * g.columns.target * channels;
+                let sums = args.scratch.cast::<f32>().add(cut.partial(chunk, 0, 0));
+                sums.write_bytes(0, g.kernel * cut.stride);
+                for (part, image) in (0..parts.count()).flat_map(|index| {
+                    let part = parts.part(index);
+                    (part.image..part.image + part.images).map(move |image| (part, image))
+                }) {
+                    let image = images.start + image;
+                    let line_values = g.columns.source * channels;
+                    let x = args.x.add(image * g.rows.source * line_values);
+                    let dy = args.dy.add((image * height + part.row_begin) * columns * channels);
+                    let read = Extent::of(g, part.row_begin, part.row_end).source_rows(g);
+                    let size = if E::NARROW { read.len() * line_values } else { 0 };
+                    let mut wide_x = Buffer::take(Slot::Left, size);
+                    let size = (part.row_end - part.row_begin) * columns * channels;
+                    let mut wide_dy = Buffer::take(Slot::Right, if E::NARROW { size } else { 0 });
+                    let (x, dy, first_row) = if E::NARROW {
+                        let (to_x, to_dy) = (wide_x.words().cast(), wide_dy.words().cast());
+                        depthwise::widen(
+                            x.add(read.start * line_values),
+                            read.len() * line_values,
+                            to_x,
+                        );
+                        depthwise::widen(dy, size, to_dy);
+                        (to_x.cast_const(), to_dy.cast_const(), read.start)
+                    } else {
+                        (x.cast(), dy.cast(), 0)
+                    };
+                    for row in part.row_begin..part.row_end {
                         let line = Line {
                             x,
-                            dy: args.dy.add(at),
-                            sums: partial,
+                            dy: dy.add((row - part.row_begin) * columns * channels),
+                            sums,
                             stride: cut.stride,
                             channels,
                             step: g.columns.step() * channels,
                         };
-                        depthwise::reaches(g, (0, 0), row, 0, channels, &mut taps);
+                        depthwise::reaches(g, (0, 0), row, first_row, channels, &mut taps);
                         for taps in taps.chunks(MOST_TAPS) {
                             if let Ok(taps) = taps.try_into() {
                                 line.add::<S, MOST_TAPS>(taps);
@@ -435,14 +531,14 @@ impl Line {
 }
 
 /// Adds the partial sums of all chunks in order and writes them as OIHW.
-struct Sum {
-    args: Conv2dGradWeightArgs,
+struct Sum<E> {
+    args: Conv2dGradWeightArgs<E>,
     cut: Cut,
     begin: usize,
     end: usize,
 }
 
-impl Task for Sum {
+impl<E> Task for Sum<E> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let (cut, g) = (&self.cut, &self.cut.g);

@@ -1,9 +1,11 @@
 //! Vector operations that the algorithms are generic over.
 //!
-//! The dot-product kernels see both operands as 32-bit words along K: one f32, two i16 (widened i8) or
-//! four bytes. One algorithm then serves every type and tier; a tier supplies these few operations.
+//! The dot-product kernels see both operands as 32-bit words along K: one f32, two bf16, two i16
+//! (widened i8) or four bytes. One algorithm then serves every type and tier; a tier supplies these few
+//! operations. A tier that cannot multiply bf16 sees each as an f32 ([`Widened`]), which is exact.
 
 use crate::tile::Tile;
+use std::marker::PhantomData;
 
 /// A CPU tier.
 pub(crate) trait Simd: Copy + 'static {
@@ -11,6 +13,8 @@ pub(crate) trait Simd: Copy + 'static {
     type Real: Lanes<Element = f32>;
     /// i8 operands packed into words, i32 sums.
     type Int8: Lanes<Element = i8>;
+    /// bf16 operands, given as their bits, and f32 sums.
+    type Bf16: Lanes<Element = u16>;
     /// Whether the tier fuses multiply and add.
     const FMA: bool;
     /// Runs a task compiled with the tier's target features.
@@ -42,6 +46,48 @@ pub(crate) trait Simd: Copy + 'static {
             }
         }
     }
+
+    /// Makes words of two rows of 16-bit elements: `to[i]` holds `first[i]` and, above it, `second[i]`.
+    ///
+    /// # Safety
+    /// Both rows hold `count` elements and `to` has room for as many words; the CPU supports the tier.
+    #[inline(always)]
+    unsafe fn zip(first: *const u16, second: *const u16, count: usize, to: *mut u32) {
+        // SAFETY: granted by the caller.
+        unsafe {
+            for i in 0..count {
+                *to.add(i) = u32::from(*first.add(i)) | u32::from(*second.add(i)) << 16;
+            }
+        }
+    }
+}
+
+/// What a tensor holds.
+pub(crate) trait Element: Copy + Default + 'static {
+    /// Whether it is narrower than a word.
+    const NARROW: bool = size_of::<Self>() < 4;
+    /// Its value.
+    fn real(self) -> f32;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn real(self) -> f32 {
+        self
+    }
+}
+/// The bits of a bf16.
+impl Element for u16 {
+    #[inline(always)]
+    fn real(self) -> f32 {
+        f32::from_bits(u32::from(self) << 16)
+    }
+}
+impl Element for i8 {
+    #[inline(always)]
+    fn real(self) -> f32 {
+        f32::from(self)
+    }
 }
 
 /// A piece of work to be compiled for a tier; `run` must be `#[inline(always)]`.
@@ -58,7 +104,7 @@ pub(crate) trait Lanes: Copy + 'static {
     /// The tier it belongs to.
     type Tier: Simd;
     /// What the caller's tensors hold.
-    type Element: Copy + Default + 'static;
+    type Element: Element;
     /// A vector of accumulators or operands.
     type V: Copy;
     /// Words in a vector.
@@ -74,6 +120,8 @@ pub(crate) trait Lanes: Copy + 'static {
     const UNROLL: usize = if Self::INTEGER { 1 } else { 4 };
     /// The word of a left operand that stands for zeros.
     const HALO: u32;
+    /// Whether adjacent elements in memory are words as they are.
+    const PLAIN: bool = size_of::<Self::Element>() * Self::GROUP == 4 && Self::HALO == 0;
     /// Whether a packed panel begins with the first values of its accumulators.
     const HEADER: bool;
     /// Whether sums are i32 (and want scales) rather than f32.
@@ -130,6 +178,77 @@ macro_rules! tile_entries {
     };
 }
 pub(crate) use tile_entries;
+
+/// bf16 operands as f32 words, for tiers without an instruction for them.
+#[derive(Clone, Copy)]
+pub(crate) struct Widened<L>(PhantomData<L>);
+
+impl<L: Lanes<Element = f32>> Lanes for Widened<L> {
+    type Tier = L::Tier;
+    type Element = u16;
+    type V = L::V;
+    const LANES: usize = L::LANES;
+    const GROUP: usize = 1;
+    const ROWS_PAIR: usize = L::ROWS_PAIR;
+    const ROWS_SINGLE: usize = L::ROWS_SINGLE;
+    const HALO: u32 = 0;
+    const HEADER: bool = false;
+    const INTEGER: bool = false;
+
+    #[inline(always)]
+    unsafe fn zero() -> Self::V {
+        // SAFETY: passed on from the caller.
+        unsafe { L::zero() }
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const u32) -> Self::V {
+        // SAFETY: passed on from the caller.
+        unsafe { L::load(from) }
+    }
+    #[inline(always)]
+    unsafe fn splat(from: *const u32) -> Self::V {
+        // SAFETY: passed on from the caller.
+        unsafe { L::splat(from) }
+    }
+    #[inline(always)]
+    unsafe fn store(to: *mut u32, value: Self::V) {
+        // SAFETY: passed on from the caller.
+        unsafe { L::store(to, value) }
+    }
+    #[inline(always)]
+    unsafe fn dot(sum: Self::V, a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: passed on from the caller.
+        unsafe { L::dot(sum, a, b) }
+    }
+    #[inline(always)]
+    unsafe fn scale(sum: Self::V, _left: *const f32, _right: *const f32) -> Self::V {
+        sum
+    }
+    #[inline(always)]
+    fn left_word(elements: &[u16; 4]) -> u32 {
+        elements[0].real().to_bits()
+    }
+    #[inline(always)]
+    fn right_word(elements: &[u16; 4]) -> u32 {
+        elements[0].real().to_bits()
+    }
+    #[inline(always)]
+    unsafe fn tile_pair(tile: &Tile) {
+        // SAFETY: passed on from the caller.
+        unsafe { L::tile_pair(tile) }
+    }
+    #[inline(always)]
+    unsafe fn tile_single(tile: &Tile) {
+        // SAFETY: passed on from the caller.
+        unsafe { L::tile_single(tile) }
+    }
+}
+
+/// Two bf16, first element low.
+#[inline(always)]
+pub(crate) fn word_of_bf16(elements: &[u16; 4]) -> u32 {
+    u32::from(elements[0]) | u32::from(elements[1]) << 16
+}
 
 /// Two i8 widened to i16, first element low.
 #[inline(always)]

@@ -69,6 +69,14 @@ pub enum KernelId {
     Conv2dI8,
     /// [`args::Conv2dGradInputI8Args`]
     Conv2dGradInputI8,
+    /// [`args::MatmulBf16Args`]
+    MatmulBf16,
+    /// [`args::Conv2dBf16Args`]
+    Conv2dBf16,
+    /// [`args::Conv2dGradInputBf16Args`]
+    Conv2dGradInputBf16,
+    /// [`args::Conv2dGradWeightBf16Args`]
+    Conv2dGradWeightBf16,
     /// [`args::MaxPoolArgs`]
     MaxPool,
     /// [`args::MaxPoolGradArgs`]
@@ -96,7 +104,7 @@ impl KernelId {
     pub const COUNT: usize = Self::ALL.len();
 
     /// All kernels in the order of the table.
-    pub const ALL: [KernelId; 17] = [
+    pub const ALL: [KernelId; 21] = [
         KernelId::Matmul,
         KernelId::MatmulI8,
         KernelId::Conv2d,
@@ -104,6 +112,10 @@ impl KernelId {
         KernelId::Conv2dGradWeight,
         KernelId::Conv2dI8,
         KernelId::Conv2dGradInputI8,
+        KernelId::MatmulBf16,
+        KernelId::Conv2dBf16,
+        KernelId::Conv2dGradInputBf16,
+        KernelId::Conv2dGradWeightBf16,
         KernelId::MaxPool,
         KernelId::MaxPoolGrad,
         KernelId::AveragePool,
@@ -144,9 +156,13 @@ const fn table<S: Simd>(tier: Tier) -> Kernels {
             matmul::primitive::<matmul::Int8Kind, S>(),
             conv::primitive::<conv::Forward, S>(),
             conv::primitive::<conv::GradInput, S>(),
-            grad_weight::primitive::<S>(),
+            grad_weight::primitive::<S::Real>(),
             conv::primitive::<conv::ForwardI8, S>(),
             conv::primitive::<conv::GradInputI8, S>(),
+            matmul::primitive::<matmul::Bf16Kind, S>(),
+            conv::primitive::<conv::ForwardBf16, S>(),
+            conv::primitive::<conv::GradInputBf16, S>(),
+            grad_weight::primitive::<S::Bf16>(),
             max_pool::primitive::<S>(),
             max_pool::grad_primitive::<S>(),
             average_pool::primitive::<S>(),
@@ -161,11 +177,26 @@ const fn table<S: Simd>(tier: Tier) -> Kernels {
     }
 }
 
+/// The table of a tier that has bf16 instructions and is else like another one.
+#[cfg(target_arch = "x86_64")]
+const fn with_bf16<S: Simd>(mut kernels: Kernels, tier: Tier) -> Kernels {
+    kernels.tier = tier;
+    let to = &mut kernels.primitives;
+    to[KernelId::MatmulBf16 as usize] = matmul::primitive::<matmul::Bf16Kind, S>();
+    to[KernelId::Conv2dBf16 as usize] = conv::primitive::<conv::ForwardBf16, S>();
+    to[KernelId::Conv2dGradInputBf16 as usize] = conv::primitive::<conv::GradInputBf16, S>();
+    to[KernelId::Conv2dGradWeightBf16 as usize] = grad_weight::primitive::<S::Bf16>();
+    kernels
+}
+
 static PORTABLE: Kernels = table::<portable::Portable>(Tier::Portable);
 #[cfg(target_arch = "x86_64")]
 static AVX2: Kernels = table::<avx2::Avx2>(Tier::Avx2);
 #[cfg(target_arch = "x86_64")]
 static AVX512: Kernels = table::<avx512::Avx512>(Tier::Avx512);
+#[cfg(target_arch = "x86_64")]
+static AVX512_BF16: Kernels =
+    with_bf16::<avx512::Avx512Bf16>(table::<avx512::Avx512>(Tier::Avx512), Tier::Avx512Bf16);
 
 /// The kernels of a tier. The caller checks [`Tier::is_supported`] before it runs any of them.
 #[must_use]
@@ -176,7 +207,9 @@ pub fn kernels(tier: Tier) -> &'static Kernels {
         Tier::Avx2 => &AVX2,
         #[cfg(target_arch = "x86_64")]
         Tier::Avx512 => &AVX512,
+        #[cfg(target_arch = "x86_64")]
+        Tier::Avx512Bf16 => &AVX512_BF16,
         #[cfg(not(target_arch = "x86_64"))]
-        Tier::Avx2 | Tier::Avx512 => &PORTABLE,
+        Tier::Avx2 | Tier::Avx512 | Tier::Avx512Bf16 => &PORTABLE,
     }
 }

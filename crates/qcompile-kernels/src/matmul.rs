@@ -1,7 +1,7 @@
-//! Matrix products, f32 and int8.
+//! Matrix products, f32, bf16 and int8.
 
 use crate::Primitive;
-use crate::args::{Epilogue, MatmulArgs, MatmulI8Args};
+use crate::args::{Epilogue, MatmulArgs, MatmulBf16Args, MatmulI8Args};
 use crate::buffer::{Buffer, Slot};
 use crate::lanes::{Lanes, Simd, Task};
 use crate::pack::{self, Left, Right, Source};
@@ -82,32 +82,47 @@ pub(crate) struct ProductOf<L: Lanes>(Product<L::Element>);
 
 /// f32.
 pub(crate) struct RealKind;
+/// bf16.
+pub(crate) struct Bf16Kind;
 /// int8.
 pub(crate) struct Int8Kind;
+
+impl<E> MatmulArgs<E> {
+    fn product(&self) -> Product<E> {
+        let product = Product {
+            a: self.a,
+            b: self.b,
+            c: self.c,
+            batch: self.batch,
+            m: self.m,
+            n: self.n,
+            k: self.k,
+            a_strides: [self.a_batch_stride, self.a_row_stride, self.a_col_stride],
+            b_strides: [self.b_batch_stride, self.b_row_stride, self.b_col_stride],
+            c_batch_stride: self.c_batch_stride,
+            c_row_stride: self.c_row_stride,
+            scale: None,
+            epilogue: self.epilogue,
+            epilogue_ctx: self.epilogue_ctx,
+            scratch: self.scratch.cast(),
+        };
+        product.folded()
+    }
+}
 
 impl Kind for RealKind {
     type Lanes<S: Simd> = S::Real;
     unsafe fn read<S: Simd>(args: *const u64) -> ProductOf<S::Real> {
         // SAFETY: the caller passes the argument block of this kernel.
-        let args = unsafe { &*args.cast::<MatmulArgs>() };
-        let product = Product {
-            a: args.a,
-            b: args.b,
-            c: args.c,
-            batch: args.batch,
-            m: args.m,
-            n: args.n,
-            k: args.k,
-            a_strides: [args.a_batch_stride, args.a_row_stride, args.a_col_stride],
-            b_strides: [args.b_batch_stride, args.b_row_stride, args.b_col_stride],
-            c_batch_stride: args.c_batch_stride,
-            c_row_stride: args.c_row_stride,
-            scale: None,
-            epilogue: args.epilogue,
-            epilogue_ctx: args.epilogue_ctx,
-            scratch: args.scratch.cast(),
-        };
-        ProductOf(product.folded())
+        ProductOf(unsafe { &*args.cast::<MatmulArgs>() }.product())
+    }
+}
+
+impl Kind for Bf16Kind {
+    type Lanes<S: Simd> = S::Bf16;
+    unsafe fn read<S: Simd>(args: *const u64) -> ProductOf<S::Bf16> {
+        // SAFETY: the caller passes the argument block of this kernel.
+        ProductOf(unsafe { &*args.cast::<MatmulBf16Args>() }.product())
     }
 }
 
@@ -184,12 +199,12 @@ impl Cut {
         let units =
             |rows: usize, columns: usize| p.batch * p.m.div_ceil(rows) * count.div_ceil(columns);
         let adjacent = p.a_strides[2] == 1 || p.k <= 1;
-        let left = match (L::GROUP == 1, adjacent) {
-            (true, true) => LeftForm::InPlace,
+        let left = match adjacent {
+            true if L::PLAIN && p.k.is_multiple_of(L::GROUP) => LeftForm::InPlace,
+            true => LeftForm::Rows,
             // A single panel reads A once, which is no more than packing does.
-            (true, false) if count <= 1 => LeftForm::InPlace,
-            (_, false) => LeftForm::Groups,
-            (false, true) => LeftForm::Rows,
+            false if L::PLAIN && L::GROUP == 1 && count <= 1 => LeftForm::InPlace,
+            false => LeftForm::Groups,
         };
         let in_place = left == LeftForm::InPlace;
         let narrowest = if whole { 1 } else { 4 };

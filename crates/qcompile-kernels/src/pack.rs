@@ -34,11 +34,13 @@ fn word<L: Lanes, S: Side>(elements: &[L::Element; 4]) -> u32 {
 pub(crate) unsafe fn row<L: Lanes, S: Side>(from: *const L::Element, k: usize, to: *mut u32) {
     // SAFETY: granted by the caller.
     unsafe {
-        if L::GROUP == 1 {
-            std::ptr::copy_nonoverlapping(from.cast::<u8>(), to.cast(), k * 4);
+        if L::PLAIN {
+            let (size, whole) = (size_of::<L::Element>(), k.next_multiple_of(L::GROUP));
+            std::ptr::copy_nonoverlapping(from.cast::<u8>(), to.cast(), k * size);
+            to.cast::<u8>().add(k * size).write_bytes(0, (whole - k) * size);
             return;
         }
-        if cfg!(target_endian = "little") {
+        if L::INTEGER && cfg!(target_endian = "little") {
             let from = std::slice::from_raw_parts(from.cast::<i8>(), k);
             let padded = k.next_multiple_of(L::GROUP);
             if L::GROUP == 4 {
@@ -110,8 +112,13 @@ pub(crate) unsafe fn interleave<L: Lanes, S: Side>(
                 let line = from.first.add(w * L::GROUP * from.k_stride);
                 let out = to.add(w * width);
                 if live == L::GROUP && from.column_stride == 1 {
-                    if L::GROUP == 1 {
+                    if L::PLAIN && L::GROUP == 1 {
                         copy(line.cast(), out, columns);
+                        continue;
+                    }
+                    if L::PLAIN && L::GROUP == 2 {
+                        let second = line.add(from.k_stride);
+                        L::Tier::zip(line.cast(), second.cast(), columns, out);
                         continue;
                     }
                     for c in 0..columns {
@@ -141,6 +148,36 @@ pub(crate) unsafe fn interleave<L: Lanes, S: Side>(
     }
 }
 
+/// Makes words of two rows of elements, missing ones being zeros.
+///
+/// # Safety
+/// The rows that are there hold `count` elements, `to` has room for as many words; a word holds two
+/// elements, and the CPU supports the tier.
+#[inline(always)]
+pub(crate) unsafe fn zip<L: Lanes>(
+    rows: [Option<*const L::Element>; 2],
+    count: usize,
+    to: *mut u32,
+) {
+    debug_assert!(L::PLAIN && L::GROUP == 2);
+    // SAFETY: granted by the caller.
+    unsafe {
+        match rows {
+            [Some(first), Some(second)] => L::Tier::zip(first.cast(), second.cast(), count, to),
+            [None, None] => to.write_bytes(0, count),
+            rows => {
+                for i in 0..count {
+                    let mut elements = [L::Element::default(); 4];
+                    for (element, row) in elements.iter_mut().zip(rows) {
+                        *element = row.map_or(L::Element::default(), |row| *row.add(i));
+                    }
+                    *to.add(i) = L::right_word(&elements);
+                }
+            }
+        }
+    }
+}
+
 /// Copies words; the widths of full panels and row groups without a call.
 #[inline(always)]
 unsafe fn copy(from: *const u32, to: *mut u32, words: usize) {
@@ -165,14 +202,16 @@ unsafe fn transposed<L: Lanes, S: Side>(
     width: usize,
 ) {
     let words = k.div_ceil(L::GROUP);
-    let mut staging = Buffer::take(Slot::Staging, if L::GROUP == 1 { 0 } else { 8 * words });
+    let in_place =
+        L::PLAIN && k.is_multiple_of(L::GROUP) && from.column_stride.is_multiple_of(L::GROUP);
+    let mut staging = Buffer::take(Slot::Staging, if in_place { 0 } else { 8 * words });
     // SAFETY: granted by the caller; the staging rows are `words` long.
     unsafe {
         for c0 in (0..columns).step_by(8) {
             let live = 8.min(columns - c0);
             let first = from.first.add(c0 * from.column_stride);
-            let (rows, stride) = if L::GROUP == 1 {
-                (first.cast::<u32>(), from.column_stride)
+            let (rows, stride) = if in_place {
+                (first.cast::<u32>(), from.column_stride / L::GROUP)
             } else {
                 for c in 0..live {
                     let line = first.add(c * from.column_stride);

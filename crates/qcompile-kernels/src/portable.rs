@@ -1,6 +1,6 @@
 //! The tier of plain Rust: short arrays that the compiler vectorizes as far as the target allows.
 
-use crate::lanes::{Lanes, Simd, Task, tile_entries, word_of_i16};
+use crate::lanes::{Lanes, Simd, Task, Widened, tile_entries, word_of_i16};
 
 /// Plain Rust.
 #[derive(Clone, Copy)]
@@ -9,6 +9,7 @@ pub(crate) struct Portable;
 impl Simd for Portable {
     type Real = Real;
     type Int8 = Int8;
+    type Bf16 = Widened<Real>;
     const FMA: bool = false;
 
     unsafe fn enter<T: Task>(task: T) {

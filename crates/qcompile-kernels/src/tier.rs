@@ -12,11 +12,13 @@ pub enum Tier {
     Avx2,
     /// AVX-512 F, BW, VL, DQ and VNNI, 16 lanes.
     Avx512,
+    /// The same with `vdpbf16ps`: its bf16 kernels differ, all others are those of [`Tier::Avx512`].
+    Avx512Bf16,
 }
 
 impl Tier {
     /// All tiers, weakest first.
-    pub const ALL: [Tier; 3] = [Tier::Portable, Tier::Avx2, Tier::Avx512];
+    pub const ALL: [Tier; 4] = [Tier::Portable, Tier::Avx2, Tier::Avx512, Tier::Avx512Bf16];
 
     /// The best tier that this CPU can run.
     #[must_use]
@@ -46,8 +48,12 @@ impl Tier {
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vnni")
             }
+            #[cfg(target_arch = "x86_64")]
+            Tier::Avx512Bf16 => {
+                Tier::Avx512.is_supported() && is_x86_feature_detected!("avx512bf16")
+            }
             #[cfg(not(target_arch = "x86_64"))]
-            Tier::Avx2 | Tier::Avx512 => false,
+            Tier::Avx2 | Tier::Avx512 | Tier::Avx512Bf16 => false,
         }
     }
 }
@@ -58,6 +64,7 @@ impl fmt::Display for Tier {
             Tier::Portable => "portable",
             Tier::Avx2 => "avx2",
             Tier::Avx512 => "avx512",
+            Tier::Avx512Bf16 => "avx512_bf16",
         })
     }
 }
@@ -68,7 +75,7 @@ pub struct UnknownTier(pub String);
 
 impl fmt::Display for UnknownTier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "unknown CPU tier '{}': expected portable, avx2 or avx512", self.0)
+        write!(f, "unknown CPU tier '{}': expected portable, avx2, avx512 or avx512_bf16", self.0)
     }
 }
 

@@ -4,6 +4,7 @@ use crate::buffer::Buffer;
 use crate::geometry::{Geometry, Part};
 use crate::lanes::{Lanes, Simd};
 use crate::pack::{self, Left};
+use std::ops::Range;
 
 /// Extent of the source that a part of the target reads.
 #[derive(Clone, Copy, Debug)]
@@ -16,12 +17,15 @@ pub(crate) struct Extent {
 }
 
 impl Extent {
+    /// Nothing.
+    const NONE: Extent = Extent { row: 0, column: 0, rows: 0, columns: 0, inside: true };
+
     /// The extent of a part's rows, over all columns.
     pub(crate) fn of(geometry: &Geometry, row_begin: usize, row_end: usize) -> Extent {
         let rows = geometry.rows.window(row_begin, row_end);
         let columns = geometry.columns.window(0, geometry.columns.target);
         let (Some((row, last_row)), Some((column, last_column))) = (rows, columns) else {
-            return Extent { row: 0, column: 0, rows: 0, columns: 0, inside: true };
+            return Extent::NONE;
         };
         Extent {
             row,
@@ -36,16 +40,28 @@ impl Extent {
     }
 
     /// The source rows of the extent that exist.
-    pub(crate) fn source_rows(&self, geometry: &Geometry) -> std::ops::Range<usize> {
+    pub(crate) fn source_rows(&self, geometry: &Geometry) -> Range<usize> {
         let height = geometry.rows.source as isize;
         let begin = self.row.clamp(0, height) as usize;
         let end = (self.row + self.rows as isize).clamp(0, height) as usize;
         begin..end.max(begin)
     }
 
-    /// Whether the source can be read in place.
-    pub(crate) fn in_place<L: Lanes>(&self) -> bool {
-        self.inside && L::GROUP == 1
+    /// Columns of the extent before the source, and the source columns in it.
+    fn source_columns(&self, geometry: &Geometry) -> (usize, Range<usize>) {
+        let width = geometry.columns.source as isize;
+        let begin = self.column.clamp(0, width) as usize;
+        let end = (self.column + self.columns as isize).clamp(0, width) as usize;
+        if begin >= end {
+            return (0, 0..0);
+        }
+        ((begin as isize - self.column).unsigned_abs(), begin..end)
+    }
+
+    /// Whether channels of the source, of `total` in all, can be read in place.
+    fn in_place<L: Lanes>(&self, total: usize, channels: &Range<usize>) -> bool {
+        let whole = |count: usize| count.is_multiple_of(L::GROUP);
+        self.inside && L::PLAIN && whole(total) && whole(channels.start) && whole(channels.len())
     }
 }
 
@@ -116,7 +132,7 @@ impl Window {
         part: &Part,
         source: *const L::Element,
         total: usize,
-        channels: std::ops::Range<usize>,
+        channels: Range<usize>,
         buffer: &mut Buffer,
     ) -> Window {
         let extent = Extent::of(geometry, part.row_begin, part.row_end);
@@ -124,14 +140,15 @@ impl Window {
         // SAFETY: granted by the caller; `words` below sized the buffer.
         unsafe {
             let first = source.add(part.image * height * width * total + channels.start);
-            if extent.in_place::<L>() {
+            if extent.in_place::<L>(total, &channels) {
                 let skip = extent.row as usize * width + extent.column as usize;
+                let pixel_pitch = total / L::GROUP;
                 return Window {
                     origin: first.add(skip * total).cast(),
                     extent,
-                    image_pitch: height * width * total,
-                    row_pitch: width * total,
-                    pixel_pitch: total,
+                    image_pitch: height * width * pixel_pitch,
+                    row_pitch: width * pixel_pitch,
+                    pixel_pitch,
                 };
             }
             let pixel_pitch = channels.len().div_ceil(L::GROUP);
@@ -143,10 +160,8 @@ impl Window {
                 row_pitch,
                 pixel_pitch,
             };
-            // Columns of the source inside the extent.
-            let begin = extent.column.clamp(0, width as isize) as usize;
-            let end = (extent.column + extent.columns as isize).clamp(0, width as isize) as usize;
-            let before = (begin as isize - extent.column).max(0) as usize * pixel_pitch;
+            let (before, Range { start: begin, end }) = extent.source_columns(geometry);
+            let before = before * pixel_pitch;
             for image in 0..part.images {
                 for r in 0..extent.rows {
                     let to = buffer.words().add(image * window.image_pitch + r * row_pitch);
@@ -174,12 +189,79 @@ impl Window {
     }
 
     /// Words that the buffer of [`Window::open`] needs.
-    pub(crate) fn words<L: Lanes>(geometry: &Geometry, part: &Part, channels: usize) -> usize {
+    pub(crate) fn words<L: Lanes>(
+        geometry: &Geometry,
+        part: &Part,
+        total: usize,
+        channels: &Range<usize>,
+    ) -> usize {
         let extent = Extent::of(geometry, part.row_begin, part.row_end);
-        if extent.in_place::<L>() {
+        if extent.in_place::<L>(total, channels) {
             return 0;
         }
-        part.images * extent.rows * extent.columns * channels.div_ceil(L::GROUP)
+        part.images * extent.rows * extent.columns * channels.len().div_ceil(L::GROUP)
+    }
+
+    /// Opens a window whose words are elements at the same place of two parts of the same shape; the
+    /// second may be missing, which gives zeros. Positions are those of the first part.
+    ///
+    /// # Safety
+    /// `source` is the whole source image; the CPU supports the tier.
+    #[inline(always)]
+    pub(crate) unsafe fn zipped<L: Lanes>(
+        geometry: &Geometry,
+        parts: [Option<Part>; 2],
+        source: *const L::Element,
+        total: usize,
+        channels: Range<usize>,
+        buffer: &mut Buffer,
+    ) -> Window {
+        let (height, width) = (geometry.rows.source, geometry.columns.source);
+        let extents =
+            parts.map(|part| part.map(|part| Extent::of(geometry, part.row_begin, part.row_end)));
+        let extent = extents[0].unwrap_or(Extent::NONE);
+        let pixel_pitch = channels.len();
+        let row_pitch = extent.columns * pixel_pitch;
+        let image_pitch = extent.rows * row_pitch;
+        let window = Window { origin: buffer.words(), extent, image_pitch, row_pitch, pixel_pitch };
+        let (before, columns) = extent.source_columns(geometry);
+        let before = before * pixel_pitch;
+        let images = parts[0].map_or(0, |part| part.images);
+        // SAFETY: granted by the caller.
+        unsafe {
+            for (image, r) in (0..images).flat_map(|i| (0..extent.rows).map(move |r| (i, r))) {
+                let to = buffer.words().add(image * image_pitch + r * row_pitch);
+                // The row's first element in each part.
+                let mut lines = [None; 2];
+                for (line, (part, extent)) in lines.iter_mut().zip(parts.iter().zip(extents)) {
+                    let (Some(part), Some(extent)) = (part, extent) else { continue };
+                    let row = extent.row + r as isize;
+                    if row >= 0 && row < height as isize {
+                        let row = (part.image + image) * height + row as usize;
+                        let pixel = row * width + columns.start;
+                        *line = Some(source.add(pixel * total + channels.start));
+                    }
+                }
+                fill(to, before, 0);
+                let words = columns.len() * pixel_pitch;
+                if channels.len() == total {
+                    pack::zip::<L>(lines, words, to.add(before));
+                } else {
+                    for p in 0..columns.len() {
+                        let lines = lines.map(|line| line.map(|line| line.add(p * total)));
+                        pack::zip::<L>(lines, pixel_pitch, to.add(before + p * pixel_pitch));
+                    }
+                }
+                fill(to.add(before + words), row_pitch - before - words, 0);
+            }
+        }
+        window
+    }
+
+    /// Words that the buffer of [`Window::zipped`] needs.
+    pub(crate) fn zipped_words(geometry: &Geometry, part: &Part, channels: usize) -> usize {
+        let extent = Extent::of(geometry, part.row_begin, part.row_end);
+        part.images * extent.rows * extent.columns * channels
     }
 
     /// The pixel at a source position of an image of the part, which a tap's offset may leave.

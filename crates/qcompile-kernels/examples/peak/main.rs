@@ -52,22 +52,36 @@ fn scratch<A>(table: &Kernels, id: KernelId, args: &A) -> Vec<[u64; 8]> {
     vec![[0; 8]; bytes.div_ceil(64) + 1]
 }
 
+/// Positions in [`Bench::peak`].
+const F32: usize = 0;
+const BF16: usize = 1;
+const INT8: usize = 2;
+
 /// One table of kernels, and how long and how to report each.
 struct Bench {
     table: &'static Kernels,
     budget: Duration,
     /// Only lines that contain this.
     filter: String,
-    /// f32 and int8 operations per second of one core in registers.
-    peak: [f64; 2],
+    /// f32, bf16 and int8 operations per second of one core in registers.
+    peak: [f64; 3],
 }
 
 impl Bench {
     /// Operations per second, and the share of the peak.
-    fn cell(&self, line: &mut String, operations: f64, seconds: f64, int8: bool) {
+    fn cell(&self, line: &mut String, operations: f64, seconds: f64, kind: usize) {
         let rate = operations / seconds;
-        let share = 100.0 * rate / self.peak[usize::from(int8)];
+        let share = 100.0 * rate / self.peak[kind];
         line.push_str(&format!(" {:6.1} {share:3.0}%", rate / 1e9));
+    }
+
+    /// Times a product.
+    fn matmul<E: Copy>(&self, line: &mut String, id: KernelId, kind: usize, args: MatmulArgs<E>) {
+        let mut args = args;
+        let mut space = scratch(self.table, id, &args);
+        args.scratch = space.as_mut_ptr().cast();
+        let operations = 2.0 * (args.batch * args.m * args.n * args.k) as f64;
+        self.cell(line, operations, time(self.table, id, &args, self.budget), kind);
     }
 
     fn wants(&self, name: &str) -> bool {
@@ -83,11 +97,15 @@ fn main() {
     let peak = registers::peak(tier);
     let bench = Bench { table: kernels(tier), budget: Duration::from_millis(budget), filter, peak };
     println!(
-        "tier {tier}, in registers: f32 {:.1} GF/s, int8 {:.1} GF/s",
-        peak[0] / 1e9,
-        peak[1] / 1e9
+        "tier {tier}, in registers: f32 {:.1} GF/s, bf16 {:.1} GF/s, int8 {:.1} GF/s",
+        peak[F32] / 1e9,
+        peak[BF16] / 1e9,
+        peak[INT8] / 1e9
     );
-    println!("batch x m x n x k           f32 NN       NT           TN           int8 NT      TN");
+    println!(
+        "batch x m x n x k           f32 NN       NT           TN           bf16 NN      NT           \
+         TN           int8 NT      TN"
+    );
     for (name, [batch, m, n, k]) in [
         ("square", [1, 256, 256, 256]),
         ("square", [1, 512, 512, 512]),
@@ -115,7 +133,8 @@ fn main() {
         matmul(&bench, name, [batch, m, n, k]);
     }
     println!(
-        "n h cin cout k stride       f32 fwd      gradX        gradW        int8 fwd     gradX"
+        "n h cin cout k stride       f32 fwd      gradX        gradW        bf16 fwd     gradX        \
+         gradW        int8 fwd     gradX"
     );
     for (name, [n, size, cin, cout, kernel, stride, groups]) in [
         ("r20", [128, 32, 16, 16, 3, 1, 1]),
@@ -151,6 +170,36 @@ fn main() {
     rows(&bench);
 }
 
+/// A product of dense operands, each transposed or not.
+fn matmul_args<E>(
+    a: &[E],
+    b: &[E],
+    c: &mut [f32],
+    [batch, m, n, k]: [usize; 4],
+    (ta, tb): (bool, bool),
+) -> MatmulArgs<E> {
+    MatmulArgs {
+        a: a.as_ptr(),
+        b: b.as_ptr(),
+        c: c.as_mut_ptr(),
+        batch,
+        m,
+        n,
+        k,
+        a_batch_stride: m * k,
+        a_row_stride: if ta { 1 } else { k },
+        a_col_stride: if ta { m } else { 1 },
+        b_batch_stride: k * n,
+        b_row_stride: if tb { 1 } else { n },
+        b_col_stride: if tb { k } else { 1 },
+        c_batch_stride: m * n,
+        c_row_stride: n,
+        epilogue: None,
+        epilogue_ctx: null(),
+        scratch: null_mut(),
+    }
+}
+
 fn matmul(bench: &Bench, name: &str, [batch, m, n, k]: [usize; 4]) {
     let name = format!("{name} {batch} x {m} x {n} x {k}");
     if !bench.wants(&name) {
@@ -160,32 +209,17 @@ fn matmul(bench: &Bench, name: &str, [batch, m, n, k]: [usize; 4]) {
     let flops = 2.0 * (batch * m * n * k) as f64;
     let (a, b) = (vec![0.5_f32; batch * m * k], vec![0.25_f32; batch * k * n]);
     let mut c = vec![0.0_f32; batch * m * n];
+    let (a16, b16) = (vec![0x3f00_u16; batch * m * k], vec![0x3e80_u16; batch * k * n]);
     let (a8, b8, one) = (vec![3_i8; batch * m * k], vec![5_i8; batch * k * n], 1.0_f32);
     let mut line = format!("{name:26}");
-    for (ta, tb) in [(false, false), (false, true), (true, false)] {
-        let mut args = MatmulArgs {
-            a: a.as_ptr(),
-            b: b.as_ptr(),
-            c: c.as_mut_ptr(),
-            batch,
-            m,
-            n,
-            k,
-            a_batch_stride: m * k,
-            a_row_stride: if ta { 1 } else { k },
-            a_col_stride: if ta { m } else { 1 },
-            b_batch_stride: k * n,
-            b_row_stride: if tb { 1 } else { n },
-            b_col_stride: if tb { k } else { 1 },
-            c_batch_stride: m * n,
-            c_row_stride: n,
-            epilogue: None,
-            epilogue_ctx: null(),
-            scratch: null_mut(),
-        };
-        let mut space = scratch(table, KernelId::Matmul, &args);
-        args.scratch = space.as_mut_ptr().cast();
-        bench.cell(&mut line, flops, time(table, KernelId::Matmul, &args, budget), false);
+    let transposed = [(false, false), (false, true), (true, false)];
+    for turned in transposed {
+        let args = matmul_args(&a, &b, &mut c, [batch, m, n, k], turned);
+        bench.matmul(&mut line, KernelId::Matmul, F32, args);
+    }
+    for turned in transposed {
+        let args = matmul_args(&a16, &b16, &mut c, [batch, m, n, k], turned);
+        bench.matmul(&mut line, KernelId::MatmulBf16, BF16, args);
     }
     for (ta, tb) in [(false, true), (true, false)] {
         let mut args = MatmulI8Args {
@@ -214,7 +248,7 @@ fn matmul(bench: &Bench, name: &str, [batch, m, n, k]: [usize; 4]) {
         };
         let mut space = scratch(table, KernelId::MatmulI8, &args);
         args.scratch = space.as_mut_ptr().cast();
-        bench.cell(&mut line, flops, time(table, KernelId::MatmulI8, &args, budget), true);
+        bench.cell(&mut line, flops, time(table, KernelId::MatmulI8, &args, budget), INT8);
     }
     println!("{line}");
 }
@@ -261,46 +295,47 @@ fn conv(
     let mut w = vec![0.5_f32; weights];
     let mut y = vec![0.5_f32; pixels * out_channels];
     let (x8, y8) = (vec![3_i8; inputs], vec![3_i8; pixels * out_channels]);
+    let (x16, w16) = (vec![0x3f00_u16; inputs], vec![0x3f00_u16; weights]);
+    let y16 = vec![0x3f00_u16; pixels * out_channels];
     let (w8, one) = (vec![5_i8; weights], 1.0_f32);
     let mut line = format!("{name:26}");
     let (epilogue, epilogue_ctx) = (None, null());
 
     let (xp, wp, yp) = (x.as_mut_ptr(), w.as_mut_ptr(), y.as_mut_ptr());
+    let scratch_pointer = null_mut();
     macro_rules! bench {
-        ($id:ident, $int8:literal, $args:expr) => {
+        ($id:ident, $kind:expr, $args:expr) => {
             let mut args = $args;
             let mut space = scratch(table, KernelId::$id, &args);
             args.scratch = space.as_mut_ptr().cast();
-            bench.cell(&mut line, flops, time(table, KernelId::$id, &args, budget), $int8);
+            bench.cell(&mut line, flops, time(table, KernelId::$id, &args, budget), $kind);
         };
     }
-    let scratch_pointer = null_mut();
-    bench!(
+    macro_rules! all {
+        ($kind:expr, $x:expr, $w:expr, $dy:expr, $forward:ident, $grad_input:ident, $grad_weight:ident) => {
+            let (x, w, dy, scratch) = ($x, $w, $dy, scratch_pointer);
+            let args = Conv2dArgs { x, w, y: yp, shape, epilogue, epilogue_ctx, scratch };
+            bench!($forward, $kind, args);
+            let args =
+                Conv2dGradInputArgs { dy, w, dx: xp, shape, epilogue, epilogue_ctx, scratch };
+            bench!($grad_input, $kind, args);
+            bench!($grad_weight, $kind, Conv2dGradWeightArgs { x, dy, dw: wp, shape, scratch });
+        };
+    }
+    all!(
+        F32,
+        xp.cast_const(),
+        wp.cast_const(),
+        yp.cast_const(),
         Conv2d,
-        false,
-        Conv2dArgs { x: xp, w: wp, y: yp, shape, epilogue, epilogue_ctx, scratch: scratch_pointer }
-    );
-    bench!(
         Conv2dGradInput,
-        false,
-        Conv2dGradInputArgs {
-            dy: yp,
-            w: wp,
-            dx: xp,
-            shape,
-            epilogue,
-            epilogue_ctx,
-            scratch: scratch_pointer
-        }
+        Conv2dGradWeight
     );
-    bench!(
-        Conv2dGradWeight,
-        false,
-        Conv2dGradWeightArgs { x: xp, dy: yp, dw: wp, shape, scratch: scratch_pointer }
-    );
+    let (x, w, dy) = (x16.as_ptr(), w16.as_ptr(), y16.as_ptr());
+    all!(BF16, x, w, dy, Conv2dBf16, Conv2dGradInputBf16, Conv2dGradWeightBf16);
     bench!(
         Conv2dI8,
-        true,
+        INT8,
         Conv2dI8Args {
             x: x8.as_ptr(),
             w: w8.as_ptr(),
@@ -317,7 +352,7 @@ fn conv(
     );
     bench!(
         Conv2dGradInputI8,
-        true,
+        INT8,
         Conv2dGradInputI8Args {
             dy: y8.as_ptr(),
             w: w8.as_ptr(),

@@ -2,22 +2,26 @@
 
 use qcompile_kernels::Tier;
 
-/// f32 and int8 operations per second of one core with the instructions of a tier (with those of AVX2
-/// for the portable tier); infinity where nothing is known.
-pub(crate) fn peak(tier: Tier) -> [f64; 2] {
+/// f32, bf16 and int8 operations per second of one core with the instructions of a tier (with those of
+/// AVX2 for the portable tier); infinity where nothing is known.
+pub(crate) fn peak(tier: Tier) -> [f64; 3] {
     #[cfg(target_arch = "x86_64")]
     if tier.max(Tier::Avx2).is_supported() {
         // SAFETY: the CPU has the features of the loops.
         return unsafe {
-            if tier == Tier::Avx512 {
-                [x86::rate(32, || x86::f32_avx512()), x86::rate(128, || x86::int8_avx512())]
+            if tier >= Tier::Avx512 {
+                let real = x86::rate(32, || x86::f32_avx512());
+                let wide = tier == Tier::Avx512Bf16;
+                let bf16 = if wide { x86::rate(64, || x86::bf16_avx512()) } else { real };
+                [real, bf16, x86::rate(128, || x86::int8_avx512())]
             } else {
-                [x86::rate(16, || x86::f32_avx2()), x86::rate(32, || x86::int8_avx2())]
+                let real = x86::rate(16, || x86::f32_avx2());
+                [real, real, x86::rate(32, || x86::int8_avx2())]
             }
         };
     }
     let _ = tier;
-    [f64::INFINITY; 2]
+    [f64::INFINITY; 3]
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -68,6 +72,18 @@ mod x86 {
         _mm256_add_epi32(s, _mm256_madd_epi16(s, x))
     );
     spin!(f32_avx512, "avx512f", _mm512_set1_ps(0.5), s, x, _mm512_fmadd_ps(x, x, s));
+    spin!(
+        bf16_avx512,
+        "avx512f,avx512bf16",
+        _mm512_set1_ps(0.5),
+        s,
+        x,
+        // SAFETY: the types differ in name only.
+        unsafe {
+            let pairs = std::mem::transmute::<__m512, __m512bh>(x);
+            _mm512_dpbf16_ps(s, pairs, pairs)
+        }
+    );
     spin!(
         int8_avx512,
         "avx512f,avx512vnni",

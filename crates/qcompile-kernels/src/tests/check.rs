@@ -23,6 +23,10 @@ impl Random {
     pub(crate) fn reals(&mut self, count: usize) -> Vec<f32> {
         (0..count).map(|_| self.next() as f32 / (1_u64 << 30) as f32 - 1.0).collect()
     }
+    /// bf16 values in -1..1, as bits.
+    pub(crate) fn halves(&mut self, count: usize) -> Vec<u16> {
+        self.reals(count).iter().map(|v| (v.to_bits() >> 16) as u16).collect()
+    }
     /// All i8 values, the extreme ones often.
     pub(crate) fn bytes(&mut self, count: usize) -> Vec<i8> {
         (0..count)

@@ -29,7 +29,7 @@ fn shape(words: [usize; 16]) -> ConvShape {
     }
 }
 
-fn shapes() -> Vec<ConvShape> {
+pub(super) fn shapes() -> Vec<ConvShape> {
     let mut shapes: Vec<_> = [
         [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1],
         [2, 8, 8, 16, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1],
@@ -88,7 +88,7 @@ fn shapes() -> Vec<ConvShape> {
 }
 
 /// Calls `f(x offset, w offset, y offset)` for every product of the convolution.
-fn products(s: &ConvShape, mut f: impl FnMut(usize, usize, usize)) {
+pub(super) fn products(s: &ConvShape, mut f: impl FnMut(usize, usize, usize)) {
     let (oh, ow) = (s.out_height(), s.out_width());
     let (inner, outer) = (s.in_channels / s.groups, s.out_channels / s.groups);
     for n in 0..s.batch {
@@ -117,7 +117,7 @@ fn products(s: &ConvShape, mut f: impl FnMut(usize, usize, usize)) {
     }
 }
 
-fn sizes(s: &ConvShape) -> (usize, usize, usize) {
+pub(super) fn sizes(s: &ConvShape) -> (usize, usize, usize) {
     (
         s.batch * s.height * s.width * s.in_channels,
         s.out_channels * s.in_channels / s.groups * s.kernel_height * s.kernel_width,
@@ -154,6 +154,7 @@ macro_rules! check_kernel {
         }
     };
 }
+pub(super) use check_kernel;
 
 #[test]
 fn f32_forward_and_grad_input() {
@@ -298,7 +299,7 @@ fn int8_is_exact_on_every_tier() {
 
 #[test]
 fn scratch_needs_no_tensors() {
-    let args = Conv2dArgs {
+    let args: Conv2dArgs = Conv2dArgs {
         x: null(),
         w: null(),
         y: null_mut(),

@@ -1,16 +1,17 @@
 //! The widths and word formats of AVX-512 on plain arrays, so that its algorithms run on any CPU.
 
 use crate::Kernels;
-use crate::lanes::{Lanes, Simd, Task, tile_entries, word_of_i8};
+use crate::lanes::{Element, Lanes, Simd, Task, tile_entries, word_of_bf16, word_of_i8};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Emulated;
 
-pub(crate) static TABLE: Kernels = crate::table::<Emulated>(crate::Tier::Avx512);
+pub(crate) static TABLE: Kernels = crate::table::<Emulated>(crate::Tier::Avx512Bf16);
 
 impl Simd for Emulated {
     type Real = Real;
     type Int8 = Int8;
+    type Bf16 = Bf16;
     const FMA: bool = false;
     unsafe fn enter<T: Task>(task: T) {
         // SAFETY: passed on from the caller.
@@ -107,5 +108,39 @@ impl Lanes for Int8 {
     }
     fn right_word(elements: &[i8; 4]) -> u32 {
         word_of_i8(elements)
+    }
+}
+
+#[derive(Clone, Copy)]
+pub(crate) struct Bf16;
+
+impl Lanes for Bf16 {
+    type Tier = Emulated;
+    type Element = u16;
+    type V = [u32; 16];
+    const LANES: usize = 16;
+    const GROUP: usize = 2;
+    const HALO: u32 = 0;
+    const HEADER: bool = false;
+    const INTEGER: bool = false;
+    tile_entries!(12, 12);
+    array_operations!(u32);
+    #[inline(always)]
+    unsafe fn dot(sum: Self::V, a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|l| {
+            let product =
+                |shift: u32| ((a[l] >> shift) as u16).real() * ((b[l] >> shift) as u16).real();
+            (f32::from_bits(sum[l]) + product(16) + product(0)).to_bits()
+        })
+    }
+    #[inline(always)]
+    unsafe fn scale(sum: Self::V, _left: *const f32, _right: *const f32) -> Self::V {
+        sum
+    }
+    fn left_word(elements: &[u16; 4]) -> u32 {
+        word_of_bf16(elements)
+    }
+    fn right_word(elements: &[u16; 4]) -> u32 {
+        word_of_bf16(elements)
     }
 }

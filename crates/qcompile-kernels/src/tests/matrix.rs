@@ -4,18 +4,23 @@ use crate::args::{MatmulArgs, MatmulI8Args};
 use std::ptr::{from_mut, null, null_mut};
 
 /// `[batch, rows, columns]` strides of a dense or transposed operand.
-fn strides(rows: usize, columns: usize, transposed: bool, broadcast: bool) -> [usize; 3] {
+pub(super) fn strides(
+    rows: usize,
+    columns: usize,
+    transposed: bool,
+    broadcast: bool,
+) -> [usize; 3] {
     let batch = if broadcast { 0 } else { rows * columns };
     if transposed { [batch, 1, rows] } else { [batch, columns, 1] }
 }
 
-struct Case {
-    shape: [usize; 4],
-    transposed: (bool, bool),
-    broadcast: (bool, bool),
+pub(super) struct Case {
+    pub(super) shape: [usize; 4],
+    pub(super) transposed: (bool, bool),
+    pub(super) broadcast: (bool, bool),
 }
 
-fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     let mut random = Random(7);
     let mut shapes = vec![
         [1, 1, 1, 1],

@@ -57,6 +57,7 @@ pub(super) const fn tier_name(tier: Tier) -> &'static str {
         Tier::Portable => "portable",
         Tier::Avx2 => "avx2",
         Tier::Avx512 => "avx512",
+        Tier::Avx512Bf16 => "avx512_bf16",
     }
 }
 
