@@ -4,7 +4,6 @@
 //! runs over output pixels. Images are cut into chunks by shape; every chunk has its own partial sums,
 //! and a last phase adds them in order.
 
-use crate::Primitive;
 use crate::args::Conv2dGradWeightArgs;
 use crate::buffer::{Buffer, Slot};
 use crate::depthwise::{self, Reach};
@@ -13,6 +12,7 @@ use crate::lanes::{Lanes, Simd, Task};
 use crate::pack::{self, Right, Source};
 use crate::tile::{Block, Depth, Panels, ROW_GROUP};
 use crate::window::{Ahead, Window};
+use crate::{Primitive, no_parts};
 
 /// Most rows (kernel positions times input channels) of a unit.
 const UNIT_ROWS: usize = 10 * ROW_GROUP;
@@ -140,7 +140,13 @@ unsafe extern "C" fn run<S: Simd>(args: *const u64, phase: usize, begin: usize, 
 
 /// The primitive on a tier.
 pub(crate) const fn primitive<S: Simd>() -> Primitive {
-    Primitive { phases: 2, units: units::<S>, run: run::<S>, scratch: scratch::<S> }
+    Primitive {
+        phases: 2,
+        units: units::<S>,
+        run: run::<S>,
+        scratch: scratch::<S>,
+        parts: no_parts,
+    }
 }
 
 /// The strips of a chunk: rows of one image, or several whole images.
