@@ -8,6 +8,7 @@
 
 mod body;
 mod emitter;
+mod epilogue;
 mod facts;
 mod frame;
 mod lanes;

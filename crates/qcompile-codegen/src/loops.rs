@@ -7,7 +7,7 @@
 use crate::emitter::Emitter;
 use crate::facts::{Facts, partial_type, written_once};
 use crate::frame::Frame;
-use crate::nest::{Range, Sweep, Tile};
+use crate::nest::{Range, Sweep};
 use cranelift_codegen::ir::condcodes::IntCC;
 use cranelift_codegen::ir::types::I64;
 use cranelift_codegen::ir::{InstBuilder, Value};
@@ -346,37 +346,14 @@ fn combine(
     });
 }
 
-/// Emits what follows a product, on a block of its finished result: the parameters are those of
-/// [`Epilogue`](qcompile_kernels::args::Epilogue) after the frame.
-pub(crate) fn epilogue(e: &mut Emitter<'_, '_>, nest: &LoopNest, params: &[Value]) {
-    let [tile, tile_stride, row, rows, column, columns] = *params else {
-        unreachable!("the signature has seven parameters")
-    };
-    let row_bytes = e.times(tile_stride, 4);
-    let above = e.b.ins().imul(row, row_bytes);
-    let left = e.times(column, 4);
-    let base = e.b.ins().isub(tile, above);
-    let base = e.b.ins().isub(base, left);
-    let end_row = e.b.ins().iadd(row, rows);
-    let end_column = e.b.ins().iadd(column, columns);
-    let facts = Facts::of(nest);
-    let ranges = vec![
-        Range { begin: row, end: end_row, size: None },
-        Range { begin: column, end: end_column, size: None },
-    ];
-    let partials = vec![None; nest.writes.len()];
-    let tile = Some(Tile { base, row_bytes });
-    Sweep { nest, facts: &facts, ranges, partials, tile }.emit(e);
-}
-
 impl Emitter<'_, '_> {
-    fn is_zero(&mut self, x: Value) -> Value {
+    pub(crate) fn is_zero(&mut self, x: Value) -> Value {
         let zero = self.int(0);
         self.b.ins().icmp(IntCC::Equal, x, zero)
     }
 
     /// This thread's contiguous share of `units`, in whole groups but for the last.
-    fn share_in_groups(
+    pub(crate) fn share_in_groups(
         &mut self,
         units: Value,
         group: usize,

@@ -35,6 +35,74 @@ pub(crate) struct Sweep<'n> {
     pub tile: Option<Tile>,
 }
 
+/// How a value joins what an accumulator holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Rule {
+    Reduce(ReduceOp),
+    /// Adds its distance from a shift.
+    Deviation,
+    /// Adds the square of that.
+    Square,
+}
+
+/// A reduction that stays in registers during a loop.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Accumulator {
+    /// Index of the write.
+    pub write: usize,
+    pub rule: Rule,
+    /// The type in registers.
+    pub dtype: DType,
+}
+
+impl Accumulator {
+    /// Those of all reductions of an epilogue, squared deviations as [`Rule::Deviation`] and [`Rule::Square`].
+    pub(crate) fn all(nest: &LoopNest) -> Vec<Accumulator> {
+        let mut all = Vec::new();
+        for (write, of) in nest.writes.iter().enumerate() {
+            let rules: &[Rule] = match of {
+                Write::Store { .. } => &[],
+                Write::Reduce { op, .. } => &[Rule::Reduce(*op)],
+                Write::Deviations { .. } => &[Rule::Deviation, Rule::Square],
+            };
+            all.extend(rules.iter().map(|&rule| Accumulator { write, rule, dtype: DType::F32 }));
+        }
+        all
+    }
+
+    fn identity(&self, e: &mut Emitter<'_, '_>, vector: bool) -> Value {
+        let op = match self.rule {
+            Rule::Reduce(op) => op,
+            Rule::Deviation | Rule::Square => ReduceOp::Sum,
+        };
+        e.identity(op, self.dtype, vector)
+    }
+
+    fn join(
+        &self,
+        e: &mut Emitter<'_, '_>,
+        sum: Value,
+        value: Value,
+        shift: Option<Value>,
+    ) -> Value {
+        let deviation = |e: &mut Emitter<'_, '_>| {
+            let shift = shift.expect("squared deviations belong to an epilogue");
+            e.sub(value, shift)
+        };
+        match self.rule {
+            Rule::Reduce(op) => e.combine(op, self.dtype, sum, value),
+            Rule::Deviation => {
+                let deviation = deviation(e);
+                e.add(sum, deviation)
+            }
+            Rule::Square => {
+                let deviation = deviation(e);
+                e.mul_add(deviation, deviation, sum)
+            }
+        }
+    }
+}
+
 /// A view with its address at the current indices of the outer loops.
 #[derive(Clone, Copy)]
 struct Cursor {
@@ -45,6 +113,88 @@ struct Cursor {
 impl Sweep<'_> {
     /// Emits the nest.
     pub(crate) fn emit(&self, e: &mut Emitter<'_, '_>) {
+        let cursors = self.cursors(e);
+        self.level(e, 0, &cursors);
+    }
+
+    /// Emits an epilogue whose reductions go down the rows: column by column, so that what they come to stays in
+    /// registers until the last row. `finish` gets a column, the accumulators for it or for four columns from it
+    /// on, and the shift of deviations: the first row's element of the tile.
+    pub(crate) fn emit_by_columns(
+        &self,
+        e: &mut Emitter<'_, '_>,
+        accumulators: &[Accumulator],
+        finish: impl Fn(&mut Emitter<'_, '_>, Value, &[Value], Option<Value>),
+    ) {
+        let [rows, columns] = self.ranges[..] else { unreachable!("an epilogue has two dims") };
+        let cursors = self.cursors(e);
+        let down = self.strides(e, 0, &cursors);
+        let across = self.strides(e, 1, &cursors);
+        let zero = e.int(0);
+        let shifted = accumulators.iter().any(|one| one.rule == Rule::Deviation);
+        let parts = self.facts.parts;
+        let mut begin = columns.begin;
+        if parts > 0 {
+            let step = 4 * parts;
+            let count = e.b.ins().isub(columns.end, columns.begin);
+            let mask = e.b.ins().iconst(I64, -(step as i64));
+            let count = e.b.ins().band(count, mask);
+            let end = e.b.ins().iadd(columns.begin, count);
+            e.count((begin, end, step), None, &[], &mut |e, column, _| {
+                let cursors = moved(e, column, &cursors, &across);
+                let shifts: Vec<Value> = if shifted {
+                    let first = moved(e, rows.begin, &cursors, &down);
+                    let tile = first[first.len() - 1].address;
+                    (0..parts).map(|part| e.load4(DType::F32, tile, 16 * part as i32)).collect()
+                } else {
+                    Vec::new()
+                };
+                let mut start: Vec<Value> = Vec::new();
+                for accumulator in accumulators {
+                    let identity = accumulator.identity(e, true);
+                    start.extend(vec![identity; parts]);
+                }
+                let sums =
+                    e.count((rows.begin, rows.end, 1), None, &start, &mut |e, row, carried| {
+                        let cursors = moved(e, row, &cursors, &down);
+                        let fixed = self.invariants(e, &cursors);
+                        let splats = self.splats(e, &fixed);
+                        let state = Carried { accumulators, values: carried, shifts: &shifts };
+                        self.vectors(e, zero, &cursors, &across, &splats, state)
+                    });
+                for part in 0..parts {
+                    let column = e.plus(column, 4 * part);
+                    let of_part: Vec<Value> =
+                        sums.iter().skip(part).step_by(parts).copied().collect();
+                    finish(e, column, &of_part, shifts.get(part).copied());
+                }
+                Vec::new()
+            });
+            begin = end;
+        }
+        e.count((begin, columns.end, 1), None, &[], &mut |e, column, _| {
+            let cursors = moved(e, column, &cursors, &across);
+            let shifts: Vec<Value> = if shifted {
+                let first = moved(e, rows.begin, &cursors, &down);
+                vec![e.load(DType::F32, first[first.len() - 1].address)]
+            } else {
+                Vec::new()
+            };
+            let start: Vec<Value> =
+                accumulators.iter().map(|accumulator| accumulator.identity(e, false)).collect();
+            let sums = e.count((rows.begin, rows.end, 1), None, &start, &mut |e, row, carried| {
+                let cursors = moved(e, row, &cursors, &down);
+                let fixed = self.invariants(e, &cursors);
+                let state = Carried { accumulators, values: carried, shifts: &shifts };
+                self.elements(e, zero, &cursors, &across, &fixed, state)
+            });
+            finish(e, column, &sums, shifts.first().copied());
+            Vec::new()
+        });
+    }
+
+    /// All views, at the first element.
+    fn cursors(&self, e: &mut Emitter<'_, '_>) -> Vec<Cursor> {
         let mut cursors: Vec<Cursor> = Vec::new();
         for read in &self.nest.reads {
             let address = e.element(read.slot, read.offset, read.dtype.size());
@@ -63,7 +213,7 @@ impl Sweep<'_> {
         if let Some(tile) = self.tile {
             cursors.push(Cursor { address: tile.base, dtype: DType::F32 });
         }
-        self.level(e, 0, &cursors);
+        cursors
     }
 
     /// Strides of all cursors along one dim, in bytes; `None` for 0.
@@ -98,25 +248,20 @@ impl Sweep<'_> {
         let strides = self.strides(e, dim, cursors);
         let Range { begin, end, size } = self.ranges[dim];
         e.count((begin, end, 1), size, &[], &mut |e, index, _| {
-            let mut inner = cursors.to_vec();
-            for (cursor, stride) in inner.iter_mut().zip(&strides) {
-                if let Some(stride) = *stride {
-                    let offset = e.b.ins().imul(index, stride);
-                    cursor.address = e.b.ins().iadd(cursor.address, offset);
-                }
-            }
+            let inner = moved(e, index, cursors, &strides);
             self.level(e, dim + 1, &inner);
             Vec::new()
         });
     }
 
-    /// Reductions that stay in registers during the innermost loop: index of the write, operation, type.
-    fn accumulators(&self) -> Vec<(usize, ReduceOp, DType)> {
+    /// Reductions that stay in registers during the innermost loop.
+    fn accumulators(&self) -> Vec<Accumulator> {
         let writes = self.nest.writes.iter().enumerate();
         writes
             .filter_map(|(index, write)| match write {
                 Write::Reduce { access, op, value } if innermost(&access.strides).scale == 0 => {
-                    Some((index, *op, partial_type(self.facts.types[*value])))
+                    let dtype = partial_type(self.facts.types[*value]);
+                    Some(Accumulator { write: index, rule: Rule::Reduce(*op), dtype })
                 }
                 _ => None,
             })
@@ -154,39 +299,43 @@ impl Sweep<'_> {
                 }
             };
             let mut start: Vec<Value> = Vec::new();
-            for &(_, op, dtype) in &accumulators {
-                let identity = e.identity(op, dtype, true);
-                start.extend((0..parts).map(|_| identity));
+            for accumulator in &accumulators {
+                let identity = accumulator.identity(e, true);
+                start.extend(vec![identity; parts]);
             }
             let sums =
                 e.count((range.begin, end, step), turns, &start, &mut |e, index, carried| {
-                    self.vectors(e, index, cursors, &strides, &splats, &accumulators, carried)
+                    let state =
+                        Carried { accumulators: &accumulators, values: carried, shifts: &[] };
+                    self.vectors(e, index, cursors, &strides, &splats, state)
                 });
             begin = end;
-            for (at, &(_, op, dtype)) in accumulators.iter().enumerate() {
+            for (at, accumulator) in accumulators.iter().enumerate() {
                 let vectors = &sums[at * parts..(at + 1) * parts];
-                scalars[at] = Some(horizontal(e, op, dtype, vectors));
+                scalars[at] = Some(horizontal(e, *accumulator, vectors));
             }
         }
         let start: Vec<Value> = accumulators
             .iter()
             .zip(&scalars)
-            .map(|(&(_, op, dtype), &scalar)| match scalar {
+            .map(|(accumulator, &scalar)| match scalar {
                 Some(scalar) => scalar,
-                None => e.identity(op, dtype, false),
+                None => accumulator.identity(e, false),
             })
             .collect();
         let sums = e.count((begin, range.end, 1), left, &start, &mut |e, index, carried| {
-            self.elements(e, index, cursors, &strides, &fixed, &accumulators, carried)
+            let state = Carried { accumulators: &accumulators, values: carried, shifts: &[] };
+            self.elements(e, index, cursors, &strides, &fixed, state)
         });
-        for (&(index, op, dtype), &sum) in accumulators.iter().zip(&sums) {
+        for (accumulator, &sum) in accumulators.iter().zip(&sums) {
+            let index = accumulator.write;
             let write = &self.nest.writes[index];
             let cursor = cursors[self.nest.reads.len() + index];
             let sum = if self.partials[index].is_none() && written_once(self.nest, write) {
                 sum
             } else {
                 let old = e.load(cursor.dtype, cursor.address);
-                e.combine(op, dtype, old, sum)
+                accumulator.join(e, old, sum, None)
             };
             e.store(cursor.dtype, sum, cursor.address, false);
         }
@@ -239,7 +388,6 @@ impl Sweep<'_> {
     }
 
     /// One turn on vectors; returns the new accumulators.
-    #[allow(clippy::too_many_arguments, reason = "the state of one innermost loop")]
     fn vectors(
         &self,
         e: &mut Emitter<'_, '_>,
@@ -247,8 +395,7 @@ impl Sweep<'_> {
         cursors: &[Cursor],
         strides: &[Option<Value>],
         splats: &[Option<Value>],
-        accumulators: &[(usize, ReduceOp, DType)],
-        carried: &[Value],
+        state: Carried<'_>,
     ) -> Vec<Value> {
         let parts = self.facts.parts;
         let addresses = advance(e, index, cursors, strides);
@@ -282,17 +429,19 @@ impl Sweep<'_> {
             };
             values.push(value);
         }
-        let mut sums = carried.to_vec();
+        let mut sums = state.values.to_vec();
+        for (at, accumulator) in state.accumulators.iter().enumerate() {
+            let write = &self.nest.writes[accumulator.write];
+            for (part, &value) in values[write.value()].iter().enumerate() {
+                let sum = &mut sums[at * parts + part];
+                *sum = accumulator.join(e, *sum, value, state.shifts.get(part).copied());
+            }
+        }
         for (index, write) in self.nest.writes.iter().enumerate() {
-            let parts_of = &values[write.value()];
-            if let Some(at) = accumulators.iter().position(|&(write, ..)| write == index) {
-                let (_, op, dtype) = accumulators[at];
-                for (part, &value) in parts_of.iter().enumerate() {
-                    let sum = &mut sums[at * parts + part];
-                    *sum = e.combine(op, dtype, *sum, value);
-                }
+            if state.holds(index) {
                 continue;
             }
+            let parts_of = &values[write.value()];
             let at = self.nest.reads.len() + index;
             let (address, dtype) = (addresses[at], cursors[at].dtype);
             match write {
@@ -308,13 +457,13 @@ impl Sweep<'_> {
                     }
                     e.store4(dtype, &new, address, false);
                 }
+                Write::Deviations { .. } => unreachable!("verified: only in an epilogue"),
             }
         }
         sums
     }
 
     /// One turn on single elements; returns the new accumulators.
-    #[allow(clippy::too_many_arguments, reason = "the state of one innermost loop")]
     fn elements(
         &self,
         e: &mut Emitter<'_, '_>,
@@ -322,8 +471,7 @@ impl Sweep<'_> {
         cursors: &[Cursor],
         strides: &[Option<Value>],
         fixed: &[Option<Value>],
-        accumulators: &[(usize, ReduceOp, DType)],
-        carried: &[Value],
+        state: Carried<'_>,
     ) -> Vec<Value> {
         let addresses = advance(e, index, cursors, strides);
         let mut values: Vec<Value> = Vec::with_capacity(self.nest.body.len());
@@ -335,14 +483,16 @@ impl Sweep<'_> {
                 (None, _) => e.apply(self.nest, self.facts, at, &|x| values[x]),
             });
         }
-        let mut sums = carried.to_vec();
+        let mut sums = state.values.to_vec();
+        for (sum, accumulator) in sums.iter_mut().zip(state.accumulators) {
+            let value = values[self.nest.writes[accumulator.write].value()];
+            *sum = accumulator.join(e, *sum, value, state.shifts.first().copied());
+        }
         for (index, write) in self.nest.writes.iter().enumerate() {
-            let value = values[write.value()];
-            if let Some(at) = accumulators.iter().position(|&(write, ..)| write == index) {
-                let (_, op, dtype) = accumulators[at];
-                sums[at] = e.combine(op, dtype, sums[at], value);
+            if state.holds(index) {
                 continue;
             }
+            let value = values[write.value()];
             let at = self.nest.reads.len() + index;
             let (address, dtype) = (addresses[at], cursors[at].dtype);
             match write {
@@ -354,10 +504,38 @@ impl Sweep<'_> {
                     let new = e.combine(*op, partial_type(dtype), old, value);
                     e.store(dtype, new, address, false);
                 }
+                Write::Deviations { .. } => unreachable!("verified: only in an epilogue"),
             }
         }
         sums
     }
+}
+
+/// The accumulators of a loop and what they hold at the start of a turn.
+#[derive(Clone, Copy)]
+struct Carried<'a> {
+    accumulators: &'a [Accumulator],
+    values: &'a [Value],
+    /// What deviations are measured from, for each vector or for the element.
+    shifts: &'a [Value],
+}
+
+impl Carried<'_> {
+    fn holds(&self, write: usize) -> bool {
+        self.accumulators.iter().any(|accumulator| accumulator.write == write)
+    }
+}
+
+/// The cursors at an index of a loop.
+fn moved(
+    e: &mut Emitter<'_, '_>,
+    index: Value,
+    cursors: &[Cursor],
+    strides: &[Option<Value>],
+) -> Vec<Cursor> {
+    let addresses = advance(e, index, cursors, strides);
+    let at = |(cursor, address): (&Cursor, Value)| Cursor { address, ..*cursor };
+    cursors.iter().zip(addresses).map(at).collect()
 }
 
 /// Addresses at an index of the innermost loop.
@@ -394,17 +572,17 @@ fn pick4(e: &mut Emitter<'_, '_>, address: Value, stride: Option<Value>, part: u
 }
 
 /// All lanes of all vectors combined, in a fixed order.
-fn horizontal(e: &mut Emitter<'_, '_>, op: ReduceOp, dtype: DType, vectors: &[Value]) -> Value {
+fn horizontal(e: &mut Emitter<'_, '_>, accumulator: Accumulator, vectors: &[Value]) -> Value {
     let mut level = vectors.to_vec();
     while level.len() > 1 {
         level = level
             .chunks(2)
-            .map(|pair| e.combine(op, dtype, pair[0], pair[pair.len() - 1]))
+            .map(|pair| accumulator.join(e, pair[0], pair[pair.len() - 1], None))
             .collect();
     }
     debug_assert!(level.len() == 1 && int_like(e.ty(level[0])).is_vector());
     let lanes: Vec<Value> = (0..4_u8).map(|lane| e.b.ins().extractlane(level[0], lane)).collect();
-    let low = e.combine(op, dtype, lanes[0], lanes[1]);
-    let high = e.combine(op, dtype, lanes[2], lanes[3]);
-    e.combine(op, dtype, low, high)
+    let low = accumulator.join(e, lanes[0], lanes[1], None);
+    let high = accumulator.join(e, lanes[2], lanes[3], None);
+    accumulator.join(e, low, high, None)
 }

@@ -1,6 +1,7 @@
 //! Steps that call a hand-scheduled kernel: its argument block, its phases, and its share of units.
 
 use crate::emitter::Emitter;
+use crate::epilogue::Partials;
 use crate::frame::Frame;
 use cranelift_codegen::ir::types::I64;
 use cranelift_codegen::ir::{InstBuilder, StackSlot, StackSlotData, StackSlotKind, Value};
@@ -57,13 +58,15 @@ pub(crate) fn kernel_id(primitive: &Primitive) -> KernelId {
 /// An argument block in a stack slot.
 pub(crate) struct Block {
     slot: StackSlot,
+    /// Where the pointer to the scratch is, if the kernel takes one.
+    scratch: usize,
 }
 
 impl Block {
     fn new<T>(e: &mut Emitter<'_, '_>) -> Block {
         let bytes = u32::try_from(size_of::<T>()).expect("argument blocks are small");
         let data = StackSlotData::new(StackSlotKind::ExplicitSlot, bytes, 3);
-        Block { slot: e.b.create_sized_stack_slot(data) }
+        Block { slot: e.b.create_sized_stack_slot(data), scratch: 0 }
     }
 
     fn put(&self, e: &mut Emitter<'_, '_>, offset: usize, value: Value) {
@@ -244,7 +247,8 @@ fn matmul(e: &mut Emitter<'_, '_>, matmul: &Matmul, tail: Tail) -> Block {
         };
     }
     if let Some(int8) = matmul.operands.scales() {
-        let block = Block::new::<MatmulI8Args>(e);
+        let mut block = Block::new::<MatmulI8Args>(e);
+        block.scratch = offset_of!(MatmulI8Args, scratch);
         common!(block, MatmulI8Args);
         fields!(
             e,
@@ -259,11 +263,13 @@ fn matmul(e: &mut Emitter<'_, '_>, matmul: &Matmul, tail: Tail) -> Block {
         return block;
     }
     if matmul.operands == Operands::Bf16 {
-        let block = Block::new::<MatmulBf16Args>(e);
+        let mut block = Block::new::<MatmulBf16Args>(e);
+        block.scratch = offset_of!(MatmulBf16Args, scratch);
         common!(block, MatmulBf16Args);
         return block;
     }
-    let block = Block::new::<MatmulArgs>(e);
+    let mut block = Block::new::<MatmulArgs>(e);
+    block.scratch = offset_of!(MatmulArgs, scratch);
     common!(block, MatmulArgs);
     block
 }
@@ -315,7 +321,8 @@ fn convolution(e: &mut Emitter<'_, '_>, convolution: &Convolution, tail: Tail) -
     let scratch = e.field(Frame::SCRATCH);
     macro_rules! block {
         ($args:ident { $($field:ident: $value:expr),* $(,)? }) => {{
-            let block = Block::new::<$args>(e);
+            let mut block = Block::new::<$args>(e);
+            block.scratch = offset_of!($args, scratch);
             fields!(e, block, $args { scratch: scratch, $($field: $value),* });
             put_conv_shape(e, &block, offset_of!($args, shape), convolution);
             block
@@ -426,15 +433,28 @@ fn put_pool_shape(e: &mut Emitter<'_, '_>, block: &Block, at: usize, pooling: &P
     put_words(e, block, at, offset_of!(PoolShape, batch), pooling.images, &words);
 }
 
-/// Calls a kernel of the table on an argument block: all its phases, with a barrier between.
+/// Calls a kernel of the table on an argument block: all its phases, with a barrier between. Reductions of the
+/// epilogue are started before and combined after.
 pub(crate) fn call(
     e: &mut Emitter<'_, '_>,
     entry: &Entry,
     block: &Block,
+    partials: Option<&Partials<'_>>,
     thread: Value,
     threads: Value,
 ) {
     let args = block.address(e);
+    let parts = partials.map(|partials| {
+        let (parts, bytes) = partial_bytes(e, entry, block, partials);
+        let scratch = e.field(Frame::SCRATCH);
+        let rest = e.b.ins().iadd(scratch, bytes);
+        block.put(e, block.scratch, rest);
+        partials.start(e, parts, thread, threads);
+        if entry.phases < 2 {
+            e.barrier(threads);
+        }
+        parts
+    });
     for phase in 0..entry.phases {
         if phase > 0 {
             e.barrier(threads);
@@ -445,12 +465,41 @@ pub(crate) fn call(
         let run = e.int(entry.run as usize);
         e.call_words(run, &[args, phase, begin, end]);
     }
+    if let (Some(partials), Some(parts)) = (partials, parts) {
+        e.barrier(threads);
+        partials.finish(e, parts, thread, threads);
+    }
 }
 
-/// The bytes of scratch that a kernel wants for an argument block.
-pub(crate) fn scratch(e: &mut Emitter<'_, '_>, entry: &Entry, block: &Block) -> Value {
+/// How many parts an epilogue meets, and the bytes of their partial results.
+fn partial_bytes(
+    e: &mut Emitter<'_, '_>,
+    entry: &Entry,
+    block: &Block,
+    partials: &Partials<'_>,
+) -> (Value, Value) {
     let args = block.address(e);
-    e.call_address(entry.scratch as usize, &[I64], I64, &[args])
+    let parts = e.call_address(entry.parts as usize, &[I64], I64, &[args]);
+    let bytes = partials.bytes(e, parts);
+    (parts, bytes)
+}
+
+/// The bytes of scratch that a kernel and the reductions of its epilogue want for an argument block.
+pub(crate) fn scratch(
+    e: &mut Emitter<'_, '_>,
+    entry: &Entry,
+    block: &Block,
+    partials: Option<&Partials<'_>>,
+) -> Value {
+    let args = block.address(e);
+    let own = e.call_address(entry.scratch as usize, &[I64], I64, &[args]);
+    match partials {
+        Some(partials) => {
+            let (_, bytes) = partial_bytes(e, entry, block, partials);
+            e.b.ins().iadd(own, bytes)
+        }
+        None => own,
+    }
 }
 
 /// The entry of the table for a primitive.

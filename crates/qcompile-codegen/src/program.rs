@@ -1,6 +1,7 @@
 //! A plan as native code.
 
 use crate::emitter::{Emitter, Target};
+use crate::epilogue::{self, Partials};
 use crate::frame::Frame;
 use crate::{loops, primitives, schedule};
 use cranelift_codegen::Context;
@@ -331,11 +332,11 @@ impl<'p> Unit<'p> {
         let Kernel::Primitive(primitive) = &step.kernel else { return Ok(None) };
         let Some(nest) = primitive.epilogue() else { return Ok(None) };
         let name = format!("epilogue{index}");
-        let signature = self.signature(7, false);
+        let signature = self.signature(8, false);
         let id = self.declare(&name, &signature)?;
         let slots = loops::slots(std::slice::from_ref(nest)).collect();
         let function = self.function(signature, slots, |_, e, params| {
-            loops::epilogue(e, nest, params);
+            epilogue::emit(e, nest, params);
             None
         });
         functions.push((format!("{name} {}", step.name), id, function));
@@ -355,7 +356,12 @@ impl<'p> Unit<'p> {
             Kernel::Loops(nests) => loops::slots(nests).collect(),
             Kernel::Primitive(primitive) => {
                 let (reads, writes) = primitives::places(primitive);
-                reads.into_iter().chain(writes).map(|place| place.slot).collect()
+                let results = primitive.epilogue().into_iter().flat_map(|nest| {
+                    let reductions = nest.writes.iter().filter(|write| epilogue::reduces(write));
+                    reductions.map(|write| write.access().slot)
+                });
+                let places = reads.into_iter().chain(writes).map(|place| place.slot);
+                places.chain(results).collect()
             }
             Kernel::AllReduce { .. } => BTreeSet::new(),
         };
@@ -373,7 +379,8 @@ impl<'p> Unit<'p> {
                         None => e.int(0),
                     };
                     let block = primitives::arguments(e, primitive, index, tail);
-                    primitives::call(e, entry, &block, thread, threads);
+                    let partials = primitive.epilogue().and_then(Partials::of);
+                    primitives::call(e, entry, &block, partials.as_ref(), thread, threads);
                 }
                 Kernel::AllReduce { .. } => schedule::collective(e, index, thread, threads),
             }
@@ -425,7 +432,9 @@ impl<'p> Unit<'p> {
                     Kernel::Primitive(primitive) => {
                         let none = e.int(0);
                         let block = primitives::arguments(e, primitive, index, none);
-                        primitives::scratch(e, primitives::entry(kernels, primitive), &block)
+                        let entry = primitives::entry(kernels, primitive);
+                        let partials = primitive.epilogue().and_then(Partials::of);
+                        primitives::scratch(e, entry, &block, partials.as_ref())
                     }
                     Kernel::AllReduce { .. } => continue,
                 };

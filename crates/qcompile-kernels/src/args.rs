@@ -8,11 +8,15 @@
 
 /// Receives finished tiles in place of the kernel's own store.
 ///
-/// Called as `(ctx, tile, tile_stride, row0, rows, col0, cols)`: element `(r, c)` of the block is
+/// Called as `(ctx, tile, tile_stride, row0, rows, col0, cols, part)`: element `(r, c)` of the block is
 /// `tile[r * tile_stride + c]` and stands for row `row0 + r`, column `col0 + c` of the result. A row is
 /// the flat index over the batch and `m` (matmul) or the flat pixel index over N, H, W (convolution),
 /// a column is `n` or the channel. Calls come from many threads at once, each block exactly once. The
 /// tile is aligned to 4 bytes, and the callee may overwrite it.
+///
+/// `part`, below [`Primitive::parts`](crate::Primitive), names a range of rows: no two threads are in the
+/// same columns of one part at once, and the calls for these come in an order that sizes determine.
+/// So a callee may sum down the columns of a part.
 pub type Epilogue = unsafe extern "C" fn(
     ctx: *const u8,
     tile: *const f32,
@@ -21,6 +25,7 @@ pub type Epilogue = unsafe extern "C" fn(
     rows: usize,
     col0: usize,
     cols: usize,
+    part: usize,
 );
 
 /// `C[b, m, n] = sum over k of A[b, m, k] * B[b, k, n]`, with sums in f32.

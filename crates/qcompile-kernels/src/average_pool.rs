@@ -1,8 +1,8 @@
 //! Average pooling and its gradient.
 
-use crate::Primitive;
 use crate::args::{AveragePoolArgs, AveragePoolGradArgs, PoolShape};
 use crate::lanes::{Simd, Task};
+use crate::{Primitive, no_parts};
 
 /// Channels of a unit of the gradient.
 const CHANNELS: usize = 64;
@@ -41,7 +41,7 @@ unsafe extern "C" fn run<S: Simd>(args: *const u64, _phase: usize, begin: usize,
 
 /// Average pooling on a tier; a unit is an output row.
 pub(crate) const fn primitive<S: Simd>() -> Primitive {
-    Primitive { phases: 1, units, run: run::<S>, scratch: no_scratch }
+    Primitive { phases: 1, units, run: run::<S>, scratch: no_scratch, parts: no_parts }
 }
 
 struct Forward {
@@ -95,7 +95,13 @@ unsafe extern "C" fn grad_run<S: Simd>(args: *const u64, _phase: usize, begin: u
 
 /// The gradient on a tier; a unit is an image's block of channels.
 pub(crate) const fn grad_primitive<S: Simd>() -> Primitive {
-    Primitive { phases: 1, units: grad_units, run: grad_run::<S>, scratch: no_scratch }
+    Primitive {
+        phases: 1,
+        units: grad_units,
+        run: grad_run::<S>,
+        scratch: no_scratch,
+        parts: no_parts,
+    }
 }
 
 struct Grad {

@@ -59,8 +59,13 @@ impl<E> Convolution<E> {
         self.geometry.groups * self.geometry.target_channels
     }
 
-    /// Where the rows of a unit go; `columns` are target channels over all groups.
-    pub(crate) fn finish(&self, part: &Part, columns: std::ops::Range<usize>) -> Finish {
+    /// Where the rows of a unit go, of the part with this index; `columns` are target channels over all groups.
+    pub(crate) fn finish(
+        &self,
+        part: &Part,
+        index: usize,
+        columns: std::ops::Range<usize>,
+    ) -> Finish {
         let g = &self.geometry;
         let image = g.rows.target * g.columns.target;
         let row = part.image * image + part.row_begin * g.columns.target;
@@ -68,6 +73,7 @@ impl<E> Convolution<E> {
         Finish {
             epilogue: self.epilogue,
             epilogue_ctx: self.epilogue_ctx,
+            part: index,
             row,
             column: columns.start,
             columns: columns.len(),
@@ -249,9 +255,25 @@ unsafe extern "C" fn run<K: Kind, S: Simd>(
     }
 }
 
+unsafe extern "C" fn parts<K: Kind, S: Simd>(args: *const u64) -> usize {
+    // SAFETY: the caller passes the argument block of this kernel.
+    let c = unsafe { K::read::<S>(args) };
+    if is_depthwise(&c) {
+        depthwise::parts(&c.geometry, depthwise::WANTED_UNITS).count()
+    } else {
+        Cut::of::<K::Lanes<S>>(&c.geometry).parts.count()
+    }
+}
+
 /// The primitive of a kind on a tier.
 pub(crate) const fn primitive<K: Kind, S: Simd>() -> Primitive {
-    Primitive { phases: 2, units: units::<K, S>, run: run::<K, S>, scratch: scratch::<K, S> }
+    Primitive {
+        phases: 2,
+        units: units::<K, S>,
+        run: run::<K, S>,
+        scratch: scratch::<K, S>,
+        parts: parts::<K, S>,
+    }
 }
 
 /// Packs panels of weights.

@@ -133,7 +133,7 @@ impl<L: Lanes> Task for Compute<L> {
             let mut scales = Buffer::take(Slot::Scales, if L::INTEGER { channels } else { 0 });
             // SAFETY: the part lies in source and target; the buffers were sized for it above.
             unsafe {
-                let finish = c.finish(&part, 0..channels);
+                let finish = c.finish(&part, unit, 0..channels);
                 let out = if direct { finish.result } else { result.words().cast() };
                 for image in 0..part.images {
                     let from = c.source.add((part.image + image) * height * line_values);

@@ -73,7 +73,8 @@ impl<L: Lanes> Task for Compute<L> {
         };
         let mut segments = Vec::new();
         for unit_index in self.begin..self.end {
-            let part = cut.parts.part(unit_index % cut.parts.count());
+            let part_index = unit_index % cut.parts.count();
+            let part = cut.parts.part(part_index);
             let block = unit_index / cut.parts.count();
             let (group, column_block) = (block / cut.column_blocks, block % cut.column_blocks);
             let panel_begin = column_block * cut.panels;
@@ -97,7 +98,7 @@ impl<L: Lanes> Task for Compute<L> {
             unsafe {
                 let window =
                     Window::open::<L>(g, &part, c.source, c.source_total(), channels, &mut left);
-                let finish = c.finish(&part, first_column..first_column + columns);
+                let finish = c.finish(&part, part_index, first_column..first_column + columns);
                 // Scales of the columns, filled up to whole vectors.
                 let mut scale_buffer = Buffer::take(Slot::Scales, stride);
                 let column_scales = scale_buffer.words().cast::<f32>();

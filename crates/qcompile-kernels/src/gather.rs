@@ -1,9 +1,9 @@
 //! Rows of a table by index, and the sum of rows into a table.
 
-use crate::Primitive;
 use crate::args::{GatherArgs, ScatterAddArgs};
 use crate::lanes::{Simd, Task};
 use crate::softmax::report;
+use crate::{Primitive, no_parts};
 
 /// Rows gathered by a unit.
 const GATHER_ROWS: usize = 16;
@@ -48,7 +48,13 @@ unsafe extern "C" fn gather_run(args: *const u64, _phase: usize, begin: usize, e
 
 /// Gather, the same on every tier; a unit is some rows of the output.
 pub(crate) const fn gather_primitive() -> Primitive {
-    Primitive { phases: 1, units: gather_units, run: gather_run, scratch: no_scratch }
+    Primitive {
+        phases: 1,
+        units: gather_units,
+        run: gather_run,
+        scratch: no_scratch,
+        parts: no_parts,
+    }
 }
 
 /// Rows of a unit's part of the table: narrow tables are split by rows, wide ones by columns as well.
@@ -74,7 +80,13 @@ unsafe extern "C" fn scatter_run<S: Simd>(
 
 /// Scatter-add on a tier; a unit owns some rows and columns of the table.
 pub(crate) const fn scatter_primitive<S: Simd>() -> Primitive {
-    Primitive { phases: 1, units: scatter_units, run: scatter_run::<S>, scratch: no_scratch }
+    Primitive {
+        phases: 1,
+        units: scatter_units,
+        run: scatter_run::<S>,
+        scratch: no_scratch,
+        parts: no_parts,
+    }
 }
 
 struct Scatter {

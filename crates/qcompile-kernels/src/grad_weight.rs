@@ -6,7 +6,6 @@
 //! position. Images are cut into chunks by shape; every chunk has its own partial sums, and a last phase
 //! adds them in order.
 
-use crate::Primitive;
 use crate::args::Conv2dGradWeightArgs;
 use crate::buffer::{Buffer, Slot};
 use crate::depthwise::{self, Reach};
@@ -15,6 +14,7 @@ use crate::lanes::{Element, Lanes, Simd, Task};
 use crate::pack::{self, Right, Source};
 use crate::tile::{Block, Depth, Panels, ROW_GROUP};
 use crate::window::{Ahead, Extent, Window};
+use crate::{Primitive, no_parts};
 
 /// Most rows (kernel positions times input channels) of a unit.
 const UNIT_ROWS: usize = 10 * ROW_GROUP;
@@ -142,7 +142,13 @@ unsafe extern "C" fn run<L: Lanes>(args: *const u64, phase: usize, begin: usize,
 
 /// The primitive on certain lanes.
 pub(crate) const fn primitive<L: Lanes>() -> Primitive {
-    Primitive { phases: 2, units: units::<L>, run: run::<L>, scratch: scratch::<L> }
+    Primitive {
+        phases: 2,
+        units: units::<L>,
+        run: run::<L>,
+        scratch: scratch::<L>,
+        parts: no_parts,
+    }
 }
 
 /// What is summed up at once: rows of one image, or several whole images.

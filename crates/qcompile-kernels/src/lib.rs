@@ -49,6 +49,14 @@ pub struct Primitive {
     pub run: unsafe extern "C" fn(args: *const u64, phase: usize, begin: usize, end: usize),
     /// Bytes of shared scratch wanted (may be 0). Pointers in the block may be null here.
     pub scratch: unsafe extern "C" fn(args: *const u64) -> usize,
+    /// Number of parts that rows are cut into for the epilogue; depends on the shapes (and the tier) only.
+    /// 0 where there is no epilogue.
+    pub parts: unsafe extern "C" fn(args: *const u64) -> usize,
+}
+
+/// Kernels without epilogue.
+pub(crate) unsafe extern "C" fn no_parts(_: *const u64) -> usize {
+    0
 }
 
 /// Names the kernels of the table, in its order.

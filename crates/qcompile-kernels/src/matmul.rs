@@ -287,9 +287,21 @@ unsafe extern "C" fn run<K: Kind, S: Simd>(
     }
 }
 
+unsafe extern "C" fn parts<K: Kind, S: Simd>(args: *const u64) -> usize {
+    // SAFETY: the caller passes the argument block of this kernel.
+    let ProductOf(p) = unsafe { K::read::<S>(args) };
+    p.batch * Cut::of::<K::Lanes<S>>(&p).row_blocks
+}
+
 /// The primitive of a kind on a tier.
 pub(crate) const fn primitive<K: Kind, S: Simd>() -> Primitive {
-    Primitive { phases: 2, units: units::<K, S>, run: run::<K, S>, scratch: scratch::<K, S> }
+    Primitive {
+        phases: 2,
+        units: units::<K, S>,
+        run: run::<K, S>,
+        scratch: scratch::<K, S>,
+        parts: parts::<K, S>,
+    }
 }
 
 /// Packs what all units share: panels of B, then row groups of A.
@@ -506,6 +518,7 @@ impl<L: Lanes> Compute<L> {
             let finish = Finish {
                 epilogue: p.epilogue,
                 epilogue_ctx: p.epilogue_ctx,
+                part: matrix * cut.row_blocks + row_block,
                 row: matrix * p.m + row,
                 column,
                 columns,

@@ -1,8 +1,8 @@
 //! Max pooling and its gradient.
 
-use crate::Primitive;
 use crate::args::{MaxPoolArgs, MaxPoolGradArgs, PoolShape};
 use crate::lanes::{Simd, Task};
+use crate::{Primitive, no_parts};
 
 /// Channels handled at once: their indices fit the stack and L1.
 const CHANNELS: usize = 64;
@@ -55,7 +55,7 @@ unsafe extern "C" fn run<S: Simd>(args: *const u64, _phase: usize, begin: usize,
 
 /// Max pooling on a tier; a unit is an output row.
 pub(crate) const fn primitive<S: Simd>() -> Primitive {
-    Primitive { phases: 1, units, run: run::<S>, scratch: no_scratch }
+    Primitive { phases: 1, units, run: run::<S>, scratch: no_scratch, parts: no_parts }
 }
 
 struct Forward {
@@ -111,7 +111,13 @@ unsafe extern "C" fn grad_run<S: Simd>(args: *const u64, _phase: usize, begin: u
 
 /// The gradient on a tier; a unit is an image's block of channels.
 pub(crate) const fn grad_primitive<S: Simd>() -> Primitive {
-    Primitive { phases: 1, units: grad_units, run: grad_run::<S>, scratch: no_scratch }
+    Primitive {
+        phases: 1,
+        units: grad_units,
+        run: grad_run::<S>,
+        scratch: no_scratch,
+        parts: no_parts,
+    }
 }
 
 struct Grad {

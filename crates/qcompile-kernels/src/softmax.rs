@@ -1,8 +1,8 @@
 //! Softmax, log-softmax, and the cross-entropy loss with its gradient.
 
-use crate::Primitive;
 use crate::args::{CrossEntropyArgs, CrossEntropyGradArgs, SoftmaxArgs};
 use crate::lanes::{Simd, Task};
+use crate::{Primitive, no_parts};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Accumulators of a row reduction; their number fixes the order of summation on every tier.
@@ -97,7 +97,7 @@ unsafe extern "C" fn run<S: Simd, const LOG: bool>(
 
 /// Softmax (or its logarithm) on a tier; a unit is a row.
 pub(crate) const fn primitive<S: Simd, const LOG: bool>() -> Primitive {
-    Primitive { phases: 1, units, run: run::<S, LOG>, scratch: no_scratch }
+    Primitive { phases: 1, units, run: run::<S, LOG>, scratch: no_scratch, parts: no_parts }
 }
 
 struct Softmax<const LOG: bool> {
@@ -169,7 +169,13 @@ unsafe extern "C" fn loss_run<S: Simd>(args: *const u64, _phase: usize, begin: u
 
 /// Cross-entropy on a tier; a unit is a row.
 pub(crate) const fn loss_primitive<S: Simd>() -> Primitive {
-    Primitive { phases: 1, units: loss_units, run: loss_run::<S>, scratch: no_scratch }
+    Primitive {
+        phases: 1,
+        units: loss_units,
+        run: loss_run::<S>,
+        scratch: no_scratch,
+        parts: no_parts,
+    }
 }
 
 struct Loss {
@@ -216,7 +222,13 @@ unsafe extern "C" fn grad_run<S: Simd>(args: *const u64, _phase: usize, begin: u
 
 /// The gradient of the cross-entropy on a tier; a unit is a row.
 pub(crate) const fn grad_primitive<S: Simd>() -> Primitive {
-    Primitive { phases: 1, units: grad_units, run: grad_run::<S>, scratch: no_scratch }
+    Primitive {
+        phases: 1,
+        units: grad_units,
+        run: grad_run::<S>,
+        scratch: no_scratch,
+        parts: no_parts,
+    }
 }
 
 struct Grad {

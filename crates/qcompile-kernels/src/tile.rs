@@ -351,6 +351,8 @@ pub(crate) struct Finish {
     pub(crate) epilogue: Option<Epilogue>,
     /// First argument of the epilogue.
     pub(crate) epilogue_ctx: *const u8,
+    /// The unit's range of rows.
+    pub(crate) part: usize,
     /// Row 0 of the unit in the numbering of the epilogue.
     pub(crate) row: usize,
     /// Column 0 of the unit.
@@ -381,6 +383,7 @@ impl Finish {
                     rows,
                     self.column,
                     self.columns,
+                    self.part,
                 );
             } else {
                 for r in 0..rows {

@@ -2,9 +2,11 @@
 //!
 //! An elementwise node or a reduction joins a group that iterates over the same sizes in the same region, if it
 //! uses a value of that group or reads what the group reads, and if no path leads from the group out and back to
-//! it. Elementwise nodes join a matmul or convolution as its epilogue under the same conditions.
+//! it. Elementwise nodes join a matmul or convolution as its epilogue under the same conditions, and so do reductions
+//! over its rows.
 
 use crate::build::PlanError;
+use crate::deviations::{crosses_rows, deviations};
 use crate::merge::merge;
 use crate::view::View;
 use qcompile_ir::{DType, Dim, Graph, NodeId, Op, Region};
@@ -69,6 +71,8 @@ pub(crate) struct Fusion {
     pub(crate) needs: Vec<BitSet>,
     pub(crate) views: Vec<View>,
     pub(crate) low: BTreeMap<NodeId, LowOperands>,
+    /// Sums of squared deviations that a product's kernel computes, each with the product.
+    pub(crate) deviations: BTreeMap<NodeId, NodeId>,
 }
 
 /// A growing set of small numbers.
@@ -124,7 +128,8 @@ const MAX_GROUPS: usize = 1 << 15;
 /// [`PlanError::TooLarge`].
 pub(crate) fn fuse(graph: &Graph, order: &[NodeId], views: Vec<View>) -> Result<Fusion, PlanError> {
     let low = low_products(graph, &views);
-    let live = live(graph, order, &views, &low);
+    let deviations = deviations(graph, &views);
+    let live = live(graph, order, &views, &low, &deviations);
     let mut fusion = Fusion {
         groups: Vec::new(),
         group_of: vec![None; graph.len()],
@@ -132,13 +137,16 @@ pub(crate) fn fuse(graph: &Graph, order: &[NodeId], views: Vec<View>) -> Result<
         needs: Vec::new(),
         views,
         low,
+        deviations,
     };
     let mut by_domain: BTreeMap<(Region, Vec<Dim>), Vec<usize>> = BTreeMap::new();
     for (position, &id) in order.iter().enumerate() {
-        if !live[id.index()] || graph.op(id).is_leaf() || fusion.is_view(graph, id) {
+        let placed = fusion.group_of[id.index()].is_some();
+        if !live[id.index()] || graph.op(id).is_leaf() || fusion.is_view(graph, id) || placed {
             continue;
         }
         fusion.place(graph, id, position, &mut by_domain);
+        fusion.place_deviations(id, &live);
         if fusion.groups.len() > MAX_GROUPS {
             return Err(PlanError::TooLarge { limit: MAX_GROUPS });
         }
@@ -203,10 +211,16 @@ impl Fusion {
         let domain = self.domain(graph, id);
         let reads = self.memory_reads(graph, id, position, kind);
         let key = (region, domain.clone());
+        let may_join = |group: &usize| self.may_join(graph, *group, id, kind, &reads);
         let joined = match kind {
             Kind::Loop | Kind::Collective => by_domain.get(&key).and_then(|candidates| {
                 let recent = candidates.iter().rev().take(MAX_CANDIDATES);
-                recent.copied().find(|&group| self.may_join(graph, group, id, kind, &reads))
+                // A reduction goes where its operand is made, if it can.
+                let own = matches!(graph.op(id), Op::Reduce { .. })
+                    .then(|| self.group_of[self.views[graph.operand(id, 0).index()].base.index()])
+                    .flatten()
+                    .filter(|own| candidates.contains(own));
+                own.iter().chain(recent).copied().find(may_join)
             }),
             Kind::Primitive | Kind::Assembly | Kind::Copy => None,
         };
@@ -224,7 +238,11 @@ impl Fusion {
             self.groups.len() - 1
         });
         self.groups[group].members.push(id);
-        self.groups[group].position = position;
+        // A product does not wait for what only uses the sums over its rows.
+        let sums = matches!(graph.op(id), Op::Reduce { .. });
+        if !sums || self.groups[group].kind != Kind::Primitive {
+            self.groups[group].position = position;
+        }
         self.group_of[id.index()] = Some(group);
         for read in reads {
             if let Some(from) = self.producer(read)
@@ -236,6 +254,16 @@ impl Fusion {
             if !direct && !self.groups[group].reads.contains(&read) {
                 self.groups[group].reads.push(read);
             }
+        }
+    }
+
+    /// Adds the squared deviations that a product's kernel computes, while nothing else has joined it.
+    fn place_deviations(&mut self, product: NodeId, live: &[bool]) {
+        let Some(group) = self.group_of[product.index()] else { return };
+        let of_product = self.deviations.iter().filter(|(_, of)| **of == product);
+        for (&id, _) in of_product.filter(|(id, _)| live[id.index()]) {
+            self.groups[group].members.push(id);
+            self.group_of[id.index()] = Some(group);
         }
     }
 
@@ -362,8 +390,14 @@ impl Fusion {
                     .any(|read| into.reads.contains(read) && !self.is_small(graph, *read))
             }
             Kind::Primitive => {
+                let rows = match graph.op(id) {
+                    Op::Reduce { axes, .. } => {
+                        crosses_rows(axes, into.domain.len()) && graph.ty(id).dtype.is_float()
+                    }
+                    _ => true,
+                };
                 uses && has_epilogue(graph.op(into.members[0]))
-                    && !matches!(graph.op(id), Op::Reduce { .. })
+                    && rows
                     && operands.iter().all(|operand| {
                         self.views[operand.index()].as_matrix().is_some()
                             || Fusion::is_immediate(graph, self.views[operand.index()].base)
@@ -412,7 +446,7 @@ fn is_view_op(op: &Op) -> bool {
 }
 
 /// Whether elementwise nodes may follow within the kernel of this op.
-fn has_epilogue(op: &Op) -> bool {
+pub(crate) fn has_epilogue(op: &Op) -> bool {
     matches!(op, Op::Matmul { .. } | Op::Conv2d(_) | Op::Conv2dGradInput(_))
 }
 
@@ -526,6 +560,7 @@ fn live(
     order: &[NodeId],
     views: &[View],
     low: &BTreeMap<NodeId, LowOperands>,
+    deviations: &BTreeMap<NodeId, NodeId>,
 ) -> Vec<bool> {
     let mut live = vec![false; graph.len()];
     for id in graph.outputs().iter().map(|(_, id)| id).chain(graph.next().values()) {
@@ -541,6 +576,8 @@ fn live(
             for needed in [low.a.base, low.b.base].into_iter().chain(scales) {
                 live[needed.index()] = true;
             }
+        } else if let Some(product) = deviations.get(&id) {
+            live[product.index()] = true;
         } else if views[id.index()].base == id {
             for operand in graph.operands(id) {
                 live[operand.index()] = true;

@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod build;
+mod deviations;
 pub mod file;
 mod fuse;
 mod lower;

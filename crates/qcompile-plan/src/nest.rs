@@ -100,6 +100,14 @@ pub enum Write {
         /// Index into the body.
         value: usize,
     },
+    /// In an epilogue: the sum of the squares of the deviations from the mean, both over all dims whose stride is 0, in
+    /// one pass. Strides as for a reduction; the value is the tile or casts of it.
+    Deviations {
+        /// Where.
+        access: Access,
+        /// Index into the body.
+        value: usize,
+    },
 }
 
 impl Write {
@@ -107,7 +115,17 @@ impl Write {
     #[must_use]
     pub fn access(&self) -> &Access {
         match self {
-            Write::Store { access, .. } | Write::Reduce { access, .. } => access,
+            Write::Store { access, .. }
+            | Write::Reduce { access, .. }
+            | Write::Deviations { access, .. } => access,
+        }
+    }
+
+    pub(crate) fn access_mut(&mut self) -> &mut Access {
+        match self {
+            Write::Store { access, .. }
+            | Write::Reduce { access, .. }
+            | Write::Deviations { access, .. } => access,
         }
     }
 
@@ -115,7 +133,17 @@ impl Write {
     #[must_use]
     pub fn value(&self) -> usize {
         match self {
-            Write::Store { value, .. } | Write::Reduce { value, .. } => *value,
+            Write::Store { value, .. }
+            | Write::Reduce { value, .. }
+            | Write::Deviations { value, .. } => *value,
+        }
+    }
+
+    pub(crate) fn value_mut(&mut self) -> &mut usize {
+        match self {
+            Write::Store { value, .. }
+            | Write::Reduce { value, .. }
+            | Write::Deviations { value, .. } => value,
         }
     }
 }

@@ -35,16 +35,14 @@ impl<'a> NestBuilder<'a> {
     /// Adds members in order, with the writes of those that are read from memory.
     pub(crate) fn members(&mut self, members: &[NodeId]) {
         for &id in members {
+            if let Some(&product) = self.lowering.fusion.deviations.get(&id) {
+                let (value, access) = (self.values[&product], self.reduced(id));
+                self.nest.writes.push(Write::Deviations { access, value });
+                continue;
+            }
             if let Op::Reduce { op, .. } = *self.lowering.graph.op(id) {
                 let value = self.operand(self.lowering.graph.operand(id, 0));
-                let shape = &self.lowering.graph.ty(id).shape;
-                let view = View::dense(id, shape);
-                let access = Access {
-                    slot: self.lowering.memory.slot_of[&id],
-                    dtype: self.lowering.graph.ty(id).dtype,
-                    offset: Affine::ZERO,
-                    strides: view.strides,
-                };
+                let access = self.reduced(id);
                 self.nest.writes.push(Write::Reduce { access, op, value });
                 continue;
             }
@@ -53,6 +51,17 @@ impl<'a> NestBuilder<'a> {
             if self.lowering.is_stored(id) {
                 self.store_dense(id, value);
             }
+        }
+    }
+
+    /// Where the results of a reduction go.
+    fn reduced(&self, id: NodeId) -> Access {
+        let ty = self.lowering.graph.ty(id);
+        Access {
+            slot: self.lowering.memory.slot_of[&id],
+            dtype: ty.dtype,
+            offset: Affine::ZERO,
+            strides: View::dense(id, &ty.shape).strides,
         }
     }
 
@@ -178,9 +187,7 @@ impl<'a> NestBuilder<'a> {
             .reads
             .iter_mut()
             .map(|read| &mut read.strides)
-            .chain(self.nest.writes.iter_mut().map(|write| match write {
-                Write::Store { access, .. } | Write::Reduce { access, .. } => &mut access.strides,
-            }))
+            .chain(self.nest.writes.iter_mut().map(|write| &mut write.access_mut().strides))
             .collect();
         self.nest.dims = collapse(&self.domain, &mut accesses);
         self.nest
@@ -198,11 +205,7 @@ impl<'a> NestBuilder<'a> {
             access.strides = vec![row, access.strides[last]];
         };
         self.nest.reads.iter_mut().for_each(flatten);
-        for write in &mut self.nest.writes {
-            match write {
-                Write::Store { access, .. } | Write::Reduce { access, .. } => flatten(access),
-            }
-        }
+        self.nest.writes.iter_mut().for_each(|write| flatten(write.access_mut()));
         self.nest.dims = dims.to_vec();
         self.nest
     }
@@ -231,11 +234,7 @@ impl<'a> NestBuilder<'a> {
             })
             .collect();
         for write in &mut self.nest.writes {
-            match write {
-                Write::Store { value, .. } | Write::Reduce { value, .. } => {
-                    *value = renumbered(&kept, *value);
-                }
-            }
+            *write.value_mut() = renumbered(&kept, write.value());
         }
         self.nest.body = new_body;
         self.nest.reads = reads.iter().map(|&read| self.nest.reads[read].clone()).collect();

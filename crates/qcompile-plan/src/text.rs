@@ -133,6 +133,9 @@ fn write_nest(f: &mut fmt::Formatter<'_>, nest: &LoopNest) -> fmt::Result {
             Write::Reduce { access, op, value } => {
                 writeln!(f, "    {access} = {} v{value}", op.name())?;
             }
+            Write::Deviations { access, value } => {
+                writeln!(f, "    {access} = squared_deviations v{value}")?;
+            }
         }
     }
     Ok(())

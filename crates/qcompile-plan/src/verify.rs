@@ -2,7 +2,8 @@
 //!
 //! * every access of every loop nest and every operand of every primitive lies within its slot;
 //! * a body value uses only earlier values, with operands of fitting kinds of types;
-//! * a store touches each element at most once, an epilogue iterates over the rows and columns of its product;
+//! * a store touches each element at most once, an epilogue iterates over the rows and columns of its product and
+//!   reduces floats down the rows only;
 //! * nothing writes a constant or an input, and every binding fits its slot;
 //! * regions do not go back.
 
@@ -154,6 +155,9 @@ fn check_kernel(plan: &Plan, kernel: &Kernel) -> Checked {
                 }
                 if position + 1 < nests.len() && nest.crosses_split() {
                     return Err("only the last loop nest may cross the split".to_owned());
+                }
+                if nest.writes.iter().any(|write| matches!(write, Write::Deviations { .. })) {
+                    return Err("squared deviations outside of an epilogue".to_owned());
                 }
                 if nest.body.contains(&Scalar::Tile) {
                     return Err("a tile outside of an epilogue".to_owned());
@@ -313,8 +317,13 @@ fn check_epilogue(plan: &Plan, nest: Option<&LoopNest>, rows: Dim, cols: Dim) ->
     if nest.dims != [rows, cols] {
         return Err("an epilogue does not run over its product".to_owned());
     }
-    if nest.writes.iter().any(|write| matches!(write, Write::Reduce { .. })) {
-        return Err("an epilogue has a reduction".to_owned());
+    for write in nest.writes.iter().filter(|write| !matches!(write, Write::Store { .. })) {
+        let access = write.access();
+        let down = matches!(access.strides[..], [row, column]
+            if row.scale == 0 && (column.scale == 0 || column == Dim::ONE));
+        if !down || !access.dtype.is_float() {
+            return Err("a reduction of an epilogue does not go down its rows".to_owned());
+        }
     }
     check_nest(plan, nest)
 }

@@ -112,13 +112,26 @@ impl Guarded {
 pub(crate) struct Collector {
     pub(crate) values: Vec<f32>,
     pub(crate) seen: Vec<u32>,
+    /// The part in which each element came.
+    pub(crate) parts: Vec<usize>,
     pub(crate) columns: usize,
 }
 
 impl Collector {
     pub(crate) fn new(rows: usize, columns: usize) -> Collector {
         let (values, seen) = (vec![f32::NAN; rows * columns], vec![0; rows * columns]);
-        Collector { values, seen, columns }
+        Collector { values, seen, parts: vec![usize::MAX; rows * columns], columns }
+    }
+
+    /// Checks what came: each element once, in a part that belongs to its row and that the kernel knows.
+    pub(crate) fn checked<A>(&self, table: &Kernels, id: KernelId, args: &A, what: &str) {
+        assert!(self.seen.iter().all(|&seen| seen == 1), "{what}: epilogue coverage");
+        // SAFETY: the block is the kernel's.
+        let parts = unsafe { (table.get(id).parts)(std::ptr::from_ref(args).cast()) };
+        for row in self.parts.chunks(self.columns.max(1)) {
+            let same = row.iter().all(|&part| part == row[0] && part < parts);
+            assert!(same, "{what}: a row in parts {row:?} of {parts}");
+        }
     }
 
     pub(crate) unsafe extern "C" fn collect(
@@ -129,6 +142,7 @@ impl Collector {
         rows: usize,
         col0: usize,
         cols: usize,
+        part: usize,
     ) {
         // SAFETY: the tests pass a collector that nothing else uses, on one thread.
         unsafe {
@@ -138,6 +152,7 @@ impl Collector {
                     let at = (row0 + r) * this.columns + col0 + c;
                     this.values[at] = *tile.add(r * tile_stride + c);
                     this.seen[at] += 1;
+                    this.parts[at] = part;
                 }
             }
         }
