@@ -1,5 +1,6 @@
 //! Steps that call a hand-scheduled kernel: its argument block, its phases, and its share of units.
 
+use crate::attention;
 use crate::emitter::Emitter;
 use crate::frame::Frame;
 use cranelift_codegen::ir::types::I64;
@@ -12,7 +13,9 @@ use qcompile_kernels::args::{
     SoftmaxArgs,
 };
 use qcompile_kernels::{KernelId, Kernels, Primitive as Entry};
-use qcompile_plan::{Convolution, Matmul, Matrix, Place, Pooling, Primitive, Product};
+use qcompile_plan::{
+    AttentionResult, Convolution, Matmul, Matrix, Place, Pooling, Primitive, Product,
+};
 use std::mem::{offset_of, size_of};
 
 /// Labels with this value are left out of the loss.
@@ -38,6 +41,10 @@ pub(crate) fn kernel_id(primitive: &Primitive) -> KernelId {
             (false, false) => KernelId::AveragePool,
             (false, true) => KernelId::AveragePoolGrad,
         },
+        Primitive::Attention(attention) => match attention.result {
+            AttentionResult::Forward(_) => KernelId::Attention,
+            AttentionResult::Gradients { .. } => KernelId::AttentionGrad,
+        },
         Primitive::Softmax { log: false, .. } => KernelId::Softmax,
         Primitive::Softmax { log: true, .. } => KernelId::LogSoftmax,
         Primitive::CrossEntropy { .. } => KernelId::CrossEntropy,
@@ -53,13 +60,13 @@ pub(crate) struct Block {
 }
 
 impl Block {
-    fn new<T>(e: &mut Emitter<'_, '_>) -> Block {
+    pub(crate) fn new<T>(e: &mut Emitter<'_, '_>) -> Block {
         let bytes = u32::try_from(size_of::<T>()).expect("argument blocks are small");
         let data = StackSlotData::new(StackSlotKind::ExplicitSlot, bytes, 3);
         Block { slot: e.b.create_sized_stack_slot(data) }
     }
 
-    fn put(&self, e: &mut Emitter<'_, '_>, offset: usize, value: Value) {
+    pub(crate) fn put(&self, e: &mut Emitter<'_, '_>, offset: usize, value: Value) {
         let offset = i32::try_from(offset).expect("argument blocks are small");
         e.b.ins().stack_store(I64, value, self.slot, offset);
     }
@@ -98,6 +105,7 @@ pub(crate) fn arguments(
         Primitive::Matmul(matmul, _) => self::matmul(e, matmul, tail),
         Primitive::Convolution(convolution, _) => self::convolution(e, convolution, tail),
         Primitive::Pooling(pooling) => self::pooling(e, pooling),
+        Primitive::Attention(attention) => attention::arguments(e, attention),
         Primitive::Softmax { rows, cols, x, y, .. } => {
             let block = Block::new::<SoftmaxArgs>(e);
             fields!(
@@ -444,6 +452,7 @@ pub(crate) fn places(primitive: &Primitive) -> (Vec<Place>, Vec<Place>) {
             (reads, if epilogue.is_some() { Vec::new() } else { vec![*c] })
         }
         Primitive::Pooling(pooling) => (vec![pooling.x, pooling.dy], vec![pooling.y]),
+        Primitive::Attention(attention) => attention::places(attention),
         Primitive::Softmax { x, y, .. } => (vec![*x], vec![*y]),
         Primitive::CrossEntropy { logits, label, loss, .. } => (vec![*logits, *label], vec![*loss]),
         Primitive::CrossEntropyGrad { logits, label, dloss, dlogits, .. } => {

@@ -173,11 +173,12 @@ impl Fusion {
         let reads = self.memory_reads(graph, id, position, kind);
         let key = (region, domain.clone());
         let joined = match kind {
+            Kind::Primitive => self.same_attention(graph, id),
             Kind::Loop | Kind::Collective => by_domain.get(&key).and_then(|candidates| {
                 let recent = candidates.iter().rev().take(MAX_CANDIDATES);
                 recent.copied().find(|&group| self.may_join(graph, group, id, kind, &reads))
             }),
-            Kind::Primitive | Kind::Assembly | Kind::Copy => None,
+            Kind::Assembly | Kind::Copy => None,
         };
         let group = joined.unwrap_or_else(|| {
             self.groups.push(Group {
@@ -206,6 +207,20 @@ impl Fusion {
                 self.groups[group].reads.push(read);
             }
         }
+    }
+
+    /// The group of the other gradients of one attention: one kernel computes all that are wanted. They have the
+    /// same operands, so none needs another.
+    fn same_attention(&self, graph: &Graph, id: NodeId) -> Option<usize> {
+        let Op::AttentionGrad { scale, causal, .. } = *graph.op(id) else { return None };
+        let operands = graph.operands(id);
+        let same = |group: &Group| {
+            let first = group.members[0];
+            matches!(*graph.op(first), Op::AttentionGrad { scale: s, causal: c, .. } if (s, c) == (scale, causal))
+                && group.region == graph.node(id).region
+                && graph.operands(first) == operands
+        };
+        self.groups.iter().position(same)
     }
 
     /// The group that writes the memory of `base`.
@@ -273,6 +288,10 @@ impl Fusion {
                     }
                 })
                 .collect(),
+            // Its kernels take any strides.
+            (Kind::Primitive, Op::Attention { .. } | Op::AttentionGrad { .. }) => {
+                operands.iter().map(|&operand| self.views[operand.index()].base).collect()
+            }
             (Kind::Primitive | Kind::Collective, _) => {
                 operands.iter().map(|&operand| self.dense_base(graph, operand, position)).collect()
             }
@@ -410,6 +429,8 @@ fn kind_of(op: &Op) -> Kind {
         | Op::AveragePool2dGrad(_)
         | Op::Gather
         | Op::ScatterAdd { .. }
+        | Op::Attention { .. }
+        | Op::AttentionGrad { .. }
         | Op::Softmax
         | Op::LogSoftmax
         | Op::CrossEntropy

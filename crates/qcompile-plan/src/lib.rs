@@ -7,6 +7,7 @@
 //! within its slot for every batch size.
 #![forbid(unsafe_code)]
 
+mod attention;
 mod build;
 pub mod file;
 mod fuse;
@@ -26,5 +27,8 @@ pub use build::{BuildOptions, PlanError, build};
 pub use file::FileError;
 pub use nest::{Access, LoopNest, Scalar, Write};
 pub use plan::{Affine, Binding, Kernel, Plan, Slot, SlotId, Step, Storage};
-pub use primitive::{Convolution, Int8, Matmul, Matrix, Place, Pooling, Primitive, Product};
+pub use primitive::{
+    Attention, AttentionResult, Convolution, Int8, Matmul, Matrix, Place, Pooling, Primitive,
+    Product, Strided,
+};
 pub use verify::{VerifyError, verify};

@@ -137,13 +137,7 @@ fn check_outputs(graph: &Graph, params: &[NodeId]) -> Result<(), PassError> {
 /// carry gradients.
 fn active_nodes(graph: &Graph, loss: NodeId) -> Vec<bool> {
     let order = graph.order();
-    let mut from_param = vec![false; graph.len()];
-    for &id in &order {
-        from_param[id.index()] = matches!(graph.op(id), Op::Param(_))
-            || graph.operands(id).into_iter().enumerate().any(|(position, operand)| {
-                from_param[operand.index()] && rules::carries_gradient(graph, id, position)
-            });
-    }
+    let from_param = trained(graph);
     let mut to_loss = vec![false; graph.len()];
     to_loss[loss.index()] = true;
     for &id in order.iter().rev().filter(|id| from_param[id.index()]) {
@@ -154,6 +148,18 @@ fn active_nodes(graph: &Graph, loss: NodeId) -> Vec<bool> {
         }
     }
     from_param.iter().zip(&to_loss).map(|(&from, &to)| from && to).collect()
+}
+
+/// For each node index: whether it depends on a parameter through operands that carry gradients.
+pub(crate) fn trained(graph: &Graph) -> Vec<bool> {
+    let mut trained = vec![false; graph.len()];
+    for id in graph.order() {
+        trained[id.index()] = matches!(graph.op(id), Op::Param(_))
+            || graph.operands(id).into_iter().enumerate().any(|(position, operand)| {
+                trained[operand.index()] && rules::carries_gradient(graph, id, position)
+            });
+    }
+    trained
 }
 
 /// The derivative of the loss with respect to itself.
