@@ -6,6 +6,7 @@
 //!
 //! `unsafe` is confined to [`mod@program`], which owns the code, and to the frame's claim to be shared.
 
+mod attention;
 mod body;
 mod emitter;
 mod epilogue;

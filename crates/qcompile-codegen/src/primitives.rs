@@ -1,5 +1,6 @@
 //! Steps that call a hand-scheduled kernel: its argument block, its phases, and its share of units.
 
+use crate::attention;
 use crate::emitter::Emitter;
 use crate::epilogue::Partials;
 use crate::frame::Frame;
@@ -14,7 +15,9 @@ use qcompile_kernels::args::{
     SoftmaxArgs,
 };
 use qcompile_kernels::{KernelId, Kernels, Primitive as Entry};
-use qcompile_plan::{Convolution, Matmul, Matrix, Operands, Place, Pooling, Primitive, Product};
+use qcompile_plan::{
+    AttentionResult, Convolution, Matmul, Matrix, Operands, Place, Pooling, Primitive, Product,
+};
 use std::mem::{offset_of, size_of};
 
 /// Labels with this value are left out of the loss.
@@ -46,6 +49,10 @@ pub(crate) fn kernel_id(primitive: &Primitive) -> KernelId {
             (false, false) => KernelId::AveragePool,
             (false, true) => KernelId::AveragePoolGrad,
         },
+        Primitive::Attention(attention) => match attention.result {
+            AttentionResult::Forward(_) => KernelId::Attention,
+            AttentionResult::Gradients { .. } => KernelId::AttentionGrad,
+        },
         Primitive::Softmax { log: false, .. } => KernelId::Softmax,
         Primitive::Softmax { log: true, .. } => KernelId::LogSoftmax,
         Primitive::CrossEntropy { .. } => KernelId::CrossEntropy,
@@ -63,13 +70,13 @@ pub(crate) struct Block {
 }
 
 impl Block {
-    fn new<T>(e: &mut Emitter<'_, '_>) -> Block {
+    pub(crate) fn new<T>(e: &mut Emitter<'_, '_>) -> Block {
         let bytes = u32::try_from(size_of::<T>()).expect("argument blocks are small");
         let data = StackSlotData::new(StackSlotKind::ExplicitSlot, bytes, 3);
         Block { slot: e.b.create_sized_stack_slot(data), scratch: 0 }
     }
 
-    fn put(&self, e: &mut Emitter<'_, '_>, offset: usize, value: Value) {
+    pub(crate) fn put(&self, e: &mut Emitter<'_, '_>, offset: usize, value: Value) {
         let offset = i32::try_from(offset).expect("argument blocks are small");
         e.b.ins().stack_store(I64, value, self.slot, offset);
     }
@@ -108,6 +115,7 @@ pub(crate) fn arguments(
         Primitive::Matmul(matmul, _) => self::matmul(e, matmul, tail),
         Primitive::Convolution(convolution, _) => self::convolution(e, convolution, tail),
         Primitive::Pooling(pooling) => self::pooling(e, pooling),
+        Primitive::Attention(attention) => attention::arguments(e, attention),
         Primitive::Softmax { rows, cols, x, y, .. } => {
             let block = Block::new::<SoftmaxArgs>(e);
             fields!(
@@ -527,6 +535,7 @@ pub(crate) fn places(primitive: &Primitive) -> (Vec<Place>, Vec<Place>) {
             (reads, if epilogue.is_some() { Vec::new() } else { vec![*c] })
         }
         Primitive::Pooling(pooling) => (vec![pooling.x, pooling.dy], vec![pooling.y]),
+        Primitive::Attention(attention) => attention::places(attention),
         Primitive::Softmax { x, y, .. } => (vec![*x], vec![*y]),
         Primitive::CrossEntropy { logits, label, loss, .. } => (vec![*logits, *label], vec![*loss]),
         Primitive::CrossEntropyGrad { logits, label, dloss, dlogits, .. } => {

@@ -1,6 +1,9 @@
 //! The type of a node from its op and the types of its operands: one function per family of ops.
 
-use crate::{BinaryOp, ConvGeometry, DType, Dim, Op, PoolGeometry, Shape, TensorType, UnaryOp};
+use crate::{
+    AttentionOperand, BinaryOp, ConvGeometry, DType, Dim, Op, PoolGeometry, Shape, TensorType,
+    UnaryOp,
+};
 use thiserror::Error;
 
 /// Why a node has no type.
@@ -101,6 +104,23 @@ fn infer_type(op: &Op, operands: Types) -> Result<TensorType, String> {
         Op::Concat { axis } => concat(*axis, operands),
         Op::Gather => gather(operands),
         Op::ScatterAdd { rows } => scatter_add(*rows, operands),
+        Op::Attention { scale, .. } => {
+            let (operands, mask) = operands.split_at(operands.len().min(3));
+            attention(*scale, operands, mask)
+        }
+        Op::AttentionGrad { of, scale, .. } => {
+            let Some((dy, operands)) = operands.split_last() else {
+                return Err("takes 4 or 5 operands, not 0".to_owned());
+            };
+            let (operands, mask) = operands.split_at(operands.len().min(3));
+            same(&attention(*scale, operands, mask)?, dy)?;
+            Ok(operands[match of {
+                AttentionOperand::Q => 0,
+                AttentionOperand::K => 1,
+                AttentionOperand::V => 2,
+            }]
+            .clone())
+        }
         Op::Softmax | Op::LogSoftmax => {
             let [x] = exactly(operands)?;
             float(x)?;
@@ -210,6 +230,45 @@ fn elementwise_binary(op: BinaryOp, operands: Types) -> Result<TensorType, Strin
     } else {
         Err(format!("does not take {a}"))
     }
+}
+
+fn attention(scale: f32, operands: Types, mask: Types) -> Result<TensorType, String> {
+    let [q, k, v] = exactly(operands)?;
+    float(q)?;
+    if q.dtype != k.dtype || q.dtype != v.dtype {
+        return Err(format!("{q}, {k} and {v} are not of one element type"));
+    }
+    if !scale.is_finite() {
+        return Err(format!("the scale {scale} is not finite"));
+    }
+    let (&[b, t, h, d], &[kb, s, g, kd], &[vb, vs, vg, e]) =
+        (&q.shape.0[..], &k.shape.0[..], &v.shape.0[..])
+    else {
+        return Err(format!("{q}, {k} and {v} are not [batch, length, heads, width]"));
+    };
+    let (heads, groups) = (fixed(h, "the number of heads")?, fixed(g, "the number of heads")?);
+    if [kb, vb] != [b, b] || vs != s || vg != g || kd != d {
+        return Err(format!("{q}, {k} and {v} do not fit"));
+    }
+    if groups == 0 || heads % groups != 0 {
+        return Err(format!("{heads} heads do not share {groups}"));
+    }
+    match mask {
+        [] => {}
+        [mask] => {
+            let fits = |(&from, &to): (&Dim, &Dim)| from == to || from == Dim::ONE;
+            let dims = &mask.shape.0;
+            let fits = dims.len() == 4
+                && dims.iter().zip(&[b, h, t]).all(fits)
+                && dims[3] == s
+                && mask.dtype == DType::F32;
+            if !fits {
+                return Err(format!("the mask {mask} does not fit {q} and {k}"));
+            }
+        }
+        _ => return Err("takes at most one mask".to_owned()),
+    }
+    Ok(TensorType::new(q.dtype, Shape(vec![b, t, h, e])))
 }
 
 fn reduce(axes: &[usize], operands: Types) -> Result<TensorType, String> {

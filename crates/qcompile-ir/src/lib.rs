@@ -30,7 +30,8 @@ pub use infer::{TypeError, infer};
 pub use name::Name;
 pub use note::{Note, Precision};
 pub use op::{
-    BinaryOp, CollectiveOp, CompareOp, ConvGeometry, Op, PoolGeometry, ReduceOp, UnaryOp,
+    AttentionOperand, BinaryOp, CollectiveOp, CompareOp, ConvGeometry, Op, PoolGeometry, ReduceOp,
+    UnaryOp,
 };
 pub use tensor::Tensor;
 pub use types::{DType, Dim, Shape, TensorType};

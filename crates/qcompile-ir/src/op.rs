@@ -176,6 +176,33 @@ impl ReduceOp {
     }
 }
 
+/// The operands of an attention that have gradients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum AttentionOperand {
+    /// The queries.
+    Q,
+    /// The keys.
+    K,
+    /// The values.
+    V,
+}
+
+impl AttentionOperand {
+    /// Every one, in the order of the operands.
+    pub const ALL: [AttentionOperand; 3] =
+        [AttentionOperand::Q, AttentionOperand::K, AttentionOperand::V];
+
+    /// The attribute in text.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            AttentionOperand::Q => "q",
+            AttentionOperand::K => "k",
+            AttentionOperand::V => "v",
+        }
+    }
+}
+
 /// How ranks combine their values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum CollectiveOp {
@@ -363,6 +390,23 @@ pub enum Op {
         /// Rows of the result.
         rows: usize,
     },
+    /// `attention q[b, t, h, d], k[b, s, g, d], v[b, s, g, e] (, mask[b|1, h|1, t|1, s]) -> [b, t, h, e]`: the softmax
+    /// over `s` of `scale · q kᵀ + mask`, times `v`. Heads `h` are a multiple of `g`; each `h / g` share keys and values.
+    Attention {
+        /// What scores are multiplied with.
+        scale: f32,
+        /// Whether row `t` sees only keys `s <= t`.
+        causal: bool,
+    },
+    /// `attention_grad q, k, v (, mask), dy -> dq, dk or dv` of the attention with these attributes.
+    AttentionGrad {
+        /// Which operand's gradient.
+        of: AttentionOperand,
+        /// As in the attention.
+        scale: f32,
+        /// As in the attention.
+        causal: bool,
+    },
     /// Over the last axis.
     Softmax,
     /// Over the last axis.
@@ -426,6 +470,8 @@ impl Op {
             Op::Concat { .. } => "concat",
             Op::Gather => "gather",
             Op::ScatterAdd { .. } => "scatter_add",
+            Op::Attention { .. } => "attention",
+            Op::AttentionGrad { .. } => "attention_grad",
             Op::Softmax => "softmax",
             Op::LogSoftmax => "log_softmax",
             Op::CrossEntropy => "cross_entropy",

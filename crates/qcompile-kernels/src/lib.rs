@@ -6,6 +6,8 @@
 //! `0..units` over its threads in any way: results are bit-identical for every split.
 
 pub mod args;
+mod attention;
+mod attention_grad;
 mod average_pool;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -93,6 +95,10 @@ pub enum KernelId {
     AveragePool,
     /// [`args::AveragePoolGradArgs`]
     AveragePoolGrad,
+    /// [`args::AttentionArgs`]
+    Attention,
+    /// [`args::AttentionArgs`]
+    AttentionGrad,
     /// [`args::SoftmaxArgs`]
     Softmax,
     /// [`args::SoftmaxArgs`]
@@ -112,7 +118,7 @@ impl KernelId {
     pub const COUNT: usize = Self::ALL.len();
 
     /// All kernels in the order of the table.
-    pub const ALL: [KernelId; 21] = [
+    pub const ALL: [KernelId; 23] = [
         KernelId::Matmul,
         KernelId::MatmulI8,
         KernelId::Conv2d,
@@ -128,6 +134,8 @@ impl KernelId {
         KernelId::MaxPoolGrad,
         KernelId::AveragePool,
         KernelId::AveragePoolGrad,
+        KernelId::Attention,
+        KernelId::AttentionGrad,
         KernelId::Softmax,
         KernelId::LogSoftmax,
         KernelId::CrossEntropy,
@@ -175,6 +183,8 @@ const fn table<S: Simd>(tier: Tier) -> Kernels {
             max_pool::grad_primitive::<S>(),
             average_pool::primitive::<S>(),
             average_pool::grad_primitive::<S>(),
+            attention::primitive::<S>(),
+            attention_grad::primitive::<S>(),
             softmax::primitive::<S, false>(),
             softmax::primitive::<S, true>(),
             softmax::loss_primitive::<S>(),

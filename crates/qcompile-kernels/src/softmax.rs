@@ -6,11 +6,11 @@ use crate::{Primitive, no_parts};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Accumulators of a row reduction; their number fixes the order of summation on every tier.
-const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
 
 /// `exp(x)` to about 1 ulp for `x <= 0` down to -87; 0 below, NaN for NaN.
 #[inline(always)]
-fn exp<S: Simd>(x: f32) -> f32 {
+pub(crate) fn exp<S: Simd>(x: f32) -> f32 {
     let fma = |a: f32, b: f32, c: f32| if S::FMA { a.mul_add(b, c) } else { a * b + c };
     // Adding 1.5 * 2^23 rounds to a whole number in the low mantissa bits.
     const SHIFT: f32 = 12_582_912.0;
@@ -33,7 +33,7 @@ fn exp<S: Simd>(x: f32) -> f32 {
 }
 
 #[inline(always)]
-fn reduce(values: &[f32], start: f32, f: impl Fn(f32, f32) -> f32) -> f32 {
+pub(crate) fn reduce(values: &[f32], start: f32, f: impl Fn(f32, f32) -> f32) -> f32 {
     let mut lanes = [start; LANES];
     let mut chunks = values.chunks_exact(LANES);
     for chunk in &mut chunks {
@@ -76,7 +76,7 @@ fn sum_exp<S: Simd>(values: &[f32], max: f32) -> f32 {
     reduce(&lanes, 0.0, |a, b| a + b)
 }
 
-unsafe extern "C" fn no_scratch(_args: *const u64) -> usize {
+pub(crate) unsafe extern "C" fn no_scratch(_args: *const u64) -> usize {
     0
 }
 

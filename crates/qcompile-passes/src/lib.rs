@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 pub mod attach_loss;
+pub mod attention;
 mod builder;
 pub mod differentiate;
 pub mod distribute;

@@ -213,6 +213,7 @@ impl Fusion {
         let key = (region, domain.clone());
         let may_join = |group: &usize| self.may_join(graph, *group, id, kind, &reads);
         let joined = match kind {
+            Kind::Primitive => self.same_attention(graph, id),
             Kind::Loop | Kind::Collective => by_domain.get(&key).and_then(|candidates| {
                 let recent = candidates.iter().rev().take(MAX_CANDIDATES);
                 // A reduction goes where its operand is made, if it can.
@@ -222,7 +223,7 @@ impl Fusion {
                     .filter(|own| candidates.contains(own));
                 own.iter().chain(recent).copied().find(may_join)
             }),
-            Kind::Primitive | Kind::Assembly | Kind::Copy => None,
+            Kind::Assembly | Kind::Copy => None,
         };
         let group = joined.unwrap_or_else(|| {
             self.groups.push(Group {
@@ -265,6 +266,20 @@ impl Fusion {
             self.groups[group].members.push(id);
             self.group_of[id.index()] = Some(group);
         }
+    }
+
+    /// The group of the other gradients of one attention: one kernel computes all that are wanted. They have the
+    /// same operands, so none needs another.
+    fn same_attention(&self, graph: &Graph, id: NodeId) -> Option<usize> {
+        let Op::AttentionGrad { scale, causal, .. } = *graph.op(id) else { return None };
+        let operands = graph.operands(id);
+        let same = |group: &Group| {
+            let first = group.members[0];
+            matches!(*graph.op(first), Op::AttentionGrad { scale: s, causal: c, .. } if (s, c) == (scale, causal))
+                && group.region == graph.node(id).region
+                && graph.operands(first) == operands
+        };
+        self.groups.iter().position(same)
     }
 
     /// The group that writes the memory of `base`.
@@ -329,6 +344,10 @@ impl Fusion {
                     if base == operand { self.dense_base(graph, operand, position) } else { base }
                 })
                 .collect(),
+            // Its kernels take any strides.
+            (Kind::Primitive, Op::Attention { .. } | Op::AttentionGrad { .. }) => {
+                operands.iter().map(|&operand| self.views[operand.index()].base).collect()
+            }
             (Kind::Primitive | Kind::Collective, _) => {
                 operands.iter().map(|&operand| self.dense_base(graph, operand, position)).collect()
             }
@@ -472,6 +491,8 @@ fn kind_of(op: &Op) -> Kind {
         | Op::AveragePool2dGrad(_)
         | Op::Gather
         | Op::ScatterAdd { .. }
+        | Op::Attention { .. }
+        | Op::AttentionGrad { .. }
         | Op::Softmax
         | Op::LogSoftmax
         | Op::CrossEntropy

@@ -7,6 +7,7 @@
 //! within its slot for every batch size.
 #![forbid(unsafe_code)]
 
+mod attention;
 mod build;
 mod deviations;
 pub mod file;
@@ -29,7 +30,8 @@ pub use file::FileError;
 pub use nest::{Access, LoopNest, Scalar, Write};
 pub use plan::{Affine, Binding, Kernel, Plan, Slot, SlotId, Step, Storage};
 pub use primitive::{
-    Convolution, Int8, Matmul, Matrix, Operands, Place, Pooling, Primitive, Product,
+    Attention, AttentionResult, Convolution, Int8, Matmul, Matrix, Operands, Place, Pooling,
+    Primitive, Product, Strided,
 };
 pub use verify::{VerifyError, verify};
 pub use work::Work;

@@ -1,5 +1,6 @@
 //! Groups to steps: loop nests and primitives over slots.
 
+use crate::attention::attention;
 use crate::build::PlanError;
 use crate::fuse::{Fusion, Group, Kind};
 use crate::memory::{Item, Memory, stored};
@@ -7,7 +8,7 @@ use crate::nest_builder::NestBuilder;
 use crate::plan::dense_strides;
 use crate::primitives::primitive;
 use crate::view::View;
-use crate::{Affine, Kernel, LoopNest, Place, Step};
+use crate::{Affine, Kernel, LoopNest, Place, Primitive, Step};
 use qcompile_ir::{DType, Dim, Graph, NodeId, Op, Region};
 use std::collections::BTreeSet;
 
@@ -76,8 +77,15 @@ impl Lowering<'_> {
             }
             Kind::Primitive => {
                 let first = group.members[0];
-                let epilogue = (group.members.len() > 1).then(|| self.epilogue(group));
-                let primitive = primitive(self, first, epilogue)?;
+                let primitive = match graph.op(first) {
+                    Op::Attention { .. } | Op::AttentionGrad { .. } => {
+                        Primitive::Attention(attention(self, &group.members)?)
+                    }
+                    _ => {
+                        let epilogue = (group.members.len() > 1).then(|| self.epilogue(group));
+                        primitive(self, first, epilogue)?
+                    }
+                };
                 steps.push(Step {
                     name: name.to_owned(),
                     region: group.region,

@@ -144,6 +144,65 @@ pub struct Pooling {
     pub y: Place,
 }
 
+/// A value of four dims in a slot; strides in elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Strided {
+    /// First element.
+    pub place: Place,
+    /// One for each dim.
+    pub strides: [Dim; 4],
+}
+
+/// Attention of queries `[batch, rows, heads, width]` to keys `[batch, keys, key_heads, width]` and values
+/// `[batch, keys, key_heads, value_width]`; or gradients of it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Attention {
+    /// Batches.
+    pub batch: Dim,
+    /// Queries.
+    pub rows: Dim,
+    /// Keys.
+    pub keys: Dim,
+    /// Heads.
+    pub heads: usize,
+    /// Heads of keys and values, a divisor of `heads`.
+    pub key_heads: usize,
+    /// Width of queries and keys.
+    pub width: Dim,
+    /// Width of values.
+    pub value_width: Dim,
+    /// What scores are multiplied with.
+    pub scale: f32,
+    /// Whether a row sees only the keys up to its own number.
+    pub causal: bool,
+    /// Element type of everything but the mask: f32 or bf16.
+    pub dtype: DType,
+    /// Queries.
+    pub q: Strided,
+    /// Keys.
+    pub k: Strided,
+    /// Values.
+    pub v: Strided,
+    /// f32, added to scores `[batch, heads, rows, keys]`.
+    pub mask: Option<Strided>,
+    /// What is computed.
+    pub result: AttentionResult,
+}
+
+/// What a kernel of attention computes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum AttentionResult {
+    /// The attention itself, dense `[batch, rows, heads, value_width]`.
+    Forward(Place),
+    /// Gradients, dense, of those of `q`, `k`, `v` that are wanted.
+    Gradients {
+        /// The gradient of the attention.
+        dy: Strided,
+        /// That of `q`, `k` and `v`.
+        of: [Option<Place>; 3],
+    },
+}
+
 /// A kernel of `qcompile-kernels` and what it works on.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Primitive {
@@ -154,6 +213,8 @@ pub enum Primitive {
     Convolution(Convolution, Option<LoopNest>),
     /// Pooling.
     Pooling(Pooling),
+    /// Attention or its gradients.
+    Attention(Attention),
     /// Softmax over rows of a dense f32 matrix.
     Softmax {
         /// Its logarithm instead.
@@ -254,6 +315,10 @@ impl Primitive {
                 (true, true) => "max_pool2d_grad",
                 (false, false) => "average_pool2d",
                 (false, true) => "average_pool2d_grad",
+            },
+            Primitive::Attention(attention) => match attention.result {
+                AttentionResult::Forward(_) => "attention",
+                AttentionResult::Gradients { .. } => "attention_grad",
             },
             Primitive::Softmax { log: false, .. } => "softmax",
             Primitive::Softmax { log: true, .. } => "log_softmax",

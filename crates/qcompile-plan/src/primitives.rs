@@ -126,7 +126,7 @@ impl Lowering<'_> {
         self.place(&view)
     }
 
-    fn place(&self, view: &View) -> Place {
+    pub(crate) fn place(&self, view: &View) -> Place {
         Place { slot: self.memory.slot_of[&view.base], offset: view.offset }
     }
 

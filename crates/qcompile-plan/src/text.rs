@@ -6,7 +6,8 @@
 //! ```
 
 use crate::{
-    Access, Kernel, LoopNest, Matrix, Place, Plan, Primitive, Scalar, SlotId, Storage, Write,
+    Access, Kernel, LoopNest, Matrix, Place, Plan, Primitive, Scalar, SlotId, Storage, Strided,
+    Write,
 };
 use qcompile_ir::Dim;
 use std::fmt;
@@ -30,6 +31,12 @@ impl fmt::Display for Matrix {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let strides = [self.batch_stride, self.row_stride, self.col_stride];
         write!(f, "{}{}", self.place, List(&strides))
+    }
+}
+
+impl fmt::Display for Strided {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{}", self.place, List(&self.strides))
     }
 }
 
@@ -192,6 +199,7 @@ fn write_primitive(f: &mut fmt::Formatter<'_>, primitive: &Primitive) -> fmt::Re
             }
             write!(f, " -> {}", pooling.y)?;
         }
+        Primitive::Attention(attention) => write_attention(f, attention)?,
         Primitive::Softmax { rows, cols, x, y, .. } => {
             write!(f, " {} {x} -> {y}", List(&[*rows, *cols]))?;
         }
@@ -211,6 +219,37 @@ fn write_primitive(f: &mut fmt::Formatter<'_>, primitive: &Primitive) -> fmt::Re
     }
     writeln!(f)?;
     epilogue.map_or(Ok(()), |nest| write_nest(f, nest))
+}
+
+fn write_attention(f: &mut fmt::Formatter<'_>, attention: &crate::Attention) -> fmt::Result {
+    let crate::Attention { batch, rows, keys, heads, key_heads, width, value_width, .. } =
+        attention;
+    write!(f, " {batch}x{heads} {} {}", List(&[*rows, *width]), List(&[*keys, *value_width]))?;
+    if key_heads != heads {
+        write!(f, " of {key_heads}")?;
+    }
+    write!(f, " {} scale {}", attention.dtype, attention.scale)?;
+    if attention.causal {
+        f.write_str(" causal")?;
+    }
+    for operand in [attention.q, attention.k, attention.v] {
+        write!(f, " {operand}")?;
+    }
+    if let Some(mask) = attention.mask {
+        write!(f, " mask {mask}")?;
+    }
+    match attention.result {
+        crate::AttentionResult::Forward(y) => write!(f, " -> {y}"),
+        crate::AttentionResult::Gradients { dy, of } => {
+            write!(f, " {dy} ->")?;
+            for (name, place) in ["dq", "dk", "dv"].into_iter().zip(of) {
+                if let Some(place) = place {
+                    write!(f, " {name} {place}")?;
+                }
+            }
+            Ok(())
+        }
+    }
 }
 
 fn write_scales(f: &mut fmt::Formatter<'_>, operands: &crate::Operands) -> fmt::Result {

@@ -9,8 +9,8 @@
 
 use crate::plan::bytes_of;
 use crate::{
-    Access, Affine, Binding, Convolution, Kernel, LoopNest, Matmul, Place, Plan, Pooling,
-    Primitive, Product, Scalar, SlotId, Storage, Write,
+    Access, Affine, Attention, AttentionResult, Binding, Convolution, Kernel, LoopNest, Matmul,
+    Place, Plan, Pooling, Primitive, Product, Scalar, SlotId, Storage, Strided, Write,
 };
 use qcompile_ir::{DType, Dim, Region};
 use thiserror::Error;
@@ -274,6 +274,7 @@ fn check_primitive(plan: &Plan, primitive: &Primitive) -> Checked {
             check_convolution(plan, convolution, epilogue.as_ref())
         }
         Primitive::Pooling(pooling) => check_pooling(plan, pooling),
+        Primitive::Attention(attention) => check_attention(plan, attention),
         Primitive::Softmax { rows, cols, x, y, .. } => {
             writable(plan, y.slot)?;
             let matrix = product(&[*rows, *cols])?;
@@ -412,6 +413,46 @@ fn check_convolution(
         return Err("the gradient of a weight has no epilogue".to_owned());
     }
     check_epilogue(plan, epilogue, rows, cols.into())
+}
+
+fn check_attention(plan: &Plan, attention: &Attention) -> Checked {
+    let Attention { batch, rows, keys, heads, key_heads, width, value_width, .. } = *attention;
+    let (q, k, v) = (attention.q, attention.k, attention.v);
+    if key_heads == 0 || heads % key_heads != 0 {
+        return Err("heads do not share keys".to_owned());
+    }
+    if !matches!(attention.dtype, DType::F32 | DType::BF16) {
+        return Err(format!("there is no attention of {}", attention.dtype));
+    }
+    let (heads, key_heads) = (heads.into(), key_heads.into());
+    let strided = |strided: Strided, dtype: DType, dims: [Dim; 4]| {
+        let Strided { place: Place { slot, offset }, strides } = strided;
+        check_access(plan, &dims, &Access { slot, dtype, offset, strides: strides.to_vec() })
+    };
+    let q_dims = [batch, rows, heads, width];
+    let k_dims = [batch, keys, key_heads, width];
+    let v_dims = [batch, keys, key_heads, value_width];
+    let y_dims = [batch, rows, heads, value_width];
+    for (operand, dims) in [(q, q_dims), (k, k_dims), (v, v_dims)] {
+        strided(operand, attention.dtype, dims)?;
+    }
+    if let Some(mask) = attention.mask {
+        strided(mask, DType::F32, [batch, heads, rows, keys])?;
+    }
+    let result = |place: Place, dims: [Dim; 4]| {
+        writable(plan, place.slot)?;
+        dense(plan, place, attention.dtype, product(&dims)?)
+    };
+    match attention.result {
+        AttentionResult::Forward(y) => result(y, y_dims),
+        AttentionResult::Gradients { dy, of } => {
+            strided(dy, attention.dtype, y_dims)?;
+            let wanted = of.into_iter().zip([q_dims, k_dims, v_dims]);
+            wanted
+                .filter_map(|(place, dims)| Some((place?, dims)))
+                .try_for_each(|(p, d)| result(p, d))
+        }
+    }
 }
 
 fn check_pooling(plan: &Plan, pooling: &Pooling) -> Checked {

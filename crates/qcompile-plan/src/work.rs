@@ -1,6 +1,6 @@
 //! How much a step computes and moves, for measuring it against what the machine could do.
 
-use crate::{Access, Kernel, LoopNest, Primitive, Step};
+use crate::{Access, AttentionResult, Kernel, LoopNest, Primitive, Step};
 
 /// What one run of a step amounts to.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -47,6 +47,20 @@ impl Primitive {
                 let window = geometry.kernel[0] * geometry.kernel[1];
                 let channels = convolution.out_channels * convolution.in_channels / geometry.groups;
                 2.0 * convolution.images.size(batch) as f64 * (places * window * channels) as f64
+            }
+            Primitive::Attention(attention) => {
+                let sizes = [attention.batch, attention.rows, attention.keys];
+                let scores = sizes.iter().map(|dim| dim.size(batch) as f64).product::<f64>()
+                    * attention.heads as f64;
+                let (width, value_width) =
+                    (attention.width.size(batch) as f64, attention.value_width.size(batch) as f64);
+                // Scores and their product with values; backward the scores again and four products.
+                let products = match attention.result {
+                    AttentionResult::Forward(_) => width + value_width,
+                    AttentionResult::Gradients { .. } => 3.0 * width + 2.0 * value_width,
+                };
+                // Half of the scores are hidden.
+                2.0 * scores * products * if attention.causal { 0.5 } else { 1.0 }
             }
             Primitive::Pooling(_)
             | Primitive::Softmax { .. }

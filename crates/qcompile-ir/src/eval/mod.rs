@@ -9,8 +9,12 @@
 //! * integer division truncates and a zero divisor gives 0; a negative integer power is 0, but for the bases 1 and -1;
 //! * `quantize` rounds to nearest even and clamps; scale 0 and NaN give 0;
 //! * `straight_through` passes `dy` where `|x| <= (max + 1/2) · scale`: what rounds into the range;
-//! * an average over no place at all is 0.
+//! * an average over no place at all is 0;
+//! * attention leaves out what `causal` hides, so nothing there matters; of no key at all it is 0, and of a row whose
+//!   keys are all masked with -inf NaN, as the softmax of such a row is. Nothing is rounded between its operands and
+//!   its result; native code computes in f32, and may round probabilities to the type of the operands.
 
+mod attention;
 mod contract;
 mod differences;
 mod elementwise;
@@ -304,6 +308,13 @@ fn work(op: &Op, shape: &[usize], operands: &[&Value]) -> u64 {
             let outputs = shape.first().map_or(1, |&size| size.max(1) as u64);
             operand(1).saturating_mul(result / outputs)
         }
+        // Scores of all pairs, and products of their width: at most five of them.
+        Op::Attention { .. } | Op::AttentionGrad { .. } => {
+            let widths = [0, 2].map(|at: usize| operands[at].shape[3] as u64);
+            let pairs =
+                elements(&operands[0].shape[..3]).saturating_mul(operands[1].shape[1] as u64);
+            pairs.saturating_mul(widths[0].saturating_add(widths[1]).saturating_add(4))
+        }
         Op::MaxPool2d(g) | Op::AveragePool2d(g) => result.saturating_mul(window(g.kernel)),
         Op::MaxPool2dGrad(g) => operand(1).saturating_mul(window(g.kernel)),
         Op::AveragePool2dGrad(g) => operand(0).saturating_mul(window(g.kernel)),
@@ -353,6 +364,10 @@ fn compute(
         Op::Concat { axis } => rearrange::concat(*axis, operands, shape),
         Op::Gather => rearrange::gather(x()?, y()?)?,
         Op::ScatterAdd { rows } => rearrange::scatter_add(*rows, x()?, y()?, shape)?,
+        Op::Attention { scale, causal } => attention::attention(*scale, *causal, operands, shape),
+        Op::AttentionGrad { of, scale, causal } => {
+            attention::gradient(*of, *scale, *causal, operands, shape)
+        }
         Op::Softmax => rows::softmax(x()?),
         Op::LogSoftmax => rows::log_softmax(x()?),
         Op::CrossEntropy => rows::cross_entropy(x()?, y()?)?,

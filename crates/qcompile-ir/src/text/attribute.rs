@@ -2,8 +2,8 @@
 
 use super::literal;
 use crate::{
-    BinaryOp, CollectiveOp, CompareOp, ConvGeometry, DType, Dim, Op, PoolGeometry, ReduceOp,
-    TensorType, UnaryOp,
+    AttentionOperand, BinaryOp, CollectiveOp, CompareOp, ConvGeometry, DType, Dim, Op,
+    PoolGeometry, ReduceOp, TensorType, UnaryOp,
 };
 use std::fmt::Write as _;
 
@@ -65,6 +65,17 @@ pub(super) fn print(op: &Op) -> String {
         }
         Op::Concat { axis } => push(format!("axis={axis}")),
         Op::ScatterAdd { rows } => push(format!("rows={rows}")),
+        Op::Attention { scale, causal } | Op::AttentionGrad { scale, causal, .. } => {
+            if let Op::AttentionGrad { of, .. } = op {
+                push(of.name().to_owned());
+            }
+            if scale.to_bits() != 1.0_f32.to_bits() {
+                push(format!("scale={}", literal::float(*scale)));
+            }
+            if *causal {
+                push("causal".to_owned());
+            }
+        }
         Op::Quantize { dtype, axis } | Op::StraightThrough { dtype, axis } => {
             push(dtype.to_string());
             if let Some(axis) = axis {
@@ -156,6 +167,17 @@ pub(super) fn op(
         "concat" => Op::Concat { axis: take.number("axis")? },
         "gather" => Op::Gather,
         "scatter_add" => Op::ScatterAdd { rows: take.number("rows")? },
+        "attention" => {
+            let (scale, causal) = take.attention()?;
+            Op::Attention { scale, causal }
+        }
+        "attention_grad" => {
+            let (scale, causal) = take.attention()?;
+            let of = take.parsed("q, k or v", |word| {
+                AttentionOperand::ALL.into_iter().find(|of| of.name() == word)
+            })?;
+            Op::AttentionGrad { of, scale, causal }
+        }
         "softmax" => Op::Softmax,
         "log_softmax" => Op::LogSoftmax,
         "cross_entropy" => Op::CrossEntropy,
@@ -272,6 +294,10 @@ impl<'a> Attributes<'a> {
             Some([word]) if literal::number::<f32>(word).is_some() => Ok(literal::number(word)),
             Some(_) => Err(format!("{key} takes one number")),
         }
+    }
+
+    fn attention(&mut self) -> Result<(f32, bool), String> {
+        Ok((self.value("scale")?.unwrap_or(1.0), self.flag("causal")))
     }
 
     fn conv(&mut self) -> Result<ConvGeometry, String> {

@@ -1,5 +1,6 @@
 //! Every kernel on every tier against plain loops in f64 or i32.
 
+mod attention;
 mod bf16;
 mod check;
 mod convolution;

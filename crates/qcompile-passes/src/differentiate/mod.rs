@@ -137,13 +137,7 @@ fn check_outputs(graph: &Graph, params: &[NodeId]) -> Result<(), PassError> {
 /// carry gradients.
 fn active_nodes(graph: &Graph, loss: NodeId) -> Vec<bool> {
     let order = graph.order();
-    let mut from_param = vec![false; graph.len()];
-    for &id in &order {
-        from_param[id.index()] = matches!(graph.op(id), Op::Param(_))
-            || graph.operands(id).into_iter().enumerate().any(|(position, operand)| {
-                from_param[operand.index()] && rules::carries_gradient(graph, id, position)
-            });
-    }
+    let from_param = trained(graph);
     let mut to_loss = vec![false; graph.len()];
     to_loss[loss.index()] = true;
     for &id in order.iter().rev().filter(|id| from_param[id.index()]) {
@@ -154,6 +148,18 @@ fn active_nodes(graph: &Graph, loss: NodeId) -> Vec<bool> {
         }
     }
     from_param.iter().zip(&to_loss).map(|(&from, &to)| from && to).collect()
+}
+
+/// For each node index: whether it depends on a parameter through operands that carry gradients.
+pub(crate) fn trained(graph: &Graph) -> Vec<bool> {
+    let mut trained = vec![false; graph.len()];
+    for id in graph.order() {
+        trained[id.index()] = matches!(graph.op(id), Op::Param(_))
+            || graph.operands(id).into_iter().enumerate().any(|(position, operand)| {
+                trained[operand.index()] && rules::carries_gradient(graph, id, position)
+            });
+    }
+    trained
 }
 
 /// The derivative of the loss with respect to itself.
@@ -178,6 +184,10 @@ fn contributions(graph: &Graph, active: &[bool]) -> Vec<usize> {
 fn total(graph: &mut Graph, id: NodeId, parts: &[NodeId]) -> Result<NodeId, PassError> {
     let name = format!("{}{GRADIENT_SUFFIX}", graph.node(id).name.as_str());
     let [first, rest @ ..] = parts else { return Err(nothing_to_train("no gradient to add")) };
+    if let Some((axis, slices)) = adjacent_slices(graph, parts) {
+        let mut builder = Builder::new(graph, Region::Backward, &name);
+        return builder.add("", Op::Concat { axis }, &slices);
+    }
     let mut builder = Builder::new(graph, Region::Backward, &name);
     let mut sum = *first;
     for (index, &part) in rest.iter().enumerate() {
@@ -185,6 +195,36 @@ fn total(graph: &mut Graph, id: NodeId, parts: &[NodeId]) -> Result<NodeId, Pass
         sum = builder.binary(suffix, qcompile_ir::BinaryOp::Add, sum, part)?;
     }
     Ok(sum)
+}
+
+/// If the parts are gradients of slices that together are the whole, side by side: the axis and what each slice has.
+fn adjacent_slices(graph: &Graph, parts: &[NodeId]) -> Option<(usize, Vec<NodeId>)> {
+    if parts.len() < 2 {
+        return None;
+    }
+    let mut slices: Vec<(usize, usize, NodeId)> = Vec::with_capacity(parts.len());
+    let mut along = None;
+    for &part in parts {
+        let Op::Pad { axis, low, high: _, interior: 0, value: 0.0 } = *graph.op(part) else {
+            return None;
+        };
+        if *along.get_or_insert(axis) != axis {
+            return None;
+        }
+        let slice = graph.operand(part, 0);
+        slices.push((low, graph.ty(slice).shape.0[axis].as_fixed()?, slice));
+    }
+    let axis = along?;
+    slices.sort_unstable();
+    let mut end = 0;
+    for &(low, size, _) in &slices {
+        if low != end {
+            return None;
+        }
+        end += size;
+    }
+    let whole = graph.ty(*parts.first()?).shape.0[axis].as_fixed()? == end;
+    whole.then(|| (axis, slices.into_iter().map(|(_, _, slice)| slice).collect()))
 }
 
 /// The products of the backward pass belong to the layer of their forward product: they carry its origin and its

@@ -1,9 +1,9 @@
 //! Gradients of reductions and of what normalizes by them.
 
-use super::rules::Site;
+use super::rules::{Site, not_differentiable};
 use crate::PassError;
 use crate::builder::Builder;
-use qcompile_ir::{BinaryOp, CompareOp, NodeId, Op, ReduceOp, UnaryOp};
+use qcompile_ir::{AttentionOperand, BinaryOp, CompareOp, NodeId, Op, ReduceOp, UnaryOp};
 
 type Gradient = Result<NodeId, PassError>;
 
@@ -47,6 +47,16 @@ pub(super) fn log_softmax(b: &mut Builder<'_>, site: &Site) -> Gradient {
     let softmax = b.unary("softmax", UnaryOp::Exp, site.y)?;
     let product = b.binary("product", BinaryOp::Mul, softmax, spread)?;
     b.binary("", BinaryOp::Sub, site.dy, product)
+}
+
+/// The mask has none: an attention whose mask is learned is left as its products.
+pub(super) fn attention(b: &mut Builder<'_>, site: &Site, scale: f32, causal: bool) -> Gradient {
+    let Some(&of) = AttentionOperand::ALL.get(site.position) else {
+        return Err(not_differentiable(b, site, "the mask of an attention has no gradient"));
+    };
+    let mut operands = site.operands.clone();
+    operands.push(site.dy);
+    b.add("", Op::AttentionGrad { of, scale, causal }, &operands)
 }
 
 pub(super) fn cross_entropy(b: &mut Builder<'_>, site: &Site) -> Gradient {

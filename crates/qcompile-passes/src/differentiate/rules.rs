@@ -84,6 +84,8 @@ pub(super) fn carries_gradient(graph: &Graph, id: NodeId, position: usize) -> bo
         | Op::Slice { .. }
         | Op::Pad { .. }
         | Op::Concat { .. }
+        | Op::Attention { .. }
+        | Op::AttentionGrad { .. }
         | Op::Softmax
         | Op::LogSoftmax
         | Op::AllReduce(_) => true,
@@ -110,6 +112,7 @@ pub(super) fn gradient(
         Op::Select => elementwise::select(b, &site),
         Op::Cast(_) => elementwise::cast(b, &site),
         Op::Reduce { op, .. } => normalize::reduce(b, &site, op),
+        Op::Attention { scale, causal } => normalize::attention(b, &site, scale, causal),
         Op::Softmax => normalize::softmax(b, &site),
         Op::LogSoftmax => normalize::log_softmax(b, &site),
         Op::CrossEntropy => normalize::cross_entropy(b, &site),
@@ -140,6 +143,7 @@ pub(super) fn gradient(
         | Op::Conv2dGradWeight(_)
         | Op::MaxPool2dGrad(_)
         | Op::AveragePool2dGrad(_)
+        | Op::AttentionGrad { .. }
         | Op::CrossEntropyGrad
         | Op::StraightThrough { .. }) => {
             Err(not_differentiable(b, &site, &format!("{} has no gradient", op.name())))

@@ -20,11 +20,16 @@ pub(super) fn insert_forward(graph: &mut Graph) -> Result<(), PassError> {
     };
     let products: Vec<NodeId> = graph.order().into_iter().filter(|&id| asked(graph, id)).collect();
     for &product in &products {
-        if let Some(value) = stored_result(graph, product) {
+        if let Some(value) = stored_result(graph, product).filter(|_| !is_attention(graph, product))
+        {
             round_everywhere(graph, value)?;
         }
     }
     for &product in &products {
+        if is_attention(graph, product) {
+            narrow_attention(graph, product)?;
+            continue;
+        }
         for (position, operand) in graph.operands(product).into_iter().enumerate() {
             if views_bf16(graph, operand) {
                 continue;
@@ -138,6 +143,45 @@ fn is_exact(graph: &Graph, id: NodeId, exact: &[bool]) -> bool {
         Op::Select => operand(1) && operand(2),
         _ => false,
     }
+}
+
+fn is_attention(graph: &Graph, id: NodeId) -> bool {
+    matches!(graph.op(id), Op::Attention { .. })
+}
+
+/// Attention on bf16 queries, keys and values.
+fn narrow_attention(graph: &mut Graph, id: NodeId) -> Result<(), PassError> {
+    if graph.ty(id).dtype != DType::F32 {
+        return Ok(());
+    }
+    let mut operands = graph.operands(id);
+    for operand in &mut operands[..3] {
+        *operand = narrowed(graph, *operand)?;
+    }
+    let node = graph.node(id).clone();
+    let new = graph.add(node.op, &operands, node.name.clone(), node.region)?;
+    *graph.note_mut(new) = node.note;
+    let name = format!("{}.f32", node.name.as_str());
+    let wide = graph.add(Op::Cast(DType::F32), &[new], name, node.region)?;
+    graph.replace_uses(id, wide)?;
+    graph.swap_names(id, new);
+    Ok(())
+}
+
+/// `x` as bf16: what was widened and moved, moved only.
+fn narrowed(graph: &mut Graph, x: NodeId) -> Result<NodeId, PassError> {
+    if !views_bf16(graph, x) {
+        let wide = rounded(graph, x)?;
+        return Ok(graph.operand(wide, 0));
+    }
+    let below = graph.operand(x, 0);
+    if matches!(graph.op(x), Op::Cast(_)) {
+        return Ok(below);
+    }
+    let below = narrowed(graph, below)?;
+    let node = graph.node(x);
+    let (op, name, region) = (node.op.clone(), node.name.clone(), node.region);
+    Ok(graph.add(op, &[below], name, region)?)
 }
 
 /// Whether the value lies in memory as bf16: a widened one, perhaps seen through strides.

@@ -48,11 +48,11 @@ pub fn run(graph: &mut Graph, options: &Options) -> Result<Vec<Decision>, PassEr
     Ok(decisions)
 }
 
-/// Products of two computed values (those of attention) are no layers; in bf16 they run as layers do.
+/// Products of two computed values and attention are no layers; in bf16 they run as layers do.
 fn note_other_products(graph: &mut Graph, operations: Operations) {
     for id in graph.order() {
         let node = graph.node(id);
-        let product = matches!(node.op, Op::Matmul { .. } | Op::Conv2d(_));
+        let product = matches!(node.op, Op::Matmul { .. } | Op::Conv2d(_) | Op::Attention { .. });
         if product && node.region == Region::Forward && node.ty.dtype == DType::F32 {
             graph.note_mut(id).precision.get_or_insert(decide::bf16(operations));
         }

@@ -107,6 +107,8 @@ fn equal(graph: &Graph, id: NodeId, options: &Options) -> Option<Equal> {
         | Op::Concat { .. }
         | Op::Gather
         | Op::ScatterAdd { .. }
+        | Op::Attention { .. }
+        | Op::AttentionGrad { .. }
         | Op::Softmax
         | Op::LogSoftmax
         | Op::CrossEntropy

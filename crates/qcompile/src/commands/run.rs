@@ -64,7 +64,7 @@ fn of_model(command: &RunCommand, target: &Target, backward: bool) -> Result<(Gr
     let mut nothing = |_: Pass, _: &Draft, _: std::time::Duration| Ok(());
     let mut street = Street::new(&options, Show::Nothing, &mut nothing);
     if !backward {
-        street.run(&mut draft, Pass::Simplify)?;
+        street.run(&mut draft, Pass::Attention)?;
         if options.precision != PrecisionChoice::F32 && !draft.is_after(Pass::Quantize) {
             let low = qcompile_passes::quantize::Options {
                 precision: options.precision,

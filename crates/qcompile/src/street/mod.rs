@@ -17,7 +17,9 @@ use qcompile_ir::{Graph, verify};
 use qcompile_passes::attach_loss::{self, LossKind};
 use qcompile_passes::quantize::{self, LayerCost, PrecisionChoice};
 use qcompile_passes::sensitivity::{LayerScore, Scores};
-use qcompile_passes::{PassError, differentiate, distribute, evaluation, simplify, update};
+use qcompile_passes::{
+    PassError, attention, differentiate, distribute, evaluation, simplify, update,
+};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -26,6 +28,8 @@ use std::time::{Duration, Instant};
 pub enum Pass {
     /// Removes what need not be computed, and makes images channels-last.
     Simplify,
+    /// Makes attention one op.
+    Attention,
     /// Adds the label and the loss.
     AttachLoss,
     /// Scores the layers, where the choice of precision needs it.
@@ -48,8 +52,9 @@ pub enum Pass {
 
 impl Pass {
     /// Every pass in order.
-    pub const ALL: [Pass; 10] = [
+    pub const ALL: [Pass; 11] = [
         Pass::Simplify,
+        Pass::Attention,
         Pass::AttachLoss,
         Pass::Sensitivity,
         Pass::Quantize,
@@ -69,6 +74,7 @@ impl Pass {
     pub const fn name(self) -> &'static str {
         match self {
             Pass::Simplify => "simplify",
+            Pass::Attention => "attention",
             Pass::AttachLoss => "attach-loss",
             Pass::Sensitivity => "sensitivity",
             Pass::Quantize => "quantize",
@@ -174,6 +180,7 @@ impl<'a> Street<'a> {
             Pass::Simplify => {
                 simplify::run(graph, &simplify::Options { keep_stop_gradient: true })?
             }
+            Pass::Attention => attention::run(graph)?,
             Pass::AttachLoss => {
                 let kind = match self.options.loss {
                     Some(kind) => kind,

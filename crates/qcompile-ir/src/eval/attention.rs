@@ -1,0 +1,135 @@
+//! Attention and its gradients: one row of scores after the other.
+
+use super::elementwise::maximum;
+use super::{Data, Value};
+use crate::AttentionOperand;
+
+/// Sizes and data of an attention, without a mask if it has none.
+struct Attention<'a> {
+    scale: f64,
+    causal: bool,
+    q: &'a Value,
+    k: &'a Value,
+    v: &'a Value,
+    mask: Option<&'a Value>,
+}
+
+/// One row of queries and what it sees.
+struct Row {
+    /// Where the query begins.
+    query: usize,
+    /// Where its row of the result begins.
+    result: usize,
+    /// Where each key that it sees begins.
+    keys: Vec<usize>,
+    /// Where their values begin.
+    values: Vec<usize>,
+    /// How much it takes of each.
+    probabilities: Vec<f64>,
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+impl Attention<'_> {
+    fn each_row(&self, mut visit: impl FnMut(&Row)) {
+        let [batches, rows, heads, width] = self.q.shape[..] else { return };
+        let [_, keys, groups, _] = self.k.shape[..] else { return };
+        let Some(&value_width) = self.v.shape.last() else { return };
+        for batch in 0..batches {
+            for row in 0..rows {
+                for head in 0..heads {
+                    let group = head / (heads / groups);
+                    let query = ((batch * rows + row) * heads + head) * width;
+                    let seen = if self.causal { keys.min(row + 1) } else { keys };
+                    let at = |key: usize| (batch * keys + key) * groups + group;
+                    let scores: Vec<f64> = (0..seen)
+                        .map(|key| {
+                            let q = &self.q.data.floats()[query..][..width];
+                            let k = &self.k.data.floats()[at(key) * width..][..width];
+                            dot(q, k) * self.scale + self.masked([batch, head, row, key])
+                        })
+                        .collect();
+                    let largest = scores.iter().copied().fold(f64::NEG_INFINITY, maximum);
+                    let powers: Vec<f64> = scores.iter().map(|x| (x - largest).exp()).collect();
+                    let sum: f64 = powers.iter().sum();
+                    visit(&Row {
+                        query,
+                        result: ((batch * rows + row) * heads + head) * value_width,
+                        keys: (0..seen).map(|key| at(key) * width).collect(),
+                        values: (0..seen).map(|key| at(key) * value_width).collect(),
+                        probabilities: powers.iter().map(|power| power / sum).collect(),
+                    });
+                }
+            }
+        }
+    }
+
+    fn masked(&self, index: [usize; 4]) -> f64 {
+        let Some(mask) = self.mask else { return 0.0 };
+        let at = index
+            .iter()
+            .zip(&mask.shape)
+            .fold(0, |at, (&index, &size)| at * size + if size == 1 { 0 } else { index });
+        mask.data.floats()[at]
+    }
+}
+
+pub(super) fn attention(scale: f32, causal: bool, operands: &[&Value], shape: &[usize]) -> Data {
+    let mut y = vec![0.0; shape.iter().product()];
+    let [q, k, v, mask @ ..] = operands else { return Data::Float(y) };
+    let mask = mask.first().copied();
+    let width = shape[3];
+    let attention = Attention { scale: f64::from(scale), causal, q, k, v, mask };
+    attention.each_row(|row| {
+        for (&p, &value) in row.probabilities.iter().zip(&row.values) {
+            for column in 0..width {
+                y[row.result + column] += p * v.data.floats()[value + column];
+            }
+        }
+    });
+    Data::Float(y)
+}
+
+/// With `dp = dy · v` and `ds = p (dp - Σ p dp)`: `dq = scale · ds k`, `dk = scale · dsᵀ q`, `dv = pᵀ dy`.
+pub(super) fn gradient(
+    of: AttentionOperand,
+    scale: f32,
+    causal: bool,
+    operands: &[&Value],
+    shape: &[usize],
+) -> Data {
+    let mut gradient = vec![0.0; shape.iter().product()];
+    let [q, k, v, mask @ .., dy] = operands else { return Data::Float(gradient) };
+    let mask = mask.first().copied();
+    let (width, value_width) = (q.shape[3], v.shape[3]);
+    let scale = f64::from(scale);
+    let attention = Attention { scale, causal, q, k, v, mask };
+    let [queries, keys, values] = [q, k, v].map(|x| x.data.floats());
+    attention.each_row(|row| {
+        let dy = &dy.data.floats()[row.result..][..value_width];
+        if of == AttentionOperand::V {
+            for (&p, &value) in row.probabilities.iter().zip(&row.values) {
+                for (column, dy) in dy.iter().enumerate() {
+                    gradient[value + column] += p * dy;
+                }
+            }
+            return;
+        }
+        let dp: Vec<f64> =
+            row.values.iter().map(|&value| dot(dy, &values[value..][..value_width])).collect();
+        let mean = dot(&row.probabilities, &dp);
+        for ((&p, &dp), &key) in row.probabilities.iter().zip(&dp).zip(&row.keys) {
+            let ds = p * (dp - mean) * scale;
+            for column in 0..width {
+                if of == AttentionOperand::Q {
+                    gradient[row.query + column] += ds * keys[key + column];
+                } else {
+                    gradient[key + column] += ds * queries[row.query + column];
+                }
+            }
+        }
+    });
+    Data::Float(gradient)
+}

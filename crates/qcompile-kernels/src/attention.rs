@@ -1,0 +1,587 @@
+//! Attention: a strip of queries against all keys at a time, so that no whole matrix of scores is ever in memory.
+//!
+//! A unit is a strip of one head. The thread packs the keys and values of the head once for all strips that it is
+//! given; what it computes does not depend on which those are. Scores of a strip are held for [`CHUNK`] keys: where
+//! there are more, the result so far is brought to each new maximum. Masked parts of the products are left out.
+
+use crate::Primitive;
+use crate::args::AttentionArgs;
+use crate::buffer::{Buffer, Slot};
+use crate::lanes::{Lanes, Simd, Task};
+use crate::pack::{self, Right, Source};
+use crate::softmax::{exp, no_scratch, reduce};
+use crate::tile::{Panels, ROW_GROUP, Start, Tile};
+
+/// Most queries of a strip, a multiple of every tile's height.
+pub(crate) const STRIP: usize = 3 * ROW_GROUP;
+/// Most keys whose scores are held at once, a multiple of every panel's width and every tile's height.
+pub(crate) const CHUNK: usize = 960;
+/// Scores of a row are handled in blocks of this many.
+pub(crate) const BLOCK: usize = 32;
+
+/// A strided matrix.
+#[derive(Clone, Copy)]
+pub(crate) struct Matrix<E> {
+    pub(crate) first: *const E,
+    pub(crate) row_stride: usize,
+    pub(crate) column_stride: usize,
+}
+
+/// What operands and results hold; arithmetic is in f32.
+pub(crate) trait Element: Copy + 'static {
+    /// Whether f32 rows have to be made of it.
+    const STAGED: bool;
+    /// The matrix in f32: where it is, or widened into `staging` row by row.
+    unsafe fn real(
+        from: Matrix<Self>,
+        rows: usize,
+        columns: usize,
+        staging: *mut f32,
+    ) -> Matrix<f32>;
+    /// Writes `values[i] * factor`.
+    unsafe fn store(values: *const f32, count: usize, factor: f32, to: *mut Self);
+}
+
+impl Element for f32 {
+    const STAGED: bool = false;
+    #[inline(always)]
+    unsafe fn real(from: Matrix<f32>, _: usize, _: usize, _: *mut f32) -> Matrix<f32> {
+        from
+    }
+    #[inline(always)]
+    unsafe fn store(values: *const f32, count: usize, factor: f32, to: *mut f32) {
+        for i in 0..count {
+            // SAFETY: granted by the caller.
+            unsafe { *to.add(i) = *values.add(i) * factor };
+        }
+    }
+}
+
+/// The bits of a bf16.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(crate) struct Bf16(u16);
+
+impl Element for Bf16 {
+    const STAGED: bool = true;
+    #[inline(always)]
+    unsafe fn real(
+        from: Matrix<Bf16>,
+        rows: usize,
+        columns: usize,
+        staging: *mut f32,
+    ) -> Matrix<f32> {
+        for row in 0..rows {
+            for column in 0..columns {
+                // SAFETY: granted by the caller.
+                unsafe {
+                    let Bf16(bits) =
+                        *from.first.add(row * from.row_stride + column * from.column_stride);
+                    *staging.add(row * columns + column) = f32::from_bits(u32::from(bits) << 16);
+                }
+            }
+        }
+        Matrix { first: staging, row_stride: columns, column_stride: 1 }
+    }
+    #[inline(always)]
+    unsafe fn store(values: *const f32, count: usize, factor: f32, to: *mut Bf16) {
+        for i in 0..count {
+            // SAFETY: granted by the caller.
+            unsafe {
+                let value = *values.add(i) * factor;
+                let bits = value.to_bits();
+                let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+                let bits = if value.is_nan() { bits | 0x0040_0000 } else { rounded };
+                *to.add(i) = Bf16((bits >> 16) as u16);
+            }
+        }
+    }
+}
+
+/// Rows of one head of an operand `[batch, rows, heads, width]`.
+#[inline(always)]
+pub(crate) unsafe fn head_of<E>(
+    operand: *const u8,
+    strides: [usize; 4],
+    [batch, row, head]: [usize; 3],
+) -> Matrix<E> {
+    // SAFETY: the caller grants an operand of these strides that has the row.
+    let first = unsafe {
+        operand.cast::<E>().add(batch * strides[0] + row * strides[1] + head * strides[2])
+    };
+    Matrix { first, row_stride: strides[1], column_stride: strides[3] }
+}
+
+/// Which side of a product a matrix is packed for: K runs along its columns (as in `x · matrixᵀ`) or its rows.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Along {
+    Columns,
+    Rows,
+}
+
+/// Packs a matrix as right operand; returns its layout.
+///
+/// # Safety
+/// The matrix has the rows and columns, `to` has room for [`Panels::words`].
+#[inline(always)]
+pub(crate) unsafe fn pack<L: Lanes<Element = f32>>(
+    from: Matrix<f32>,
+    along: Along,
+    rows: usize,
+    columns: usize,
+    to: *mut f32,
+) {
+    let (panels, k_stride, column_stride) = match along {
+        Along::Columns => (Panels { k: columns, n: rows }, from.column_stride, from.row_stride),
+        Along::Rows => (Panels { k: rows, n: columns }, from.row_stride, from.column_stride),
+    };
+    for panel in 0..panels.count::<L>() {
+        // SAFETY: granted by the caller.
+        unsafe {
+            let first = from.first.add(panel * Panels::width::<L>() * column_stride);
+            let to = to.cast::<u32>().add(panels.offset::<L>(panel));
+            let (valid, stored) = (panels.valid::<L>(panel), panels.stored::<L>(panel));
+            let source = Source { first, k_stride, column_stride };
+            pack::interleave::<L, Right>(source, panels.k, valid, to, stored);
+        }
+    }
+}
+
+/// `out (+)= left · right`, of which each tile may need only a part.
+#[derive(Clone, Copy)]
+pub(crate) struct Product {
+    /// Row 0, at word `first` of K.
+    pub(crate) left: *const f32,
+    pub(crate) row_stride: usize,
+    pub(crate) step: usize,
+    pub(crate) first: usize,
+    pub(crate) rows: usize,
+    pub(crate) right: *const f32,
+    pub(crate) panels: Panels,
+    /// Panels that are wanted; the first is column 0 of `out`.
+    pub(crate) panel_begin: usize,
+    pub(crate) panel_end: usize,
+    /// Has whole panels, and rows up to a multiple of [`ROW_GROUP`].
+    pub(crate) out: *mut f32,
+    pub(crate) out_stride: usize,
+    /// Whether to add to what `out` holds.
+    pub(crate) resume: bool,
+}
+
+/// What a tile needs: columns from 0 on, and a range of K.
+#[derive(Clone, Copy)]
+pub(crate) struct Part {
+    pub(crate) columns: usize,
+    pub(crate) begin: usize,
+    pub(crate) end: usize,
+}
+
+/// What is seen of keys by queries: which parts of the products are wanted.
+#[derive(Clone, Copy)]
+pub(crate) struct Seen {
+    pub(crate) causal: bool,
+    pub(crate) keys: usize,
+    /// First query of the strip.
+    pub(crate) row: usize,
+    /// First key of the chunk.
+    pub(crate) key: usize,
+}
+
+impl Seen {
+    /// How many of all keys query `r` of the strip sees.
+    #[inline(always)]
+    pub(crate) fn all(self, r: usize) -> usize {
+        if self.causal { self.keys.min(self.row + r + 1) } else { self.keys }
+    }
+
+    /// How many of the chunk's.
+    #[inline(always)]
+    pub(crate) fn of_chunk(self, r: usize) -> usize {
+        self.all(r).saturating_sub(self.key).min(CHUNK)
+    }
+
+    /// The first query of the strip that sees key `c` of the chunk.
+    #[inline(always)]
+    fn first(self, c: usize) -> usize {
+        if self.causal { (self.key + c).saturating_sub(self.row) } else { 0 }
+    }
+}
+
+/// Which of the three kinds of products, for the parts that masks leave.
+#[derive(Clone, Copy)]
+pub(crate) enum Over {
+    /// Rows are queries, columns are keys.
+    Scores,
+    /// Rows are queries, K is keys.
+    Keys,
+    /// Rows are keys, K is queries: so many.
+    Queries(usize),
+}
+
+impl Over {
+    #[inline(always)]
+    fn part(self, seen: Seen, k: usize, row: usize, end: usize) -> Part {
+        match self {
+            Over::Scores => Part { columns: seen.of_chunk(end - 1), begin: 0, end: k },
+            Over::Keys => {
+                let keys = seen.of_chunk(end - 1);
+                Part { columns: usize::MAX, begin: seen.key, end: seen.key + keys }
+            }
+            Over::Queries(queries) => {
+                Part { columns: usize::MAX, begin: seen.first(row), end: queries }
+            }
+        }
+    }
+}
+
+impl Product {
+    /// Computes the parts that are seen.
+    ///
+    /// # Safety
+    /// The pointers are valid for the sizes, and the CPU supports the tier.
+    #[inline(always)]
+    pub(crate) unsafe fn run<L: Lanes<Element = f32>>(&self, over: Over, seen: Seen) {
+        for panel in self.panel_begin..self.panel_end {
+            let stored = self.panels.stored::<L>(panel);
+            let single = stored == L::LANES;
+            let height = if single { L::ROWS_SINGLE } else { L::ROWS_PAIR };
+            let column = (panel - self.panel_begin) * Panels::width::<L>();
+            for row in (0..self.rows).step_by(height) {
+                let part = over.part(seen, self.panels.k, row, self.rows.min(row + height));
+                let length = part.end.saturating_sub(part.begin);
+                if column >= part.columns || (length == 0 && self.resume) {
+                    continue;
+                }
+                // SAFETY: granted by the caller: rows of the left operand are repeated, those of the result padded.
+                unsafe {
+                    let (mut rows, mut outs) =
+                        ([std::ptr::null(); ROW_GROUP], [std::ptr::null_mut(); ROW_GROUP]);
+                    for i in 0..height {
+                        let live = (row + i).min(self.rows - 1);
+                        rows[i] = self.left.add(live * self.row_stride).cast();
+                        outs[i] = self.out.add((row + i) * self.out_stride).cast();
+                    }
+                    let skipped = part.begin.saturating_sub(self.first) * self.step;
+                    let segments = [skipped as isize];
+                    let panel_words = self.right.cast::<u32>().add(self.panels.offset::<L>(panel));
+                    let tile = Tile {
+                        rows: rows.as_ptr(),
+                        outs: outs.as_ptr(),
+                        column,
+                        segments: segments.as_ptr(),
+                        segment_count: 1,
+                        length,
+                        step: self.step as isize,
+                        right: panel_words.wrapping_add(part.begin * stored),
+                        start: if self.resume { Start::Resume } else { Start::Zero },
+                        scales: None,
+                    };
+                    if single { L::tile_single(&tile) } else { L::tile_pair(&tile) }
+                }
+            }
+        }
+    }
+}
+
+/// A row of an additive mask.
+#[derive(Clone, Copy)]
+pub(crate) struct Mask {
+    pub(crate) first: *const f32,
+    pub(crate) stride: usize,
+}
+
+impl Mask {
+    /// The mask of a query from key `key` on, if there is one.
+    #[inline(always)]
+    pub(crate) unsafe fn of(
+        args: &AttentionArgs,
+        [batch, head, row, key]: [usize; 4],
+    ) -> Option<Mask> {
+        let [b, h, r, k] = args.mask_strides;
+        // SAFETY: the caller grants a mask that has the place, or none.
+        (!args.mask.is_null()).then(|| unsafe {
+            let first = args.mask.add(batch * b + head * h + row * r + key * k);
+            Mask { first, stride: k }
+        })
+    }
+}
+
+/// Scales and masks the scores of a row, fills them up to whole blocks with -inf, and returns the largest (a NaN does
+/// not count: it comes back with the exponentials).
+#[inline(always)]
+pub(crate) unsafe fn finish_scores(
+    row: *mut f32,
+    count: usize,
+    scale: f32,
+    mask: Option<Mask>,
+) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; BLOCK];
+    let whole = count / BLOCK * BLOCK;
+    // SAFETY: the caller grants a row with room for whole blocks and a mask of `count` values.
+    unsafe {
+        let mut scale = scale;
+        if let Some(mask) = mask {
+            if mask.stride == 1 {
+                for i in 0..count {
+                    *row.add(i) = *row.add(i) * scale + *mask.first.add(i);
+                }
+            } else {
+                for i in 0..count {
+                    *row.add(i) = *row.add(i) * scale + *mask.first.add(i * mask.stride);
+                }
+            }
+            scale = 1.0;
+        }
+        for at in (0..whole).step_by(BLOCK) {
+            let block = &mut *row.add(at).cast::<[f32; BLOCK]>();
+            for (lane, x) in lanes.iter_mut().zip(block) {
+                *x *= scale;
+                *lane = if *x > *lane { *x } else { *lane };
+            }
+        }
+        if whole < count {
+            let block = &mut *row.add(whole).cast::<[f32; BLOCK]>();
+            for (i, x) in block.iter_mut().enumerate() {
+                *x = if i < count - whole { *x * scale } else { f32::NEG_INFINITY };
+            }
+            for (lane, x) in lanes.iter_mut().zip(block) {
+                *lane = if *x > *lane { *x } else { *lane };
+            }
+        }
+    }
+    reduce(&lanes, f32::NEG_INFINITY, |a, b| if b > a { b } else { a })
+}
+
+/// Makes finished scores `exp(score - largest)` and returns their sum.
+#[inline(always)]
+pub(crate) unsafe fn exponentials<S: Simd>(row: *mut f32, count: usize, largest: f32) -> f32 {
+    let mut lanes = [0.0_f32; BLOCK];
+    for at in (0..count).step_by(BLOCK) {
+        // SAFETY: the caller grants whole blocks.
+        let block = unsafe { &mut *row.add(at).cast::<[f32; BLOCK]>() };
+        for (lane, x) in lanes.iter_mut().zip(block) {
+            *x = exp::<S>(*x - largest);
+            *lane += *x;
+        }
+    }
+    reduce(&lanes, 0.0, |a, b| a + b)
+}
+
+/// Clears a row from its last block of scores as far as a tile may read: to the end of the longest row beside it.
+#[inline(always)]
+pub(crate) unsafe fn clear_rest(row: *mut f32, count: usize, columns: usize) {
+    let begin = count.next_multiple_of(BLOCK);
+    for i in begin..columns.min(count + ROW_GROUP) {
+        // SAFETY: the caller grants `columns` values.
+        unsafe { *row.add(i) = 0.0 };
+    }
+}
+
+/// Words from one row of a strip's scores to the next: an odd number of cache lines, so that a column of them does
+/// not fall into few sets of the cache.
+pub(crate) fn score_stride(keys: usize) -> usize {
+    keys.min(CHUNK).next_multiple_of(BLOCK) + 16
+}
+
+/// Hands out parts of a buffer.
+pub(crate) struct Parts(pub(crate) *mut f32);
+
+impl Parts {
+    /// The next `words` words, whole cache lines.
+    pub(crate) fn take(&mut self, words: usize) -> *mut f32 {
+        let part = self.0;
+        self.0 = part.wrapping_add(words.next_multiple_of(16));
+        part
+    }
+}
+
+unsafe extern "C" fn units(args: *const u64, _phase: usize) -> usize {
+    // SAFETY: the caller passes the argument block of this kernel.
+    let args = unsafe { &*args.cast::<AttentionArgs>() };
+    args.batch * args.heads * args.rows.div_ceil(STRIP)
+}
+
+unsafe extern "C" fn run<S: Simd>(args: *const u64, _phase: usize, begin: usize, end: usize) {
+    // SAFETY: the caller passes the argument block of this kernel, on a CPU of the tier.
+    unsafe {
+        let args = *args.cast::<AttentionArgs>();
+        if args.bf16 == 0 {
+            S::enter(Forward { args, begin, end, element: std::marker::PhantomData::<f32> });
+        } else {
+            S::enter(Forward { args, begin, end, element: std::marker::PhantomData::<Bf16> });
+        }
+    }
+}
+
+/// Attention on a tier.
+pub(crate) const fn primitive<S: Simd>() -> Primitive {
+    Primitive { phases: 1, units, run: run::<S>, scratch: no_scratch, parts: crate::no_parts }
+}
+
+struct Forward<E> {
+    args: AttentionArgs,
+    begin: usize,
+    end: usize,
+    element: std::marker::PhantomData<E>,
+}
+
+/// Buffers of a thread.
+#[derive(Clone, Copy)]
+struct Memory {
+    keys: *mut f32,
+    values: *mut f32,
+    scores: *mut f32,
+    score_stride: usize,
+    out: *mut f32,
+    out_stride: usize,
+    staged_rows: *mut f32,
+}
+
+impl<E: Element> Task for Forward<E> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Forward { args, begin, end, .. } = self;
+        let key_panels = Panels { k: args.width, n: args.keys };
+        let value_panels = Panels { k: args.keys, n: args.value_width };
+        let score_stride = score_stride(args.keys);
+        let out_stride = value_panels.count::<S::Real>() * Panels::width::<S::Real>();
+        let staged = usize::from(E::STAGED);
+        let sizes = [
+            key_panels.words::<S::Real>(),
+            value_panels.words::<S::Real>(),
+            STRIP * score_stride,
+            STRIP * out_stride,
+            staged * STRIP * args.width,
+            staged * args.keys * args.width.max(args.value_width),
+        ];
+        let words = sizes.iter().map(|words| words.next_multiple_of(16)).sum();
+        let mut buffer = Buffer::take(Slot::Result, words);
+        let mut parts = Parts(buffer.words().cast());
+        let [keys, values, scores, out, staged_rows, staged] = sizes.map(|size| parts.take(size));
+        let memory = Memory { keys, values, scores, score_stride, out, out_stride, staged_rows };
+        let strips = args.rows.div_ceil(STRIP);
+        let mut packed = None;
+        for unit in begin..end {
+            let (head, strip) = (unit / strips, unit % strips);
+            // The first strip beside the last: under a causal mask both together are as much work as the others.
+            let strip = if strip % 2 == 0 { strip / 2 } else { strips - 1 - strip / 2 };
+            let (batch, head) = (head / args.heads, head % args.heads);
+            let key_head = head / (args.heads / args.key_heads);
+            // SAFETY: the head has the rows; the buffers have room for them.
+            unsafe {
+                if packed != Some((batch, key_head)) {
+                    packed = Some((batch, key_head));
+                    let k = head_of::<E>(args.k, args.k_strides, [batch, 0, key_head]);
+                    let k = E::real(k, args.keys, args.width, staged);
+                    pack::<S::Real>(k, Along::Columns, args.keys, args.width, keys);
+                    let v = head_of::<E>(args.v, args.v_strides, [batch, 0, key_head]);
+                    let v = E::real(v, args.keys, args.value_width, staged);
+                    pack::<S::Real>(v, Along::Rows, args.keys, args.value_width, values);
+                }
+                strip_of::<S, E>(&args, &memory, [batch, head, strip * STRIP]);
+            }
+        }
+    }
+}
+
+/// Computes the strip of one head that begins with row `row`.
+#[inline(always)]
+unsafe fn strip_of<S: Simd, E: Element>(
+    args: &AttentionArgs,
+    memory: &Memory,
+    [batch, head, row]: [usize; 3],
+) {
+    let rows = STRIP.min(args.rows - row);
+    let scale = f32::from_bits(args.scale as u32);
+    let (mut largest, mut sums) = ([f32::NEG_INFINITY; STRIP], [0.0_f32; STRIP]);
+    let mut seen = Seen { causal: args.causal != 0, keys: args.keys, row, key: 0 };
+    let all = seen.all(rows - 1);
+    // SAFETY: the rows lie in the operands and the result; the buffers have room for a strip.
+    unsafe {
+        let q = head_of::<E>(args.q, args.q_strides, [batch, row, head]);
+        let q = E::real(q, rows, args.width, memory.staged_rows);
+        if all == 0 {
+            std::ptr::write_bytes(memory.out, 0, rows * memory.out_stride);
+            sums = [1.0; STRIP];
+        }
+        for key in (0..all).step_by(CHUNK) {
+            seen.key = key;
+            let columns = CHUNK.min(all - key);
+            scores_of::<S>(args, memory.keys, args.width, q, rows, seen, memory.scores);
+            for r in 0..rows {
+                let count = seen.of_chunk(r);
+                let scores = memory.scores.add(r * memory.score_stride);
+                clear_rest(scores, count, columns);
+                let mask = Mask::of(args, [batch, head, row + r, key]);
+                let most = finish_scores(scores, count, scale, mask).max(largest[r]);
+                if most == f32::NEG_INFINITY {
+                    // Nothing is seen up to here.
+                    std::ptr::write_bytes(scores, 0, count.next_multiple_of(BLOCK));
+                    continue;
+                }
+                let sum = exponentials::<S>(scores, count, most);
+                if key > 0 {
+                    let factor = exp::<S>(largest[r] - most);
+                    sums[r] *= factor;
+                    for c in 0..memory.out_stride {
+                        *memory.out.add(r * memory.out_stride + c) *= factor;
+                    }
+                }
+                largest[r] = most;
+                sums[r] += sum;
+            }
+            let panels = Panels { k: args.keys, n: args.value_width };
+            let product = Product {
+                left: memory.scores,
+                row_stride: memory.score_stride,
+                step: 1,
+                first: key,
+                rows,
+                right: memory.values,
+                panels,
+                panel_begin: 0,
+                panel_end: panels.count::<S::Real>(),
+                out: memory.out,
+                out_stride: memory.out_stride,
+                resume: key > 0,
+            };
+            product.run::<S::Real>(Over::Keys, seen);
+        }
+        for (r, sum) in sums.iter().enumerate().take(rows) {
+            let at = ((batch * args.rows + row + r) * args.heads + head) * args.value_width;
+            let out = memory.out.add(r * memory.out_stride);
+            E::store(out, args.value_width, 1.0 / sum, args.y.cast::<E>().add(at));
+        }
+    }
+}
+
+/// `out = left · packedᵀ` for the keys of a chunk, where `packed` holds `width` words of each key.
+#[inline(always)]
+pub(crate) unsafe fn scores_of<S: Simd>(
+    args: &AttentionArgs,
+    packed: *const f32,
+    width: usize,
+    left: Matrix<f32>,
+    rows: usize,
+    seen: Seen,
+    out: *mut f32,
+) {
+    let panels = Panels { k: width, n: args.keys };
+    let (begin, end) = (seen.key, args.keys.min(seen.key + CHUNK));
+    let product = Product {
+        left: left.first,
+        row_stride: left.row_stride,
+        step: left.column_stride,
+        first: 0,
+        rows,
+        right: packed,
+        panels,
+        panel_begin: begin / Panels::width::<S::Real>(),
+        panel_end: end.div_ceil(Panels::width::<S::Real>()),
+        out,
+        out_stride: score_stride(args.keys),
+        resume: false,
+    };
+    // SAFETY: granted by the caller.
+    unsafe { product.run::<S::Real>(Over::Scores, seen) };
+}

@@ -1,0 +1,446 @@
+//! Gradients of attention by queries, keys and values.
+//!
+//! A unit is a head of keys with all heads of queries that share it, so that the gradients of its keys and values
+//! are summed in the order of the strips, whoever computes it. Probabilities are computed again, strip by strip:
+//! with `p = softmax(scale q kᵀ + mask)`, `dp = dy vᵀ` and `ds = scale p (dp - Σ p dp)` the gradients are `dq = ds k`,
+//! `dk = dsᵀ q` and `dv = pᵀ dy`. Where the keys are more than a chunk, a first round finds the maximum and the sums
+//! of each row.
+
+use crate::Primitive;
+use crate::args::AttentionArgs;
+use crate::attention::{
+    Along, BLOCK, Bf16, CHUNK, Element, Mask, Matrix, Over, Parts, Product, STRIP, Seen,
+    clear_rest, exponentials, finish_scores, head_of, pack, score_stride, scores_of,
+};
+use crate::buffer::{Buffer, Slot};
+use crate::lanes::{Simd, Task};
+use crate::softmax::{exp, no_scratch, reduce};
+use crate::tile::{Panels, ROW_GROUP};
+use std::marker::PhantomData;
+
+unsafe extern "C" fn units(args: *const u64, _phase: usize) -> usize {
+    // SAFETY: the caller passes the argument block of this kernel.
+    let args = unsafe { &*args.cast::<AttentionArgs>() };
+    args.batch * args.key_heads
+}
+
+unsafe extern "C" fn run<S: Simd>(args: *const u64, _phase: usize, begin: usize, end: usize) {
+    // SAFETY: the caller passes the argument block of this kernel, on a CPU of the tier.
+    unsafe {
+        let args = *args.cast::<AttentionArgs>();
+        if args.bf16 == 0 {
+            S::enter(Gradients { args, begin, end, element: PhantomData::<f32> });
+        } else {
+            S::enter(Gradients { args, begin, end, element: PhantomData::<Bf16> });
+        }
+    }
+}
+
+/// Gradients of attention on a tier.
+pub(crate) const fn primitive<S: Simd>() -> Primitive {
+    Primitive { phases: 1, units, run: run::<S>, scratch: no_scratch, parts: crate::no_parts }
+}
+
+struct Gradients<E> {
+    args: AttentionArgs,
+    begin: usize,
+    end: usize,
+    element: PhantomData<E>,
+}
+
+/// Buffers of a thread, all of f32.
+#[derive(Clone, Copy)]
+struct Memory {
+    /// Keys for scores.
+    keys: *mut f32,
+    /// Keys for the gradient of queries.
+    key_rows: *mut f32,
+    /// Values for the gradient of probabilities.
+    values: *mut f32,
+    /// The strip's queries, packed.
+    queries: *mut f32,
+    /// The strip's dy, packed.
+    gradients: *mut f32,
+    /// Scores, then probabilities.
+    scores: *mut f32,
+    /// Gradient of the probabilities, then of the scores.
+    slopes: *mut f32,
+    dq: *mut f32,
+    dk: *mut f32,
+    dv: *mut f32,
+    staged_q: *mut f32,
+    staged_dy: *mut f32,
+    staged: *mut f32,
+    /// Words of a row of `dq` and `dk`.
+    stride: usize,
+    /// Words of a row of `dv`.
+    value_stride: usize,
+}
+
+impl<E: Element> Task for Gradients<E> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Gradients { args, begin, end, .. } = self;
+        let (keys, width, value_width) = (args.keys, args.width, args.value_width);
+        let words = |k: usize, n: usize| Panels { k, n }.words::<S::Real>();
+        let stride = |n: usize| Panels { k: 0, n }.count::<S::Real>() * Panels::width::<S::Real>();
+        let padded = keys.next_multiple_of(ROW_GROUP);
+        let staged = usize::from(E::STAGED);
+        let sizes = [
+            words(width, keys),
+            words(keys, width),
+            words(value_width, keys),
+            words(STRIP, width),
+            words(STRIP, value_width),
+            STRIP * score_stride(keys),
+            STRIP * score_stride(keys),
+            STRIP * stride(width),
+            padded * stride(width),
+            padded * stride(value_width),
+            staged * STRIP * width,
+            staged * STRIP * value_width,
+            staged * keys * width.max(value_width),
+        ];
+        let words = sizes.iter().map(|words| words.next_multiple_of(16)).sum();
+        let mut buffer = Buffer::take(Slot::Result, words);
+        let mut parts = Parts(buffer.words().cast());
+        let mut next = sizes.map(|size| parts.take(size)).into_iter();
+        let mut part = || next.next().unwrap_or(std::ptr::null_mut());
+        let memory = Memory {
+            keys: part(),
+            key_rows: part(),
+            values: part(),
+            queries: part(),
+            gradients: part(),
+            scores: part(),
+            slopes: part(),
+            dq: part(),
+            dk: part(),
+            dv: part(),
+            staged_q: part(),
+            staged_dy: part(),
+            staged: part(),
+            stride: stride(width),
+            value_stride: stride(value_width),
+        };
+        for unit in begin..end {
+            let head = Head { args: &args, memory, batch: unit / args.key_heads };
+            // SAFETY: the operands and results have the head, the buffers room for it.
+            unsafe { head.run::<S, E>(unit % args.key_heads) };
+        }
+    }
+}
+
+/// The work on one head of keys.
+#[derive(Clone, Copy)]
+struct Head<'a> {
+    args: &'a AttentionArgs,
+    memory: Memory,
+    batch: usize,
+}
+
+/// One strip of queries.
+#[derive(Clone, Copy)]
+struct Strip {
+    head: usize,
+    row: usize,
+    rows: usize,
+    q: Matrix<f32>,
+    dy: Matrix<f32>,
+}
+
+/// What is known of the rows of a strip.
+struct Statistics {
+    largest: [f32; STRIP],
+    /// Sums of exponentials.
+    sums: [f32; STRIP],
+    /// Sums of exponentials times the gradient of their probabilities.
+    slopes: [f32; STRIP],
+}
+
+impl Head<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd, E: Element>(&self, key_head: usize) {
+        let Head { args, memory, batch } = *self;
+        let (keys, width, value_width) = (args.keys, args.width, args.value_width);
+        let shared = args.heads / args.key_heads;
+        // SAFETY: granted by the caller.
+        unsafe {
+            let k = head_of::<E>(args.k, args.k_strides, [batch, 0, key_head]);
+            let k = E::real(k, keys, width, memory.staged);
+            pack::<S::Real>(k, Along::Columns, keys, width, memory.keys);
+            if !args.dq.is_null() {
+                pack::<S::Real>(k, Along::Rows, keys, width, memory.key_rows);
+            }
+            if self.needs_slopes() {
+                let v = head_of::<E>(args.v, args.v_strides, [batch, 0, key_head]);
+                let v = E::real(v, keys, value_width, memory.staged);
+                pack::<S::Real>(v, Along::Columns, keys, value_width, memory.values);
+            }
+            std::ptr::write_bytes(memory.dk, 0, keys * memory.stride);
+            std::ptr::write_bytes(memory.dv, 0, keys * memory.value_stride);
+            for head in key_head * shared..(key_head + 1) * shared {
+                for row in (0..args.rows).step_by(STRIP) {
+                    let rows = STRIP.min(args.rows - row);
+                    let q = head_of::<E>(args.q, args.q_strides, [batch, row, head]);
+                    let q = E::real(q, rows, width, memory.staged_q);
+                    let dy = head_of::<E>(args.dy, args.dy_strides, [batch, row, head]);
+                    let dy = E::real(dy, rows, value_width, memory.staged_dy);
+                    self.strip::<S>(Strip { head, row, rows, q, dy });
+                    for r in 0..if args.dq.is_null() { 0 } else { rows } {
+                        let at = ((batch * args.rows + row + r) * args.heads + head) * width;
+                        let from = memory.dq.add(r * memory.stride);
+                        E::store(from, width, 1.0, args.dq.cast::<E>().add(at));
+                    }
+                }
+            }
+            // Rows that only fill up the last tile of a strip were added where no query sees the key.
+            let seen = Seen { causal: args.causal != 0, keys, row: 0, key: 0 };
+            let last = if args.rows == 0 { 0 } else { seen.all(args.rows - 1) };
+            std::ptr::write_bytes(
+                memory.dk.add(last * memory.stride),
+                0,
+                (keys - last) * memory.stride,
+            );
+            let rest = (keys - last) * memory.value_stride;
+            std::ptr::write_bytes(memory.dv.add(last * memory.value_stride), 0, rest);
+            for key in 0..keys {
+                let at = (batch * keys + key) * args.key_heads + key_head;
+                if !args.dk.is_null() {
+                    let to = args.dk.cast::<E>().add(at * width);
+                    E::store(memory.dk.add(key * memory.stride), width, 1.0, to);
+                }
+                if !args.dv.is_null() {
+                    let to = args.dv.cast::<E>().add(at * value_width);
+                    E::store(memory.dv.add(key * memory.value_stride), value_width, 1.0, to);
+                }
+            }
+        }
+    }
+
+    /// Whether the gradient of the probabilities is needed.
+    #[inline(always)]
+    fn needs_slopes(&self) -> bool {
+        !self.args.dq.is_null() || !self.args.dk.is_null()
+    }
+
+    #[inline(always)]
+    unsafe fn strip<S: Simd>(&self, strip: Strip) {
+        let Head { args, memory, .. } = *self;
+        let rows = strip.rows;
+        let mut seen = Seen { causal: args.causal != 0, keys: args.keys, row: strip.row, key: 0 };
+        let all = seen.all(rows - 1);
+        let mut known = Statistics {
+            largest: [f32::NEG_INFINITY; STRIP],
+            sums: [0.0; STRIP],
+            slopes: [0.0; STRIP],
+        };
+        // SAFETY: granted by the caller.
+        unsafe {
+            if !args.dk.is_null() {
+                pack::<S::Real>(strip.q, Along::Rows, rows, args.width, memory.queries);
+            }
+            if !args.dv.is_null() {
+                pack::<S::Real>(strip.dy, Along::Rows, rows, args.value_width, memory.gradients);
+            }
+            if all == 0 {
+                std::ptr::write_bytes(memory.dq, 0, rows * memory.stride);
+            }
+            let once = all <= CHUNK;
+            if !once {
+                for key in (0..all).step_by(CHUNK) {
+                    seen.key = key;
+                    self.scores::<S>(&strip, seen);
+                    self.measure::<S>(&strip, seen, &mut known);
+                }
+            }
+            for key in (0..all).step_by(CHUNK) {
+                seen.key = key;
+                self.scores::<S>(&strip, seen);
+                if once {
+                    self.measure::<S>(&strip, seen, &mut known);
+                }
+                self.finish::<S>(&strip, seen, &known, once);
+                self.multiply::<S>(&strip, seen, all);
+            }
+        }
+    }
+
+    /// Scores and gradients of probabilities for the keys of a chunk.
+    #[inline(always)]
+    unsafe fn scores<S: Simd>(&self, strip: &Strip, seen: Seen) {
+        let Head { args, memory, .. } = *self;
+        let Strip { rows, q, dy, .. } = *strip;
+        // SAFETY: granted by the caller.
+        unsafe {
+            scores_of::<S>(args, memory.keys, args.width, q, rows, seen, memory.scores);
+            if self.needs_slopes() {
+                let (values, width) = (memory.values, args.value_width);
+                scores_of::<S>(args, values, width, dy, rows, seen, memory.slopes);
+            }
+        }
+    }
+
+    /// Makes scores exponentials and adds them to what is known of their rows.
+    #[inline(always)]
+    unsafe fn measure<S: Simd>(&self, strip: &Strip, seen: Seen, known: &mut Statistics) {
+        for r in 0..strip.rows {
+            let count = seen.of_chunk(r);
+            // SAFETY: granted by the caller.
+            unsafe {
+                let (scores, slopes) = self.row(r);
+                let most = self.scaled(strip, seen, r).max(known.largest[r]);
+                if most == f32::NEG_INFINITY {
+                    // Nothing is seen up to here: exponentials of what is masked everywhere are NaN.
+                    exponentials::<S>(scores, count, most);
+                    continue;
+                }
+                let sum = exponentials::<S>(scores, count, most);
+                let factor = exp::<S>(known.largest[r] - most);
+                known.largest[r] = most;
+                known.sums[r] = known.sums[r] * factor + sum;
+                if self.needs_slopes() {
+                    known.slopes[r] = known.slopes[r] * factor + dot(scores, slopes, count);
+                }
+            }
+        }
+    }
+
+    /// The rows of scores and slopes of a query.
+    #[inline(always)]
+    unsafe fn row(&self, r: usize) -> (*mut f32, *mut f32) {
+        let at = r * score_stride(self.args.keys);
+        // SAFETY: the caller grants a row of the strip.
+        unsafe { (self.memory.scores.add(at), self.memory.slopes.add(at)) }
+    }
+
+    /// Scales and masks a row of scores; returns the largest.
+    #[inline(always)]
+    unsafe fn scaled(&self, strip: &Strip, seen: Seen, r: usize) -> f32 {
+        let place = [self.batch, strip.head, strip.row + r, seen.key];
+        // SAFETY: granted by the caller.
+        unsafe {
+            let mask = Mask::of(self.args, place);
+            let scale = f32::from_bits(self.args.scale as u32);
+            finish_scores(self.row(r).0, seen.of_chunk(r), scale, mask)
+        }
+    }
+
+    /// Makes probabilities and gradients of scores; `done` says that the exponentials are there.
+    #[inline(always)]
+    unsafe fn finish<S: Simd>(&self, strip: &Strip, seen: Seen, known: &Statistics, done: bool) {
+        let scale = f32::from_bits(self.args.scale as u32);
+        let columns = seen.of_chunk(strip.rows - 1);
+        for r in 0..strip.rows {
+            let count = seen.of_chunk(r);
+            // SAFETY: granted by the caller.
+            unsafe {
+                let (scores, slopes) = self.row(r);
+                if !done {
+                    self.scaled(strip, seen, r);
+                    exponentials::<S>(scores, count, known.largest[r]);
+                }
+                let factor = 1.0 / known.sums[r];
+                clear_rest(scores, count, columns);
+                if !self.needs_slopes() {
+                    for at in (0..count).step_by(BLOCK) {
+                        for p in &mut *scores.add(at).cast::<[f32; BLOCK]>() {
+                            *p *= factor;
+                        }
+                    }
+                    continue;
+                }
+                clear_rest(slopes, count, columns);
+                let mean = known.slopes[r] * factor;
+                for i in count..count.next_multiple_of(BLOCK) {
+                    *slopes.add(i) = mean;
+                }
+                for at in (0..count).step_by(BLOCK) {
+                    let block = &mut *scores.add(at).cast::<[f32; BLOCK]>();
+                    let slopes = &mut *slopes.add(at).cast::<[f32; BLOCK]>();
+                    for (p, slope) in block.iter_mut().zip(slopes) {
+                        *p *= factor;
+                        *slope = *p * scale * (*slope - mean);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The three products of a chunk whose last key but one is `all`.
+    #[inline(always)]
+    unsafe fn multiply<S: Simd>(&self, strip: &Strip, seen: Seen, all: usize) {
+        let Head { args, memory, .. } = *self;
+        let (rows, stride) = (strip.rows, score_stride(args.keys));
+        let panels = Panels { k: args.keys, n: args.width };
+        let of_queries = Product {
+            left: memory.slopes,
+            row_stride: stride,
+            step: 1,
+            first: seen.key,
+            rows,
+            right: memory.key_rows,
+            panels,
+            panel_begin: 0,
+            panel_end: panels.count::<S::Real>(),
+            out: memory.dq,
+            out_stride: memory.stride,
+            resume: seen.key > 0,
+        };
+        let panels = Panels { k: rows, n: args.width };
+        let of_keys = Product {
+            row_stride: 1,
+            step: stride,
+            first: 0,
+            rows: CHUNK.min(all - seen.key),
+            right: memory.queries,
+            panels,
+            panel_end: panels.count::<S::Real>(),
+            out: memory.dk.wrapping_add(seen.key * memory.stride),
+            resume: true,
+            ..of_queries
+        };
+        let panels = Panels { k: rows, n: args.value_width };
+        let of_values = Product {
+            left: memory.scores,
+            right: memory.gradients,
+            panels,
+            panel_end: panels.count::<S::Real>(),
+            out: memory.dv.wrapping_add(seen.key * memory.value_stride),
+            out_stride: memory.value_stride,
+            ..of_keys
+        };
+        // SAFETY: granted by the caller.
+        unsafe {
+            if !args.dq.is_null() {
+                of_queries.run::<S::Real>(Over::Keys, seen);
+            }
+            if !args.dk.is_null() {
+                of_keys.run::<S::Real>(Over::Queries(rows), seen);
+            }
+            if !args.dv.is_null() {
+                of_values.run::<S::Real>(Over::Queries(rows), seen);
+            }
+        }
+    }
+}
+
+/// The dot product of the first `count` values.
+#[inline(always)]
+unsafe fn dot(a: *const f32, b: *const f32, count: usize) -> f32 {
+    let mut lanes = [0.0_f32; BLOCK];
+    let whole = count / BLOCK * BLOCK;
+    // SAFETY: granted by the caller.
+    unsafe {
+        for at in (0..whole).step_by(BLOCK) {
+            let (a, b) = (&*a.add(at).cast::<[f32; BLOCK]>(), &*b.add(at).cast::<[f32; BLOCK]>());
+            for (lane, (a, b)) in lanes.iter_mut().zip(a.iter().zip(b)) {
+                *lane += a * b;
+            }
+        }
+        for (i, lane) in lanes.iter_mut().enumerate().take(count - whole) {
+            *lane += *a.add(whole + i) * *b.add(whole + i);
+        }
+    }
+    reduce(&lanes, 0.0, |a, b| a + b)
+}

@@ -1,0 +1,63 @@
+//! Attention and its gradients with their operands in slots: read through any strides, written dense.
+
+use crate::build::PlanError;
+use crate::lower::Lowering;
+use crate::{Affine, Attention, AttentionResult, Place, Strided};
+use qcompile_ir::{AttentionOperand, DType, Dim, NodeId, Op};
+
+/// The kernel of an attention, or of all wanted gradients of one (which have the same operands).
+pub(crate) fn attention(lowering: &Lowering, members: &[NodeId]) -> Result<Attention, PlanError> {
+    let graph = lowering.graph;
+    let first = members[0];
+    let op = graph.op(first);
+    let operands = graph.operands(first);
+    let ty = graph.ty(operands[0]);
+    if !matches!(ty.dtype, DType::F32 | DType::BF16) {
+        return Err(PlanError::Unsupported {
+            name: graph.node(first).name.clone(),
+            op: op.name(),
+            ty: ty.to_string(),
+        });
+    }
+    let strided = |id: NodeId| {
+        let view = &lowering.fusion.views[id.index()];
+        let strides = view.strides[..].try_into().expect("verified: attention has four dims");
+        Strided { place: lowering.place(view), strides }
+    };
+    let dense = |id: NodeId| Place { slot: lowering.memory.slot_of[&id], offset: Affine::ZERO };
+    let (scale, causal, result, inputs) = match *op {
+        Op::AttentionGrad { scale, causal, .. } => {
+            let (&dy, inputs) = operands.split_last().expect("verified: operands are four or five");
+            let of = AttentionOperand::ALL.map(|wanted| {
+                let gives =
+                    |id: &NodeId| matches!(*graph.op(*id), Op::AttentionGrad { of, .. } if of == wanted);
+                members.iter().copied().find(gives).map(dense)
+            });
+            (scale, causal, AttentionResult::Gradients { dy: strided(dy), of }, inputs)
+        }
+        Op::Attention { scale, causal } => {
+            (scale, causal, AttentionResult::Forward(dense(first)), &operands[..])
+        }
+        _ => unreachable!("fused: only attention comes here"),
+    };
+    let dims = |position: usize| &graph.ty(inputs[position]).shape.0;
+    let heads = |dim: Dim| dim.as_fixed().expect("verified: heads are fixed");
+    let (q, k, v) = (dims(0), dims(1), dims(2));
+    Ok(Attention {
+        batch: q[0],
+        rows: q[1],
+        keys: k[1],
+        heads: heads(q[2]),
+        key_heads: heads(k[2]),
+        width: q[3],
+        value_width: v[3],
+        scale,
+        causal,
+        dtype: ty.dtype,
+        q: strided(inputs[0]),
+        k: strided(inputs[1]),
+        v: strided(inputs[2]),
+        mask: inputs.get(3).map(|&mask| strided(mask)),
+        result,
+    })
+}
