@@ -296,7 +296,7 @@ impl Unit<'_> {
                         if last {
                             ahead.step::<L::Tier>();
                         }
-                        block.sweep::<L>(first, &depth);
+                        block.sweep::<L>(first, &depth, &mut []);
                         if last && matches!(self.target, Target::Group | Target::Batch) {
                             let live = ROW_GROUP.min(count - first);
                             let rows = batch.outs[first];
