@@ -127,8 +127,9 @@ impl<L: Lanes> Task for Compute<L> {
                 let mut ahead = Ahead::NONE;
                 if unit_index + 1 < self.end && (unit_index + 1) % cut.parts.count() != 0 {
                     let next = cut.parts.part((unit_index + 1) % cut.parts.count());
-                    let groups = phases.len() + pixels / ROW_GROUP;
-                    ahead = Ahead::source(g, &next, c.source, c.source_total()).steps(groups);
+                    let panels = Panels { k: 0, n: g.target_channels };
+                    let tiles = panels.tiles::<L>(panel_begin..panel_end, pixels);
+                    ahead = Ahead::source(g, &next, c.source, c.source_total()).steps(tiles);
                 }
                 for phase in &phases {
                     let skip = phase.packed + group * phase.panels.words::<L>();
@@ -294,10 +295,8 @@ impl Unit<'_> {
                     let depth = Depth { segments, length, step: 1, begin, resume, last };
                     begin += part.len() * length;
                     for first in (0..count).step_by(ROW_GROUP) {
-                        if last {
-                            ahead.step::<L::Tier>();
-                        }
-                        block.sweep::<L>(first, &depth);
+                        let ahead = if last { std::slice::from_mut(ahead) } else { &mut [] };
+                        block.sweep::<L>(first, &depth, ahead);
                         if last && matches!(self.target, Target::Group | Target::Batch) {
                             let live = ROW_GROUP.min(count - first);
                             let rows = batch.outs[first];

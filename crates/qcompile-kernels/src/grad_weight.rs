@@ -8,12 +8,12 @@
 
 use crate::args::Conv2dGradWeightArgs;
 use crate::buffer::{Buffer, Slot};
-use crate::depthwise::{self, Reach};
+use crate::depthwise_grad::Depthwise;
 use crate::geometry::{Geometry, Part, Parts};
-use crate::lanes::{Element, Lanes, Simd, Task};
+use crate::lanes::{Lanes, Simd, Task};
 use crate::pack::{self, Right, Source};
 use crate::tile::{Block, Depth, Panels, ROW_GROUP};
-use crate::window::{Ahead, Extent, Window};
+use crate::window::{Ahead, Window};
 use crate::{Primitive, no_parts};
 
 /// Most rows (kernel positions times input channels) of a unit.
@@ -31,11 +31,11 @@ const SUM_CHANNELS: usize = 4;
 
 /// How the gradient is cut.
 #[derive(Clone, Copy)]
-struct Cut {
-    g: Geometry,
+pub(crate) struct Cut {
+    pub(crate) g: Geometry,
     panels: Panels,
     /// Words of one output row of partial sums.
-    stride: usize,
+    pub(crate) stride: usize,
     /// Rows of a group: kernel positions times input channels.
     rows: usize,
     channels: usize,
@@ -104,12 +104,12 @@ impl Cut {
     }
 
     /// First word of a row of partial sums.
-    fn partial(&self, chunk: usize, group: usize, row: usize) -> usize {
+    pub(crate) fn partial(&self, chunk: usize, group: usize, row: usize) -> usize {
         ((chunk * self.groups() + group) * self.rows + row) * self.stride
     }
 
     /// The images of a chunk.
-    fn images(&self, chunk: usize) -> std::ops::Range<usize> {
+    pub(crate) fn images(&self, chunk: usize) -> std::ops::Range<usize> {
         let size = self.g.batch.div_ceil(self.chunks);
         (chunk * size).min(self.g.batch)..((chunk + 1) * size).min(self.g.batch)
     }
@@ -295,14 +295,19 @@ impl<L: Lanes> Outer<L> {
                         lines.push((to as isize).wrapping_sub(origin as isize) / 4);
                     }
                 }
-                for (i, pointer) in rows.iter_mut().enumerate().take(padded) {
-                    let i = i.min(count - 1);
-                    let (position, channel) = (first_position + i / channels, i % channels);
+                let mut pointers = rows.chunks_mut(channels);
+                for position in first_position..first_position + positions {
+                    let Some(pointers) = pointers.next() else { continue };
                     let down = g.rows.taps(0).nth(position / g.kernel_width);
                     let across = g.columns.taps(0).nth(position % g.kernel_width);
                     let shift = |tap: Option<crate::geometry::Tap>| tap.map_or(0, |tap| tap.shift);
-                    *pointer = window.pixel(0, shift(down), shift(across)).wrapping_add(channel);
+                    let from = window.pixel(0, shift(down), shift(across));
+                    for (channel, pointer) in pointers.iter_mut().enumerate() {
+                        *pointer = from.wrapping_add(channel);
+                    }
                 }
+                let last = rows[count - 1];
+                rows[count..padded].fill(last);
                 let pixels = lines.len() * g.columns.target;
                 let panels = Panels { k: pixels, n: cut.panels.n };
                 let (first_pixel, _) = self.pixel(&part);
@@ -359,8 +364,9 @@ impl<L: Lanes> Outer<L> {
                     let (pixel, count) = self.pixel(&part);
                     let x = Ahead::source(g, &part, args.x, input);
                     let dy = Ahead::of(args.dy.wrapping_add(pixel * output), count * output);
-                    ahead.copy_from_slice(&[x, dy].map(|a| a.steps(padded / ROW_GROUP)));
+                    ahead.copy_from_slice(&[x, dy]);
                 }
+                Ahead::spread(&mut ahead, panels.tiles::<L>(panel_begin..panel_end, count));
                 let depth = Depth {
                     segments: lines,
                     length: g.columns.target,
@@ -370,10 +376,7 @@ impl<L: Lanes> Outer<L> {
                     last: true,
                 };
                 for first in (0..count).step_by(ROW_GROUP) {
-                    for ahead in &mut ahead {
-                        ahead.step::<L::Tier>();
-                    }
-                    block.sweep::<L>(first, &depth);
+                    block.sweep::<L>(first, &depth, &mut ahead);
                 }
             }
         }
@@ -386,153 +389,6 @@ impl<L: Lanes> Outer<L> {
             (part.image * height + part.row_begin) * width,
             part.images * (part.row_end - part.row_begin) * width,
         )
-    }
-}
-
-/// Most taps whose sums one sweep over a row keeps in registers: those of a 3 x 3 kernel.
-const MOST_TAPS: usize = 9;
-
-/// Partial sums of a depthwise convolution: rows are kernel positions, columns are channels.
-struct Depthwise<E> {
-    args: Conv2dGradWeightArgs<E>,
-    cut: Cut,
-    begin: usize,
-    end: usize,
-}
-
-impl<E: Element> Task for Depthwise<E> {
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
-        let (cut, args, g) = (&self.cut, &self.args, &self.cut.g);
-        let channels = g.groups;
-        let (height, columns) = (g.rows.target, g.columns.target);
-        let mut taps = Vec::new();
-        for chunk in self.begin..self.end {
-            let images = cut.images(chunk);
-            // What is widened at once stays near.
-            let parts = depthwise::parts(&Geometry { batch: images.len(), ..*g }, 1);
-            // SAFETY: rows lie in the partial sums, taps in the source.
-            unsafe {
-                let sums = args.scratch.cast::<f32>().add(cut.partial(chunk, 0, 0));
-                sums.write_bytes(0, g.kernel * cut.stride);
-                for (part, image) in (0..parts.count()).flat_map(|index| {
-                    let part = parts.part(index);
-                    (part.image..part.image + part.images).map(move |image| (part, image))
-                }) {
-                    let image = images.start + image;
-                    let line_values = g.columns.source * channels;
-                    let x = args.x.add(image * g.rows.source * line_values);
-                    let dy = args.dy.add((image * height + part.row_begin) * columns * channels);
-                    let read = Extent::of(g, part.row_begin, part.row_end).source_rows(g);
-                    let size = if E::NARROW { read.len() * line_values } else { 0 };
-                    let mut wide_x = Buffer::take(Slot::Left, size);
-                    let size = (part.row_end - part.row_begin) * columns * channels;
-                    let mut wide_dy = Buffer::take(Slot::Right, if E::NARROW { size } else { 0 });
-                    let (x, dy, first_row) = if E::NARROW {
-                        let (to_x, to_dy) = (wide_x.words().cast(), wide_dy.words().cast());
-                        depthwise::widen(
-                            x.add(read.start * line_values),
-                            read.len() * line_values,
-                            to_x,
-                        );
-                        depthwise::widen(dy, size, to_dy);
-                        (to_x.cast_const(), to_dy.cast_const(), read.start)
-                    } else {
-                        (x.cast(), dy.cast(), 0)
-                    };
-                    for row in part.row_begin..part.row_end {
-                        let line = Line {
-                            x,
-                            dy: dy.add((row - part.row_begin) * columns * channels),
-                            sums,
-                            stride: cut.stride,
-                            channels,
-                            step: g.columns.step() * channels,
-                        };
-                        depthwise::reaches(g, (0, 0), row, first_row, channels, &mut taps);
-                        for taps in taps.chunks(MOST_TAPS) {
-                            if let Ok(taps) = taps.try_into() {
-                                line.add::<S, MOST_TAPS>(taps);
-                                continue;
-                            }
-                            let mut threes = taps.chunks_exact(3);
-                            for taps in &mut threes {
-                                if let Ok(taps) = taps.try_into() {
-                                    line.add::<S, 3>(taps);
-                                }
-                            }
-                            for &tap in threes.remainder() {
-                                line.add::<S, 1>(&[tap]);
-                            }
-                        }
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// One row of output pixels.
-struct Line {
-    /// What the taps' offsets count from.
-    x: *const f32,
-    dy: *const f32,
-    /// Sums of kernel position 0.
-    sums: *mut f32,
-    /// From one position's sums to the next one's.
-    stride: usize,
-    channels: usize,
-    /// From one column's source to the next one's.
-    step: usize,
-}
-
-impl Line {
-    /// Adds the row's products for some taps.
-    #[inline(always)]
-    unsafe fn add<S: Simd, const T: usize>(&self, taps: &[Reach; T]) {
-        let lanes = S::Real::LANES;
-        let inner = depthwise::common(taps, usize::MAX);
-        // SAFETY: granted by the caller.
-        unsafe {
-            let mut channel = 0;
-            while channel + lanes <= self.channels {
-                let (x, dy) = (self.x.wrapping_add(channel), self.dy.add(channel));
-                let out = |tap: &Reach| self.sums.add(tap.position * self.stride + channel);
-                let mut sums = [S::Real::zero(); T];
-                for (sum, tap) in sums.iter_mut().zip(taps) {
-                    *sum = S::Real::load(out(tap).cast());
-                    let (begin, end) = tap.columns;
-                    let (before, after) = (inner.start.min(end), inner.end.max(begin));
-                    for column in (begin..before).chain(after.max(before)..end) {
-                        let from = x.wrapping_offset(tap.offset).wrapping_add(column * self.step);
-                        let b = S::Real::load(dy.add(column * self.channels).cast());
-                        *sum = S::Real::dot(*sum, S::Real::load(from.cast()), b);
-                    }
-                }
-                for column in inner.clone() {
-                    let b = S::Real::load(dy.add(column * self.channels).cast());
-                    let from = x.wrapping_add(column * self.step);
-                    for (sum, tap) in sums.iter_mut().zip(taps) {
-                        let a = S::Real::load(from.wrapping_offset(tap.offset).cast());
-                        *sum = S::Real::dot(*sum, a, b);
-                    }
-                }
-                for (&sum, tap) in sums.iter().zip(taps) {
-                    S::Real::store(out(tap).cast(), sum);
-                }
-                channel += lanes;
-            }
-            for channel in channel..self.channels {
-                for tap in taps {
-                    let out = self.sums.add(tap.position * self.stride + channel);
-                    let x = self.x.wrapping_offset(tap.offset).wrapping_add(channel);
-                    for column in tap.columns.0..tap.columns.1 {
-                        let a = *x.wrapping_add(column * self.step);
-                        *out += a * *self.dy.add(column * self.channels + channel);
-                    }
-                }
-            }
-        }
     }
 }
 
@@ -550,31 +406,66 @@ impl<E> Task for Sum<E> {
         let (cut, g) = (&self.cut, &self.cut.g);
         let columns = cut.panels.n;
         let blocks = g.source_channels.div_ceil(SUM_CHANNELS);
-        let mut total = Buffer::take(Slot::Result, cut.stride);
+        let rows = SUM_CHANNELS.min(g.source_channels) * g.kernel;
+        let mut total = Buffer::take(Slot::Result, rows * cut.stride);
         for unit in self.begin..self.end {
             let (group, block) = (unit / blocks, unit % blocks);
             let begin = block * SUM_CHANNELS;
             let end = (begin + SUM_CHANNELS).min(g.source_channels);
-            for channel in begin..end {
-                for position in 0..g.kernel {
-                    let row = position * g.source_channels + channel;
-                    // SAFETY: inside the partial sums and the gradient.
-                    unsafe {
-                        let partial = self.args.scratch.cast::<f32>();
-                        let total = total.words().cast::<f32>();
-                        let first = partial.add(cut.partial(0, group, row));
-                        std::ptr::copy_nonoverlapping(first, total, columns);
-                        for chunk in 1..cut.chunks {
-                            let next = partial.add(cut.partial(chunk, group, row));
-                            for c in 0..columns {
-                                *total.add(c) += *next.add(c);
-                            }
-                        }
+            let rows = (end - begin) * g.kernel;
+            // SAFETY: inside the partial sums, the buffer and the gradient.
+            unsafe {
+                // In the order of the gradient: all positions of a channel, then the next channel.
+                for row in 0..rows {
+                    let (channel, position) = (begin + row / g.kernel, row % g.kernel);
+                    let from = position * g.source_channels + channel;
+                    let partial = self.args.scratch.cast::<f32>();
+                    let total = total.words().cast::<f32>().add(row * cut.stride);
+                    let first = partial.add(cut.partial(0, group, from));
+                    std::ptr::copy_nonoverlapping(first, total, columns);
+                    for chunk in 1..cut.chunks {
+                        let next = partial.add(cut.partial(chunk, group, from));
                         for c in 0..columns {
-                            let outer = group * g.target_channels + c;
-                            let to = (outer * g.source_channels + channel) * g.kernel + position;
-                            *self.args.dw.add(to) = *total.add(c);
+                            *total.add(c) += *next.add(c);
                         }
+                    }
+                }
+                let first = (group * g.target_channels * g.source_channels + begin) * g.kernel;
+                let to = self.args.dw.add(first);
+                transpose::<S>(
+                    total.words(),
+                    [rows, columns],
+                    cut.stride,
+                    to.cast(),
+                    g.source_channels * g.kernel,
+                );
+            }
+        }
+    }
+}
+
+/// Writes a matrix's columns as rows.
+#[inline(always)]
+unsafe fn transpose<S: Simd>(
+    from: *const u32,
+    [rows, columns]: [usize; 2],
+    from_stride: usize,
+    to: *mut u32,
+    to_stride: usize,
+) {
+    // SAFETY: granted by the caller.
+    unsafe {
+        for column in (0..columns).step_by(8) {
+            for row in (0..rows).step_by(8) {
+                let from = from.add(row * from_stride + column);
+                let to = to.add(column * to_stride + row);
+                if row + 8 <= rows && column + 8 <= columns {
+                    S::transpose8(from, from_stride, to, to_stride);
+                    continue;
+                }
+                for c in 0..8.min(columns - column) {
+                    for r in 0..8.min(rows - row) {
+                        *to.add(c * to_stride + r) = *from.add(r * from_stride + c);
                     }
                 }
             }

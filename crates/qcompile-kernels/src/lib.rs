@@ -16,6 +16,7 @@ mod avx512;
 mod buffer;
 mod conv;
 mod depthwise;
+mod depthwise_grad;
 mod direct;
 mod gather;
 mod geometry;

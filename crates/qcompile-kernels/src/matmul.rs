@@ -569,7 +569,7 @@ impl<L: Lanes> Compute<L> {
                 let step = step as isize;
                 let depth = Depth { segments: &segments, length, step, begin, resume, last };
                 for first in (0..rows).step_by(ROW_GROUP) {
-                    block.sweep::<L>(first, &depth);
+                    block.sweep::<L>(first, &depth, &mut []);
                     if !direct && last {
                         let live = ROW_GROUP.min(rows - first);
                         finish.rows(out_pointers[first].cast(), stride, first, live);

@@ -3,6 +3,9 @@
 use crate::buffer::{Buffer, Slot};
 use crate::lanes::{Lanes, Simd};
 
+/// Rows of fewer words are copied in place of a call.
+const FEW_WORDS: usize = 16;
+
 /// Which side of the product a packed word is for.
 pub(crate) trait Side {
     /// Whether it is the left operand.
@@ -35,9 +38,21 @@ pub(crate) unsafe fn row<L: Lanes, S: Side>(from: *const L::Element, k: usize, t
     // SAFETY: granted by the caller.
     unsafe {
         if L::PLAIN {
-            let (size, whole) = (size_of::<L::Element>(), k.next_multiple_of(L::GROUP));
-            std::ptr::copy_nonoverlapping(from.cast::<u8>(), to.cast(), k * size);
-            to.cast::<u8>().add(k * size).write_bytes(0, (whole - k) * size);
+            let words = k / L::GROUP;
+            if L::GROUP > 1 && words < FEW_WORDS {
+                for w in 0..words {
+                    *to.add(w) = from.cast::<u32>().add(w).read_unaligned();
+                }
+            } else {
+                std::ptr::copy_nonoverlapping(from.cast::<u8>(), to.cast(), words * 4);
+            }
+            if words * L::GROUP < k {
+                let mut elements = [L::Element::default(); 4];
+                for (g, element) in elements.iter_mut().enumerate().take(k - words * L::GROUP) {
+                    *element = *from.add(words * L::GROUP + g);
+                }
+                *to.add(words) = word::<L, S>(&elements);
+            }
             return;
         }
         if L::INTEGER && cfg!(target_endian = "little") {

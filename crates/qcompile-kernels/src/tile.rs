@@ -6,6 +6,7 @@
 
 use crate::args::Epilogue;
 use crate::lanes::{Lanes, Simd};
+use crate::window::Ahead;
 
 /// Rows are handled in groups of this many, a multiple of every tile height.
 pub(crate) const ROW_GROUP: usize = 24;
@@ -43,6 +44,8 @@ pub(crate) struct Tile {
     pub(crate) start: Start,
     /// What turns finished i32 sums into f32; none for f32 and for sums that go on.
     pub(crate) scales: Option<Scales>,
+    /// Memory to be fetched ahead of its use, and so many cache lines of it with each segment.
+    pub(crate) ahead: (*const u8, usize),
 }
 
 /// Scales of i32 sums.
@@ -95,7 +98,12 @@ pub(crate) unsafe fn tile<L: Lanes, const R: usize, const N: usize>(t: &Tile) {
             }
         }
         let mut right = t.right;
+        let (mut ahead, lines) = t.ahead;
         for s in 0..t.segment_count {
+            for _ in 0..lines {
+                L::Tier::prefetch(ahead);
+                ahead = ahead.wrapping_add(64);
+            }
             let mut at = *t.segments.add(s);
             let mut left = t.length;
             if t.step == 1 {
@@ -186,6 +194,13 @@ impl Panels {
         2 * L::LANES
     }
 
+    /// Number of tiles of so many rows.
+    pub(crate) fn tiles<L: Lanes>(self, panels: std::ops::Range<usize>, rows: usize) -> usize {
+        let single = |panel: usize| self.stored::<L>(panel) == L::LANES;
+        let height = |panel: usize| if single(panel) { L::ROWS_SINGLE } else { L::ROWS_PAIR };
+        panels.map(|panel| rows.div_ceil(height(panel))).sum()
+    }
+
     /// Number of panels.
     pub(crate) fn count<L: Lanes>(self) -> usize {
         self.n.div_ceil(Self::width::<L>())
@@ -253,11 +268,17 @@ pub(crate) struct Block<'a> {
 }
 
 impl Block<'_> {
-    /// Adds a part of K to the rows of one group (`first` is a multiple of [`ROW_GROUP`]).
+    /// Adds a part of K to the rows of one group (`first` is a multiple of [`ROW_GROUP`]), and fetches a
+    /// piece of what lies ahead with each tile.
     ///
     /// # Safety
     /// The pointers are valid for the sizes, and the CPU supports the tier.
-    pub(crate) unsafe fn sweep<L: Lanes>(&self, first: usize, depth: &Depth<'_>) {
+    pub(crate) unsafe fn sweep<L: Lanes>(
+        &self,
+        first: usize,
+        depth: &Depth<'_>,
+        ahead: &mut [Ahead],
+    ) {
         let count = ROW_GROUP.min(self.count - first);
         // SAFETY: granted by the caller.
         unsafe {
@@ -281,12 +302,19 @@ impl Block<'_> {
                         (false, false) => Start::Zero,
                     },
                     scales: None,
+                    ahead: (std::ptr::null(), 0),
                 };
                 let single = stored == L::LANES;
                 let height = if single { L::ROWS_SINGLE } else { L::ROWS_PAIR };
                 for row in (first..first + count).step_by(height) {
                     tile.rows = self.rows.as_ptr().add(row);
                     tile.outs = self.outs.as_ptr().add(row);
+                    if let Some(ahead) = ahead.iter_mut().find(|ahead| !ahead.is_empty()) {
+                        let (from, lines) = ahead.take();
+                        tile.ahead = (from, lines.div_ceil(depth.segments.len().max(1)));
+                    } else {
+                        tile.ahead.1 = 0;
+                    }
                     if depth.last {
                         let left = |scales: Scales| scales.left.add(row);
                         tile.scales = self.scales.map(|s| Scales { left: left(s), ..s });

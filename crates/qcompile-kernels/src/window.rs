@@ -99,15 +99,35 @@ impl Ahead {
         Ahead::of(source.wrapping_add(first), rows * line)
     }
 
+    /// Several, one after the other, in so many steps together.
+    pub(crate) fn spread(ahead: &mut [Ahead], steps: usize) {
+        let lines: usize = ahead.iter().map(|ahead| ahead.lines).sum();
+        for ahead in ahead {
+            ahead.piece = lines.div_ceil(steps.max(1));
+        }
+    }
+
+    /// Whether nothing is left.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.lines == 0
+    }
+
+    /// Takes a piece off: where it begins, and its cache lines.
+    #[inline(always)]
+    pub(crate) fn take(&mut self) -> (*const u8, usize) {
+        let (from, piece) = (self.next, self.piece.min(self.lines));
+        self.next = from.wrapping_add(piece * 64);
+        self.lines -= piece;
+        (from, piece)
+    }
+
     /// Fetches a piece.
     #[inline(always)]
     pub(crate) fn step<S: Simd>(&mut self) {
-        let piece = self.piece.min(self.lines);
+        let (from, piece) = self.take();
         for line in 0..piece {
-            S::prefetch(self.next.wrapping_add(line * 64));
+            S::prefetch(from.wrapping_add(line * 64));
         }
-        self.next = self.next.wrapping_add(piece * 64);
-        self.lines -= piece;
     }
 }
 
