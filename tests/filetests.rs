@@ -6,7 +6,7 @@
 
 use crate::support::{cases, parse, root, snapshot};
 use qcompile_ir::{BinaryOp, ReduceOp, UnaryOp};
-use qcompile_passes::{PassError, differentiate, quantize, simplify};
+use qcompile_passes::{PassError, attention, differentiate, quantize, simplify};
 use std::collections::BTreeSet;
 
 /// One snapshot for each file of the kind: `snapshots/<kind>/<case>.snap`.
@@ -67,6 +67,11 @@ fn simplify() {
 }
 
 #[test]
+fn attention() {
+    check("attention", |mut graph| shown(attention::run(&mut graph).map(|()| graph)));
+}
+
+#[test]
 fn evaluation() {
     check("evaluation", |mut graph| {
         shown(qcompile_passes::evaluation::run(&mut graph).map(|_| graph))
@@ -100,6 +105,7 @@ fn every_op_with_a_gradient_has_a_file() {
         "concat",
         "gather",
         "scatter_add",
+        "attention",
         "softmax",
         "log_softmax",
         "cross_entropy",
@@ -116,7 +122,7 @@ fn every_op_with_a_gradient_has_a_file() {
 
 #[test]
 fn every_file_says_its_idea_in_its_first_line() {
-    for kind in ["evaluation", "gradients", "plan", "quantize", "simplify", "verify"] {
+    for kind in ["attention", "evaluation", "gradients", "plan", "quantize", "simplify", "verify"] {
         for path in cases(kind) {
             let text = std::fs::read_to_string(&path).expect("readable");
             assert!(text.starts_with("; "), "{} does not say what it is about", path.display());
@@ -126,7 +132,7 @@ fn every_file_says_its_idea_in_its_first_line() {
 
 #[test]
 fn no_snapshot_is_left_over() {
-    for kind in ["evaluation", "plan", "quantize", "simplify"] {
+    for kind in ["attention", "evaluation", "plan", "quantize", "simplify"] {
         let names: BTreeSet<_> =
             cases(kind).iter().map(|path| path.file_stem().map(|stem| stem.to_owned())).collect();
         for entry in std::fs::read_dir(root().join("snapshots").join(kind)).expect("snapshots") {

@@ -285,6 +285,10 @@ fn every_model_forward() {
         compare(model, &graph, 2, Tier::detect());
         qcompile_passes::simplify::run(&mut graph, &Default::default()).expect("simplifies");
         compare(model, &graph, 2, Tier::detect());
+        let products = graph.len();
+        qcompile_passes::attention::run(&mut graph).expect("finds attention");
+        assert_eq!(graph.len() < products, matches!(model, "tiny_bert" | "tiny_gpt"), "{model}");
+        compare(model, &graph, 2, Tier::detect());
     }
 }
 
@@ -457,5 +461,67 @@ forward:
                 );
             }
         }
+    }
+}
+
+/// Attention, forward and by every operand, of values that are seen through strides.
+fn attention(
+    dtype: &str,
+    [rows, keys, heads, groups]: [usize; 4],
+    mask: &str,
+    causal: bool,
+) -> String {
+    let attributes = if causal { "scale=0.6 causal" } else { "scale=0.6" };
+    let (width, value_width) = (9, 20);
+    let (mask_operand, mask_input) = match mask {
+        "" => (String::new(), String::new()),
+        _ => (", %mask".to_owned(), format!("  input %mask : f32[{mask}]\n")),
+    };
+    let (q, k) = (format!("N, {rows}, {heads}, {width}"), format!("N, {keys}, {groups}, {width}"));
+    let (v, y) = (
+        format!("N, {keys}, {groups}, {value_width}"),
+        format!("N, {rows}, {heads}, {value_width}"),
+    );
+    let both = width + value_width;
+    let gradients: String = [("q", &q), ("k", &k), ("v", &v)]
+        .iter()
+        .map(|(of, dims)| {
+            format!(
+                "  %{of}.grad : {dtype}[{dims}] = attention_grad %q, %k, %v{mask_operand}, %dy {of} \
+                 {attributes}\n"
+            )
+        })
+        .collect();
+    format!(
+        "graph @g {{\n  input %queries : {dtype}[N, {heads}, {rows}, {width}]\n\
+         input %both : {dtype}[N, {keys}, {groups}, {both}]\n{mask_input}\
+         input %dy : {dtype}[{y}]\nforward:\n\
+         %q : {dtype}[{q}] = transpose %queries permutation=[0, 2, 1, 3]\n\
+         %k : {dtype}[{k}] = slice %both axis=3 start=0 end={width} step=1\n\
+         %v : {dtype}[{v}] = slice %both axis=3 start={width} end={both} step=1\n\
+         %y : {dtype}[{y}] = attention %q, %k, %v{mask_operand} {attributes}\nbackward:\n{gradients}\
+         return %y, %q.grad, %k.grad, %v.grad\n}}\n"
+    )
+}
+
+#[test]
+fn attention_of_every_form() {
+    for (dtype, sizes, mask, causal) in [
+        ("f32", [1, 1, 1, 1], "", true),
+        ("f32", [1, 33, 2, 1], "1, 1, 1, 33", false),
+        ("f32", [90, 90, 2, 2], "", true),
+        ("f32", [75, 40, 4, 2], "N, 1, 1, 40", false),
+        ("f32", [40, 75, 3, 3], "1, 3, 40, 75", true),
+        ("f32", [20, 20, 2, 2], "N, 2, 20, 20", false),
+        ("bf16", [50, 50, 2, 2], "", true),
+        ("bf16", [17, 30, 4, 1], "N, 1, 17, 30", false),
+    ] {
+        let source = attention(dtype, sizes, mask, causal);
+        let graph = parse(&source);
+        for tier in Tier::ALL.into_iter().filter(|tier| tier.is_supported()) {
+            compare(&format!("attention of {dtype} {sizes:?}"), &graph, 3, tier);
+        }
+        let plan = build(graph, &BuildOptions::default()).expect("has kernels");
+        assert_eq!(plan.steps().len(), 2, "no operand is copied, gradients are one step:\n{plan}");
     }
 }

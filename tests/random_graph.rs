@@ -2,8 +2,8 @@
 
 use crate::support::Random;
 use qcompile_ir::{
-    BinaryOp, CollectiveOp, CompareOp, ConvGeometry, DType, Dim, Graph, NodeId, Note, Op,
-    PoolGeometry, Precision, ReduceOp, Region, Shape, Tensor, TensorType, UnaryOp,
+    AttentionOperand, BinaryOp, CollectiveOp, CompareOp, ConvGeometry, DType, Dim, Graph, NodeId,
+    Note, Op, PoolGeometry, Precision, ReduceOp, Region, Shape, Tensor, TensorType, UnaryOp,
 };
 use std::sync::Arc;
 
@@ -381,8 +381,15 @@ impl Drawing {
     }
 
     fn rows(&mut self, x: NodeId, region: Region) -> Option<NodeId> {
-        let op = *self.random.pick(&[0, 1, 2]);
+        let op = *self.random.pick(&[0, 1, 2, 3]);
         match op {
+            3 if self.graph.ty(x).shape.rank() == 4 => {
+                let (scale, causal) = (0.5, self.random.chance(50));
+                let y = self.add(Op::Attention { scale, causal }, &[x, x, x], region)?;
+                let of = *self.random.pick(&AttentionOperand::ALL);
+                let gradient = Op::AttentionGrad { of, scale, causal };
+                self.add(gradient, &[x, x, x, y], region)
+            }
             0 => self.add(Op::Softmax, &[x], region),
             1 => self.add(Op::LogSoftmax, &[x], region),
             _ => {

@@ -275,6 +275,7 @@ impl Product {
                         right: panel_words.wrapping_add(part.begin * stored),
                         start: if self.resume { Start::Resume } else { Start::Zero },
                         scales: None,
+                        ahead: (std::ptr::null(), 0),
                     };
                     if single { L::tile_single(&tile) } else { L::tile_pair(&tile) }
                 }

@@ -205,6 +205,7 @@ pub enum AttentionResult {
 
 /// A kernel of `qcompile-kernels` and what it works on.
 #[derive(Clone, Debug, PartialEq)]
+#[allow(clippy::large_enum_variant, reason = "a plan has hundreds of steps, each of them once")]
 pub enum Primitive {
     /// Matrix product. The epilogue runs over `[batch · m, n]` tiles and then writes the result itself
     /// (its [`Scalar::Tile`](crate::Scalar::Tile) is the product), so `c` is not written.
