@@ -263,11 +263,6 @@ pub(crate) fn emit(e: &mut Emitter<'_, '_>, nest: &LoopNest, params: &[Value]) {
     }
 }
 
-/// Whether a write is a reduction.
-pub(crate) fn reduces(write: &Write) -> bool {
-    !matches!(write, Write::Store { .. })
-}
-
 /// The address of an f64.
 fn element(e: &mut Emitter<'_, '_>, address: Value, index: Value) -> Value {
     let offset = e.times(index, 8);

@@ -12,11 +12,12 @@ use qcompile_kernels::args::{
     Conv2dGradInputBf16Args, Conv2dGradInputI8Args, Conv2dGradWeightArgs, Conv2dGradWeightBf16Args,
     Conv2dI8Args, ConvShape, CrossEntropyArgs, CrossEntropyGradArgs, GatherArgs, MatmulArgs,
     MatmulBf16Args, MatmulI8Args, MaxPoolArgs, MaxPoolGradArgs, PoolShape, ScatterAddArgs,
-    SoftmaxArgs,
+    SoftmaxArgs, Stream,
 };
 use qcompile_kernels::{KernelId, Kernels, Primitive as Entry};
 use qcompile_plan::{
-    AttentionResult, Convolution, Matmul, Matrix, Operands, Place, Pooling, Primitive, Product,
+    Access, AttentionResult, Convolution, LoopNest, Matmul, Matrix, Operands, Place, Pooling,
+    Primitive, Product, Write,
 };
 use std::mem::{offset_of, size_of};
 
@@ -96,11 +97,54 @@ macro_rules! fields {
     };
 }
 
-/// The address of the epilogue, if the primitive has one, and the first argument that it gets.
+/// The address of the epilogue, if the primitive has one, the first argument that it gets, and what it touches.
 #[derive(Clone, Copy)]
 struct Tail {
     function: Value,
     context: Value,
+    streams: Value,
+    count: Value,
+}
+
+impl Tail {
+    /// With what the nest of an epilogue touches by rows and columns.
+    fn new(e: &mut Emitter<'_, '_>, nest: Option<&LoopNest>, function: Value) -> Tail {
+        let stores = |write: &Write| matches!(write, Write::Store { .. });
+        let accesses: Vec<&Access> = nest.map_or(Vec::new(), |nest| {
+            let writes = nest.writes.iter().filter(|write| stores(write)).map(Write::access);
+            let all = nest.reads.iter().chain(writes);
+            let mut streams: Vec<&Access> = Vec::new();
+            for access in all {
+                let streams_by = |stride: &[Dim]| stride[0].scale != 0 && stride[1] == Dim::ONE;
+                if streams_by(&access.strides) && !streams.contains(&access) {
+                    streams.push(access);
+                }
+            }
+            streams
+        });
+        let (context, count) = (e.frame, e.int(accesses.len()));
+        if accesses.is_empty() {
+            return Tail { function, context, streams: e.int(0), count };
+        }
+        let bytes = u32::try_from(size_of::<Stream>() * accesses.len()).expect("few operands");
+        let data = StackSlotData::new(StackSlotKind::ExplicitSlot, bytes, 3);
+        let slot = e.b.create_sized_stack_slot(data);
+        for (at, access) in accesses.into_iter().enumerate() {
+            let size = access.dtype.size();
+            let stride = e.dim(access.strides[0]);
+            let fields = [
+                (offset_of!(Stream, first), e.element(access.slot, access.offset, size)),
+                (offset_of!(Stream, row_bytes), e.times(stride, size)),
+                (offset_of!(Stream, column_bytes), e.int(size)),
+            ];
+            for (offset, value) in fields {
+                let offset = size_of::<Stream>() * at + offset;
+                let offset = i32::try_from(offset).expect("few operands");
+                e.b.ins().stack_store(I64, value, slot, offset);
+            }
+        }
+        Tail { function, context, streams: e.b.ins().stack_addr(I64, slot, 0), count }
+    }
 }
 
 /// Fills the argument block of a primitive; `epilogue` is its address or 0.
@@ -110,7 +154,7 @@ pub(crate) fn arguments(
     step: usize,
     epilogue: Value,
 ) -> Block {
-    let tail = Tail { function: epilogue, context: e.frame };
+    let tail = Tail::new(e, primitive.epilogue(), epilogue);
     match primitive {
         Primitive::Matmul(matmul, _) => self::matmul(e, matmul, tail),
         Primitive::Convolution(convolution, _) => self::convolution(e, convolution, tail),
@@ -249,6 +293,10 @@ fn matmul(e: &mut Emitter<'_, '_>, matmul: &Matmul, tail: Tail) -> Block {
                     c_row_stride: n,
                     epilogue: tail.function,
                     epilogue_ctx: tail.context,
+                    streams: tail.streams,
+                    stream_count: tail.count,
+                    streams: tail.streams,
+                    stream_count: tail.count,
                     scratch: scratch,
                 }
             )
@@ -343,6 +391,8 @@ fn convolution(e: &mut Emitter<'_, '_>, convolution: &Convolution, tail: Tail) -
             y: c,
             epilogue: tail.function,
             epilogue_ctx: tail.context,
+            streams: tail.streams,
+            stream_count: tail.count,
         }),
         (Product::Forward, Operands::Bf16) => block!(Conv2dBf16Args {
             x: a,
@@ -350,6 +400,8 @@ fn convolution(e: &mut Emitter<'_, '_>, convolution: &Convolution, tail: Tail) -
             y: c,
             epilogue: tail.function,
             epilogue_ctx: tail.context,
+            streams: tail.streams,
+            stream_count: tail.count,
         }),
         (Product::Forward, Operands::Int8(int8)) => block!(Conv2dI8Args {
             x: a,
@@ -357,6 +409,8 @@ fn convolution(e: &mut Emitter<'_, '_>, convolution: &Convolution, tail: Tail) -
             y: c,
             epilogue: tail.function,
             epilogue_ctx: tail.context,
+            streams: tail.streams,
+            stream_count: tail.count,
             x_scale: e.place(int8.scale_a, 4),
             x_scale_stride: e.int(0),
             w_scale: e.place(int8.scale_b, 4),
@@ -368,6 +422,8 @@ fn convolution(e: &mut Emitter<'_, '_>, convolution: &Convolution, tail: Tail) -
             dx: c,
             epilogue: tail.function,
             epilogue_ctx: tail.context,
+            streams: tail.streams,
+            stream_count: tail.count,
         }),
         (Product::GradInput, Operands::Bf16) => block!(Conv2dGradInputBf16Args {
             dy: a,
@@ -375,6 +431,8 @@ fn convolution(e: &mut Emitter<'_, '_>, convolution: &Convolution, tail: Tail) -
             dx: c,
             epilogue: tail.function,
             epilogue_ctx: tail.context,
+            streams: tail.streams,
+            stream_count: tail.count,
         }),
         (Product::GradInput, Operands::Int8(int8)) => block!(Conv2dGradInputI8Args {
             dy: a,
@@ -382,6 +440,8 @@ fn convolution(e: &mut Emitter<'_, '_>, convolution: &Convolution, tail: Tail) -
             dx: c,
             epilogue: tail.function,
             epilogue_ctx: tail.context,
+            streams: tail.streams,
+            stream_count: tail.count,
             dy_scale: e.place(int8.scale_a, 4),
             dy_scale_stride: e.int(0),
             w_scale: e.place(int8.scale_b, 4),

@@ -356,10 +356,10 @@ impl<'p> Unit<'p> {
             Kernel::Loops(nests) => loops::slots(nests).collect(),
             Kernel::Primitive(primitive) => {
                 let (reads, writes) = primitives::places(primitive);
-                let results = primitive.epilogue().into_iter().flat_map(|nest| {
-                    let reductions = nest.writes.iter().filter(|write| epilogue::reduces(write));
-                    reductions.map(|write| write.access().slot)
-                });
+                let results = primitive
+                    .epilogue()
+                    .into_iter()
+                    .flat_map(|nest| loops::slots(std::slice::from_ref(nest)));
                 let places = reads.into_iter().chain(writes).map(|place| place.slot);
                 places.chain(results).collect()
             }

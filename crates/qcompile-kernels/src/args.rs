@@ -28,6 +28,19 @@ pub type Epilogue = unsafe extern "C" fn(
     part: usize,
 );
 
+/// Memory that an epilogue reads or writes by rows and columns. Kernels fetch it while they compute the block that it
+/// goes with; it is a hint, which changes no result.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Stream {
+    /// Row 0, column 0.
+    pub first: *const u8,
+    /// Bytes from one row to the next.
+    pub row_bytes: usize,
+    /// Bytes of one element; columns are adjacent.
+    pub column_bytes: usize,
+}
+
 /// `C[b, m, n] = sum over k of A[b, m, k] * B[b, k, n]`, with sums in f32.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -66,6 +79,10 @@ pub struct MatmulArgs<E = f32> {
     pub epilogue: Option<Epilogue>,
     /// First argument of the epilogue.
     pub epilogue_ctx: *const u8,
+    /// What the epilogue touches (null for nothing).
+    pub streams: *const Stream,
+    /// How many those are.
+    pub stream_count: usize,
     /// Shared scratch.
     pub scratch: *mut u8,
 }
@@ -121,6 +138,10 @@ pub struct MatmulI8Args {
     pub epilogue: Option<Epilogue>,
     /// First argument of the epilogue.
     pub epilogue_ctx: *const u8,
+    /// What the epilogue touches (null for nothing).
+    pub streams: *const Stream,
+    /// How many those are.
+    pub stream_count: usize,
     /// Shared scratch.
     pub scratch: *mut u8,
 }
@@ -197,6 +218,10 @@ pub struct Conv2dArgs<E = f32> {
     pub epilogue: Option<Epilogue>,
     /// First argument of the epilogue.
     pub epilogue_ctx: *const u8,
+    /// What the epilogue touches (null for nothing).
+    pub streams: *const Stream,
+    /// How many those are.
+    pub stream_count: usize,
     /// Shared scratch.
     pub scratch: *mut u8,
 }
@@ -220,6 +245,10 @@ pub struct Conv2dGradInputArgs<E = f32> {
     pub epilogue: Option<Epilogue>,
     /// First argument of the epilogue.
     pub epilogue_ctx: *const u8,
+    /// What the epilogue touches (null for nothing).
+    pub streams: *const Stream,
+    /// How many those are.
+    pub stream_count: usize,
     /// Shared scratch.
     pub scratch: *mut u8,
 }
@@ -270,6 +299,10 @@ pub struct Conv2dI8Args {
     pub epilogue: Option<Epilogue>,
     /// First argument of the epilogue.
     pub epilogue_ctx: *const u8,
+    /// What the epilogue touches (null for nothing).
+    pub streams: *const Stream,
+    /// How many those are.
+    pub stream_count: usize,
     /// Shared scratch.
     pub scratch: *mut u8,
 }
@@ -298,6 +331,10 @@ pub struct Conv2dGradInputI8Args {
     pub epilogue: Option<Epilogue>,
     /// First argument of the epilogue.
     pub epilogue_ctx: *const u8,
+    /// What the epilogue touches (null for nothing).
+    pub streams: *const Stream,
+    /// How many those are.
+    pub stream_count: usize,
     /// Shared scratch.
     pub scratch: *mut u8,
 }
@@ -553,14 +590,14 @@ pub struct ScatterAddArgs {
 }
 
 const _: () = {
-    assert!(size_of::<MatmulArgs>() == 18 * 8);
-    assert!(size_of::<MatmulI8Args>() == 22 * 8);
+    assert!(size_of::<MatmulArgs>() == 20 * 8);
+    assert!(size_of::<MatmulI8Args>() == 24 * 8);
     assert!(size_of::<ConvShape>() == 16 * 8);
-    assert!(size_of::<Conv2dArgs>() == 22 * 8);
-    assert!(size_of::<Conv2dGradInputArgs>() == 22 * 8);
+    assert!(size_of::<Conv2dArgs>() == 24 * 8);
+    assert!(size_of::<Conv2dGradInputArgs>() == 24 * 8);
     assert!(size_of::<Conv2dGradWeightArgs>() == 20 * 8);
-    assert!(size_of::<Conv2dI8Args>() == 26 * 8);
-    assert!(size_of::<Conv2dGradInputI8Args>() == 26 * 8);
+    assert!(size_of::<Conv2dI8Args>() == 28 * 8);
+    assert!(size_of::<Conv2dGradInputI8Args>() == 28 * 8);
     assert!(size_of::<PoolShape>() == 16 * 8);
     assert!(size_of::<MaxPoolGradArgs>() == 19 * 8);
     assert!(size_of::<AttentionArgs>() == 39 * 8);

@@ -8,7 +8,7 @@
 use crate::Primitive;
 use crate::args::{
     Conv2dArgs, Conv2dBf16Args, Conv2dGradInputArgs, Conv2dGradInputBf16Args,
-    Conv2dGradInputI8Args, Conv2dI8Args, Epilogue,
+    Conv2dGradInputI8Args, Conv2dI8Args, Epilogue, Stream,
 };
 use crate::depthwise;
 use crate::direct;
@@ -47,6 +47,7 @@ pub(crate) struct Convolution<E> {
     pub(crate) scales: Option<Scales>,
     pub(crate) epilogue: Option<Epilogue>,
     pub(crate) epilogue_ctx: *const u8,
+    pub(crate) streams: (*const Stream, usize),
     pub(crate) scratch: *mut u32,
 }
 
@@ -73,6 +74,7 @@ impl<E> Convolution<E> {
         Finish {
             epilogue: self.epilogue,
             epilogue_ctx: self.epilogue_ctx,
+            streams: self.streams,
             part: index,
             row,
             column: columns.start,
@@ -109,6 +111,7 @@ macro_rules! kind {
                     scales: scales(args),
                     epilogue: args.epilogue,
                     epilogue_ctx: args.epilogue_ctx,
+                    streams: (args.streams, args.stream_count),
                     scratch: args.scratch.cast(),
                 }
             }

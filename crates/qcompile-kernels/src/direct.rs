@@ -275,6 +275,8 @@ impl Unit<'_> {
             scales: self
                 .source_scales
                 .map(|_| tile::Scales { left: batch.scales.as_ptr(), right: self.column_scales }),
+            finish: matches!(self.target, Target::Group | Target::Batch)
+                .then_some((&self.finish, batch.first)),
         };
         let (words, chunk) = (self.cut.words, self.cut.chunk);
         let mut shifted = [0_isize; MOST_SEGMENTS];

@@ -355,6 +355,7 @@ impl<L: Lanes> Outer<L> {
                     panel_end,
                     exact: false,
                     scales: None,
+                    finish: None,
                 };
                 // What the next strip reads.
                 let mut ahead = [Ahead::NONE; 4];

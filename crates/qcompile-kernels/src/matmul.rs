@@ -1,7 +1,7 @@
 //! Matrix products, f32, bf16 and int8.
 
 use crate::Primitive;
-use crate::args::{Epilogue, MatmulArgs, MatmulBf16Args, MatmulI8Args};
+use crate::args::{Epilogue, MatmulArgs, MatmulBf16Args, MatmulI8Args, Stream};
 use crate::buffer::{Buffer, Slot};
 use crate::lanes::{Lanes, Simd, Task};
 use crate::pack::{self, Left, Right, Source};
@@ -50,6 +50,7 @@ struct Product<E> {
     scale: Option<Dequantize>,
     epilogue: Option<Epilogue>,
     epilogue_ctx: *const u8,
+    streams: (*const Stream, usize),
     scratch: *mut u32,
 }
 
@@ -104,6 +105,7 @@ impl<E> MatmulArgs<E> {
             scale: None,
             epilogue: self.epilogue,
             epilogue_ctx: self.epilogue_ctx,
+            streams: (self.streams, self.stream_count),
             scratch: self.scratch.cast(),
         };
         product.folded()
@@ -151,6 +153,7 @@ impl Kind for Int8Kind {
             }),
             epilogue: args.epilogue,
             epilogue_ctx: args.epilogue_ctx,
+            streams: (args.streams, args.stream_count),
             scratch: args.scratch.cast(),
         };
         ProductOf(product.folded())
@@ -518,6 +521,7 @@ impl<L: Lanes> Compute<L> {
             let finish = Finish {
                 epilogue: p.epilogue,
                 epilogue_ctx: p.epilogue_ctx,
+                streams: p.streams,
                 part: matrix * cut.row_blocks + row_block,
                 row: matrix * p.m + row,
                 column,
@@ -560,6 +564,7 @@ impl<L: Lanes> Compute<L> {
                 panel_end: panel_end - panel_begin,
                 exact: direct,
                 scales,
+                finish: (!direct).then_some((&finish, 0)),
             };
             for at in 0..parts {
                 let begin = at * part;

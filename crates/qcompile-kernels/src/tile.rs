@@ -4,7 +4,7 @@
 //! taps of a convolution; one segment for a matrix). The right operand is packed in panels of two
 //! vectors' width: an optional header row, then one row of words for each word of K.
 
-use crate::args::Epilogue;
+use crate::args::{Epilogue, Stream};
 use crate::lanes::{Lanes, Simd};
 use crate::window::Ahead;
 
@@ -265,6 +265,8 @@ pub(crate) struct Block<'a> {
     pub(crate) exact: bool,
     /// Scales of the block's rows and columns, for i32 sums.
     pub(crate) scales: Option<Scales>,
+    /// Where rows go that are finished a group at a time, and which of its rows row 0 of the block is.
+    pub(crate) finish: Option<(&'a Finish, usize)>,
 }
 
 impl Block<'_> {
@@ -316,6 +318,10 @@ impl Block<'_> {
                         tile.ahead.1 = 0;
                     }
                     if depth.last {
+                        if let Some((finish, above)) = self.finish {
+                            let live = height.min(self.count - row);
+                            finish.fetch::<L::Tier>(above + row, live, tile.column, stored);
+                        }
                         let left = |scales: Scales| scales.left.add(row);
                         tile.scales = self.scales.map(|s| Scales { left: left(s), ..s });
                     }
@@ -379,6 +385,8 @@ pub(crate) struct Finish {
     pub(crate) epilogue: Option<Epilogue>,
     /// First argument of the epilogue.
     pub(crate) epilogue_ctx: *const u8,
+    /// What the epilogue touches.
+    pub(crate) streams: (*const Stream, usize),
     /// The unit's range of rows.
     pub(crate) part: usize,
     /// Row 0 of the unit in the numbering of the epilogue.
@@ -394,6 +402,40 @@ pub(crate) struct Finish {
 }
 
 impl Finish {
+    /// Asks for what the epilogue will touch with some rows and columns of the unit.
+    ///
+    /// # Safety
+    /// The streams are there.
+    #[inline(always)]
+    pub(crate) unsafe fn fetch<S: Simd>(
+        &self,
+        first: usize,
+        rows: usize,
+        column: usize,
+        columns: usize,
+    ) {
+        const LINE: usize = 64;
+        for at in 0..self.streams.1 {
+            // SAFETY: granted by the caller.
+            let stream = unsafe { *self.streams.0.add(at) };
+            let row = (self.row + first) * stream.row_bytes;
+            let left = (self.column + column) * stream.column_bytes;
+            let from = stream.first.wrapping_add(row + left);
+            // Rows shorter than a line share it with their neighbours.
+            let (bytes, step) = if stream.row_bytes < LINE {
+                (rows * stream.row_bytes, rows)
+            } else {
+                (columns * stream.column_bytes, 1)
+            };
+            for r in (0..rows).step_by(step.max(1)) {
+                let row = from.wrapping_add(r * stream.row_bytes);
+                for line in (0..bytes).step_by(LINE) {
+                    S::prefetch_near(row.wrapping_add(line));
+                }
+            }
+        }
+    }
+
     /// Hands over or stores `rows` rows that begin at row `first` of the unit.
     ///
     /// # Safety

@@ -196,6 +196,8 @@ fn matmul_args<E>(
         c_row_stride: n,
         epilogue: None,
         epilogue_ctx: null(),
+        streams: null(),
+        stream_count: 0,
         scratch: null_mut(),
     }
 }
@@ -244,6 +246,8 @@ fn matmul(bench: &Bench, name: &str, [batch, m, n, k]: [usize; 4]) {
             c_row_stride: n,
             epilogue: None,
             epilogue_ctx: null(),
+            streams: null(),
+            stream_count: 0,
             scratch: null_mut(),
         };
         let mut space = scratch(table, KernelId::MatmulI8, &args);
@@ -314,10 +318,29 @@ fn conv(
     macro_rules! all {
         ($kind:expr, $x:expr, $w:expr, $dy:expr, $forward:ident, $grad_input:ident, $grad_weight:ident) => {
             let (x, w, dy, scratch) = ($x, $w, $dy, scratch_pointer);
-            let args = Conv2dArgs { x, w, y: yp, shape, epilogue, epilogue_ctx, scratch };
+            let args = Conv2dArgs {
+                x,
+                w,
+                y: yp,
+                shape,
+                epilogue,
+                epilogue_ctx,
+                streams: null(),
+                stream_count: 0,
+                scratch,
+            };
             bench!($forward, $kind, args);
-            let args =
-                Conv2dGradInputArgs { dy, w, dx: xp, shape, epilogue, epilogue_ctx, scratch };
+            let args = Conv2dGradInputArgs {
+                dy,
+                w,
+                dx: xp,
+                shape,
+                epilogue,
+                epilogue_ctx,
+                streams: null(),
+                stream_count: 0,
+                scratch,
+            };
             bench!($grad_input, $kind, args);
             bench!($grad_weight, $kind, Conv2dGradWeightArgs { x, dy, dw: wp, shape, scratch });
         };
@@ -347,6 +370,8 @@ fn conv(
             shape,
             epilogue,
             epilogue_ctx,
+            streams: null(),
+            stream_count: 0,
             scratch: scratch_pointer
         }
     );
@@ -364,6 +389,8 @@ fn conv(
             shape,
             epilogue,
             epilogue_ctx,
+            streams: null(),
+            stream_count: 0,
             scratch: scratch_pointer
         }
     );

@@ -40,6 +40,8 @@ fn matmul_args(
         c_row_stride,
         epilogue: None,
         epilogue_ctx: null(),
+        streams: null(),
+        stream_count: 0,
         scratch: null_mut(),
     }
 }
@@ -178,6 +180,8 @@ fn bf16_forward_and_grad_input() {
                 shape,
                 epilogue: (!collector.is_null()).then_some(Collector::collect),
                 epilogue_ctx: collector.cast(),
+                streams: null(),
+                stream_count: 0,
                 scratch,
             }
         );
@@ -194,6 +198,8 @@ fn bf16_forward_and_grad_input() {
                 shape,
                 epilogue: (!collector.is_null()).then_some(Collector::collect),
                 epilogue_ctx: collector.cast(),
+                streams: null(),
+                stream_count: 0,
                 scratch,
             }
         );

@@ -181,6 +181,8 @@ fn f32_forward_and_grad_input() {
                 shape,
                 epilogue: (!collector.is_null()).then_some(Collector::collect),
                 epilogue_ctx: collector.cast(),
+                streams: null(),
+                stream_count: 0,
                 scratch,
             }
         );
@@ -197,6 +199,8 @@ fn f32_forward_and_grad_input() {
                 shape,
                 epilogue: (!collector.is_null()).then_some(Collector::collect),
                 epilogue_ctx: collector.cast(),
+                streams: null(),
+                stream_count: 0,
                 scratch,
             }
         );
@@ -272,6 +276,8 @@ fn int8_is_exact_on_every_tier() {
                 shape,
                 epilogue: (!collector.is_null()).then_some(Collector::collect),
                 epilogue_ctx: collector.cast(),
+                streams: null(),
+                stream_count: 0,
                 scratch,
             }
         );
@@ -292,6 +298,8 @@ fn int8_is_exact_on_every_tier() {
                 shape,
                 epilogue: (!collector.is_null()).then_some(Collector::collect),
                 epilogue_ctx: collector.cast(),
+                streams: null(),
+                stream_count: 0,
                 scratch,
             }
         );
@@ -307,6 +315,8 @@ fn scratch_needs_no_tensors() {
         shape: shapes()[1],
         epilogue: None,
         epilogue_ctx: null(),
+        streams: null(),
+        stream_count: 0,
         scratch: null_mut(),
     };
     for table in tables() {

@@ -102,6 +102,8 @@ fn f32_product() {
                 c_row_stride: n + 1,
                 epilogue: None,
                 epilogue_ctx: null(),
+                streams: null(),
+                stream_count: 0,
                 scratch: null_mut(),
             };
             let mut space = scratch(table, KernelId::Matmul, &args);
@@ -181,6 +183,8 @@ fn int8_product_is_exact_on_every_tier() {
                 c_row_stride: n,
                 epilogue: None,
                 epilogue_ctx: null(),
+                streams: null(),
+                stream_count: 0,
                 scratch: null_mut(),
             };
             let mut space = scratch(table, KernelId::MatmulI8, &args);
@@ -229,6 +233,8 @@ fn strides_without_a_dense_direction() {
             c_row_stride: n,
             epilogue: None,
             epilogue_ctx: null(),
+            streams: null(),
+            stream_count: 0,
             scratch: null_mut(),
         };
         let mut space = scratch(table, KernelId::Matmul, &args);
@@ -265,6 +271,8 @@ fn nan_stays_in_its_row_and_column() {
             c_row_stride: n,
             epilogue: None,
             epilogue_ctx: null(),
+            streams: null(),
+            stream_count: 0,
             scratch: null_mut(),
         };
         let mut space = scratch(table, KernelId::Matmul, &args);
