@@ -12,7 +12,7 @@ use crate::nest::{Accumulator, Range, Rule, Sweep, Tile};
 use cranelift_codegen::ir::types::{F32, F32X4, F64, F64X2, I8X16, I64};
 use cranelift_codegen::ir::{ConstantData, InstBuilder, Value};
 use qcompile_ir::{Dim, ReduceOp};
-use qcompile_plan::{LoopNest, Write};
+use qcompile_plan::LoopNest;
 
 /// Columns that are combined side by side.
 const COMBINED: usize = 8;
