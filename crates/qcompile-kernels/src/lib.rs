@@ -22,6 +22,7 @@ mod grad_weight;
 mod lanes;
 mod matmul;
 mod max_pool;
+mod narrow;
 mod pack;
 pub mod pool;
 mod portable;
@@ -33,6 +34,7 @@ mod tile;
 mod window;
 
 use lanes::Simd;
+pub use narrow::Narrow;
 pub use tier::{Tier, UnknownTier};
 
 /// One hand-scheduled kernel.
@@ -138,6 +140,8 @@ pub struct Kernels {
     pub tier: Tier,
     /// The kernels.
     pub primitives: [Primitive; KernelId::COUNT],
+    /// Stores f32 as bf16, for epilogues.
+    pub narrow: Narrow,
 }
 
 impl Kernels {
@@ -175,6 +179,7 @@ const fn table<S: Simd>(tier: Tier) -> Kernels {
             gather::gather_primitive(),
             gather::scatter_primitive::<S>(),
         ],
+        narrow: narrow::narrow::<S>,
     }
 }
 
