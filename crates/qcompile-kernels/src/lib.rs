@@ -24,6 +24,7 @@ mod grad_weight;
 mod lanes;
 mod matmul;
 mod max_pool;
+mod narrow;
 mod pack;
 pub mod pool;
 mod portable;
@@ -35,6 +36,7 @@ mod tile;
 mod window;
 
 use lanes::Simd;
+pub use narrow::Narrow;
 pub use tier::{Tier, UnknownTier};
 
 /// One hand-scheduled kernel.
@@ -154,6 +156,8 @@ pub struct Kernels {
     pub tier: Tier,
     /// The kernels.
     pub primitives: [Primitive; KernelId::COUNT],
+    /// Stores f32 as bf16, for epilogues.
+    pub narrow: Narrow,
 }
 
 impl Kernels {
@@ -193,6 +197,7 @@ const fn table<S: Simd>(tier: Tier) -> Kernels {
             gather::gather_primitive(),
             gather::scatter_primitive::<S>(),
         ],
+        narrow: narrow::narrow::<S>,
     }
 }
 

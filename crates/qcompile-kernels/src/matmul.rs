@@ -413,9 +413,12 @@ unsafe fn pack_left<L: Lanes>(
             return;
         }
         // Groups side by side, so that a row of the transposed A is read as far as the rows go.
-        for word in (0..words).step_by(PACK_WORDS) {
+        // Lines so far apart push each other out of L1 before the next group takes the rest of them.
+        let far = p.a_strides[1] == 1 && p.a_strides[2] * size_of::<L::Element>() >= 4096;
+        let step = if L::PLAIN && L::GROUP > 1 && far { 1 } else { PACK_WORDS };
+        for word in (0..words).step_by(step) {
             let k = word * L::GROUP;
-            let length = (PACK_WORDS * L::GROUP).min(p.k - k);
+            let length = (step * L::GROUP).min(p.k - k);
             for first in (0..count).step_by(ROW_GROUP) {
                 let source = Source {
                     first: from.add(k * p.a_strides[2] + first * p.a_strides[1]),
