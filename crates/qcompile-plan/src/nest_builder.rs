@@ -112,6 +112,11 @@ impl<'a> NestBuilder<'a> {
         if let Some(&value) = self.values.get(&view.base) {
             return value;
         }
+        if self.lowering.fusion.recomputed[view.base.index()] {
+            let value = self.compute(view.base);
+            self.values.insert(view.base, value);
+            return value;
+        }
         self.read_view(view)
     }
 
