@@ -8,7 +8,7 @@
 use crate::emitter::{Emitter, trusted};
 use crate::facts::Facts;
 use crate::frame::Frame;
-use crate::nest::{Accumulator, Range, Rule, Sweep, Tile};
+use crate::nest::{Accumulator, Range, Rule, Sweep, Tile, sum_of_deviations};
 use cranelift_codegen::ir::types::{F32, F32X4, F64, F64X2, I8X16, I64};
 use cranelift_codegen::ir::{ConstantData, InstBuilder, Value};
 use qcompile_ir::{Dim, ReduceOp};
@@ -138,14 +138,16 @@ impl<'n> Partials<'n> {
         thread: Value,
         threads: Value,
     ) {
-        for (at, entry) in self.entries.iter().enumerate() {
-            // Squares are finished together with the deviations before them.
-            if entry.rule == Rule::Square {
-                continue;
-            }
-            let access = self.nest.writes[entry.write].access().clone();
+        for (index, write) in
+            self.nest.writes.iter().enumerate().filter(|(_, write)| reduces(write))
+        {
+            let source = sum_of_deviations(self.nest, write).unwrap_or(index);
+            let at = self.entries.iter().position(|entry| entry.write == source);
+            let at = at.expect("every reduction has an entry");
+            let access = write.access().clone();
             let result = e.element(access.slot, access.offset, access.dtype.size());
-            let taken = if entry.rule == Rule::Deviation { 2 } else { 1 };
+            // Squared deviations take the squares, too.
+            let taken = if matches!(write, Write::Deviations { .. }) { 2 } else { 1 };
             let rules: Vec<Rule> =
                 self.entries[at..at + taken].iter().map(|entry| entry.rule).collect();
             let columns = self.columns(e);

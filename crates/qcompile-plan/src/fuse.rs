@@ -8,7 +8,7 @@
 use crate::build::PlanError;
 use crate::deviations::{crosses_rows, deviations};
 use crate::merge::merge;
-use crate::recompute::recomputed;
+use crate::recompute::{read_less, recomputed};
 use crate::view::View;
 use qcompile_ir::{DType, Dim, Graph, NodeId, Op, Region};
 use std::collections::BTreeMap;
@@ -149,6 +149,7 @@ pub(crate) fn fuse(graph: &Graph, order: &[NodeId], views: Vec<View>) -> Result<
         }
     }
     merge(graph, order, &mut fusion);
+    read_less(graph, order, &mut fusion);
     Ok(fusion)
 }
 

@@ -113,7 +113,7 @@ fn join(fusion: &mut Fusion, positions: &[usize], a: usize, b: usize) {
 }
 
 /// Forgets groups without members.
-fn drop_empty(fusion: &mut Fusion) {
+pub(crate) fn drop_empty(fusion: &mut Fusion) {
     let mut renumbered: Vec<Option<usize>> = Vec::with_capacity(fusion.groups.len());
     let mut kept = 0;
     for group in &fusion.groups {

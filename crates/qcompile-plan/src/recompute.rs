@@ -3,7 +3,9 @@
 //! What the backward region reads lives through most of the step, so it decides how much memory a step takes. A cheap
 //! elementwise value (a normalized one, a mask) is made again from what is kept anyway, within the loop that reads it.
 
-use crate::fuse::{Kind, is_view_op, kind_of};
+use crate::fuse::{Fusion, Kind, MAX_READS, is_view_op, kind_of};
+use crate::memory::readers;
+use crate::merge::drop_empty;
 use crate::view::View;
 use qcompile_ir::{BinaryOp, Graph, NodeId, Op, Region, UnaryOp};
 use std::collections::BTreeSet;
@@ -106,10 +108,8 @@ fn is_small(graph: &Graph, id: NodeId, beside: NodeId) -> bool {
     }
 }
 
-/// Whether a value is a cheap elementwise one of the forward region that only loops read, element by element.
-fn may_recompute(graph: &Graph, views: &[View], uses: &[Vec<NodeId>], id: NodeId) -> bool {
-    let node = graph.node(id);
-    let cheap = match node.op {
+fn is_cheap(graph: &Graph, id: NodeId) -> bool {
+    match *graph.op(id) {
         Op::Unary(op) => matches!(op, UnaryOp::Neg | UnaryOp::Abs | UnaryOp::Relu),
         Op::Binary(op) => matches!(
             op,
@@ -117,9 +117,82 @@ fn may_recompute(graph: &Graph, views: &[View], uses: &[Vec<NodeId>], id: NodeId
         ),
         Op::Compare(_) | Op::Select | Op::Cast(_) => true,
         _ => false,
-    };
+    }
+}
+
+/// Lets other groups compute a value for themselves, instead of reading it, where all that it is made from is in memory
+/// for others anyway.
+pub(crate) fn read_less(graph: &Graph, order: &[NodeId], fusion: &mut Fusion) {
+    let results = graph.outputs().iter().map(|(_, id)| id).chain(graph.next().values());
+    let named: BTreeSet<NodeId> = results.map(|id| fusion.views[id.index()].base).collect();
+    let mut readers = readers(fusion);
+    for &id in order.iter().filter(|id| is_cheap(graph, **id) && !named.contains(id)) {
+        let Some(group) = fusion.group_of[id.index()] else { continue };
+        let Some(others) = readers.get(&id) else { continue };
+        let sources: BTreeSet<NodeId> = fusion
+            .sources(graph, id)
+            .iter()
+            .map(|view| view.base)
+            .filter(|&base| !Fusion::is_immediate(graph, base))
+            .collect();
+        // A small value may be stored for this; a large one must be read by others.
+        let large = graph.ty(id).shape.elements().is_some_and(|elements| elements.batch);
+        let pays = large
+            && sources
+                .iter()
+                .all(|source| is_small(graph, *source, id) || readers.contains_key(source));
+        let fits = others.iter().all(|&other| {
+            let other = &fusion.groups[other];
+            let loops = match other.kind {
+                Kind::Loop => &other.members[..],
+                Kind::Primitive => &other.members[1..],
+                Kind::Assembly | Kind::Copy | Kind::Collective => return false,
+            };
+            let first = other.members[0];
+            let product = other.kind == Kind::Primitive
+                && (graph.operands(first).iter())
+                    .any(|operand| fusion.views[operand.index()].base == id);
+            other.region <= Region::Backward
+                && other.reads.len() + sources.len() <= MAX_READS
+                && !product
+                && loops.iter().flat_map(|&member| fusion.sources(graph, member)).all(|view| {
+                    view.base != id || (view.is_whole(graph) && view.dims == other.domain)
+                })
+        });
+        let is_product =
+            fusion.groups[group].kind == Kind::Primitive && fusion.groups[group].members[0] == id;
+        if !(pays && fits && !is_product) {
+            continue;
+        }
+        let others = readers.remove(&id).unwrap_or_default();
+        fusion.recomputed[id.index()] = true;
+        fusion.group_of[id.index()] = None;
+        fusion.groups[group].members.retain(|member| *member != id);
+        for other in others {
+            fusion.groups[other].reads.retain(|read| *read != id);
+            for &source in &sources {
+                let producer = fusion.producer(source);
+                if producer == Some(other) {
+                    continue;
+                }
+                if !fusion.groups[other].reads.contains(&source) {
+                    fusion.groups[other].reads.push(source);
+                    readers.entry(source).or_default().push(other);
+                }
+                if let Some(from) = producer {
+                    fusion.depend(other, from);
+                }
+            }
+        }
+    }
+    drop_empty(fusion);
+}
+
+/// Whether a value is a cheap elementwise one of the forward region that only loops read, element by element.
+fn may_recompute(graph: &Graph, views: &[View], uses: &[Vec<NodeId>], id: NodeId) -> bool {
+    let node = graph.node(id);
     let large = graph.ty(id).shape.elements().is_some_and(|elements| elements.batch);
-    cheap
+    is_cheap(graph, id)
         && large
         && node.region == Region::Forward
         && uses[id.index()].iter().all(|&user| {
