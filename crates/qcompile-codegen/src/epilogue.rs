@@ -6,13 +6,13 @@
 //! and a barrier they are combined in the order of the parts. So results do not depend on the number of threads.
 
 use crate::emitter::{Emitter, trusted};
-use crate::facts::Facts;
+use crate::facts::{Facts, sum_of_deviations};
 use crate::frame::Frame;
 use crate::nest::{Accumulator, Range, Rule, Sweep, Tile};
 use cranelift_codegen::ir::types::{F32, F32X4, F64, F64X2, I8X16, I64};
 use cranelift_codegen::ir::{ConstantData, InstBuilder, Value};
 use qcompile_ir::{Dim, ReduceOp};
-use qcompile_plan::LoopNest;
+use qcompile_plan::{LoopNest, Write};
 
 /// Columns that are combined side by side.
 const COMBINED: usize = 8;
@@ -138,14 +138,16 @@ impl<'n> Partials<'n> {
         thread: Value,
         threads: Value,
     ) {
-        for (at, entry) in self.entries.iter().enumerate() {
-            // Squares are finished together with the deviations before them.
-            if entry.rule == Rule::Square {
-                continue;
-            }
-            let access = self.nest.writes[entry.write].access().clone();
+        for (index, write) in
+            self.nest.writes.iter().enumerate().filter(|(_, write)| reduces(write))
+        {
+            let source = sum_of_deviations(self.nest, write).unwrap_or(index);
+            let at = self.entries.iter().position(|entry| entry.write == source);
+            let at = at.expect("every reduction has an entry");
+            let access = write.access().clone();
             let result = e.element(access.slot, access.offset, access.dtype.size());
-            let taken = if entry.rule == Rule::Deviation { 2 } else { 1 };
+            // Squared deviations take the squares, too.
+            let taken = if matches!(write, Write::Deviations { .. }) { 2 } else { 1 };
             let rules: Vec<Rule> =
                 self.entries[at..at + taken].iter().map(|entry| entry.rule).collect();
             let columns = self.columns(e);
@@ -261,6 +263,11 @@ pub(crate) fn emit(e: &mut Emitter<'_, '_>, nest: &LoopNest, params: &[Value]) {
             partials.add(e, part, column, rows, sums, shift);
         }),
     }
+}
+
+/// Whether a write is a reduction.
+pub(crate) fn reduces(write: &Write) -> bool {
+    !matches!(write, Write::Store { .. })
 }
 
 /// The address of an f64.

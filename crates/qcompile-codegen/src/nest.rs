@@ -8,6 +8,9 @@ use cranelift_codegen::ir::{InstBuilder, Value};
 use qcompile_ir::{DType, Dim, ReduceOp};
 use qcompile_plan::{LoopNest, Scalar, Write};
 
+/// Vectors that a loop over rows carries at most.
+const MOST_CARRIED: usize = 12;
+
 /// A range of one dimension.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Range {
@@ -56,12 +59,14 @@ pub(crate) struct Accumulator {
 }
 
 impl Accumulator {
-    /// Those of all reductions of an epilogue, squared deviations as [`Rule::Deviation`] and [`Rule::Square`].
+    /// Those of all reductions of an epilogue, squared deviations as [`Rule::Deviation`] and [`Rule::Square`]. The
+    /// deviations also give the sum of the same values.
     pub(crate) fn all(nest: &LoopNest) -> Vec<Accumulator> {
         let mut all = Vec::new();
         for (write, of) in nest.writes.iter().enumerate() {
             let rules: &[Rule] = match of {
                 Write::Store { .. } => &[],
+                Write::Reduce { .. } if sum_of_deviations(nest, of).is_some() => &[],
                 Write::Reduce { op, .. } => &[Rule::Reduce(*op)],
                 Write::Deviations { .. } => &[Rule::Deviation, Rule::Square],
             };
@@ -103,6 +108,15 @@ impl Accumulator {
     }
 }
 
+/// The write of squared deviations that has the sum that a write wants.
+pub(crate) fn sum_of_deviations(nest: &LoopNest, sum: &Write) -> Option<usize> {
+    let Write::Reduce { access, op: ReduceOp::Sum, value } = sum else { return None };
+    nest.writes.iter().position(|write| {
+        matches!(write, Write::Deviations { access: other, value: of }
+            if of == value && other.strides == access.strides)
+    })
+}
+
 /// A view with its address at the current indices of the outer loops.
 #[derive(Clone, Copy)]
 struct Cursor {
@@ -132,7 +146,12 @@ impl Sweep<'_> {
         let across = self.strides(e, 1, &cursors);
         let zero = e.int(0);
         let shifted = accumulators.iter().any(|one| one.rule == Rule::Deviation);
-        let parts = self.facts.parts;
+        // What is carried from row to row has to fit the registers.
+        let carried = accumulators.len() + usize::from(shifted);
+        let mut parts = self.facts.parts;
+        while parts > 1 && parts * carried > MOST_CARRIED {
+            parts /= 2;
+        }
         let mut begin = columns.begin;
         if parts > 0 {
             let step = 4 * parts;
@@ -160,7 +179,7 @@ impl Sweep<'_> {
                         let fixed = self.invariants(e, &cursors);
                         let splats = self.splats(e, &fixed);
                         let state = Carried { accumulators, values: carried, shifts: &shifts };
-                        self.vectors(e, zero, &cursors, &across, &splats, state)
+                        self.vectors(e, parts, zero, &cursors, &across, &splats, state)
                     });
                 for part in 0..parts {
                     let column = e.plus(column, 4 * part);
@@ -307,7 +326,7 @@ impl Sweep<'_> {
                 e.count((range.begin, end, step), turns, &start, &mut |e, index, carried| {
                     let state =
                         Carried { accumulators: &accumulators, values: carried, shifts: &[] };
-                    self.vectors(e, index, cursors, &strides, &splats, state)
+                    self.vectors(e, parts, index, cursors, &strides, &splats, state)
                 });
             begin = end;
             for (at, accumulator) in accumulators.iter().enumerate() {
@@ -387,17 +406,18 @@ impl Sweep<'_> {
         splats
     }
 
-    /// One turn on vectors; returns the new accumulators.
+    /// One turn on so many vectors; returns the new accumulators.
+    #[allow(clippy::too_many_arguments, reason = "the state of one innermost loop")]
     fn vectors(
         &self,
         e: &mut Emitter<'_, '_>,
+        parts: usize,
         index: Value,
         cursors: &[Cursor],
         strides: &[Option<Value>],
         splats: &[Option<Value>],
         state: Carried<'_>,
     ) -> Vec<Value> {
-        let parts = self.facts.parts;
         let addresses = advance(e, index, cursors, strides);
         let mut values: Vec<Vec<Value>> = Vec::with_capacity(self.nest.body.len());
         for (at, &scalar) in self.nest.body.iter().enumerate() {

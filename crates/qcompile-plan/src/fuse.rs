@@ -8,6 +8,7 @@
 use crate::build::PlanError;
 use crate::deviations::{crosses_rows, deviations};
 use crate::merge::merge;
+use crate::recompute::{read_less, recomputed};
 use crate::view::View;
 use qcompile_ir::{DType, Dim, Graph, NodeId, Op, Region};
 use std::collections::BTreeMap;
@@ -73,6 +74,8 @@ pub(crate) struct Fusion {
     pub(crate) low: BTreeMap<NodeId, LowOperands>,
     /// Sums of squared deviations that a product's kernel computes, each with the product.
     pub(crate) deviations: BTreeMap<NodeId, NodeId>,
+    /// For each node, by index, whether it belongs to no group: its readers compute it.
+    pub(crate) recomputed: Vec<bool>,
 }
 
 /// A growing set of small numbers.
@@ -129,6 +132,7 @@ const MAX_GROUPS: usize = 1 << 15;
 pub(crate) fn fuse(graph: &Graph, order: &[NodeId], views: Vec<View>) -> Result<Fusion, PlanError> {
     let low = low_products(graph, &views);
     let deviations = deviations(graph, &views);
+    let recomputed = recomputed(graph, order, &views);
     let live = live(graph, order, &views, &low, &deviations);
     let mut fusion = Fusion {
         groups: Vec::new(),
@@ -138,10 +142,11 @@ pub(crate) fn fuse(graph: &Graph, order: &[NodeId], views: Vec<View>) -> Result<
         views,
         low,
         deviations,
+        recomputed,
     };
     let mut by_domain: BTreeMap<(Region, Vec<Dim>), Vec<usize>> = BTreeMap::new();
     for (position, &id) in order.iter().enumerate() {
-        let placed = fusion.group_of[id.index()].is_some();
+        let placed = fusion.group_of[id.index()].is_some() || fusion.recomputed[id.index()];
         if !live[id.index()] || graph.op(id).is_leaf() || fusion.is_view(graph, id) || placed {
             continue;
         }
@@ -152,6 +157,7 @@ pub(crate) fn fuse(graph: &Graph, order: &[NodeId], views: Vec<View>) -> Result<
         }
     }
     merge(graph, order, &mut fusion);
+    read_less(graph, order, &mut fusion);
     Ok(fusion)
 }
 
@@ -332,11 +338,10 @@ impl Fusion {
         }
         let operands = graph.operands(id);
         match (kind, graph.op(id)) {
-            (Kind::Loop | Kind::Assembly | Kind::Copy, _) => operands
-                .iter()
-                .map(|&operand| self.views[operand.index()].base)
-                .filter(|&base| !Fusion::is_immediate(graph, base))
-                .collect(),
+            (Kind::Loop | Kind::Assembly | Kind::Copy, _) => {
+                let sources = self.sources(graph, id).into_iter().map(|view| view.base);
+                sources.filter(|&base| !Fusion::is_immediate(graph, base)).collect()
+            }
             (Kind::Primitive, Op::Matmul { .. }) => operands
                 .iter()
                 .map(|&operand| {
@@ -400,7 +405,6 @@ impl Fusion {
         if kind == Kind::Collective {
             return into.kind == kind;
         }
-        let operands = graph.operands(id);
         let Some(uses) = self.uses_at_same_index(graph, group, id) else { return false };
         match into.kind {
             Kind::Loop => {
@@ -409,21 +413,39 @@ impl Fusion {
                     .any(|read| into.reads.contains(read) && !self.is_small(graph, *read))
             }
             Kind::Primitive => {
-                let rows = match graph.op(id) {
-                    Op::Reduce { axes, .. } => {
-                        crosses_rows(axes, into.domain.len()) && graph.ty(id).dtype.is_float()
-                    }
-                    _ => true,
-                };
-                uses && has_epilogue(graph.op(into.members[0]))
-                    && rows
-                    && operands.iter().all(|operand| {
-                        self.views[operand.index()].as_matrix().is_some()
-                            || Fusion::is_immediate(graph, self.views[operand.index()].base)
-                    })
+                uses && has_epilogue(graph.op(into.members[0])) && self.follows(graph, id)
             }
             Kind::Assembly | Kind::Copy | Kind::Collective => false,
         }
+    }
+
+    /// Whether a node can be computed by rows and columns, in an epilogue.
+    pub(crate) fn follows(&self, graph: &Graph, id: NodeId) -> bool {
+        let down = match graph.op(id) {
+            Op::Reduce { axes, .. } => {
+                let rank = graph.ty(graph.operand(id, 0)).shape.rank();
+                crosses_rows(axes, rank) && graph.ty(id).dtype.is_float()
+            }
+            _ => true,
+        };
+        down && self
+            .sources(graph, id)
+            .iter()
+            .all(|view| view.as_matrix().is_some() || Fusion::is_immediate(graph, view.base))
+    }
+
+    /// What a node reads: its operands, or in place of one that it computes for itself, the operands of that.
+    pub(crate) fn sources(&self, graph: &Graph, id: NodeId) -> Vec<View> {
+        let mut sources = Vec::new();
+        for operand in graph.operands(id) {
+            let view = &self.views[operand.index()];
+            if self.recomputed[view.base.index()] {
+                sources.extend(self.sources(graph, view.base));
+            } else {
+                sources.push(view.clone());
+            }
+        }
+        sources
     }
 
     /// Whether `id` uses a value that the group computes; `None` if it does so at another index than it computes.
@@ -434,8 +456,7 @@ impl Fusion {
         id: NodeId,
     ) -> Option<bool> {
         let mut uses = false;
-        for operand in graph.operands(id) {
-            let view = &self.views[operand.index()];
+        for view in self.sources(graph, id) {
             if self.group_of[view.base.index()] != Some(group) {
                 continue;
             }
@@ -460,7 +481,7 @@ impl Fusion {
     }
 }
 
-fn is_view_op(op: &Op) -> bool {
+pub(crate) fn is_view_op(op: &Op) -> bool {
     matches!(op, Op::Reshape(_) | Op::Transpose(_) | Op::Broadcast(_) | Op::Slice { .. })
 }
 
@@ -469,7 +490,7 @@ pub(crate) fn has_epilogue(op: &Op) -> bool {
     matches!(op, Op::Matmul { .. } | Op::Conv2d(_) | Op::Conv2dGradInput(_))
 }
 
-fn kind_of(op: &Op) -> Kind {
+pub(crate) fn kind_of(op: &Op) -> Kind {
     match op {
         Op::Size(_)
         | Op::Unary(_)

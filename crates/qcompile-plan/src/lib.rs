@@ -20,6 +20,7 @@ mod nest_builder;
 pub mod plan;
 pub mod primitive;
 mod primitives;
+mod recompute;
 mod text;
 pub mod verify;
 mod view;

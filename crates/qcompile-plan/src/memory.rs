@@ -110,10 +110,11 @@ fn same_index_only(graph: &Graph, fusion: &Fusion, group: usize, leaf: NodeId) -
     let elementwise = group.kind == Kind::Loop
         && !group.members.iter().any(|&id| matches!(graph.op(id), Op::Reduce { .. }));
     elementwise
-        && group.members.iter().flat_map(|&id| graph.operands(id)).all(|operand| {
-            let view = &fusion.views[operand.index()];
-            view.base != leaf || (view.is_whole(graph) && view.dims == group.domain)
-        })
+        && group
+            .members
+            .iter()
+            .flat_map(|&id| fusion.sources(graph, id))
+            .all(|view| view.base != leaf || (view.is_whole(graph) && view.dims == group.domain))
 }
 
 /// Colours the values of a schedule: each gets a slot for its lifetime.
@@ -227,8 +228,14 @@ impl Memory {
         let mut free: Vec<SlotId> = Vec::new();
         for at in 0..schedule.len() {
             for &id in &starting[at] {
-                let bytes = bytes_of(graph.ty(id));
-                let slot = self.take(&mut free, bytes, batch);
+                // Over a value that dies here, or else in a slot that is free.
+                let over = |&dying: &NodeId| {
+                    first[&dying] < at && may_overwrite(graph, fusion, &schedule[at], id, dying)
+                };
+                let slot = match ending[at].iter().position(over) {
+                    Some(dying) => self.slot_of[&ending[at].swap_remove(dying)],
+                    None => self.take(&mut free, bytes_of(graph.ty(id)), batch),
+                };
                 self.slot_of.insert(id, slot);
             }
             free.extend(ending[at].iter().map(|id| self.slot_of[id]));
@@ -261,6 +268,37 @@ impl Memory {
             None => self.new_slot(Storage::Shared, bytes),
         }
     }
+}
+
+/// Whether an item may write a value over another that it reads for the last time: it reads that at the index where it
+/// writes only, and their elements lie alike.
+fn may_overwrite(graph: &Graph, fusion: &Fusion, item: &Item, id: NodeId, dying: NodeId) -> bool {
+    let Item::Group(group) = *item else { return false };
+    let group = &fusion.groups[group];
+    let loops = match group.kind {
+        Kind::Loop => &group.members[..],
+        Kind::Primitive => &group.members[1..],
+        Kind::Assembly | Kind::Copy | Kind::Collective => return false,
+    };
+    let (own, other) = (graph.ty(id), graph.ty(dying));
+    let sources = |id: NodeId| fusion.sources(graph, id).into_iter();
+    // A product reads its operands at many indices.
+    let product = group.members[0];
+    let apart = group.kind == Kind::Loop
+        || match fusion.low.get(&product) {
+            Some(low) => low.a.base != dying && low.b.base != dying,
+            None => sources(product).all(|view| view.base != dying),
+        };
+    let mut reads =
+        loops.iter().flat_map(|&id| sources(id)).filter(|view| view.base == dying).peekable();
+    group.reads.contains(&dying)
+        && !matches!(graph.op(id), Op::Reduce { .. })
+        && own.shape.0 == group.domain
+        && own.shape == other.shape
+        && own.dtype.size() == other.dtype.size()
+        && apart
+        && reads.peek().is_some()
+        && reads.all(|view| view.is_whole(graph) && view.dims == group.domain)
 }
 
 /// The bases that an item writes and reads.

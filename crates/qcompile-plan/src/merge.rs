@@ -1,13 +1,15 @@
-//! Joins groups of loops that were begun apart: a node is placed before it is known who uses it.
+//! Joins groups that were begun apart, loops to loops and to the epilogue of a product: a node is placed before it is
+//! known who uses it.
 
-use crate::fuse::{BitSet, Fusion, Group, Kind, MAX_MEMBERS, MAX_READS};
+use crate::fuse::{BitSet, Fusion, Group, Kind, MAX_MEMBERS, MAX_READS, has_epilogue};
 use qcompile_ir::{Dim, Graph, NodeId, Region};
 use std::collections::BTreeMap;
 
 /// How many neighbours of the same domain are tried.
 const MAX_NEIGHBOURS: usize = 12;
 
-/// Joins loop groups of the same region and domain where one uses the other's values or both read the same memory.
+/// Joins groups of the same region and domain: loops where one uses the other's values or both read the same memory, and
+/// loops to the product whose values they use.
 pub(crate) fn merge(graph: &Graph, order: &[NodeId], fusion: &mut Fusion) {
     let mut positions = vec![0; graph.len()];
     for (position, id) in order.iter().enumerate() {
@@ -15,7 +17,8 @@ pub(crate) fn merge(graph: &Graph, order: &[NodeId], fusion: &mut Fusion) {
     }
     let mut by_domain: BTreeMap<(Region, Vec<Dim>), Vec<usize>> = BTreeMap::new();
     for (index, group) in fusion.groups.iter().enumerate() {
-        if group.kind == Kind::Loop {
+        let product = group.kind == Kind::Primitive && has_epilogue(graph.op(group.members[0]));
+        if group.kind == Kind::Loop || product {
             by_domain.entry((group.region, group.domain.clone())).or_default().push(index);
         }
     }
@@ -26,7 +29,11 @@ pub(crate) fn merge(graph: &Graph, order: &[NodeId], fusion: &mut Fusion) {
             let later = at + 1..groups.len().min(at + 1 + MAX_NEIGHBOURS);
             match later.into_iter().find(|&next| may_merge(graph, fusion, first, groups[next])) {
                 Some(next) => {
-                    join(fusion, &positions, first, groups.remove(next));
+                    let mut second = groups.remove(next);
+                    if fusion.groups[second].kind == Kind::Primitive {
+                        std::mem::swap(&mut groups[at], &mut second);
+                    }
+                    join(fusion, &positions, groups[at], second);
                     // What could not join before may now join through the other.
                     at = at.saturating_sub(MAX_NEIGHBOURS);
                 }
@@ -60,7 +67,14 @@ fn may_merge(graph: &Graph, fusion: &Fusion, a: usize, b: usize) -> bool {
         .reads
         .iter()
         .any(|read| second.reads.contains(read) && !fusion.is_small(graph, *read));
-    (forth || back || shares) && !between(a, b) && !between(b, a)
+    let follow = |group: &Group| group.members.iter().all(|&id| fusion.follows(graph, id));
+    let fits = match (first.kind, second.kind) {
+        (Kind::Primitive, Kind::Loop) => forth && !back && follow(second),
+        (Kind::Loop, Kind::Primitive) => back && !forth && follow(first),
+        (Kind::Primitive, _) | (_, Kind::Primitive) => false,
+        _ => forth || back || shares,
+    };
+    fits && !between(a, b) && !between(b, a)
 }
 
 /// Moves the members of `b` to `a`.
@@ -73,7 +87,9 @@ fn join(fusion: &mut Fusion, positions: &[usize], a: usize, b: usize) {
     let position = fusion.groups[b].position;
     let into = &mut fusion.groups[a];
     into.members.extend(moved);
-    into.members.sort_by_key(|id| positions[id.index()]);
+    // The product itself stays in front.
+    let loops = usize::from(into.kind == Kind::Primitive);
+    into.members[loops..].sort_by_key(|id| positions[id.index()]);
     into.position = into.position.max(position);
     for read in reads {
         if !into.reads.contains(&read) {
@@ -97,7 +113,7 @@ fn join(fusion: &mut Fusion, positions: &[usize], a: usize, b: usize) {
 }
 
 /// Forgets groups without members.
-fn drop_empty(fusion: &mut Fusion) {
+pub(crate) fn drop_empty(fusion: &mut Fusion) {
     let mut renumbered: Vec<Option<usize>> = Vec::with_capacity(fusion.groups.len());
     let mut kept = 0;
     for group in &fusion.groups {

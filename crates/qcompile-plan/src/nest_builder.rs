@@ -109,8 +109,15 @@ impl<'a> NestBuilder<'a> {
 
     fn operand(&mut self, id: NodeId) -> usize {
         let view = &self.lowering.fusion.views[id.index()];
-        let known = self.values.get(&view.base).copied();
-        let value = known.unwrap_or_else(|| self.read_view(view));
+        let value = match self.values.get(&view.base) {
+            Some(&value) => value,
+            None if self.lowering.fusion.recomputed[view.base.index()] => {
+                let value = self.compute(view.base);
+                self.values.insert(view.base, value);
+                value
+            }
+            None => self.read_view(view),
+        };
         self.widened(value, view.base, self.lowering.graph.ty(id).dtype)
     }
 

@@ -12,6 +12,8 @@ enum Equal {
     Op(Op, Vec<NodeId>),
     /// The broadcast of an op over smaller operands.
     BroadcastOf(Op, Vec<NodeId>),
+    /// The sum of a value over these axes, times a factor of the sum's shape, or negated.
+    Factored { x: NodeId, axes: Vec<usize>, factor: Option<NodeId> },
     /// The broadcast of a one-element value.
     BroadcastElement(NodeId),
 }
@@ -31,6 +33,16 @@ pub(super) fn run(graph: &mut Graph, options: &Options) -> Result<bool, PassErro
                 let small = format!("{}.small", name.as_str());
                 let small = graph.add(op, &operands, small, region)?;
                 graph.add(Op::Broadcast(shape), &[small], name, region)?
+            }
+            Equal::Factored { x, axes, factor } => {
+                let sum = format!("{}.sum", name.as_str());
+                let sum = graph.add(Op::Reduce { op: ReduceOp::Sum, axes }, &[x], sum, region)?;
+                match factor {
+                    Some(factor) => {
+                        graph.add(Op::Binary(BinaryOp::Mul), &[sum, factor], name, region)?
+                    }
+                    None => graph.add(Op::Unary(UnaryOp::Neg), &[sum], name, region)?,
+                }
             }
             Equal::BroadcastElement(element) => {
                 let scalar = format!("{}.scalar", name.as_str());
@@ -81,9 +93,15 @@ fn equal(graph: &Graph, id: NodeId, options: &Options) -> Option<Equal> {
         Op::Slice { start: 0, step: 1, .. } if same_type() => value(0),
         Op::Pad { low: 0, high: 0, .. } if same_type() => value(0),
         Op::Concat { .. } if operands.len() == 1 => value(0),
-        Op::Reduce { op: ReduceOp::Sum | ReduceOp::Max, axes } => {
+        Op::Reduce { op, axes } => {
             let shape = &graph.ty(operands[0]).shape;
-            axes.iter().all(|&axis| shape.0[axis] == Dim::ONE).then(|| Equal::Value(operands[0]))
+            if axes.iter().all(|&axis| shape.0[axis] == Dim::ONE) {
+                return value(0);
+            }
+            match op {
+                ReduceOp::Sum => factored(graph, id, axes),
+                ReduceOp::Max => None,
+            }
         }
         Op::Unary(op) => unary(graph, id, *op, options),
         Op::Binary(op) => binary(graph, id, *op),
@@ -117,6 +135,30 @@ fn equal(graph: &Graph, id: NodeId, options: &Options) -> Option<Equal> {
         | Op::Dequantize { .. }
         | Op::StraightThrough { .. }
         | Op::AllReduce(_) => None,
+    }
+}
+
+/// A sum whose terms have a sign or a factor in common: the sum of the rest is often wanted, too.
+fn factored(graph: &Graph, id: NodeId, axes: &[usize]) -> Option<Equal> {
+    let terms = graph.operand(id, 0);
+    let equal = |x, factor| Some(Equal::Factored { x, axes: axes.to_vec(), factor });
+    match graph.op(terms) {
+        Op::Unary(UnaryOp::Neg) => equal(graph.operand(terms, 0), None),
+        Op::Binary(BinaryOp::Mul) => {
+            let common = |position: usize| {
+                match graph.op(graph.operand(terms, position)) {
+                    Op::Broadcast(_) => Some(graph.operand(graph.operand(terms, position), 0)),
+                    _ => None,
+                }
+                .filter(|&factor| graph.ty(factor).shape == graph.ty(id).shape)
+            };
+            match (common(0), common(1)) {
+                (_, Some(factor)) => equal(graph.operand(terms, 0), Some(factor)),
+                (Some(factor), None) => equal(graph.operand(terms, 1), Some(factor)),
+                (None, None) => None,
+            }
+        }
+        _ => None,
     }
 }
 
