@@ -6,9 +6,9 @@
 //! and a barrier they are combined in the order of the parts. So results do not depend on the number of threads.
 
 use crate::emitter::{Emitter, trusted};
-use crate::facts::Facts;
+use crate::facts::{Facts, sum_of_deviations};
 use crate::frame::Frame;
-use crate::nest::{Accumulator, Range, Rule, Sweep, Tile, sum_of_deviations};
+use crate::nest::{Accumulator, Range, Rule, Sweep, Tile};
 use cranelift_codegen::ir::types::{F32, F32X4, F64, F64X2, I8X16, I64};
 use cranelift_codegen::ir::{ConstantData, InstBuilder, Value};
 use qcompile_ir::{Dim, ReduceOp};
