@@ -1,7 +1,7 @@
 //! What lowering must know of a nest before it emits anything.
 
 use crate::body::{cost, has_lanes};
-use qcompile_ir::{BinaryOp, DType, Dim, Tensor, UnaryOp};
+use qcompile_ir::{BinaryOp, DType, Dim, ReduceOp, Tensor, UnaryOp};
 use qcompile_plan::verify::body_types;
 use qcompile_plan::{LoopNest, Scalar, Write};
 
@@ -128,4 +128,13 @@ pub(crate) fn written_once(nest: &LoopNest, write: &Write) -> bool {
         .zip(&nest.dims)
         .all(|(stride, &dim)| stride.scale != 0 || dim == Dim::ONE)
         && innermost(strides).scale == 0
+}
+
+/// The write of squared deviations that has the sum that a write wants.
+pub(crate) fn sum_of_deviations(nest: &LoopNest, sum: &Write) -> Option<usize> {
+    let Write::Reduce { access, op: ReduceOp::Sum, value } = sum else { return None };
+    nest.writes.iter().position(|write| {
+        matches!(write, Write::Deviations { access: other, value: of }
+            if of == value && other.strides == access.strides)
+    })
 }

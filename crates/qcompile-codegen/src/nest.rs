@@ -1,7 +1,7 @@
 //! One loop nest: loops, the innermost one on four lanes where it can be, and reductions.
 
 use crate::emitter::Emitter;
-use crate::facts::{Facts, innermost, partial_type, written_once};
+use crate::facts::{Facts, innermost, partial_type, sum_of_deviations, written_once};
 use crate::lanes::int_like;
 use cranelift_codegen::ir::types::{F32, I64};
 use cranelift_codegen::ir::{InstBuilder, Value};
@@ -106,15 +106,6 @@ impl Accumulator {
             }
         }
     }
-}
-
-/// The write of squared deviations that has the sum that a write wants.
-pub(crate) fn sum_of_deviations(nest: &LoopNest, sum: &Write) -> Option<usize> {
-    let Write::Reduce { access, op: ReduceOp::Sum, value } = sum else { return None };
-    nest.writes.iter().position(|write| {
-        matches!(write, Write::Deviations { access: other, value: of }
-            if of == value && other.strides == access.strides)
-    })
 }
 
 /// A view with its address at the current indices of the outer loops.
