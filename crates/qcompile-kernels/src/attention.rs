@@ -9,7 +9,7 @@ use crate::args::AttentionArgs;
 use crate::buffer::{Buffer, Slot};
 use crate::lanes::{Lanes, Simd, Task};
 use crate::pack::{self, Right, Source};
-use crate::softmax::{exp, no_scratch, reduce};
+use crate::softmax::{exp, no_scratch};
 use crate::tile::{Panels, ROW_GROUP, Start, Tile};
 
 /// Most queries of a strip, a multiple of every tile's height.
@@ -334,9 +334,9 @@ pub(crate) unsafe fn finish_scores(
         }
         for at in (0..whole).step_by(BLOCK) {
             let block = &mut *row.add(at).cast::<[f32; BLOCK]>();
-            for (lane, x) in lanes.iter_mut().zip(block) {
-                *x *= scale;
-                *lane = if *x > *lane { *x } else { *lane };
+            for i in 0..BLOCK {
+                block[i] *= scale;
+                lanes[i] = if block[i] > lanes[i] { block[i] } else { lanes[i] };
             }
         }
         if whole < count {
@@ -344,12 +344,19 @@ pub(crate) unsafe fn finish_scores(
             for (i, x) in block.iter_mut().enumerate() {
                 *x = if i < count - whole { *x * scale } else { f32::NEG_INFINITY };
             }
-            for (lane, x) in lanes.iter_mut().zip(block) {
-                *lane = if *x > *lane { *x } else { *lane };
+            for i in 0..BLOCK {
+                lanes[i] = if block[i] > lanes[i] { block[i] } else { lanes[i] };
             }
         }
     }
-    reduce(&lanes, f32::NEG_INFINITY, |a, b| if b > a { b } else { a })
+    let mut width = BLOCK / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = if lanes[i + width] > lanes[i] { lanes[i + width] } else { lanes[i] };
+        }
+        width /= 2;
+    }
+    lanes[0]
 }
 
 /// Makes finished scores `exp(score - largest)` and returns their sum.
@@ -359,12 +366,43 @@ pub(crate) unsafe fn exponentials<S: Simd>(row: *mut f32, count: usize, largest:
     for at in (0..count).step_by(BLOCK) {
         // SAFETY: the caller grants whole blocks.
         let block = unsafe { &mut *row.add(at).cast::<[f32; BLOCK]>() };
-        for (lane, x) in lanes.iter_mut().zip(block) {
-            *x = exp::<S>(*x - largest);
-            *lane += *x;
+        for i in 0..BLOCK {
+            block[i] = exp::<S>(block[i] - largest);
+            lanes[i] += block[i];
         }
     }
-    reduce(&lanes, 0.0, |a, b| a + b)
+    total(lanes)
+}
+
+/// The sum of all lanes, in pairs.
+#[inline(always)]
+pub(crate) fn total(mut lanes: [f32; BLOCK]) -> f32 {
+    let mut width = BLOCK / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// Asks for a row of an operand of the head that comes next: it lies far from the row before, where no prefetcher
+/// of the CPU looks.
+#[inline(always)]
+pub(crate) fn fetch_next<S: Simd, E>(
+    operand: *const u8,
+    strides: [usize; 4],
+    row: usize,
+    [batch, head, heads]: [usize; 3],
+    width: usize,
+) {
+    let (batch, head) = if head + 1 == heads { (batch + 1, 0) } else { (batch, head + 1) };
+    let at = batch * strides[0] + row * strides[1] + head * strides[2];
+    let first = operand.wrapping_add(at * size_of::<E>());
+    for line in (0..width * size_of::<E>()).step_by(64) {
+        S::prefetch(first.wrapping_add(line));
+    }
 }
 
 /// Clears a row from its last block of scores as far as a tile may read: to the end of the longest row beside it.
@@ -496,6 +534,7 @@ unsafe fn strip_of<S: Simd, E: Element>(
     let (mut largest, mut sums) = ([f32::NEG_INFINITY; STRIP], [0.0_f32; STRIP]);
     let mut seen = Seen { causal: args.causal != 0, keys: args.keys, row, key: 0 };
     let all = seen.all(rows - 1);
+    let shared = args.heads / args.key_heads;
     // SAFETY: the rows lie in the operands and the result; the buffers have room for a strip.
     unsafe {
         let q = head_of::<E>(args.q, args.q_strides, [batch, row, head]);
@@ -509,6 +548,13 @@ unsafe fn strip_of<S: Simd, E: Element>(
             let columns = CHUNK.min(all - key);
             scores_of::<S>(args, memory.keys, args.width, q, rows, seen, memory.scores);
             for r in 0..rows {
+                if key == 0 {
+                    let next = [batch, head, args.heads];
+                    let key_next = [batch, head / shared, args.key_heads];
+                    fetch_next::<S, E>(args.q, args.q_strides, row + r, next, args.width);
+                    fetch_next::<S, E>(args.k, args.k_strides, row + r, key_next, args.width);
+                    fetch_next::<S, E>(args.v, args.v_strides, row + r, key_next, args.value_width);
+                }
                 let count = seen.of_chunk(r);
                 let scores = memory.scores.add(r * memory.score_stride);
                 clear_rest(scores, count, columns);
