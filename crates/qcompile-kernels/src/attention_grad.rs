@@ -9,12 +9,12 @@
 use crate::Primitive;
 use crate::args::AttentionArgs;
 use crate::attention::{
-    Along, BLOCK, Bf16, CHUNK, Element, Mask, Matrix, Over, Parts, Product, STRIP, Seen,
-    clear_rest, exponentials, fetch_next, finish_scores, head_of, pack, score_stride, scores_of,
-    total,
+    Along, BLOCK, Bf16, CHUNK, Element, Mask, Matrix, Parts, STRIP, clear_rest, exponentials,
+    fetch_next, finish_scores, head_of, pack, score_stride, scores_of, total,
 };
 use crate::buffer::{Buffer, Slot};
 use crate::lanes::{Simd, Task};
+use crate::seen::{Over, Product, Seen};
 use crate::softmax::{exp, no_scratch};
 use crate::tile::{Panels, ROW_GROUP};
 use std::marker::PhantomData;

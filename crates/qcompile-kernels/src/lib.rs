@@ -26,6 +26,7 @@ mod max_pool;
 mod pack;
 pub mod pool;
 mod portable;
+mod seen;
 mod softmax;
 #[cfg(test)]
 mod tests;

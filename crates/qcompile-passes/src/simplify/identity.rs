@@ -179,7 +179,7 @@ fn binary(graph: &Graph, id: NodeId, op: BinaryOp) -> Option<Equal> {
 /// The sum of two values in zeros, if one begins where the other ends: what the gradients of parts of a value give.
 fn joined(graph: &Graph, a: NodeId, b: NodeId) -> Option<Equal> {
     let padded = |id: NodeId| match *graph.op(id) {
-        Op::Pad { axis, low, high, interior: 0, value } if value == 0.0 => {
+        Op::Pad { axis, low, high, interior: 0, value: 0.0 } => {
             Some((axis, low, high, graph.operand(id, 0)))
         }
         _ => None,
