@@ -75,8 +75,15 @@ fn a_graph_leaves_the_street_and_comes_back() {
     let place = Place::new();
     place.run(&format!("{MLP} --precision int8"));
     let direct = place.bytes("mlp.qplan");
-    for pass in ["simplify", "attach-loss", "quantize", "differentiate", "move-roundings", "update"]
-    {
+    for pass in [
+        "simplify",
+        "attention",
+        "attach-loss",
+        "quantize",
+        "differentiate",
+        "move-roundings",
+        "update",
+    ] {
         let stop =
             format!("{MLP} --precision int8 --stop-after {pass}").replace("mlp.qplan", "at.qir");
         place.run(&stop);
@@ -89,8 +96,8 @@ fn a_graph_leaves_the_street_and_comes_back() {
         .run("@/digits_mlp.onnx -q --precision f32 --no-measure --dump-after all --dump-dir dumps");
     assert_eq!(
         std::fs::read_dir(place.path("dumps")).unwrap().count(),
-        20,
-        "ten texts, ten tensor files"
+        22,
+        "eleven texts, eleven tensor files"
     );
 }
 

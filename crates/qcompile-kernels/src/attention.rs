@@ -9,8 +9,9 @@ use crate::args::AttentionArgs;
 use crate::buffer::{Buffer, Slot};
 use crate::lanes::{Lanes, Simd, Task};
 use crate::pack::{self, Right, Source};
-use crate::softmax::{exp, no_scratch, reduce};
-use crate::tile::{Panels, ROW_GROUP, Start, Tile};
+use crate::seen::{Over, Product, Seen};
+use crate::softmax::{exp, no_scratch};
+use crate::tile::{Panels, ROW_GROUP};
 
 /// Most queries of a strip, a multiple of every tile's height.
 pub(crate) const STRIP: usize = 3 * ROW_GROUP;
@@ -147,143 +148,6 @@ pub(crate) unsafe fn pack<L: Lanes<Element = f32>>(
     }
 }
 
-/// `out (+)= left · right`, of which each tile may need only a part.
-#[derive(Clone, Copy)]
-pub(crate) struct Product {
-    /// Row 0, at word `first` of K.
-    pub(crate) left: *const f32,
-    pub(crate) row_stride: usize,
-    pub(crate) step: usize,
-    pub(crate) first: usize,
-    pub(crate) rows: usize,
-    pub(crate) right: *const f32,
-    pub(crate) panels: Panels,
-    /// Panels that are wanted; the first is column 0 of `out`.
-    pub(crate) panel_begin: usize,
-    pub(crate) panel_end: usize,
-    /// Has whole panels, and rows up to a multiple of [`ROW_GROUP`].
-    pub(crate) out: *mut f32,
-    pub(crate) out_stride: usize,
-    /// Whether to add to what `out` holds.
-    pub(crate) resume: bool,
-}
-
-/// What a tile needs: columns from 0 on, and a range of K.
-#[derive(Clone, Copy)]
-pub(crate) struct Part {
-    pub(crate) columns: usize,
-    pub(crate) begin: usize,
-    pub(crate) end: usize,
-}
-
-/// What is seen of keys by queries: which parts of the products are wanted.
-#[derive(Clone, Copy)]
-pub(crate) struct Seen {
-    pub(crate) causal: bool,
-    pub(crate) keys: usize,
-    /// First query of the strip.
-    pub(crate) row: usize,
-    /// First key of the chunk.
-    pub(crate) key: usize,
-}
-
-impl Seen {
-    /// How many of all keys query `r` of the strip sees.
-    #[inline(always)]
-    pub(crate) fn all(self, r: usize) -> usize {
-        if self.causal { self.keys.min(self.row + r + 1) } else { self.keys }
-    }
-
-    /// How many of the chunk's.
-    #[inline(always)]
-    pub(crate) fn of_chunk(self, r: usize) -> usize {
-        self.all(r).saturating_sub(self.key).min(CHUNK)
-    }
-
-    /// The first query of the strip that sees key `c` of the chunk.
-    #[inline(always)]
-    fn first(self, c: usize) -> usize {
-        if self.causal { (self.key + c).saturating_sub(self.row) } else { 0 }
-    }
-}
-
-/// Which of the three kinds of products, for the parts that masks leave.
-#[derive(Clone, Copy)]
-pub(crate) enum Over {
-    /// Rows are queries, columns are keys.
-    Scores,
-    /// Rows are queries, K is keys.
-    Keys,
-    /// Rows are keys, K is queries: so many.
-    Queries(usize),
-}
-
-impl Over {
-    #[inline(always)]
-    fn part(self, seen: Seen, k: usize, row: usize, end: usize) -> Part {
-        match self {
-            Over::Scores => Part { columns: seen.of_chunk(end - 1), begin: 0, end: k },
-            Over::Keys => {
-                let keys = seen.of_chunk(end - 1);
-                Part { columns: usize::MAX, begin: seen.key, end: seen.key + keys }
-            }
-            Over::Queries(queries) => {
-                Part { columns: usize::MAX, begin: seen.first(row), end: queries }
-            }
-        }
-    }
-}
-
-impl Product {
-    /// Computes the parts that are seen.
-    ///
-    /// # Safety
-    /// The pointers are valid for the sizes, and the CPU supports the tier.
-    #[inline(always)]
-    pub(crate) unsafe fn run<L: Lanes<Element = f32>>(&self, over: Over, seen: Seen) {
-        for panel in self.panel_begin..self.panel_end {
-            let stored = self.panels.stored::<L>(panel);
-            let single = stored == L::LANES;
-            let height = if single { L::ROWS_SINGLE } else { L::ROWS_PAIR };
-            let column = (panel - self.panel_begin) * Panels::width::<L>();
-            for row in (0..self.rows).step_by(height) {
-                let part = over.part(seen, self.panels.k, row, self.rows.min(row + height));
-                let length = part.end.saturating_sub(part.begin);
-                if column >= part.columns || (length == 0 && self.resume) {
-                    continue;
-                }
-                // SAFETY: granted by the caller: rows of the left operand are repeated, those of the result padded.
-                unsafe {
-                    let (mut rows, mut outs) =
-                        ([std::ptr::null(); ROW_GROUP], [std::ptr::null_mut(); ROW_GROUP]);
-                    for i in 0..height {
-                        let live = (row + i).min(self.rows - 1);
-                        rows[i] = self.left.add(live * self.row_stride).cast();
-                        outs[i] = self.out.add((row + i) * self.out_stride).cast();
-                    }
-                    let skipped = part.begin.saturating_sub(self.first) * self.step;
-                    let segments = [skipped as isize];
-                    let panel_words = self.right.cast::<u32>().add(self.panels.offset::<L>(panel));
-                    let tile = Tile {
-                        rows: rows.as_ptr(),
-                        outs: outs.as_ptr(),
-                        column,
-                        segments: segments.as_ptr(),
-                        segment_count: 1,
-                        length,
-                        step: self.step as isize,
-                        right: panel_words.wrapping_add(part.begin * stored),
-                        start: if self.resume { Start::Resume } else { Start::Zero },
-                        scales: None,
-                        ahead: (std::ptr::null(), 0),
-                    };
-                    if single { L::tile_single(&tile) } else { L::tile_pair(&tile) }
-                }
-            }
-        }
-    }
-}
-
 /// A row of an additive mask.
 #[derive(Clone, Copy)]
 pub(crate) struct Mask {
@@ -335,9 +199,9 @@ pub(crate) unsafe fn finish_scores(
         }
         for at in (0..whole).step_by(BLOCK) {
             let block = &mut *row.add(at).cast::<[f32; BLOCK]>();
-            for (lane, x) in lanes.iter_mut().zip(block) {
-                *x *= scale;
-                *lane = if *x > *lane { *x } else { *lane };
+            for i in 0..BLOCK {
+                block[i] *= scale;
+                lanes[i] = if block[i] > lanes[i] { block[i] } else { lanes[i] };
             }
         }
         if whole < count {
@@ -345,12 +209,19 @@ pub(crate) unsafe fn finish_scores(
             for (i, x) in block.iter_mut().enumerate() {
                 *x = if i < count - whole { *x * scale } else { f32::NEG_INFINITY };
             }
-            for (lane, x) in lanes.iter_mut().zip(block) {
-                *lane = if *x > *lane { *x } else { *lane };
+            for i in 0..BLOCK {
+                lanes[i] = if block[i] > lanes[i] { block[i] } else { lanes[i] };
             }
         }
     }
-    reduce(&lanes, f32::NEG_INFINITY, |a, b| if b > a { b } else { a })
+    let mut width = BLOCK / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = if lanes[i + width] > lanes[i] { lanes[i + width] } else { lanes[i] };
+        }
+        width /= 2;
+    }
+    lanes[0]
 }
 
 /// Makes finished scores `exp(score - largest)` and returns their sum.
@@ -360,12 +231,43 @@ pub(crate) unsafe fn exponentials<S: Simd>(row: *mut f32, count: usize, largest:
     for at in (0..count).step_by(BLOCK) {
         // SAFETY: the caller grants whole blocks.
         let block = unsafe { &mut *row.add(at).cast::<[f32; BLOCK]>() };
-        for (lane, x) in lanes.iter_mut().zip(block) {
-            *x = exp::<S>(*x - largest);
-            *lane += *x;
+        for i in 0..BLOCK {
+            block[i] = exp::<S>(block[i] - largest);
+            lanes[i] += block[i];
         }
     }
-    reduce(&lanes, 0.0, |a, b| a + b)
+    total(lanes)
+}
+
+/// The sum of all lanes, in pairs.
+#[inline(always)]
+pub(crate) fn total(mut lanes: [f32; BLOCK]) -> f32 {
+    let mut width = BLOCK / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// Asks for a row of an operand of the head that comes next: it lies far from the row before, where no prefetcher
+/// of the CPU looks.
+#[inline(always)]
+pub(crate) fn fetch_next<S: Simd, E>(
+    operand: *const u8,
+    strides: [usize; 4],
+    row: usize,
+    [batch, head, heads]: [usize; 3],
+    width: usize,
+) {
+    let (batch, head) = if head + 1 == heads { (batch + 1, 0) } else { (batch, head + 1) };
+    let at = batch * strides[0] + row * strides[1] + head * strides[2];
+    let first = operand.wrapping_add(at * size_of::<E>());
+    for line in (0..width * size_of::<E>()).step_by(64) {
+        S::prefetch(first.wrapping_add(line));
+    }
 }
 
 /// Clears a row from its last block of scores as far as a tile may read: to the end of the longest row beside it.
@@ -497,6 +399,7 @@ unsafe fn strip_of<S: Simd, E: Element>(
     let (mut largest, mut sums) = ([f32::NEG_INFINITY; STRIP], [0.0_f32; STRIP]);
     let mut seen = Seen { causal: args.causal != 0, keys: args.keys, row, key: 0 };
     let all = seen.all(rows - 1);
+    let shared = args.heads / args.key_heads;
     // SAFETY: the rows lie in the operands and the result; the buffers have room for a strip.
     unsafe {
         let q = head_of::<E>(args.q, args.q_strides, [batch, row, head]);
@@ -510,6 +413,13 @@ unsafe fn strip_of<S: Simd, E: Element>(
             let columns = CHUNK.min(all - key);
             scores_of::<S>(args, memory.keys, args.width, q, rows, seen, memory.scores);
             for r in 0..rows {
+                if key == 0 {
+                    let next = [batch, head, args.heads];
+                    let key_next = [batch, head / shared, args.key_heads];
+                    fetch_next::<S, E>(args.q, args.q_strides, row + r, next, args.width);
+                    fetch_next::<S, E>(args.k, args.k_strides, row + r, key_next, args.width);
+                    fetch_next::<S, E>(args.v, args.v_strides, row + r, key_next, args.value_width);
+                }
                 let count = seen.of_chunk(r);
                 let scores = memory.scores.add(r * memory.score_stride);
                 clear_rest(scores, count, columns);

@@ -9,12 +9,13 @@
 use crate::Primitive;
 use crate::args::AttentionArgs;
 use crate::attention::{
-    Along, BLOCK, Bf16, CHUNK, Element, Mask, Matrix, Over, Parts, Product, STRIP, Seen,
-    clear_rest, exponentials, finish_scores, head_of, pack, score_stride, scores_of,
+    Along, BLOCK, Bf16, CHUNK, Element, Mask, Matrix, Parts, STRIP, clear_rest, exponentials,
+    fetch_next, finish_scores, head_of, pack, score_stride, scores_of, total,
 };
 use crate::buffer::{Buffer, Slot};
 use crate::lanes::{Simd, Task};
-use crate::softmax::{exp, no_scratch, reduce};
+use crate::seen::{Over, Product, Seen};
+use crate::softmax::{exp, no_scratch};
 use crate::tile::{Panels, ROW_GROUP};
 use std::marker::PhantomData;
 
@@ -186,6 +187,14 @@ impl Head<'_> {
                     let q = E::real(q, rows, width, memory.staged_q);
                     let dy = head_of::<E>(args.dy, args.dy_strides, [batch, row, head]);
                     let dy = E::real(dy, rows, value_width, memory.staged_dy);
+                    for r in row..row + rows {
+                        let next = [batch, head, args.heads];
+                        fetch_next::<S, E>(args.q, args.q_strides, r, next, width);
+                        fetch_next::<S, E>(args.dy, args.dy_strides, r, next, value_width);
+                        let next = [batch, key_head, args.key_heads];
+                        fetch_next::<S, E>(args.k, args.k_strides, r, next, width);
+                        fetch_next::<S, E>(args.v, args.v_strides, r, next, value_width);
+                    }
                     self.strip::<S>(Strip { head, row, rows, q, dy });
                     for r in 0..if args.dq.is_null() { 0 } else { rows } {
                         let at = ((batch * args.rows + row + r) * args.heads + head) * width;
@@ -358,9 +367,9 @@ impl Head<'_> {
                 for at in (0..count).step_by(BLOCK) {
                     let block = &mut *scores.add(at).cast::<[f32; BLOCK]>();
                     let slopes = &mut *slopes.add(at).cast::<[f32; BLOCK]>();
-                    for (p, slope) in block.iter_mut().zip(slopes) {
-                        *p *= factor;
-                        *slope = *p * scale * (*slope - mean);
+                    for i in 0..BLOCK {
+                        block[i] *= factor;
+                        slopes[i] = block[i] * scale * (slopes[i] - mean);
                     }
                 }
             }
@@ -434,13 +443,13 @@ unsafe fn dot(a: *const f32, b: *const f32, count: usize) -> f32 {
     unsafe {
         for at in (0..whole).step_by(BLOCK) {
             let (a, b) = (&*a.add(at).cast::<[f32; BLOCK]>(), &*b.add(at).cast::<[f32; BLOCK]>());
-            for (lane, (a, b)) in lanes.iter_mut().zip(a.iter().zip(b)) {
-                *lane += a * b;
+            for i in 0..BLOCK {
+                lanes[i] += a[i] * b[i];
             }
         }
         for (i, lane) in lanes.iter_mut().enumerate().take(count - whole) {
             *lane += *a.add(whole + i) * *b.add(whole + i);
         }
     }
-    reduce(&lanes, 0.0, |a, b| a + b)
+    total(lanes)
 }

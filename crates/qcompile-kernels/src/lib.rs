@@ -28,6 +28,7 @@ mod narrow;
 mod pack;
 pub mod pool;
 mod portable;
+mod seen;
 mod softmax;
 #[cfg(test)]
 mod tests;

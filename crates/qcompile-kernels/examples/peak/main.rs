@@ -132,6 +132,15 @@ fn main() {
     ] {
         matmul(&bench, name, [batch, m, n, k]);
     }
+    println!("batch x length x heads x width   forward      backward");
+    for (name, sizes, causal) in [
+        ("bert", [16, 128, 4, 64], false),
+        ("gpt", [8, 256, 6, 64], true),
+        ("long", [1, 2048, 6, 64], true),
+        ("long", [1, 2048, 6, 64], false),
+    ] {
+        attention(&bench, name, sizes, causal);
+    }
     println!(
         "n h cin cout k stride       f32 fwd      gradX        gradW        bf16 fwd     gradX        \
          gradW        int8 fwd     gradX"
@@ -253,6 +262,58 @@ fn matmul(bench: &Bench, name: &str, [batch, m, n, k]: [usize; 4]) {
         let mut space = scratch(table, KernelId::MatmulI8, &args);
         args.scratch = space.as_mut_ptr().cast();
         bench.cell(&mut line, flops, time(table, KernelId::MatmulI8, &args, budget), INT8);
+    }
+    println!("{line}");
+}
+
+/// Queries, keys and values are parts of one value, as in a model.
+fn attention(bench: &Bench, name: &str, [batch, rows, heads, width]: [usize; 4], causal: bool) {
+    let kind = if causal { " causal" } else { "" };
+    let name = format!("attention {name} {batch} {rows} {heads} {width}{kind}");
+    if !bench.wants(&name) {
+        return;
+    }
+    let (table, budget) = (bench.table, bench.budget);
+    // Pairs of a query and a key that it sees.
+    let pairs = batch * heads * if causal { rows * (rows + 1) / 2 } else { rows * rows };
+    let size = heads * width;
+    let values = |count: usize| -> Vec<f32> {
+        (0..count).map(|i| (i * 37 % 101) as f32 / 101.0 - 0.5).collect()
+    };
+    let (qkv, dy) = (values(batch * rows * 3 * size), values(batch * rows * size));
+    let mut results = vec![0.0_f32; batch * rows * size * 4];
+    let [y, dq, dk, dv] = [0, 1, 2, 3].map(|at| results[at * batch * rows * size..].as_mut_ptr());
+    let strides = [rows * 3 * size, 3 * size, width, 1];
+    let args = AttentionArgs {
+        q: qkv.as_ptr().cast(),
+        k: qkv[size..].as_ptr().cast(),
+        v: qkv[2 * size..].as_ptr().cast(),
+        mask: null(),
+        dy: dy.as_ptr().cast(),
+        y: y.cast(),
+        dq: dq.cast(),
+        dk: dk.cast(),
+        dv: dv.cast(),
+        batch,
+        rows,
+        keys: rows,
+        heads,
+        key_heads: heads,
+        width,
+        value_width: width,
+        q_strides: strides,
+        k_strides: strides,
+        v_strides: strides,
+        mask_strides: [0; 4],
+        dy_strides: [rows * size, size, width, 1],
+        scale: u64::from(0.125_f32.to_bits()),
+        causal: usize::from(causal),
+        bf16: 0,
+    };
+    let mut line = format!("{name:32}");
+    for (id, products) in [(KernelId::Attention, 2), (KernelId::AttentionGrad, 5)] {
+        let flops = (2 * products * pairs * width) as f64;
+        bench.cell(&mut line, flops, time(table, id, &args, budget), false);
     }
     println!("{line}");
 }

@@ -184,10 +184,6 @@ fn contributions(graph: &Graph, active: &[bool]) -> Vec<usize> {
 fn total(graph: &mut Graph, id: NodeId, parts: &[NodeId]) -> Result<NodeId, PassError> {
     let name = format!("{}{GRADIENT_SUFFIX}", graph.node(id).name.as_str());
     let [first, rest @ ..] = parts else { return Err(nothing_to_train("no gradient to add")) };
-    if let Some((axis, slices)) = adjacent_slices(graph, parts) {
-        let mut builder = Builder::new(graph, Region::Backward, &name);
-        return builder.add("", Op::Concat { axis }, &slices);
-    }
     let mut builder = Builder::new(graph, Region::Backward, &name);
     let mut sum = *first;
     for (index, &part) in rest.iter().enumerate() {
@@ -195,36 +191,6 @@ fn total(graph: &mut Graph, id: NodeId, parts: &[NodeId]) -> Result<NodeId, Pass
         sum = builder.binary(suffix, qcompile_ir::BinaryOp::Add, sum, part)?;
     }
     Ok(sum)
-}
-
-/// If the parts are gradients of slices that together are the whole, side by side: the axis and what each slice has.
-fn adjacent_slices(graph: &Graph, parts: &[NodeId]) -> Option<(usize, Vec<NodeId>)> {
-    if parts.len() < 2 {
-        return None;
-    }
-    let mut slices: Vec<(usize, usize, NodeId)> = Vec::with_capacity(parts.len());
-    let mut along = None;
-    for &part in parts {
-        let Op::Pad { axis, low, high: _, interior: 0, value: 0.0 } = *graph.op(part) else {
-            return None;
-        };
-        if *along.get_or_insert(axis) != axis {
-            return None;
-        }
-        let slice = graph.operand(part, 0);
-        slices.push((low, graph.ty(slice).shape.0[axis].as_fixed()?, slice));
-    }
-    let axis = along?;
-    slices.sort_unstable();
-    let mut end = 0;
-    for &(low, size, _) in &slices {
-        if low != end {
-            return None;
-        }
-        end += size;
-    }
-    let whole = graph.ty(*parts.first()?).shape.0[axis].as_fixed()? == end;
-    whole.then(|| (axis, slices.into_iter().map(|(_, _, slice)| slice).collect()))
 }
 
 /// The products of the backward pass belong to the layer of their forward product: they carry its origin and its

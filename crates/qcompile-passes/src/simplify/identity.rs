@@ -16,6 +16,8 @@ enum Equal {
     Factored { x: NodeId, axes: Vec<usize>, factor: Option<NodeId> },
     /// The broadcast of a one-element value.
     BroadcastElement(NodeId),
+    /// Zeros before and after two values that follow one another along an axis.
+    Joined { axis: usize, low: usize, high: usize, parts: [NodeId; 2] },
 }
 
 /// Replaces every such node. Returns whether there was one.
@@ -43,6 +45,12 @@ pub(super) fn run(graph: &mut Graph, options: &Options) -> Result<bool, PassErro
                     }
                     None => graph.add(Op::Unary(UnaryOp::Neg), &[sum], name, region)?,
                 }
+            }
+            Equal::Joined { axis, low, high, parts } => {
+                let joined = format!("{}.joined", name.as_str());
+                let joined = graph.add(Op::Concat { axis }, &parts, joined, region)?;
+                let pad = Op::Pad { axis, low, high, interior: 0, value: 0.0 };
+                graph.add(pad, &[joined], name, region)?
             }
             Equal::BroadcastElement(element) => {
                 let scalar = format!("{}.scalar", name.as_str());
@@ -93,6 +101,7 @@ fn equal(graph: &Graph, id: NodeId, options: &Options) -> Option<Equal> {
         Op::Slice { start: 0, step: 1, .. } if same_type() => value(0),
         Op::Pad { low: 0, high: 0, .. } if same_type() => value(0),
         Op::Concat { .. } if operands.len() == 1 => value(0),
+        Op::Concat { axis } => flattened(graph, *axis, &operands),
         Op::Reduce { op, axes } => {
             let shape = &graph.ty(operands[0]).shape;
             if axes.iter().all(|&axis| shape.0[axis] == Dim::ONE) {
@@ -122,7 +131,6 @@ fn equal(graph: &Graph, id: NodeId, options: &Options) -> Option<Equal> {
         | Op::AveragePool2dGrad(_)
         | Op::Slice { .. }
         | Op::Pad { .. }
-        | Op::Concat { .. }
         | Op::Gather
         | Op::ScatterAdd { .. }
         | Op::Attention { .. }
@@ -188,6 +196,11 @@ fn unary(graph: &Graph, id: NodeId, op: UnaryOp, options: &Options) -> Option<Eq
 
 fn binary(graph: &Graph, id: NodeId, op: BinaryOp) -> Option<Equal> {
     let (a, b) = (graph.operand(id, 0), graph.operand(id, 1));
+    if op == BinaryOp::Add
+        && let Some(joined) = joined(graph, a, b).or_else(|| joined(graph, b, a))
+    {
+        return Some(joined);
+    }
     let neutral = match op {
         BinaryOp::Add | BinaryOp::Sub => 0.0,
         BinaryOp::Mul | BinaryOp::Div | BinaryOp::Pow => 1.0,
@@ -203,6 +216,33 @@ fn binary(graph: &Graph, id: NodeId, op: BinaryOp) -> Option<Equal> {
         return Some(Equal::Value(b));
     }
     hoisted(graph, id)
+}
+
+/// The sum of two values in zeros, if one begins where the other ends: what the gradients of parts of a value give.
+fn joined(graph: &Graph, a: NodeId, b: NodeId) -> Option<Equal> {
+    let padded = |id: NodeId| match *graph.op(id) {
+        Op::Pad { axis, low, high, interior: 0, value: 0.0 } => {
+            Some((axis, low, high, graph.operand(id, 0)))
+        }
+        _ => None,
+    };
+    let ((axis, low, _, first), (other_axis, begin, high, second)) = (padded(a)?, padded(b)?);
+    let end = low + graph.ty(first).shape.0[axis].scale;
+    (axis == other_axis && begin == end).then_some(Equal::Joined {
+        axis,
+        low,
+        high,
+        parts: [first, second],
+    })
+}
+
+/// A concat of concats along the same axis that nobody else uses.
+fn flattened(graph: &Graph, axis: usize, operands: &[NodeId]) -> Option<Equal> {
+    let inner = |id: NodeId| *graph.op(id) == Op::Concat { axis } && graph.uses(id).len() == 1;
+    operands.iter().any(|&operand| inner(operand)).then(|| {
+        let parts = |&id: &NodeId| if inner(id) { graph.operands(id) } else { vec![id] };
+        Equal::Op(Op::Concat { axis }, operands.iter().flat_map(parts).collect())
+    })
 }
 
 /// The element of a constant whose elements are all equal, seen through what only moves or repeats them.

@@ -1,0 +1,142 @@
+//! Products between queries and keys, of which a mask may leave only parts: what a query does not see is not computed.
+
+use crate::attention::CHUNK;
+use crate::lanes::Lanes;
+use crate::tile::{Panels, ROW_GROUP, Start, Tile};
+
+/// `out (+)= left · right`, of which each tile may need only a part.
+#[derive(Clone, Copy)]
+pub(crate) struct Product {
+    /// Row 0, at word `first` of K.
+    pub(crate) left: *const f32,
+    pub(crate) row_stride: usize,
+    pub(crate) step: usize,
+    pub(crate) first: usize,
+    pub(crate) rows: usize,
+    pub(crate) right: *const f32,
+    pub(crate) panels: Panels,
+    /// Panels that are wanted; the first is column 0 of `out`.
+    pub(crate) panel_begin: usize,
+    pub(crate) panel_end: usize,
+    /// Has whole panels, and rows up to a multiple of [`ROW_GROUP`].
+    pub(crate) out: *mut f32,
+    pub(crate) out_stride: usize,
+    /// Whether to add to what `out` holds.
+    pub(crate) resume: bool,
+}
+
+/// What a tile needs: columns from 0 on, and a range of K.
+#[derive(Clone, Copy)]
+pub(crate) struct Part {
+    pub(crate) columns: usize,
+    pub(crate) begin: usize,
+    pub(crate) end: usize,
+}
+
+/// What is seen of keys by queries: which parts of the products are wanted.
+#[derive(Clone, Copy)]
+pub(crate) struct Seen {
+    pub(crate) causal: bool,
+    pub(crate) keys: usize,
+    /// First query of the strip.
+    pub(crate) row: usize,
+    /// First key of the chunk.
+    pub(crate) key: usize,
+}
+
+impl Seen {
+    /// How many of all keys query `r` of the strip sees.
+    #[inline(always)]
+    pub(crate) fn all(self, r: usize) -> usize {
+        if self.causal { self.keys.min(self.row + r + 1) } else { self.keys }
+    }
+
+    /// How many of the chunk's.
+    #[inline(always)]
+    pub(crate) fn of_chunk(self, r: usize) -> usize {
+        self.all(r).saturating_sub(self.key).min(CHUNK)
+    }
+
+    /// The first query of the strip that sees key `c` of the chunk.
+    #[inline(always)]
+    fn first(self, c: usize) -> usize {
+        if self.causal { (self.key + c).saturating_sub(self.row) } else { 0 }
+    }
+}
+
+/// Which of the three kinds of products, for the parts that masks leave.
+#[derive(Clone, Copy)]
+pub(crate) enum Over {
+    /// Rows are queries, columns are keys.
+    Scores,
+    /// Rows are queries, K is keys.
+    Keys,
+    /// Rows are keys, K is queries: so many.
+    Queries(usize),
+}
+
+impl Over {
+    #[inline(always)]
+    fn part(self, seen: Seen, k: usize, row: usize, end: usize) -> Part {
+        match self {
+            Over::Scores => Part { columns: seen.of_chunk(end - 1), begin: 0, end: k },
+            Over::Keys => {
+                let keys = seen.of_chunk(end - 1);
+                Part { columns: usize::MAX, begin: seen.key, end: seen.key + keys }
+            }
+            Over::Queries(queries) => {
+                Part { columns: usize::MAX, begin: seen.first(row), end: queries }
+            }
+        }
+    }
+}
+
+impl Product {
+    /// Computes the parts that are seen.
+    ///
+    /// # Safety
+    /// The pointers are valid for the sizes, and the CPU supports the tier.
+    #[inline(always)]
+    pub(crate) unsafe fn run<L: Lanes<Element = f32>>(&self, over: Over, seen: Seen) {
+        for panel in self.panel_begin..self.panel_end {
+            let stored = self.panels.stored::<L>(panel);
+            let single = stored == L::LANES;
+            let height = if single { L::ROWS_SINGLE } else { L::ROWS_PAIR };
+            let column = (panel - self.panel_begin) * Panels::width::<L>();
+            for row in (0..self.rows).step_by(height) {
+                let part = over.part(seen, self.panels.k, row, self.rows.min(row + height));
+                let length = part.end.saturating_sub(part.begin);
+                if column >= part.columns || (length == 0 && self.resume) {
+                    continue;
+                }
+                // SAFETY: granted by the caller: rows of the left operand are repeated, those of the result padded.
+                unsafe {
+                    let (mut rows, mut outs) =
+                        ([std::ptr::null(); ROW_GROUP], [std::ptr::null_mut(); ROW_GROUP]);
+                    for i in 0..height {
+                        let live = (row + i).min(self.rows - 1);
+                        rows[i] = self.left.add(live * self.row_stride).cast();
+                        outs[i] = self.out.add((row + i) * self.out_stride).cast();
+                    }
+                    let skipped = part.begin.saturating_sub(self.first) * self.step;
+                    let segments = [skipped as isize];
+                    let panel_words = self.right.cast::<u32>().add(self.panels.offset::<L>(panel));
+                    let tile = Tile {
+                        rows: rows.as_ptr(),
+                        outs: outs.as_ptr(),
+                        column,
+                        segments: segments.as_ptr(),
+                        segment_count: 1,
+                        length,
+                        step: self.step as isize,
+                        right: panel_words.wrapping_add(part.begin * stored),
+                        start: if self.resume { Start::Resume } else { Start::Zero },
+                        scales: None,
+                        ahead: (std::ptr::null(), 0),
+                    };
+                    if single { L::tile_single(&tile) } else { L::tile_pair(&tile) }
+                }
+            }
+        }
+    }
+}
