@@ -4,6 +4,7 @@ use crate::attention;
 use crate::emitter::Emitter;
 use crate::epilogue::Partials;
 use crate::frame::Frame;
+use crate::tail::Tail;
 use cranelift_codegen::ir::types::I64;
 use cranelift_codegen::ir::{InstBuilder, StackSlot, StackSlotData, StackSlotKind, Value};
 use qcompile_ir::{ConvGeometry, Dim, PoolGeometry};
@@ -12,12 +13,11 @@ use qcompile_kernels::args::{
     Conv2dGradInputBf16Args, Conv2dGradInputI8Args, Conv2dGradWeightArgs, Conv2dGradWeightBf16Args,
     Conv2dI8Args, ConvShape, CrossEntropyArgs, CrossEntropyGradArgs, GatherArgs, MatmulArgs,
     MatmulBf16Args, MatmulI8Args, MaxPoolArgs, MaxPoolGradArgs, PoolShape, ScatterAddArgs,
-    SoftmaxArgs, Stream,
+    SoftmaxArgs,
 };
 use qcompile_kernels::{KernelId, Kernels, Primitive as Entry};
 use qcompile_plan::{
-    Access, AttentionResult, Convolution, LoopNest, Matmul, Matrix, Operands, Place, Pooling,
-    Primitive, Product, Write,
+    AttentionResult, Convolution, Matmul, Matrix, Operands, Place, Pooling, Primitive, Product,
 };
 use std::mem::{offset_of, size_of};
 
@@ -95,56 +95,6 @@ macro_rules! fields {
             $block.put($e, offset_of!($args, $($field).+), value);
         })*
     };
-}
-
-/// The address of the epilogue, if the primitive has one, the first argument that it gets, and what it touches.
-#[derive(Clone, Copy)]
-struct Tail {
-    function: Value,
-    context: Value,
-    streams: Value,
-    count: Value,
-}
-
-impl Tail {
-    /// With what the nest of an epilogue touches by rows and columns.
-    fn new(e: &mut Emitter<'_, '_>, nest: Option<&LoopNest>, function: Value) -> Tail {
-        let stores = |write: &Write| matches!(write, Write::Store { .. });
-        let accesses: Vec<&Access> = nest.map_or(Vec::new(), |nest| {
-            let writes = nest.writes.iter().filter(|write| stores(write)).map(Write::access);
-            let all = nest.reads.iter().chain(writes);
-            let mut streams: Vec<&Access> = Vec::new();
-            for access in all {
-                let streams_by = |stride: &[Dim]| stride[0].scale != 0 && stride[1] == Dim::ONE;
-                if streams_by(&access.strides) && !streams.contains(&access) {
-                    streams.push(access);
-                }
-            }
-            streams
-        });
-        let (context, count) = (e.frame, e.int(accesses.len()));
-        if accesses.is_empty() {
-            return Tail { function, context, streams: e.int(0), count };
-        }
-        let bytes = u32::try_from(size_of::<Stream>() * accesses.len()).expect("few operands");
-        let data = StackSlotData::new(StackSlotKind::ExplicitSlot, bytes, 3);
-        let slot = e.b.create_sized_stack_slot(data);
-        for (at, access) in accesses.into_iter().enumerate() {
-            let size = access.dtype.size();
-            let stride = e.dim(access.strides[0]);
-            let fields = [
-                (offset_of!(Stream, first), e.element(access.slot, access.offset, size)),
-                (offset_of!(Stream, row_bytes), e.times(stride, size)),
-                (offset_of!(Stream, column_bytes), e.int(size)),
-            ];
-            for (offset, value) in fields {
-                let offset = size_of::<Stream>() * at + offset;
-                let offset = i32::try_from(offset).expect("few operands");
-                e.b.ins().stack_store(I64, value, slot, offset);
-            }
-        }
-        Tail { function, context, streams: e.b.ins().stack_addr(I64, slot, 0), count }
-    }
 }
 
 /// Fills the argument block of a primitive; `epilogue` is its address or 0.

@@ -176,14 +176,14 @@ impl<'a> NestBuilder<'a> {
         };
         let view = &self.lowering.fusion.views[scale.index()];
         // A scale of the group's own is as large as the domain, so it is used at the index where it is computed.
-        if let Some(&value) = self.values.get(&view.base) {
-            return value;
-        }
-        let mut strides = vec![Dim::fixed(0); self.domain.len()];
-        if let (Some(axis), Some(&stride)) = (axis, view.strides.first()) {
-            strides[axis] = stride;
-        }
-        self.read_view(&View { strides, dims: self.domain.clone(), ..view.clone() })
+        let value = self.values.get(&view.base).copied().unwrap_or_else(|| {
+            let mut strides = vec![Dim::fixed(0); self.domain.len()];
+            if let (Some(axis), Some(&stride)) = (axis, view.strides.first()) {
+                strides[axis] = stride;
+            }
+            self.read_view(&View { strides, dims: self.domain.clone(), ..view.clone() })
+        });
+        self.widened(value, view.base, self.lowering.graph.ty(scale).dtype)
     }
 
     /// The nest over collapsed dims.

@@ -313,7 +313,7 @@ fn attention(bench: &Bench, name: &str, [batch, rows, heads, width]: [usize; 4],
     let mut line = format!("{name:32}");
     for (id, products) in [(KernelId::Attention, 2), (KernelId::AttentionGrad, 5)] {
         let flops = (2 * products * pairs * width) as f64;
-        bench.cell(&mut line, flops, time(table, id, &args, budget), false);
+        bench.cell(&mut line, flops, time(table, id, &args, budget), 0);
     }
     println!("{line}");
 }
