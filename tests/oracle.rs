@@ -335,6 +335,30 @@ fn products() -> Vec<(&'static str, &'static str, &'static str)> {
              %y : f32[N, 33] = matmul %xf, %wf",
             "N, 33",
         ),
+        (
+            "input %x : bf16[N, 40]\n  param %w : f32[40, 33] = uniform seed=2",
+            "%xf : f32[N, 40] = cast %x\n%wh : bf16[40, 33] = cast %w\n%wf : f32[40, 33] = cast %wh\n\
+             %p : f32[N, 33] = matmul %xf, %wf\n%h : bf16[N, 33] = cast %p\n%y : f32[N, 33] = cast %h",
+            "N, 33",
+        ),
+        conv(
+            "input %x : bf16[N, 9, 9, 12]\n  param %w : f32[10, 6, 3, 3] = uniform seed=2",
+            "%xf : f32[N, 9, 9, 12] = cast %x\n%wh : bf16[10, 6, 3, 3] = cast %w\n\
+             %wf : f32[10, 6, 3, 3] = cast %wh\n\
+             %p : f32[N, 5, 5, 10] = conv2d %xf, %wf input=[9, 9] kernel=[3, 3] strides=[2, 2] \
+             pads=[1, 1, 1, 1] dilations=[1, 1] groups=2\n\
+             %h : bf16[N, 5, 5, 10] = cast %p\n%y : f32[N, 5, 5, 10] = cast %h",
+            "N, 5, 5, 10",
+        ),
+        conv(
+            "input %x : bf16[N, 5, 5, 10]\n  param %w : f32[10, 20, 3, 3] = uniform seed=2",
+            "%xf : f32[N, 5, 5, 10] = cast %x\n%wh : bf16[10, 20, 3, 3] = cast %w\n\
+             %wf : f32[10, 20, 3, 3] = cast %wh\n\
+             %p : f32[N, 9, 9, 20] = conv2d_grad_input %xf, %wf input=[9, 9] kernel=[3, 3] \
+             strides=[2, 2] pads=[1, 1, 1, 1] dilations=[1, 1] groups=1\n\
+             %h : bf16[N, 9, 9, 20] = cast %p\n%y : f32[N, 9, 9, 20] = cast %h",
+            "N, 9, 9, 20",
+        ),
         conv(
             "input %x : f32[N, 19, 18, 3]\n  param %w : f32[24, 3, 3, 3] = uniform seed=2",
             "%y : f32[N, 19, 18, 24] = conv2d %x, %w input=[19, 18] kernel=[3, 3] strides=[1, 1] \

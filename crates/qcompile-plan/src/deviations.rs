@@ -6,20 +6,30 @@
 
 use crate::fuse::has_epilogue;
 use crate::view::View;
-use qcompile_ir::{BinaryOp, Dim, Graph, NodeId, Op, ReduceOp};
+use qcompile_ir::{BinaryOp, DType, Dim, Graph, NodeId, Op, ReduceOp};
 use std::collections::BTreeMap;
 
-/// Sums of squared deviations over the rows of a product (or over all of it), each with the product.
+/// Sums of squared deviations over the rows of a product (or over all of it), each with the value whose deviations they
+/// are: the product, or the product rounded to 16 bits.
 pub(crate) fn deviations(graph: &Graph, views: &[View]) -> BTreeMap<NodeId, NodeId> {
     graph.ids().filter_map(|id| Some((id, deviation(graph, views, id)?))).collect()
 }
 
-/// `x` where `id` is `sum((x - mean(x))²)` and `x` a product of the same region.
+/// The product that a value is, rounded or not.
+pub(crate) fn product(graph: &Graph, value: NodeId) -> NodeId {
+    match graph.op(value) {
+        Op::Cast(DType::BF16 | DType::F16) => graph.operand(value, 0),
+        _ => value,
+    }
+}
+
+/// `x` where `id` is `sum((x - mean(x))²)` and `x` a product of the same region, perhaps rounded.
 fn deviation(graph: &Graph, views: &[View], id: NodeId) -> Option<NodeId> {
     let Op::Reduce { op: ReduceOp::Sum, axes } = graph.op(id) else { return None };
     let square = binary(graph, graph.operand(id, 0), BinaryOp::Mul)?;
     let [x, mean] = binary(graph, square[0], BinaryOp::Sub)?;
-    let product = views[x.index()].base;
+    let value = views[x.index()].base;
+    let product = product(graph, value);
     let fits = square[0] == square[1]
         && crosses_rows(axes, graph.ty(x).shape.rank())
         && has_epilogue(graph.op(product))
@@ -36,7 +46,7 @@ fn deviation(graph: &Graph, views: &[View], id: NodeId) -> Option<NodeId> {
     let own = mean.offset == result.offset
         && mean.strides == result.strides
         && graph.ty(mean.base).shape == graph.ty(id).shape;
-    (fits && same && own && counts(graph, views, count, x, axes)).then_some(product)
+    (fits && same && own && counts(graph, views, count, x, axes)).then_some(value)
 }
 
 /// Whether `count` is the number of elements that are summed.

@@ -6,7 +6,7 @@
 //! over its rows.
 
 use crate::build::PlanError;
-use crate::deviations::{crosses_rows, deviations};
+use crate::deviations::{self, crosses_rows, deviations};
 use crate::merge::merge;
 use crate::recompute::{read_less, recomputed};
 use crate::view::View;
@@ -72,7 +72,7 @@ pub(crate) struct Fusion {
     pub(crate) needs: Vec<BitSet>,
     pub(crate) views: Vec<View>,
     pub(crate) low: BTreeMap<NodeId, LowOperands>,
-    /// Sums of squared deviations that a product's kernel computes, each with the product.
+    /// Sums of squared deviations that a product's kernel computes, each with the product, or with that rounded.
     pub(crate) deviations: BTreeMap<NodeId, NodeId>,
     /// For each node, by index, whether it belongs to no group: its readers compute it.
     pub(crate) recomputed: Vec<bool>,
@@ -151,7 +151,7 @@ pub(crate) fn fuse(graph: &Graph, order: &[NodeId], views: Vec<View>) -> Result<
             continue;
         }
         fusion.place(graph, id, position, &mut by_domain);
-        fusion.place_deviations(id, &live);
+        fusion.place_deviations(graph, id, &live);
         if fusion.groups.len() > MAX_GROUPS {
             return Err(PlanError::TooLarge { limit: MAX_GROUPS });
         }
@@ -265,12 +265,17 @@ impl Fusion {
     }
 
     /// Adds the squared deviations that a product's kernel computes, while nothing else has joined it.
-    fn place_deviations(&mut self, product: NodeId, live: &[bool]) {
+    fn place_deviations(&mut self, graph: &Graph, product: NodeId, live: &[bool]) {
         let Some(group) = self.group_of[product.index()] else { return };
-        let of_product = self.deviations.iter().filter(|(_, of)| **of == product);
-        for (&id, _) in of_product.filter(|(id, _)| live[id.index()]) {
-            self.groups[group].members.push(id);
-            self.group_of[id.index()] = Some(group);
+        let of_product =
+            self.deviations.iter().filter(|(_, of)| deviations::product(graph, **of) == product);
+        for (&id, &of) in of_product.filter(|(id, _)| live[id.index()]) {
+            for member in [of, id] {
+                if self.group_of[member.index()].is_none() {
+                    self.groups[group].members.push(member);
+                    self.group_of[member.index()] = Some(group);
+                }
+            }
         }
     }
 
@@ -618,8 +623,8 @@ fn live(
             for needed in [low.a.base, low.b.base].into_iter().chain(scales) {
                 live[needed.index()] = true;
             }
-        } else if let Some(product) = deviations.get(&id) {
-            live[product.index()] = true;
+        } else if let Some(of) = deviations.get(&id) {
+            live[of.index()] = true;
         } else if views[id.index()].base == id {
             for operand in graph.operands(id) {
                 live[operand.index()] = true;

@@ -35,8 +35,9 @@ impl<'a> NestBuilder<'a> {
     /// Adds members in order, with the writes of those that are read from memory.
     pub(crate) fn members(&mut self, members: &[NodeId]) {
         for &id in members {
-            if let Some(&product) = self.lowering.fusion.deviations.get(&id) {
-                let (value, access) = (self.values[&product], self.reduced(id));
+            if let Some(&of) = self.lowering.fusion.deviations.get(&id) {
+                let access = self.reduced(id);
+                let value = self.widened(self.values[&of], of, access.dtype);
                 self.nest.writes.push(Write::Deviations { access, value });
                 continue;
             }
