@@ -7,7 +7,7 @@ use qcompile_passes::attach_loss::LossKind;
 use qcompile_passes::quantize::PrecisionChoice;
 use qcompile_passes::update::Optimizer;
 use qcompile_passes::{
-    attach_loss, differentiate, distribute, evaluation, quantize, simplify, update,
+    attach_loss, attention, differentiate, distribute, evaluation, quantize, simplify, update,
 };
 use qcompile_plan::{BuildOptions, Plan, build};
 use qcompile_runtime::{RuntimeError, StepReport, Trainer, TrainerOptions, checkpoint};
@@ -37,6 +37,7 @@ fn forward(model: &str) -> Graph {
     let options = ImportOptions { batch_norm: BatchNorm::Train, ..ImportOptions::default() };
     let mut graph = import(&bytes, &options).expect("imports").graph;
     simplify::run(&mut graph, &simplify::Options::default()).expect("simplifies");
+    attention::run(&mut graph).expect("recognises");
     attach_loss::run(&mut graph, &attach_loss::Options { kind: LossKind::CrossEntropy })
         .expect("classifies");
     graph
@@ -115,7 +116,7 @@ const MODELS: [&str; 6] = [
 #[test]
 fn every_model_learns_a_batch_by_heart() {
     for model in MODELS {
-        for precision in [PrecisionChoice::F32, PrecisionChoice::Int8] {
+        for precision in [PrecisionChoice::F32, PrecisionChoice::Bf16, PrecisionChoice::Int8] {
             let optimizer = Optimizer::AdamW;
             let plan = plan(model, &Recipe { optimizer, precision, ..Recipe::default() });
             let mut trainer = trainer(&plan, 1, 2);
@@ -133,8 +134,9 @@ fn every_model_learns_a_batch_by_heart() {
 
 #[test]
 fn losses_repeat_to_the_bit_for_any_number_of_threads() {
-    for model in ["digits_cnn.onnx", "resnet8.onnx", "tiny_gpt.onnx"] {
-        let precision = PrecisionChoice::Int8;
+    let models = ["digits_cnn.onnx", "resnet8.onnx", "tiny_mobilenet.onnx", "tiny_gpt.onnx"];
+    let precisions = [PrecisionChoice::F32, PrecisionChoice::Bf16, PrecisionChoice::Int8];
+    for (model, precision) in models.into_iter().flat_map(|m| precisions.map(|p| (m, p))) {
         let plan = plan(model, &Recipe { precision, ..Recipe::default() });
         // Sizes change from step to step, as at the end of an epoch.
         let batches: Vec<Values> =
@@ -146,6 +148,23 @@ fn losses_repeat_to_the_bit_for_any_number_of_threads() {
             assert_eq!(losses(&mut again, &batches), wanted, "{model}: {threads} threads");
             assert_eq!(again.parameters(), first.parameters(), "{model}: {threads} threads");
             assert_eq!(again.states(), first.states(), "{model}: {threads} threads");
+        }
+    }
+}
+
+#[test]
+fn bf16_follows_f32() {
+    for model in MODELS {
+        let batches: Vec<Values> = (1..=40).map(|seed| batch(model, 16, seed % 8)).collect();
+        let [f32, bf16] = [PrecisionChoice::F32, PrecisionChoice::Bf16].map(|precision| {
+            let plan = plan(model, &Recipe { precision, ..Recipe::default() });
+            losses(&mut trainer(&plan, 1, 2), &batches)
+        });
+        assert_ne!(f32, bf16, "{model}: bf16 rounds");
+        let mean = |losses: &[f32]| losses.iter().sum::<f32>() / losses.len() as f32;
+        for (f32, bf16) in f32.chunks(8).zip(bf16.chunks(8)) {
+            let (f32, bf16) = (mean(f32), mean(bf16));
+            assert!((f32 - bf16).abs() <= 0.02 * f32, "{model}: {bf16} is not {f32}");
         }
     }
 }
