@@ -4,13 +4,14 @@ use crate::about::{About, LayerDecision};
 use crate::error::{Code, Error, Result};
 use crate::model::{self, draft};
 use crate::options::Options;
+use crate::sensitivity::bf16_increase;
 use crate::street::{Draft, Each, Pass, Street, evaluation_form};
 use crate::terminal::Show;
 use crate::timing::{Measured, measure};
 use crate::timings::Timings;
 use crate::train::digest;
 use crate::wants::Wants;
-use qcompile_passes::quantize::{LayerCost, PrecisionChoice};
+use qcompile_passes::quantize::{self, LayerCost, PrecisionChoice};
 use qcompile_passes::sensitivity::Scores;
 use qcompile_plan::{BuildOptions, Plan, build};
 use qcompile_runtime::TrainerOptions;
@@ -102,17 +103,14 @@ pub(crate) fn finish(
     let high = (!draft.is_after(Pass::Quantize)).then(|| draft.clone());
     street.run(&mut draft, Pass::LAST)?;
     let mut compiled = Compiled::of(draft, options)?;
-    let high = high.filter(|_| compiled.is_mixed());
-    let chooses = options.precision == PrecisionChoice::Auto;
-    let Some(high) = high.filter(|_| chooses || options.measure) else {
-        if options.measure {
-            let chosen = measure_steps(&[&compiled], options)?.pop();
-            compiled.measured = chosen.map(|chosen| Steps { chosen, f32: None });
+    let mut low = Vec::new();
+    if let Some(high) = high {
+        low.extend(bf16_plan(&high, options)?);
+        if compiled.is_mixed() && (options.precision.is_measured() || options.measure) {
+            low.push(std::mem::replace(&mut compiled, f32_plan(high, options)?));
         }
-        return Ok(compiled);
-    };
-    let plain = f32_plan(high, options)?;
-    beside_f32(compiled, plain, options)
+    }
+    beside_f32(compiled, low, options)
 }
 
 impl Compiled {
@@ -143,54 +141,93 @@ impl Compiled {
 }
 
 /// The plan in f32 throughout.
-fn f32_plan(mut draft: Draft, options: &Options) -> Result<Compiled> {
-    let high = Options { precision: PrecisionChoice::F32, ..options.clone() };
-    Street::new(&high, Show::Nothing, &mut |_, _, _| Ok(())).run(&mut draft, Pass::LAST)?;
+fn f32_plan(draft: Draft, options: &Options) -> Result<Compiled> {
+    let reason = "no lower precision makes the whole step faster";
+    plan_in(PrecisionChoice::F32, draft, options, ["f32 was asked for", reason])
+}
+
+/// The plan in bf16 throughout, where that is a choice and the loss allows it.
+fn bf16_plan(high: &Draft, options: &Options) -> Result<Option<Compiled>> {
+    let free = matches!(options.precision, PrecisionChoice::Auto | PrecisionChoice::F32OrBf16)
+        && options.threshold.is_none()
+        && options.channel_threshold.is_none();
+    if !free || quantize::layers(&high.graph).is_empty() {
+        return Ok(None);
+    }
+    let increase = bf16_increase(high, options)?;
+    if !increase.is_finite() || increase > f64::from(options.max_loss_increase) {
+        return Ok(None);
+    }
+    let reason = "bf16 makes the whole step fastest";
+    plan_in(PrecisionChoice::Bf16, high.clone(), options, ["bf16 was asked for", reason]).map(Some)
+}
+
+/// The plan in one precision, where another reason stands in the place of the one that it was asked for.
+fn plan_in(
+    precision: PrecisionChoice,
+    mut draft: Draft,
+    options: &Options,
+    [asked, reason]: [&str; 2],
+) -> Result<Compiled> {
+    let fixed = Options { precision, ..options.clone() };
+    Street::new(&fixed, Show::Nothing, &mut |_, _, _| Ok(())).run(&mut draft, Pass::LAST)?;
     draft.about.options = options.said();
-    let reason = "int8 does not make the whole step faster";
     for decision in draft.decisions.iter_mut().chain(&mut draft.about.decisions) {
-        if decision.reason == "f32 was asked for" {
+        if decision.reason == asked {
             reason.clone_into(&mut decision.reason);
         }
     }
     Compiled::of(draft, options)
 }
 
-/// Measures both plans; where the choice is free and the mixed plan is not faster, the f32 plan is the result.
-fn beside_f32(mut mixed: Compiled, mut plain: Compiled, options: &Options) -> Result<Compiled> {
-    let both = || -> Result<[Measured; 2]> {
-        let both = measure_steps(&[&plain, &mixed], options)?.try_into();
-        both.map_err(|_| Error::new(Code::Internal, "two plans give two measurements"))
+/// Measures the f32 plan and those of lower precision, and takes the one that was asked for (which then is the only
+/// other one); or the fastest, where the choice is free.
+fn beside_f32(mut plain: Compiled, mut low: Vec<Compiled>, options: &Options) -> Result<Compiled> {
+    let all: Vec<&Compiled> = std::iter::once(&plain).chain(&low).collect();
+    let mut measured = if options.measure { measure_steps(&all, options)? } else { Vec::new() };
+    let cost = |all: &[Measured], at: usize| LayerCost {
+        f32_ms: all[0].step_ms.median,
+        low_ms: all[at].step_ms.median,
     };
-    let medians = |[f32, chosen]: &[Measured; 2]| LayerCost {
-        f32_ms: f32.step_ms.median,
-        int8_ms: chosen.step_ms.median,
-    };
-    let slower = |cost: LayerCost| 100.0 * (cost.int8_ms / cost.f32_ms - 1.0);
-    let measured = if options.measure { Some(both()?) } else { None };
-    if options.precision == PrecisionChoice::Auto {
+    let slower = |cost: LayerCost| 100.0 * (cost.low_ms / cost.f32_ms - 1.0);
+    let mut chosen = (!low.is_empty()).then_some(0);
+    if options.precision.is_measured() {
         let mut timings = Timings::load(options);
-        let work = format!("step of {}", digest([mixed.plan.to_bytes().as_slice()]));
-        let kept = timings.find_or(&work, || match &measured {
-            Some(measured) => Ok(medians(measured)),
-            None => Ok(medians(&both()?)),
-        })?;
+        let mut best = f64::INFINITY;
+        for (at, candidate) in low.iter().enumerate() {
+            let work = format!("step of {}", digest([candidate.plan.to_bytes().as_slice()]));
+            let kept = timings.find_or(&work, || match measured[..] {
+                [] => Ok(cost(&measure_steps(&[&plain, candidate], options)?, 1)),
+                _ => Ok(cost(&measured, at + 1)),
+            })?;
+            if slower(kept) < best {
+                (chosen, best) = (Some(at), slower(kept));
+            }
+        }
         timings.save();
-        if slower(kept) >= 0.0 {
+        if best >= 0.0 && best.is_finite() {
             plain.warnings.push(format!(
-                "layers measure faster in int8, but the whole step {:.1} % slower: f32 is taken",
-                slower(kept)
+                "layers measure faster in lower precision, but the whole step {best:.1} % slower: f32 is taken"
             ));
-            plain.measured = measured.map(|[chosen, _]| Steps { chosen, f32: None });
-            return Ok(plain);
+            chosen = None;
         }
     }
-    if let Some(slower) = measured.as_ref().map(|both| slower(medians(both))).filter(|x| *x > 0.0) {
-        mixed.warnings.push(format!(
-            "the chosen plan's step measures {slower:.1} % slower than the f32 plan's; --precision f32 gives that one"
-        ));
+    let Some(at) = chosen else {
+        plain.measured =
+            (!measured.is_empty()).then(|| Steps { chosen: measured.swap_remove(0), f32: None });
+        return Ok(plain);
+    };
+    let mut mixed = low.swap_remove(at);
+    if !measured.is_empty() {
+        let longer = slower(cost(&measured, at + 1));
+        if longer > 0.0 {
+            mixed.warnings.push(format!(
+                "the chosen plan's step measures {longer:.1} % slower than the f32 plan's; --precision f32 gives that one"
+            ));
+        }
+        let chosen = measured.swap_remove(at + 1);
+        mixed.measured = Some(Steps { chosen, f32: Some(measured.swap_remove(0)) });
     }
-    mixed.measured = measured.map(|[f32, chosen]| Steps { chosen, f32: Some(f32) });
     Ok(mixed)
 }
 

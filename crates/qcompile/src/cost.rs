@@ -197,8 +197,8 @@ impl Small {
                 times.push((took.forward + took.backward).as_secs_f64() * 1e3);
             }
         }
-        let [f32_ms, int8_ms] = times.map(|times| crate::timing::Quantiles::of(times).median);
-        Ok(LayerCost { f32_ms, int8_ms })
+        let [f32_ms, low_ms] = times.map(|times| crate::timing::Quantiles::of(times).median);
+        Ok(LayerCost { f32_ms, low_ms })
     }
 }
 
@@ -222,6 +222,6 @@ mod tests {
             build(graph, &BuildOptions { batch_size: 4 }).unwrap();
         }
         let cost = small.measure(&TrainerOptions::default()).unwrap();
-        assert!(cost.f32_ms > 0.0 && cost.int8_ms > 0.0);
+        assert!(cost.f32_ms > 0.0 && cost.low_ms > 0.0);
     }
 }

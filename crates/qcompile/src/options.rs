@@ -178,9 +178,9 @@ impl Options {
     #[must_use]
     pub fn needs_scores(&self) -> bool {
         match self.precision {
-            PrecisionChoice::F32 | PrecisionChoice::Bf16 => false,
+            PrecisionChoice::F32 | PrecisionChoice::Bf16 | PrecisionChoice::F32OrBf16 => false,
             PrecisionChoice::Int8 => self.channel_threshold.is_some(),
-            PrecisionChoice::Auto | PrecisionChoice::Mixed => true,
+            PrecisionChoice::Auto | PrecisionChoice::F32OrInt8 | PrecisionChoice::Mixed => true,
         }
     }
 }

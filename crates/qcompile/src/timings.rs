@@ -64,11 +64,11 @@ impl Timings {
         measure: impl FnOnce() -> Result<LayerCost>,
     ) -> Result<LayerCost> {
         let key = format!("{}: {work}", self.machine);
-        if let Some(&[f32_ms, int8_ms]) = self.kept.times.get(&key) {
-            return Ok(LayerCost { f32_ms, int8_ms });
+        if let Some(&[f32_ms, low_ms]) = self.kept.times.get(&key) {
+            return Ok(LayerCost { f32_ms, low_ms });
         }
         let cost = measure()?;
-        self.kept.times.insert(key, [cost.f32_ms, cost.int8_ms]);
+        self.kept.times.insert(key, [cost.f32_ms, cost.low_ms]);
         self.changed = true;
         Ok(cost)
     }
@@ -95,7 +95,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("new/timings.json");
         let options = Options { timings: Some(path.clone()), ..Options::default() };
-        let cost = |f32_ms| LayerCost { f32_ms, int8_ms: 1.0 / 3.0 };
+        let cost = |f32_ms| LayerCost { f32_ms, low_ms: 1.0 / 3.0 };
         let mut timings = Timings::load(&options);
         let mut late = timings.clone();
         assert_eq!(timings.find_or("a", || Ok(cost(0.1))).unwrap(), cost(0.1));

@@ -12,9 +12,13 @@ use std::str::FromStr;
 /// How precision is chosen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum PrecisionChoice {
-    /// int8 where the score allows it and it does not measure slower.
+    /// What measures fastest: f32, bf16 throughout, or int8 where the score allows it and it does not measure slower.
     #[default]
     Auto,
+    /// The same without bf16.
+    F32OrInt8,
+    /// The same without int8.
+    F32OrBf16,
     /// f32 everywhere.
     F32,
     /// bf16 in every product and between them.
@@ -27,8 +31,10 @@ pub enum PrecisionChoice {
 
 impl PrecisionChoice {
     /// Every choice, the default first.
-    pub const ALL: [PrecisionChoice; 5] = [
+    pub const ALL: [PrecisionChoice; 7] = [
         PrecisionChoice::Auto,
+        PrecisionChoice::F32OrInt8,
+        PrecisionChoice::F32OrBf16,
         PrecisionChoice::F32,
         PrecisionChoice::Bf16,
         PrecisionChoice::Int8,
@@ -40,11 +46,30 @@ impl PrecisionChoice {
     pub const fn name(self) -> &'static str {
         match self {
             PrecisionChoice::Auto => "auto",
+            PrecisionChoice::F32OrInt8 => "f32,int8",
+            PrecisionChoice::F32OrBf16 => "f32,bf16",
             PrecisionChoice::F32 => "f32",
             PrecisionChoice::Bf16 => "bf16",
             PrecisionChoice::Int8 => "int8",
             PrecisionChoice::Mixed => "mixed",
         }
+    }
+}
+
+impl PrecisionChoice {
+    /// Whether measured times have a say.
+    #[must_use]
+    pub const fn is_measured(self) -> bool {
+        matches!(
+            self,
+            PrecisionChoice::Auto | PrecisionChoice::F32OrInt8 | PrecisionChoice::F32OrBf16
+        )
+    }
+
+    /// Whether layers may be int8.
+    #[must_use]
+    pub const fn has_int8(self) -> bool {
+        !matches!(self, PrecisionChoice::F32 | PrecisionChoice::Bf16 | PrecisionChoice::F32OrBf16)
     }
 }
 
@@ -103,8 +128,8 @@ impl FromStr for Operations {
 pub struct LayerCost {
     /// In f32, milliseconds.
     pub f32_ms: f64,
-    /// In int8, milliseconds.
-    pub int8_ms: f64,
+    /// In low precision, milliseconds.
+    pub low_ms: f64,
 }
 
 /// What [`decide`] decides by.
@@ -262,6 +287,9 @@ fn barred(graph: &Graph, layer: &Layer, options: &Options) -> Option<String> {
     if options.precision == PrecisionChoice::F32 {
         return Some("f32 was asked for".to_owned());
     }
+    if options.precision == PrecisionChoice::F32OrBf16 {
+        return Some("int8 is not among the choices".to_owned());
+    }
     if !forward && !backward {
         return Some("no operation is to be quantized".to_owned());
     }
@@ -272,14 +300,11 @@ fn barred(graph: &Graph, layer: &Layer, options: &Options) -> Option<String> {
     if dtype != DType::F32 {
         return Some(format!("its values are {dtype}"));
     }
-    if options.precision == PrecisionChoice::Auto {
+    if options.precision.is_measured() {
         let cost = options.cost.get(&graph.node(layer.node).name)?;
         // A time that is not a number compares as nothing, and keeps f32.
-        if cost.int8_ms.partial_cmp(&cost.f32_ms) != Some(Ordering::Less) {
-            return Some(format!(
-                "int8 measures {:.3} ms, f32 {:.3} ms",
-                cost.int8_ms, cost.f32_ms
-            ));
+        if cost.low_ms.partial_cmp(&cost.f32_ms) != Some(Ordering::Less) {
+            return Some(format!("int8 measures {:.3} ms, f32 {:.3} ms", cost.low_ms, cost.f32_ms));
         }
     }
     None

@@ -93,8 +93,8 @@ impl BatchNormMode {
 /// Flags of the choice of precision.
 #[derive(Debug, Clone, Default, Args)]
 pub struct PrecisionArgs {
-    /// auto: int8 where it measures faster and the loss allows it; f32; int8; mixed: int8 where the loss allows it;
-    /// or the set to choose from, as in f32,int8 [default: auto].
+    /// auto: bf16, or int8 layers, where that measures fastest and the loss allows it; f32,int8 and f32,bf16: the same
+    /// from these only; f32, bf16 or int8 throughout; mixed: int8 where the loss allows it [default: auto].
     #[arg(long, value_name = "KIND", value_parser = precision(), help_heading = "Precision")]
     pub precision: Option<PrecisionChoice>,
     /// What a layer's score is [default: leave-one-out].

@@ -30,14 +30,25 @@ pub(super) fn metric() -> impl TypedValueParser<Value = Metric> {
     words(&Metric::ALL, |kind| kind.name())
 }
 
-/// The sets of precisions are other words for single choices: from f32 and int8, `auto` chooses.
+/// A choice, or the set to choose from in any order.
 pub(super) fn precision() -> impl TypedValueParser<Value = PrecisionChoice> {
-    let word = |choice: PrecisionChoice| match choice {
-        PrecisionChoice::Auto => PossibleValue::new("auto").aliases(["f32,int8", "int8,f32"]),
-        other => PossibleValue::new(other.name()),
+    let aliases = |choice: PrecisionChoice| -> &'static [&'static str] {
+        match choice {
+            PrecisionChoice::Auto => &["f32,bf16,int8", "f32,int8,bf16"],
+            PrecisionChoice::F32OrInt8 => &["int8,f32"],
+            PrecisionChoice::F32OrBf16 => &["bf16,f32"],
+            _ => &[],
+        }
     };
-    PossibleValuesParser::new(PrecisionChoice::ALL.map(word))
-        .map(|word| word.parse().unwrap_or(PrecisionChoice::Auto))
+    let word = move |choice: PrecisionChoice| {
+        PossibleValue::new(choice.name()).aliases(aliases(choice).iter().copied())
+    };
+    PossibleValuesParser::new(PrecisionChoice::ALL.map(word)).map(move |word| {
+        let named = |choice: &PrecisionChoice| {
+            choice.name() == word || aliases(*choice).contains(&word.as_str())
+        };
+        PrecisionChoice::ALL.into_iter().find(named).unwrap_or_default()
+    })
 }
 
 pub(super) fn run_precision() -> impl TypedValueParser<Value = PrecisionChoice> {

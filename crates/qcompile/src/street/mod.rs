@@ -15,7 +15,7 @@ use crate::sensitivity::{self, Calibration};
 use crate::terminal::Show;
 use qcompile_ir::{Graph, verify};
 use qcompile_passes::attach_loss::{self, LossKind};
-use qcompile_passes::quantize::{self, LayerCost, PrecisionChoice};
+use qcompile_passes::quantize::{self, LayerCost};
 use qcompile_passes::sensitivity::{LayerScore, Scores};
 use qcompile_passes::{
     PassError, attention, differentiate, distribute, evaluation, simplify, update,
@@ -282,7 +282,7 @@ impl<'a> Street<'a> {
             cost: BTreeMap::new(),
             scores: draft.scores.clone(),
         };
-        if options.precision == PrecisionChoice::Auto {
+        if options.precision.is_measured() && options.precision.has_int8() {
             options.cost = cost::measure(&draft.graph, &options, self.options, self.show)?;
         }
         let decided = quantize::run(&mut draft.graph, &options)?;
@@ -292,7 +292,7 @@ impl<'a> Street<'a> {
         for (decision, layer) in draft.about.decisions.iter_mut().zip(&decided) {
             // A measured time would make every plan another.
             let slower =
-                options.cost.get(&layer.node).is_some_and(|cost| cost.int8_ms >= cost.f32_ms);
+                options.cost.get(&layer.node).is_some_and(|cost| cost.low_ms >= cost.f32_ms);
             if slower && !decision.precision.is_low() {
                 "int8 does not measure faster".clone_into(&mut decision.reason);
             }
