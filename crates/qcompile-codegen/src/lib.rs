@@ -17,6 +17,7 @@ mod memory;
 mod nest;
 mod primitives;
 pub mod program;
+mod recurrent;
 mod schedule;
 
 pub use frame::Frame;

@@ -2,6 +2,7 @@
 
 use crate::emitter::Emitter;
 use crate::frame::Frame;
+use crate::recurrent;
 use cranelift_codegen::ir::types::I64;
 use cranelift_codegen::ir::{InstBuilder, StackSlot, StackSlotData, StackSlotKind, Value};
 use qcompile_ir::{ConvGeometry, Dim, PoolGeometry};
@@ -44,6 +45,8 @@ pub(crate) fn kernel_id(primitive: &Primitive) -> KernelId {
         Primitive::CrossEntropyGrad { .. } => KernelId::CrossEntropyGrad,
         Primitive::Gather { .. } => KernelId::Gather,
         Primitive::ScatterAdd { .. } => KernelId::ScatterAdd,
+        Primitive::Recurrent(recurrent) if recurrent.gradient => KernelId::RecurrenceGrad,
+        Primitive::Recurrent(_) => KernelId::Recurrence,
     }
 }
 
@@ -53,13 +56,13 @@ pub(crate) struct Block {
 }
 
 impl Block {
-    fn new<T>(e: &mut Emitter<'_, '_>) -> Block {
+    pub(crate) fn new<T>(e: &mut Emitter<'_, '_>) -> Block {
         let bytes = u32::try_from(size_of::<T>()).expect("argument blocks are small");
         let data = StackSlotData::new(StackSlotKind::ExplicitSlot, bytes, 3);
         Block { slot: e.b.create_sized_stack_slot(data) }
     }
 
-    fn put(&self, e: &mut Emitter<'_, '_>, offset: usize, value: Value) {
+    pub(crate) fn put(&self, e: &mut Emitter<'_, '_>, offset: usize, value: Value) {
         let offset = i32::try_from(offset).expect("argument blocks are small");
         e.b.ins().stack_store(I64, value, self.slot, offset);
     }
@@ -183,6 +186,7 @@ pub(crate) fn arguments(
             );
             block
         }
+        Primitive::Recurrent(recurrent) => recurrent::arguments(e, recurrent),
     }
 }
 
@@ -451,5 +455,6 @@ pub(crate) fn places(primitive: &Primitive) -> (Vec<Place>, Vec<Place>) {
         }
         Primitive::Gather { table, indices, y, .. } => (vec![*table, *indices], vec![*y]),
         Primitive::ScatterAdd { indices, values, y, .. } => (vec![*indices, *values], vec![*y]),
+        Primitive::Recurrent(recurrent) => (recurrent.reads().collect(), vec![recurrent.y]),
     }
 }

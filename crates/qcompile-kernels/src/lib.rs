@@ -24,6 +24,7 @@ mod max_pool;
 mod pack;
 pub mod pool;
 mod portable;
+mod recurrence;
 mod softmax;
 #[cfg(test)]
 mod tests;
@@ -89,6 +90,10 @@ pub enum KernelId {
     Gather,
     /// [`args::ScatterAddArgs`]
     ScatterAdd,
+    /// [`args::RecurrenceArgs`]
+    Recurrence,
+    /// [`args::RecurrenceGradArgs`]
+    RecurrenceGrad,
 }
 
 impl KernelId {
@@ -96,7 +101,7 @@ impl KernelId {
     pub const COUNT: usize = Self::ALL.len();
 
     /// All kernels in the order of the table.
-    pub const ALL: [KernelId; 17] = [
+    pub const ALL: [KernelId; 19] = [
         KernelId::Matmul,
         KernelId::MatmulI8,
         KernelId::Conv2d,
@@ -114,6 +119,8 @@ impl KernelId {
         KernelId::CrossEntropyGrad,
         KernelId::Gather,
         KernelId::ScatterAdd,
+        KernelId::Recurrence,
+        KernelId::RecurrenceGrad,
     ];
 }
 
@@ -157,6 +164,8 @@ const fn table<S: Simd>(tier: Tier) -> Kernels {
             softmax::grad_primitive::<S>(),
             gather::gather_primitive(),
             gather::scatter_primitive::<S>(),
+            recurrence::primitive::<S>(),
+            recurrence::grad_primitive::<S>(),
         ],
     }
 }

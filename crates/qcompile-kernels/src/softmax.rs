@@ -10,7 +10,7 @@ const LANES: usize = 16;
 
 /// `exp(x)` to about 1 ulp for `x <= 0` down to -87; 0 below, NaN for NaN.
 #[inline(always)]
-fn exp<S: Simd>(x: f32) -> f32 {
+pub(crate) fn exp<S: Simd>(x: f32) -> f32 {
     let fma = |a: f32, b: f32, c: f32| if S::FMA { a.mul_add(b, c) } else { a * b + c };
     // Adding 1.5 * 2^23 rounds to a whole number in the low mantissa bits.
     const SHIFT: f32 = 12_582_912.0;

@@ -410,6 +410,8 @@ fn kind_of(op: &Op) -> Kind {
         | Op::AveragePool2dGrad(_)
         | Op::Gather
         | Op::ScatterAdd { .. }
+        | Op::Recurrence(_)
+        | Op::RecurrenceGrad { .. }
         | Op::Softmax
         | Op::LogSoftmax
         | Op::CrossEntropy

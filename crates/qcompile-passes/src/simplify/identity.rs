@@ -107,6 +107,8 @@ fn equal(graph: &Graph, id: NodeId, options: &Options) -> Option<Equal> {
         | Op::Concat { .. }
         | Op::Gather
         | Op::ScatterAdd { .. }
+        | Op::Recurrence(_)
+        | Op::RecurrenceGrad { .. }
         | Op::Softmax
         | Op::LogSoftmax
         | Op::CrossEntropy

@@ -123,6 +123,8 @@ fn above(op: &Op, operands: usize, permutation: &[usize]) -> Option<(Op, usize)>
         | Op::Broadcast(_)
         | Op::Gather
         | Op::ScatterAdd { .. }
+        | Op::Recurrence(_)
+        | Op::RecurrenceGrad { .. }
         | Op::Softmax
         | Op::LogSoftmax
         | Op::CrossEntropy
