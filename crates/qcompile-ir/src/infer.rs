@@ -1,8 +1,8 @@
 //! The type of a node from its op and the types of its operands: one function per family of ops.
 
 use crate::{
-    BinaryOp, Cell, ConvGeometry, DType, Dim, Op, PoolGeometry, Recurrence, RecurrenceOperands, Shape,
-    TensorType, UnaryOp,
+    BinaryOp, Cell, ConvGeometry, DType, Dim, Op, PoolGeometry, Recurrence, RecurrenceOperands,
+    Shape, TensorType, UnaryOp,
 };
 use thiserror::Error;
 
@@ -462,9 +462,10 @@ fn recurrence_fits(recurrence: &Recurrence) -> Result<(), String> {
     if clip.is_some_and(|clip| !(clip > 0.0 && clip.is_finite())) {
         return Err("clips at a positive number".to_owned());
     }
-    activations.iter().find_map(|activation| activation.problem()).map_or(Ok(()), |problem| {
-        Err(format!("takes no {}", problem.trim_start_matches("an ")))
-    })
+    activations
+        .iter()
+        .find_map(|activation| activation.problem())
+        .map_or(Ok(()), |problem| Err(format!("takes no {}", problem.trim_start_matches("an "))))
 }
 
 /// Checks the operands that may be absent, by the dtype and batch size of the others.

@@ -26,5 +26,7 @@ pub use build::{BuildOptions, PlanError, build};
 pub use file::FileError;
 pub use nest::{Access, LoopNest, Scalar, Write};
 pub use plan::{Affine, Binding, Kernel, Plan, Slot, SlotId, Step, Storage};
-pub use primitive::{Convolution, Int8, Matmul, Matrix, Place, Pooling, Primitive, Product, Recurrent};
+pub use primitive::{
+    Convolution, Int8, Matmul, Matrix, Place, Pooling, Primitive, Product, Recurrent,
+};
 pub use verify::{VerifyError, verify};

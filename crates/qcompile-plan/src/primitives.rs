@@ -4,8 +4,8 @@ use crate::build::PlanError;
 use crate::lower::Lowering;
 use crate::view::View;
 use crate::{
-    Affine, Convolution, Int8, LoopNest, Matmul, Matrix, Place, Pooling, Primitive, Product, Recurrent,
-    SlotId,
+    Affine, Convolution, Int8, LoopNest, Matmul, Matrix, Place, Pooling, Primitive, Product,
+    Recurrent, SlotId,
 };
 use qcompile_ir::{ConvGeometry, DType, Dim, NodeId, Op, PoolGeometry, Recurrence};
 

@@ -266,9 +266,8 @@ pub(super) fn recurrence_grad(
                         let d_g = d_c * i * layer.gate_slope(1, g);
                         let parts = [d_i, d_o, d_f, d_g];
                         gates.iter_mut().zip(parts).for_each(|(gate, part)| gate[j] = part);
-                        cell_carry[j] = d_c * f
-                            + d_i * layer.peephole(0, j)
-                            + d_f * layer.peephole(2, j);
+                        cell_carry[j] =
+                            d_c * f + d_i * layer.peephole(0, j) + d_f * layer.peephole(2, j);
                     }
                     for (j, next) in next.iter_mut().enumerate() {
                         *next = (0..4).map(|gate| back(&gates, gate, gate, j)).sum();

@@ -2,8 +2,8 @@
 
 use super::literal;
 use crate::{
-    Activation, ActivationOp, BinaryOp, Cell, CollectiveOp, CompareOp, ConvGeometry, DType, Dim, Op,
-    PoolGeometry, Recurrence, ReduceOp, TensorType, UnaryOp,
+    Activation, ActivationOp, BinaryOp, Cell, CollectiveOp, CompareOp, ConvGeometry, DType, Dim,
+    Op, PoolGeometry, Recurrence, ReduceOp, TensorType, UnaryOp,
 };
 use std::fmt::Write as _;
 

@@ -66,7 +66,6 @@ impl Backward {
     unsafe fn rows<S: Simd>(&self, rows: &Rows) {
         let (args, shape) = (&self.args, &self.args.shape);
         let (hidden, stride) = (shape.hidden, shape.padded::<S::Real>());
-        let columns = shape.gradients() * hidden;
         let mut dh = Buffer::take(Slot::Result, rows.padded * stride);
         let mut dc = Buffer::take(Slot::Left, rows.padded * hidden);
         let mut reset = Buffer::take(Slot::Right, rows.padded * stride);
@@ -76,20 +75,14 @@ impl Backward {
         unsafe {
             dh.write_bytes(0, rows.padded * stride);
             dc.write_bytes(0, rows.padded * hidden);
-            let packed = |gate: usize| {
-                args.scratch.cast::<u32>().cast_const().add(gate * shape.packed::<S::Real>())
-            };
-            let dh_row = |local: usize| {
-                from_raw_parts_mut(dh.add(local * stride).cast::<f32>(), hidden)
-            };
+            let dh_row =
+                |local: usize| from_raw_parts_mut(dh.add(local * stride).cast::<f32>(), hidden);
             for order in (0..shape.steps).rev() {
                 let steps @ [t, ..] = shape.step(order);
                 for local in 0..rows.count {
                     let row = rows.first + local;
-                    let (dh, dc) = (
-                        dh_row(local),
-                        from_raw_parts_mut(dc.add(local * hidden), hidden),
-                    );
+                    let (dh, dc) =
+                        (dh_row(local), from_raw_parts_mut(dc.add(local * hidden), hidden));
                     let at = (t * shape.batch + row) * hidden;
                     add(dh, from_raw_parts(args.dh.add(at), hidden));
                     if !args.dc.is_null() {
@@ -112,41 +105,26 @@ impl Backward {
                 for local in rows.count..rows.padded {
                     dh_row(local).fill(0.0);
                 }
-                let left = |gate: usize| {
-                    let first = t * shape.batch * columns + gate * hidden;
-                    rows.pointers(args.dx.cast_const().add(first), columns)
+                if shape.cell == RecurrentCell::Gru {
+                    self.back::<S>(rows, t, (2, 2), reset, false);
+                    for local in 0..rows.count {
+                        let row = rows.first + local;
+                        if runs(args.lengths, row, t) {
+                            let from = reset.add(local * stride).cast::<f32>();
+                            let from = from_raw_parts(from.cast_const(), hidden);
+                            self.reset::<S>(steps, row, from, dh_row(local));
+                        }
+                    }
+                }
+                let gates: &[(usize, usize)] = match shape.cell {
+                    RecurrentCell::Lstm if shape.input_forget != 0 => &[(0, 0), (1, 1), (3, 3)],
+                    RecurrentCell::Lstm => &[(0, 0), (1, 1), (2, 2), (3, 3)],
+                    RecurrentCell::Gru => &[(0, 0), (1, 1)],
+                    RecurrentCell::LinearGru => &[(0, 0), (1, 1), (3, 2)],
+                    RecurrentCell::Rnn => &[(0, 0)],
                 };
-                let back = |from: usize, gate: usize, out: *mut u32, add: bool| {
-                    let left = &left(from)[..rows.padded];
-                    product::<S::Real>(shape, left, packed(gate), out, stride, add);
-                };
-                match shape.cell {
-                    RecurrentCell::Lstm => {
-                        for gate in 0..4 {
-                            if gate != 2 || shape.input_forget == 0 {
-                                back(gate, gate, dh, true);
-                            }
-                        }
-                    }
-                    RecurrentCell::Rnn => back(0, 0, dh, true),
-                    RecurrentCell::LinearGru => {
-                        for (from, gate) in [(0, 0), (1, 1), (3, 2)] {
-                            back(from, gate, dh, true);
-                        }
-                    }
-                    RecurrentCell::Gru => {
-                        back(2, 2, reset, false);
-                        for local in 0..rows.count {
-                            let row = rows.first + local;
-                            if runs(args.lengths, row, t) {
-                                let from = reset.add(local * stride).cast::<f32>();
-                                let from = from_raw_parts(from.cast_const(), hidden);
-                                self.reset::<S>(steps, row, from, dh_row(local));
-                            }
-                        }
-                        back(0, 0, dh, true);
-                        back(1, 1, dh, true);
-                    }
+                for &gate in gates {
+                    self.back::<S>(rows, t, gate, dh, true);
                 }
             }
             for local in 0..rows.count {
@@ -162,6 +140,30 @@ impl Backward {
                     }
                 }
             }
+        }
+    }
+
+    /// Puts (or adds) `dgate R` of a gradient and a gate, at a step, into rows of a buffer. No closure: those have not the
+    /// tier's target features.
+    #[inline(always)]
+    unsafe fn back<S: Simd>(
+        &self,
+        rows: &Rows,
+        t: usize,
+        (from, gate): (usize, usize),
+        out: *mut u32,
+        add: bool,
+    ) {
+        let shape = &self.args.shape;
+        let columns = shape.gradients() * shape.hidden;
+        // SAFETY: granted by the caller.
+        unsafe {
+            let first = t * shape.batch * columns + from * shape.hidden;
+            let left = rows.pointers(self.args.dx.cast_const().add(first), columns);
+            let packed = self.args.scratch.cast::<u32>().cast_const();
+            let packed = packed.add(gate * shape.packed::<S::Real>());
+            let stride = shape.padded::<S::Real>();
+            product::<S::Real>(shape, &left[..rows.padded], packed, out, stride, add);
         }
     }
 

@@ -23,6 +23,9 @@ pub(super) fn rnn(draft: &mut Draft, node: &OnnxNode) -> Results {
     recurrent(draft, node, Cell::Rnn)
 }
 
+/// A parameter for which ONNX has no default.
+const REQUIRED: Option<f32> = Some(f32::NAN);
+
 /// The function of ONNX's name, with the defaults of its alpha and beta, if it has these.
 fn function(name: &str) -> Option<(ActivationOp, Option<f32>, Option<f32>)> {
     // Names are compared as other tools do, whatever their case.
@@ -30,10 +33,10 @@ fn function(name: &str) -> Option<(ActivationOp, Option<f32>, Option<f32>)> {
         "sigmoid" => (ActivationOp::Sigmoid, None, None),
         "tanh" => (ActivationOp::Tanh, None, None),
         "relu" => (ActivationOp::Relu, None, None),
-        "affine" => (ActivationOp::Affine, Some(1.0), Some(0.0)),
+        "affine" => (ActivationOp::Affine, REQUIRED, REQUIRED),
         "leakyrelu" => (ActivationOp::LeakyRelu, Some(0.01), None),
         "thresholdedrelu" => (ActivationOp::ThresholdedRelu, Some(1.0), None),
-        "scaledtanh" => (ActivationOp::ScaledTanh, Some(1.0), Some(1.0)),
+        "scaledtanh" => (ActivationOp::ScaledTanh, REQUIRED, REQUIRED),
         "hardsigmoid" => (ActivationOp::HardSigmoid, Some(0.2), Some(0.5)),
         "elu" => (ActivationOp::Elu, Some(1.0), None),
         "softsign" => (ActivationOp::Softsign, None, None),
@@ -43,7 +46,11 @@ fn function(name: &str) -> Option<(ActivationOp, Option<f32>, Option<f32>)> {
 }
 
 /// The activations of all directions, one after another.
-fn activations(node: &OnnxNode, cell: Cell, directions: usize) -> Result<Vec<Activation>, Obstacle> {
+fn activations(
+    node: &OnnxNode,
+    cell: Cell,
+    directions: usize,
+) -> Result<Vec<Activation>, Obstacle> {
     let count = cell.activations() * directions;
     let names = match node.attributes.strings("activations")? {
         Some(names) => names,
@@ -63,12 +70,18 @@ fn activations(node: &OnnxNode, cell: Cell, directions: usize) -> Result<Vec<Act
     let mut alphas = node.attributes.floats("activation_alpha")?.unwrap_or_default().iter();
     let mut betas = node.attributes.floats("activation_beta")?.unwrap_or_default().iter();
     let activations = names.iter().map(|name| {
-        let (function, alpha, beta) = function(name)
-            .ok_or_else(|| Obstacle::unsupported(format!("activation {name} (attribute activations)")))?;
+        let (function, alpha, beta) = function(name).ok_or_else(|| {
+            Obstacle::unsupported(format!("activation {name} (attribute activations)"))
+        })?;
         let given = |default: Option<f32>, from: &mut std::slice::Iter<'_, f32>| {
             default.map_or(0.0, |default| from.next().copied().unwrap_or(default))
         };
         let (alpha, beta) = (given(alpha, &mut alphas), given(beta, &mut betas));
+        if alpha.is_nan() || beta.is_nan() {
+            return Err(Obstacle::invalid(format!(
+                "activation {name} needs attributes activation_alpha and activation_beta"
+            )));
+        }
         let activation = Activation { function, alpha, beta };
         match activation.problem() {
             None => Ok(activation),
@@ -182,7 +195,9 @@ fn layer(
     }
     let (steps, batch) = (draft.dims(x)[0], draft.dims(x)[1]);
     let steps = steps.as_fixed().ok_or_else(|| {
-        Obstacle::unsupported("a number of steps that is the batch size (is the batch another axis?)")
+        Obstacle::unsupported(
+            "a number of steps that is the batch size (is the batch another axis?)",
+        )
     })?;
     let hidden = draft.dims(r)[2].as_fixed();
     let hidden = hidden.ok_or_else(|| Obstacle::invalid("the weights depend on the batch size"))?;
