@@ -276,6 +276,7 @@ fn every_model_forward() {
         "tiny_mobilenet",
         "tiny_bert",
         "tiny_gpt",
+        "tiny_rnn",
     ] {
         let path = support::root().join(format!("models/{model}.onnx"));
         let bytes = std::fs::read(path).expect("committed");

@@ -124,6 +124,10 @@ fn layer<'a>(
 }
 
 pub(super) fn recurrence(recurrence: &Recurrence, operands: &[&Value], shape: &[usize]) -> Data {
+    // Any number of steps of nothing is nothing.
+    if shape.contains(&0) {
+        return Data::Float(Vec::new());
+    }
     let at = recurrence.operands();
     let [_, rows, batch, hidden] = shape[..] else { return Data::Float(Vec::new()) };
     let sizes = [rows - 1, batch, hidden];
@@ -210,6 +214,9 @@ pub(super) fn recurrence_grad(
     operands: &[&Value],
     shape: &[usize],
 ) -> Data {
+    if shape.contains(&0) {
+        return Data::Float(Vec::new());
+    }
     let at = recurrence.gradient_operands(cell);
     let (y, dh) = (operands[0].data.floats(), operands[2].data.floats());
     let dc = at.cell.map(|at| operands[at].data.floats());

@@ -15,7 +15,7 @@ use backward::Backward;
 use forward::Forward;
 
 /// Most rows of a unit: enough that R is worth fetching.
-const MAX_ROWS: usize = 24;
+const MAX_ROWS: usize = 32;
 /// Rows are spread over this many units if there are enough.
 const WANTED_UNITS: usize = 4;
 

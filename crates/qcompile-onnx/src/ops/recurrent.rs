@@ -4,7 +4,7 @@ use super::Results;
 use super::shape::as_matrix;
 use crate::draft::{Draft, ValueId};
 use crate::error::Obstacle;
-use crate::known::{Element, Known};
+use crate::known::{Element, FOLD_LIMIT, Known};
 use crate::node::OnnxNode;
 use qcompile_ir::{Activation, ActivationOp, Cell, CompareOp, DType, Dim, Op, Recurrence};
 
@@ -299,7 +299,8 @@ impl Layer {
         let h = draft.slice(h, 1, first, first + self.steps)?;
         let h = draft.reshape(h, &[self.steps.into(), Dim::ONE, self.batch, self.hidden.into()])?;
         let Some(lengths) = self.lengths else { return Ok(h) };
-        let steps = i64::try_from(self.steps).map_err(|_| Obstacle::invalid("too many steps"))?;
+        let steps = i64::try_from(self.steps).ok().filter(|_| self.steps <= FOLD_LIMIT);
+        let steps = steps.ok_or_else(|| Obstacle::unsupported("sequence_lens of so many steps"))?;
         let numbers = (0..steps).map(Element::Int).collect();
         let numbers = draft.add_known(Known::new(DType::I64, vec![self.steps, 1, 1, 1], numbers));
         let lengths = draft.reshape(lengths, &[Dim::ONE, Dim::ONE, self.batch, Dim::ONE])?;
