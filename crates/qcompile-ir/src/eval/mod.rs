@@ -365,9 +365,9 @@ fn compute(
         Op::LogSoftmax => rows::log_softmax(x()?),
         Op::CrossEntropy => rows::cross_entropy(x()?, y()?)?,
         Op::CrossEntropyGrad => rows::cross_entropy_grad(x()?, y()?, z()?)?,
-        Op::Recurrence(op) => recurrence::recurrence(op, operands, shape),
+        Op::Recurrence(op) => recurrence::recurrence(op, (dtype, rounding), operands, shape),
         Op::RecurrenceGrad { recurrence, cell } => {
-            recurrence::recurrence_grad(recurrence, *cell, operands, shape)
+            recurrence::recurrence_grad(recurrence, *cell, (dtype, rounding), operands, shape)
         }
         Op::Quantize { dtype, axis } => quantized::quantize(*dtype, *axis, rounding, x()?, y()?),
         Op::Dequantize { axis } => quantized::dequantize(*axis, x()?, y()?),

@@ -1,7 +1,8 @@
 //! Recurrent layers, step by step and row by row.
 
-use super::{Data, Value};
-use crate::{Activation, ActivationOp, Cell, Recurrence};
+use super::value::round_float;
+use super::{Data, Rounding, Value};
+use crate::{Activation, ActivationOp, Cell, DType, Recurrence};
 
 /// The function at `x`.
 fn activate(activation: Activation, x: f64) -> f64 {
@@ -53,6 +54,8 @@ struct Layer<'a> {
     r: &'a [f64],
     peepholes: Option<&'a [f64]>,
     lengths: Option<&'a [i64]>,
+    /// How the result of the forward op is kept.
+    kept: (DType, Rounding),
 }
 
 impl Layer<'_> {
@@ -97,8 +100,11 @@ impl Layer<'_> {
     /// The derivative of a gate by what was clipped and activated.
     fn gate_slope(&self, which: usize, y: f64) -> f64 {
         let activation = self.recurrence.activations[which];
+        // Gates were rounded when they were kept, so the ends of their range are, too.
         let inside = self.recurrence.clip.is_none_or(|clip| {
-            y > activate(activation, -f64::from(clip)) && y < activate(activation, f64::from(clip))
+            let end =
+                |x: f32| round_float(activate(activation, f64::from(x)), self.kept.0, self.kept.1);
+            y > end(-clip) && y < end(clip)
         });
         if inside { slope(activation, y) } else { 0.0 }
     }
@@ -110,6 +116,7 @@ fn layer<'a>(
     operands: &[&'a Value],
     peepholes: Option<usize>,
     lengths: Option<usize>,
+    kept: (DType, Rounding),
 ) -> Layer<'a> {
     let [steps, batch, hidden] = sizes;
     Layer {
@@ -120,10 +127,16 @@ fn layer<'a>(
         r: operands[1].data.floats(),
         peepholes: peepholes.map(|at| operands[at].data.floats()),
         lengths: lengths.map(|at| operands[at].data.ints()),
+        kept,
     }
 }
 
-pub(super) fn recurrence(recurrence: &Recurrence, operands: &[&Value], shape: &[usize]) -> Data {
+pub(super) fn recurrence(
+    recurrence: &Recurrence,
+    kept: (DType, Rounding),
+    operands: &[&Value],
+    shape: &[usize],
+) -> Data {
     // Any number of steps of nothing is nothing.
     if shape.contains(&0) {
         return Data::Float(Vec::new());
@@ -131,7 +144,7 @@ pub(super) fn recurrence(recurrence: &Recurrence, operands: &[&Value], shape: &[
     let at = recurrence.operands();
     let [_, rows, batch, hidden] = shape[..] else { return Data::Float(Vec::new()) };
     let sizes = [rows - 1, batch, hidden];
-    let layer = layer(recurrence, sizes, operands, at.peepholes, at.lengths);
+    let layer = layer(recurrence, sizes, operands, at.peepholes, at.lengths, kept);
     let x = operands[0].data.floats();
     let bias = at.bias.map(|at| operands[at].data.floats());
     let gates = recurrence.cell.gates();
@@ -211,6 +224,7 @@ pub(super) fn recurrence(recurrence: &Recurrence, operands: &[&Value], shape: &[
 pub(super) fn recurrence_grad(
     recurrence: &Recurrence,
     cell: bool,
+    kept: (DType, Rounding),
     operands: &[&Value],
     shape: &[usize],
 ) -> Data {
@@ -222,7 +236,8 @@ pub(super) fn recurrence_grad(
     let dc = at.cell.map(|at| operands[at].data.floats());
     let [rows, batch, columns] = shape[..] else { return Data::Float(Vec::new()) };
     let hidden = columns / recurrence.cell.gradients();
-    let layer = layer(recurrence, [rows - 1, batch, hidden], operands, at.peepholes, at.lengths);
+    let layer =
+        layer(recurrence, [rows - 1, batch, hidden], operands, at.peepholes, at.lengths, kept);
     let mut dx = vec![0.0; rows * batch * columns];
     for row in 0..batch {
         let (mut carry, mut cell_carry) = (vec![0.0; hidden], vec![0.0; hidden]);
