@@ -103,7 +103,8 @@ def cases():
                     # Each function takes the next of those that it has.
                     places = [names.index(name) for name in chosen]
                     attributes["activation_alpha"] = [alpha[place] for place in places]
-                    attributes["activation_beta"] = [beta[place] for place in places if place < 2]
+                    betas = [beta[place] for place in places if place < len(beta)]
+                    attributes |= {"activation_beta": betas} if betas else {}
                 yield f"{op} {' '.join(chosen)} {alpha}", generated(op, 14, ("B",), **attributes)
 
 
