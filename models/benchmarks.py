@@ -1,4 +1,4 @@
-"""The six benchmark networks in plain PyTorch, with seeded random weights and batches.
+"""The eight benchmark networks in plain PyTorch, with seeded random weights and batches.
 
 Every forward returns logits of shape [rows, classes], so that one softmax cross-entropy
 over int64 labels [rows] serves all of them, here and in the exported ONNX files.
@@ -156,6 +156,21 @@ class Gpt(nn.Module):
         return F.linear(self.ln(x), self.tok.weight).reshape(-1, self.vocabulary)
 
 
+class Rnn(nn.Module):
+    """Recurrent character model: 2 layers of LSTM or GRU, width 256, 64 characters."""
+
+    def __init__(self, kind, vocabulary=96, width=256, layers=2):
+        super().__init__()
+        self.tok = nn.Embedding(vocabulary, width)
+        self.rnn = getattr(nn, kind)(width, width, layers, batch_first=True)
+        self.head = nn.Linear(width, vocabulary)
+        self.vocabulary = vocabulary
+
+    def forward(self, ids):
+        y, _ = self.rnn(self.tok(ids))
+        return self.head(y).reshape(-1, self.vocabulary)
+
+
 def resnet18():
     """torchvision's ResNet-18."""
     import torchvision
@@ -197,6 +212,8 @@ BENCHMARKS = {
     "mobilenetv2": Benchmark(mobilenetv2, 16, _pictures(3, 224, 1000), True),
     "bert": Benchmark(Bert, 16, _tokens(8192, 128, 16)),
     "gpt": Benchmark(Gpt, 8, _tokens(65, 256, 65)),
+    "lstm": Benchmark(lambda: Rnn("LSTM"), 64, _tokens(96, 64, 96)),
+    "gru": Benchmark(lambda: Rnn("GRU"), 64, _tokens(96, 64, 96)),
 }
 
 

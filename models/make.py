@@ -306,6 +306,28 @@ def gpt(name, vocabulary, width, heads, layers, length):
     return model.bytes(model.node("Reshape", [x, model.constant([-1, vocabulary])]), ["rows", vocabulary])
 
 
+def recurrent(model, op, x, prefix, width, hidden, directions=1, extra=(), outputs=1, **attributes):
+    """One recurrent layer; `extra` are names and shapes of inputs after the three weights, none for one left out."""
+    gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[op] * hidden
+    shapes = [("w", (directions, gates, width)), ("r", (directions, gates, hidden)), ("b", (directions, 2 * gates)), *extra]
+    inputs = [x, *(model.uniform(f"{prefix}.{part[0]}", part[1], hidden, 1.0) if part else "" for part in shapes)]
+    return model.node(op, inputs, prefix, outputs, hidden_size=hidden, **attributes)
+
+
+def tiny_rnn(name):
+    """One layer of each kind over 12 tokens, classified by the last state; logits [batch, 4]."""
+    model = Model(name, ["batch", 12], TensorProto.INT64)
+    x = model.transpose(embed(model, 64, 12, 12), 1, 0, 2)
+    extra = (None, None, None, ("p", (2, 24)))
+    x = recurrent(model, "LSTM", x, "lstm", 12, 8, 2, extra, direction="bidirectional")
+    x = model.node("Reshape", [model.transpose(x, 0, 2, 1, 3), model.constant([0, 0, 16])])
+    x = recurrent(model, "GRU", x, "gru", 16, 20, linear_before_reset=1, direction="reverse")
+    x = model.node("Squeeze", [x, model.constant([1])])
+    _, x = recurrent(model, "RNN", x, "rnn", 20, 10, outputs=2)
+    x = model.node("Squeeze", [x, model.constant([0])])
+    return model.bytes(model.linear(x, "fc", 10, 4, 3.0), ["batch", 4])
+
+
 COMMITTED = {
     "digits_cnn": digits_cnn,
     "digits_mlp": digits_mlp,
@@ -316,6 +338,7 @@ COMMITTED = {
     "tiny_bert": lambda name: bert(name, 64, 32, 2, 64, 2, 16, 4),
     "tiny_gpt": lambda name: gpt(name, 65, 32, 2, 2, 32),
     "tiny_mobilenet": tiny_mobilenet,
+    "tiny_rnn": tiny_rnn,
 }
 
 LARGE = {

@@ -152,6 +152,7 @@ fn gradients_of_whole_models_agree_with_a_difference() {
         ("tiny_mobilenet", 10),
         ("tiny_bert", 4),
         ("tiny_gpt", 65),
+        ("tiny_rnn", 4),
     ] {
         let mut graph = with_loss(model);
         let mut random = Random::new(7);
@@ -191,7 +192,7 @@ fn gradients_of_whole_models_agree_with_a_difference() {
 
 #[test]
 fn weights_of_the_models_are_trained() {
-    for model in ["digits_mlp", "resnet8", "tiny_gpt"] {
+    for model in ["digits_mlp", "resnet8", "tiny_gpt", "tiny_rnn"] {
         let graph = imported(model);
         let params = graph.leaves(|op| matches!(op, Op::Param(_)));
         let mut with_loss = with_loss(model);

@@ -549,3 +549,44 @@ fn attention_of_every_form() {
         assert_eq!(plan.steps().len(), 2, "no operand is copied, gradients are one step:\n{plan}");
     }
 }
+
+/// A layer and its gradient, with more hidden units than a panel has columns and more rows than a tile.
+fn recurrent(cell: &str, gates: usize, sections: usize, gradients: usize, hidden: usize) -> String {
+    let (columns, back) = (gates * hidden, gradients * hidden);
+    let activations = match cell {
+        "lstm" => "[sigmoid, tanh, tanh]",
+        "rnn" => "[tanh]",
+        _ => "[sigmoid, tanh]",
+    };
+    let extra = match cell {
+        "lstm" => ", %c",
+        "linear_gru" => ", %b",
+        _ => "",
+    };
+    format!(
+        "graph @g {{\n  input %x : f32[4, N, {columns}]\n  input %h : f32[N, {hidden}]\n\
+         input %c : f32[N, {hidden}]\n  input %dh : f32[4, N, {hidden}]\n  input %lengths : i64[N]\n\
+         const %r : f32[{columns}, {hidden}] = uniform seed=2 scale=0.2\n\
+         const %b : f32[{hidden}] = uniform seed=3\nforward:\n\
+         %y : f32[{sections}, 5, N, {hidden}] = recurrence %x, %r, %h{extra}, %lengths {cell} \
+         activations={activations} lengths\n\
+         %dx : f32[5, N, {back}] = recurrence_grad %y, %r, %dh, %lengths {cell} \
+         activations={activations} lengths\nreturn %y, %dx\n}}\n"
+    )
+}
+
+#[test]
+fn recurrent_layers_of_every_size() {
+    for (cell, gates, sections, gradients) in
+        [("lstm", 4, 6, 4), ("gru", 3, 4, 3), ("linear_gru", 3, 5, 4), ("rnn", 1, 1, 1)]
+    {
+        for (hidden, batches) in [(1, [1, 7]), (33, [2, 21]), (70, [9, 40])] {
+            let source = recurrent(cell, gates, sections, gradients, hidden);
+            for tier in Tier::ALL.into_iter().filter(|tier| tier.is_supported()) {
+                for batch in batches {
+                    compare(&format!("{cell} of {hidden}"), &parse(&source), batch, tier);
+                }
+            }
+        }
+    }
+}

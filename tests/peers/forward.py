@@ -13,7 +13,7 @@ peer.require("onnxruntime")
 import numpy as np
 import onnxruntime
 
-BENCHMARKS = ("mlp", "resnet18", "mobilenetv2", "bert", "gpt")
+BENCHMARKS = ("mlp", "resnet18", "mobilenetv2", "bert", "gpt", "lstm", "gru")
 LIMIT, SAMPLES = 1e-4, 3
 
 

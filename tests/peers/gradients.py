@@ -1,4 +1,4 @@
-"""Compares the gradients of one batch with PyTorch's, every parameter of the six networks.
+"""Compares the gradients of one batch with PyTorch's, every parameter of the networks.
 
     python tests/peers/gradients.py [--qcompile PATH] [--onnx FOLDER] [MODEL ...]
 
@@ -28,7 +28,7 @@ import benchmarks
 MODELS = benchmarks.BENCHMARKS
 LIMIT, LOSS_LIMIT, FLOOR = 1e-3, 1e-4, 1e-5
 STEADIED = {"resnet18", "mobilenetv2"}
-SAMPLES = {"mlp": 32, "resnet20": 16, "resnet18": 4, "mobilenetv2": 4, "bert": 4, "gpt": 2}
+SAMPLES = {"mlp": 32, "resnet20": 16, "resnet18": 4, "mobilenetv2": 4, "bert": 4, "gpt": 2, "lstm": 8, "gru": 8}
 
 
 def steadied(name, path, out):

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 
 import benchmarks
 
-MODELS = ("mlp", "resnet20", "bert")
+MODELS = ("mlp", "resnet20", "bert", "lstm", "gru")
 OPTIMIZERS = {"momentum": 1e-2, "adamw": 1e-3}
 # Factor of the learning rate.
 SLOWER = {"resnet20": 0.1}
 STEPS = 50
 # Small batches keep the run short; the arithmetic is the same.
-SAMPLES = {"mlp": 32, "resnet20": 16, "bert": 4}
+SAMPLES = {"mlp": 32, "resnet20": 16, "bert": 4, "lstm": 8, "gru": 8}
 
 
 def reference(name, path, optimizer, rate, x, label):

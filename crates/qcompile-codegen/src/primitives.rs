@@ -4,6 +4,7 @@ use crate::attention;
 use crate::emitter::Emitter;
 use crate::epilogue::Partials;
 use crate::frame::Frame;
+use crate::recurrent;
 use crate::tail::Tail;
 use cranelift_codegen::ir::types::I64;
 use cranelift_codegen::ir::{InstBuilder, StackSlot, StackSlotData, StackSlotKind, Value};
@@ -60,6 +61,8 @@ pub(crate) fn kernel_id(primitive: &Primitive) -> KernelId {
         Primitive::CrossEntropyGrad { .. } => KernelId::CrossEntropyGrad,
         Primitive::Gather { .. } => KernelId::Gather,
         Primitive::ScatterAdd { .. } => KernelId::ScatterAdd,
+        Primitive::Recurrent(recurrent) if recurrent.gradient => KernelId::RecurrenceGrad,
+        Primitive::Recurrent(_) => KernelId::Recurrence,
     }
 }
 
@@ -195,6 +198,7 @@ pub(crate) fn arguments(
             );
             block
         }
+        Primitive::Recurrent(recurrent) => recurrent::arguments(e, recurrent),
     }
 }
 
@@ -553,5 +557,6 @@ pub(crate) fn places(primitive: &Primitive) -> (Vec<Place>, Vec<Place>) {
         }
         Primitive::Gather { table, indices, y, .. } => (vec![*table, *indices], vec![*y]),
         Primitive::ScatterAdd { indices, values, y, .. } => (vec![*indices, *values], vec![*y]),
+        Primitive::Recurrent(recurrent) => (recurrent.reads().collect(), vec![recurrent.y]),
     }
 }

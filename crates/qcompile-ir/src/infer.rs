@@ -1,5 +1,7 @@
 //! The type of a node from its op and the types of its operands: one function per family of ops.
 
+mod recurrence;
+
 use crate::{
     AttentionOperand, BinaryOp, ConvGeometry, DType, Dim, Op, PoolGeometry, Shape, TensorType,
     UnaryOp,
@@ -134,6 +136,10 @@ fn infer_type(op: &Op, operands: Types) -> Result<TensorType, String> {
             let [logits, label, dloss] = exactly(operands)?;
             same(&cross_entropy(logits, label)?, dloss)?;
             Ok(logits.clone())
+        }
+        Op::Recurrence(data) => recurrence::recurrence(data, operands),
+        Op::RecurrenceGrad { recurrence: data, cell } => {
+            recurrence::recurrence_grad(data, *cell, operands)
         }
         Op::Quantize { dtype, axis } => {
             let [x, scale] = exactly(operands)?;

@@ -20,6 +20,7 @@ pub mod infer;
 pub mod name;
 pub mod note;
 pub mod op;
+pub mod recurrence;
 pub mod tensor;
 pub mod text;
 pub mod types;
@@ -33,6 +34,7 @@ pub use op::{
     AttentionOperand, BinaryOp, CollectiveOp, CompareOp, ConvGeometry, Op, PoolGeometry, ReduceOp,
     UnaryOp,
 };
+pub use recurrence::{Activation, ActivationOp, Cell, Recurrence, RecurrenceOperands};
 pub use tensor::Tensor;
 pub use types::{DType, Dim, Shape, TensorType};
 pub use verify::{VerifyError, VerifyErrors, verify};

@@ -1,6 +1,6 @@
 //! The closed vocabulary: plain data, no behaviour but names.
 
-use crate::{DType, Dim, Shape, Tensor, TensorType};
+use crate::{DType, Dim, Recurrence, Shape, Tensor, TensorType};
 use std::sync::Arc;
 
 /// Elementwise functions of one operand. The result has the operand's type.
@@ -415,6 +415,15 @@ pub enum Op {
     CrossEntropy,
     /// `cross_entropy_grad logits, label, dloss[r] -> dlogits`.
     CrossEntropyGrad,
+    /// `recurrence x[t, b, gates·h], r[gates·h, h], h0[b, h], ... -> [sections, t + 1, b, h]`: a recurrent layer.
+    Recurrence(Recurrence),
+    /// `recurrence_grad y, r, dh[t, b, h], ... -> [t + 1, b, gradients·h]` of the recurrence with this data.
+    RecurrenceGrad {
+        /// The recurrence.
+        recurrence: Recurrence,
+        /// Whether the gradient of c follows that of h.
+        cell: bool,
+    },
     /// `quantize x, scale -> round(x / scale)` clamped to the symmetric range of the integer type.
     Quantize {
         /// The integer type.
@@ -476,6 +485,8 @@ impl Op {
             Op::LogSoftmax => "log_softmax",
             Op::CrossEntropy => "cross_entropy",
             Op::CrossEntropyGrad => "cross_entropy_grad",
+            Op::Recurrence(_) => "recurrence",
+            Op::RecurrenceGrad { .. } => "recurrence_grad",
             Op::Quantize { .. } => "quantize",
             Op::Dequantize { .. } => "dequantize",
             Op::StraightThrough { .. } => "straight_through",

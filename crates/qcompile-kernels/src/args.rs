@@ -6,6 +6,8 @@
 //! `scratch` points to the number of bytes that [`Primitive::scratch`](crate::Primitive) asked for,
 //! aligned to 64; it is shared by all threads of one call and keeps its contents between the phases.
 
+pub use crate::recurrence::args::*;
+
 /// Receives finished tiles in place of the kernel's own store.
 ///
 /// Called as `(ctx, tile, tile_stride, row0, rows, col0, cols, part)`: element `(r, c)` of the block is

@@ -28,6 +28,7 @@ mod narrow;
 mod pack;
 pub mod pool;
 mod portable;
+mod recurrence;
 mod seen;
 mod softmax;
 #[cfg(test)]
@@ -115,6 +116,10 @@ pub enum KernelId {
     Gather,
     /// [`args::ScatterAddArgs`]
     ScatterAdd,
+    /// [`args::RecurrenceArgs`]
+    Recurrence,
+    /// [`args::RecurrenceGradArgs`]
+    RecurrenceGrad,
 }
 
 impl KernelId {
@@ -122,7 +127,7 @@ impl KernelId {
     pub const COUNT: usize = Self::ALL.len();
 
     /// All kernels in the order of the table.
-    pub const ALL: [KernelId; 23] = [
+    pub const ALL: [KernelId; 25] = [
         KernelId::Matmul,
         KernelId::MatmulI8,
         KernelId::Conv2d,
@@ -146,6 +151,8 @@ impl KernelId {
         KernelId::CrossEntropyGrad,
         KernelId::Gather,
         KernelId::ScatterAdd,
+        KernelId::Recurrence,
+        KernelId::RecurrenceGrad,
     ];
 }
 
@@ -197,6 +204,8 @@ const fn table<S: Simd>(tier: Tier) -> Kernels {
             softmax::grad_primitive::<S>(),
             gather::gather_primitive(),
             gather::scatter_primitive::<S>(),
+            recurrence::primitive::<S>(),
+            recurrence::grad_primitive::<S>(),
         ],
         narrow: narrow::narrow::<S>,
     }

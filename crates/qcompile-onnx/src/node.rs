@@ -227,6 +227,17 @@ impl Attributes {
         }
     }
 
+    pub(crate) fn strings(&self, name: &str) -> Result<Option<Vec<String>>> {
+        let Some(attribute) = self.find(name, AttributeType::STRINGS)? else {
+            return Ok(None);
+        };
+        let text = |bytes: &Vec<u8>| {
+            String::from_utf8(bytes.clone())
+                .map_err(|_| Obstacle::invalid(format!("attribute {name} is not UTF-8")))
+        };
+        attribute.strings.iter().map(text).collect::<Result<Vec<_>>>().map(Some)
+    }
+
     /// Moves a tensor out.
     pub(crate) fn take_tensor(&mut self, name: &str) -> Result<Option<TensorProto>> {
         if self.find(name, AttributeType::TENSOR)?.is_none() {

@@ -519,6 +519,8 @@ pub(crate) fn kind_of(op: &Op) -> Kind {
         | Op::ScatterAdd { .. }
         | Op::Attention { .. }
         | Op::AttentionGrad { .. }
+        | Op::Recurrence(_)
+        | Op::RecurrenceGrad { .. }
         | Op::Softmax
         | Op::LogSoftmax
         | Op::CrossEntropy

@@ -32,7 +32,7 @@ pub use nest::{Access, LoopNest, Scalar, Write};
 pub use plan::{Affine, Binding, Kernel, Plan, Slot, SlotId, Step, Storage};
 pub use primitive::{
     Attention, AttentionResult, Convolution, Int8, Matmul, Matrix, Operands, Place, Pooling,
-    Primitive, Product, Strided,
+    Primitive, Product, Recurrent, Strided,
 };
 pub use verify::{VerifyError, verify};
 pub use work::Work;

@@ -1,7 +1,7 @@
 //! Steps that run a hand-scheduled kernel.
 
 use crate::{Affine, LoopNest, SlotId};
-use qcompile_ir::{ConvGeometry, DType, Dim, PoolGeometry};
+use qcompile_ir::{ConvGeometry, DType, Dim, PoolGeometry, Recurrence};
 
 /// A dense value in a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -203,6 +203,45 @@ pub enum AttentionResult {
     },
 }
 
+/// One direction of a recurrent layer, or its gradient; all dense.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Recurrent {
+    /// What it computes.
+    pub recurrence: Recurrence,
+    /// The gradient rather than the layer itself.
+    pub gradient: bool,
+    /// Steps.
+    pub steps: usize,
+    /// Rows of the batch.
+    pub batch: Dim,
+    /// Size of the state.
+    pub hidden: usize,
+    /// Inputs of the gates; of a gradient, the result of the layer.
+    pub x: Place,
+    /// The recurrent weight.
+    pub r: Place,
+    /// The first h; of a gradient, that of h after each step.
+    pub h: Place,
+    /// The first c; of a gradient, that of c after each step.
+    pub c: Option<Place>,
+    /// The bias of a linear GRU.
+    pub bias: Option<Place>,
+    /// The peepholes.
+    pub peepholes: Option<Place>,
+    /// i64 `[batch]`.
+    pub lengths: Option<Place>,
+    /// The result.
+    pub y: Place,
+}
+
+impl Recurrent {
+    /// What it reads.
+    pub fn reads(&self) -> impl Iterator<Item = Place> {
+        let optional = [self.c, self.bias, self.peepholes, self.lengths];
+        [self.x, self.r, self.h].into_iter().chain(optional.into_iter().flatten())
+    }
+}
+
 /// A kernel of `qcompile-kernels` and what it works on.
 #[derive(Clone, Debug, PartialEq)]
 #[allow(clippy::large_enum_variant, reason = "a plan has hundreds of steps, each of them once")]
@@ -287,6 +326,8 @@ pub enum Primitive {
         /// `[rows, width]`, overwritten.
         y: Place,
     },
+    /// A recurrent layer.
+    Recurrent(Recurrent),
 }
 
 impl Primitive {
@@ -327,6 +368,8 @@ impl Primitive {
             Primitive::CrossEntropyGrad { .. } => "cross_entropy_grad",
             Primitive::Gather { .. } => "gather",
             Primitive::ScatterAdd { .. } => "scatter_add",
+            Primitive::Recurrent(recurrent) if recurrent.gradient => "recurrence_grad",
+            Primitive::Recurrent(_) => "recurrence",
         }
     }
 }

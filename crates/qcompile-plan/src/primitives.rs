@@ -5,9 +5,9 @@ use crate::lower::Lowering;
 use crate::view::View;
 use crate::{
     Affine, Convolution, Int8, LoopNest, Matmul, Matrix, Operands, Place, Pooling, Primitive,
-    Product, SlotId,
+    Product, Recurrent, SlotId,
 };
-use qcompile_ir::{ConvGeometry, DType, Dim, NodeId, Op, PoolGeometry};
+use qcompile_ir::{ConvGeometry, DType, Dim, NodeId, Op, PoolGeometry, Recurrence};
 
 /// The primitive of a node. `epilogue` follows it within the same kernel.
 pub(crate) fn primitive(
@@ -87,6 +87,10 @@ pub(crate) fn primitive(
             values: dense(1),
             y,
         },
+        Op::Recurrence(recurrence) => recurrent(lowering, id, recurrence, None, y),
+        Op::RecurrenceGrad { recurrence, cell } => {
+            recurrent(lowering, id, recurrence, Some(*cell), y)
+        }
         _ => unreachable!("fused: only primitives come here"),
     })
 }
@@ -227,6 +231,42 @@ fn pooling(
         channels: result[3].scale,
         x,
         dy,
+        y,
+    })
+}
+
+/// A recurrent layer, or its gradient; that says whether c has one.
+fn recurrent(
+    lowering: &Lowering,
+    id: NodeId,
+    recurrence: &Recurrence,
+    gradient: Option<bool>,
+    y: Place,
+) -> Primitive {
+    let graph = lowering.graph;
+    let operands = match gradient {
+        None => recurrence.operands(),
+        Some(cell) => recurrence.gradient_operands(cell),
+    };
+    let place = |position: usize| lowering.dense_place(graph.operand(id, position));
+    // The states of all steps, or their gradient.
+    let states = if gradient.is_none() { id } else { graph.operand(id, 0) };
+    let [_, rows, batch, hidden] = graph.ty(states).shape.0[..] else {
+        unreachable!("verified: the states have four axes")
+    };
+    Primitive::Recurrent(Recurrent {
+        recurrence: *recurrence,
+        gradient: gradient.is_some(),
+        steps: rows.scale - 1,
+        batch,
+        hidden: hidden.scale,
+        x: place(0),
+        r: place(1),
+        h: place(2),
+        c: operands.cell.map(place),
+        bias: operands.bias.map(place),
+        peepholes: operands.peepholes.map(place),
+        lengths: operands.lengths.map(place),
         y,
     })
 }

@@ -216,6 +216,13 @@ fn write_primitive(f: &mut fmt::Formatter<'_>, primitive: &Primitive) -> fmt::Re
         Primitive::ScatterAdd { rows, width, count, indices, values, y } => {
             write!(f, " {} {count} times {indices}, {values} -> {y}", List(&[*rows, *width]))?;
         }
+        Primitive::Recurrent(recurrent) => {
+            let crate::Recurrent { recurrence, steps, batch, hidden, y, .. } = recurrent;
+            let back = if recurrence.reverse { " reverse" } else { "" };
+            let reads: Vec<String> = recurrent.reads().map(|place| place.to_string()).collect();
+            write!(f, " {}{back} [{steps}, {batch}, {hidden}]", recurrence.cell.name())?;
+            write!(f, " {} -> {y}", reads.join(", "))?;
+        }
     }
     writeln!(f)?;
     epilogue.map_or(Ok(()), |nest| write_nest(f, nest))

@@ -10,7 +10,7 @@
 use crate::plan::bytes_of;
 use crate::{
     Access, Affine, Attention, AttentionResult, Binding, Convolution, Kernel, LoopNest, Matmul,
-    Place, Plan, Pooling, Primitive, Product, Scalar, SlotId, Storage, Strided, Write,
+    Place, Plan, Pooling, Primitive, Product, Recurrent, Scalar, SlotId, Storage, Strided, Write,
 };
 use qcompile_ir::{DType, Dim, Region};
 use thiserror::Error;
@@ -310,6 +310,7 @@ fn check_primitive(plan: &Plan, primitive: &Primitive) -> Checked {
             dense(plan, *values, DType::F32, product(&[*count, *width])?)?;
             dense(plan, *y, DType::F32, product(&[*rows, *width])?)
         }
+        Primitive::Recurrent(recurrent) => check_recurrent(plan, recurrent),
     }
 }
 
@@ -471,4 +472,38 @@ fn check_pooling(plan: &Plan, pooling: &Pooling) -> Checked {
         dense(plan, *x, DType::F32, input)?;
         dense(plan, *y, DType::F32, output)
     }
+}
+
+fn check_recurrent(plan: &Plan, recurrent: &Recurrent) -> Checked {
+    let Recurrent { recurrence, gradient, steps, batch, hidden, x, r, h, y, .. } = recurrent;
+    let cell = recurrence.cell;
+    let size = |sizes: &[usize]| {
+        let mut dims: Vec<Dim> = sizes.iter().map(|&size| size.into()).collect();
+        dims.push(*batch);
+        product(&dims)
+    };
+    let rows = steps.checked_add(1).ok_or("a size overflows")?;
+    let states = size(&[cell.sections(), rows, *hidden])?;
+    let gradients = size(&[cell.gradients(), rows, *hidden])?;
+    let (first, state, result) = if *gradient {
+        (states, size(&[*steps, *hidden])?, gradients)
+    } else {
+        (size(&[cell.gates(), *steps, *hidden])?, size(&[*hidden])?, states)
+    };
+    writable(plan, y.slot)?;
+    let fixed = |sizes: [usize; 3]| product(&sizes.map(Dim::fixed));
+    dense(plan, *x, DType::F32, first)?;
+    dense(plan, *r, DType::F32, fixed([cell.gates(), *hidden, *hidden])?)?;
+    dense(plan, *h, DType::F32, state)?;
+    dense(plan, *y, DType::F32, result)?;
+    let optional = [
+        (recurrent.c, DType::F32, state),
+        (recurrent.bias, DType::F32, fixed([1, 1, *hidden])?),
+        (recurrent.peepholes, DType::F32, fixed([1, 3, *hidden])?),
+        (recurrent.lengths, DType::I64, size(&[])?),
+    ];
+    for (place, dtype, elements) in optional {
+        place.map_or(Ok(()), |place| dense(plan, place, dtype, elements))?;
+    }
+    Ok(())
 }

@@ -62,6 +62,12 @@ impl Primitive {
                 // Half of the scores are hidden.
                 2.0 * scores * products * if attention.causal { 0.5 } else { 1.0 }
             }
+            Primitive::Recurrent(recurrent) => {
+                // A product of the state and the recurrent weight in each step.
+                let weight =
+                    recurrent.recurrence.cell.gates() * recurrent.hidden * recurrent.hidden;
+                2.0 * (recurrent.steps * weight) as f64 * recurrent.batch.size(batch) as f64
+            }
             Primitive::Pooling(_)
             | Primitive::Softmax { .. }
             | Primitive::CrossEntropy { .. }

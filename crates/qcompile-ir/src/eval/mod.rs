@@ -21,6 +21,7 @@ mod elementwise;
 mod erf;
 mod quantized;
 mod rearrange;
+mod recurrence;
 mod rows;
 mod value;
 
@@ -315,6 +316,13 @@ fn work(op: &Op, shape: &[usize], operands: &[&Value]) -> u64 {
                 elements(&operands[0].shape[..3]).saturating_mul(operands[1].shape[1] as u64);
             pairs.saturating_mul(widths[0].saturating_add(widths[1]).saturating_add(4))
         }
+        // Every gate of every row and step meets a row of R.
+        Op::Recurrence(_) => {
+            result.saturating_add(operand(0).saturating_mul(operands[1].shape[1] as u64))
+        }
+        Op::RecurrenceGrad { .. } => {
+            result.saturating_mul((operands[1].shape[1] as u64).saturating_add(1))
+        }
         Op::MaxPool2d(g) | Op::AveragePool2d(g) => result.saturating_mul(window(g.kernel)),
         Op::MaxPool2dGrad(g) => operand(1).saturating_mul(window(g.kernel)),
         Op::AveragePool2dGrad(g) => operand(0).saturating_mul(window(g.kernel)),
@@ -372,6 +380,10 @@ fn compute(
         Op::LogSoftmax => rows::log_softmax(x()?),
         Op::CrossEntropy => rows::cross_entropy(x()?, y()?)?,
         Op::CrossEntropyGrad => rows::cross_entropy_grad(x()?, y()?, z()?)?,
+        Op::Recurrence(op) => recurrence::recurrence(op, (dtype, rounding), operands, shape),
+        Op::RecurrenceGrad { recurrence, cell } => {
+            recurrence::recurrence_grad(recurrence, *cell, (dtype, rounding), operands, shape)
+        }
         Op::Quantize { dtype, axis } => quantized::quantize(*dtype, *axis, rounding, x()?, y()?),
         Op::Dequantize { axis } => quantized::dequantize(*axis, x()?, y()?),
         Op::StraightThrough { dtype, axis } => {

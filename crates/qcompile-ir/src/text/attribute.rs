@@ -2,8 +2,8 @@
 
 use super::literal;
 use crate::{
-    AttentionOperand, BinaryOp, CollectiveOp, CompareOp, ConvGeometry, DType, Dim, Op,
-    PoolGeometry, ReduceOp, TensorType, UnaryOp,
+    Activation, ActivationOp, AttentionOperand, BinaryOp, Cell, CollectiveOp, CompareOp,
+    ConvGeometry, DType, Dim, Op, PoolGeometry, Recurrence, ReduceOp, TensorType, UnaryOp,
 };
 use std::fmt::Write as _;
 
@@ -76,6 +76,8 @@ pub(super) fn print(op: &Op) -> String {
                 push("causal".to_owned());
             }
         }
+        Op::Recurrence(r) => push(recurrence(r, false)),
+        Op::RecurrenceGrad { recurrence: r, cell } => push(recurrence(r, *cell)),
         Op::Quantize { dtype, axis } | Op::StraightThrough { dtype, axis } => {
             push(dtype.to_string());
             if let Some(axis) = axis {
@@ -101,6 +103,34 @@ pub(super) fn print(op: &Op) -> String {
         | Op::CrossEntropy
         | Op::CrossEntropyGrad
         | Op::Dequantize { axis: None } => {}
+    }
+    text
+}
+
+/// The cell, its activations, and what is set; `cell` for the gradient of c.
+fn recurrence(r: &Recurrence, cell: bool) -> String {
+    let used = &r.activations[..r.cell.activations()];
+    let list = |words: Vec<String>| words.join(", ");
+    let names = used.iter().map(|activation| activation.function.name().to_owned()).collect();
+    let mut text = format!("{} activations=[{}]", r.cell.name(), list(names));
+    for (key, of) in [("alphas", (|a| a.alpha) as fn(&Activation) -> f32), ("betas", |a| a.beta)] {
+        if used.iter().any(|activation| of(activation) != 0.0) {
+            let numbers = used.iter().map(|activation| literal::float(of(activation))).collect();
+            let _ = write!(text, " {key}=[{}]", list(numbers));
+        }
+    }
+    if let Some(clip) = r.clip {
+        let _ = write!(text, " clip={}", literal::float(clip));
+    }
+    let flags = [
+        ("reverse", r.reverse),
+        ("input_forget", r.input_forget),
+        ("cell", cell),
+        ("peepholes", r.peepholes),
+        ("lengths", r.lengths),
+    ];
+    for (flag, _) in flags.iter().filter(|(_, set)| *set) {
+        let _ = write!(text, " {flag}");
     }
     text
 }
@@ -182,6 +212,11 @@ pub(super) fn op(
         "log_softmax" => Op::LogSoftmax,
         "cross_entropy" => Op::CrossEntropy,
         "cross_entropy_grad" => Op::CrossEntropyGrad,
+        "recurrence" => Op::Recurrence(take.recurrence()?),
+        "recurrence_grad" => {
+            let cell = take.flag("cell");
+            Op::RecurrenceGrad { recurrence: take.recurrence()?, cell }
+        }
         "quantize" => Op::Quantize { dtype: take.dtype()?, axis: take.optional("axis")? },
         "dequantize" => Op::Dequantize { axis: take.optional("axis")? },
         "straight_through" => {
@@ -320,5 +355,35 @@ impl<'a> Attributes<'a> {
             dilations: self.array("dilations", Some([1, 1]))?,
             count_include_pad: self.flag("count_include_pad"),
         })
+    }
+
+    fn recurrence(&mut self) -> Result<Recurrence, String> {
+        let [reverse, input_forget, peepholes, lengths] =
+            ["reverse", "input_forget", "peepholes", "lengths"].map(|key| self.flag(key));
+        let cell = self.parsed("lstm, gru, linear_gru or rnn", |word| {
+            Cell::ALL.into_iter().find(|cell| cell.name() == word)
+        })?;
+        let mut activations = [Activation::TANH; 3];
+        let used = &mut activations[..cell.activations()];
+        let words = self.words("activations").unwrap_or_default();
+        let [alphas, betas] = [self.reals("alphas", used.len())?, self.reals("betas", used.len())?];
+        if words.len() != used.len() {
+            return Err(format!("expected {} activations", used.len()));
+        }
+        for (at, activation) in used.iter_mut().enumerate() {
+            let function = ActivationOp::ALL.into_iter().find(|op| op.name() == words[at]);
+            let function = function.ok_or_else(|| format!("no activation {:?}", words[at]))?;
+            *activation = Activation { function, alpha: alphas[at], beta: betas[at] };
+        }
+        let clip = self.value("clip")?;
+        Ok(Recurrence { cell, activations, reverse, clip, peepholes, input_forget, lengths })
+    }
+
+    /// So many numbers, or zeros.
+    fn reals(&mut self, key: &str, count: usize) -> Result<Vec<f32>, String> {
+        let Some(words) = self.words(key) else { return Ok(vec![0.0; count]) };
+        let numbers: Option<Vec<f32>> = words.into_iter().map(literal::number).collect();
+        let numbers = numbers.filter(|numbers| numbers.len() == count);
+        numbers.ok_or_else(|| format!("{key} takes {count} numbers"))
     }
 }

@@ -6,5 +6,6 @@ mod check;
 mod convolution;
 mod emulated;
 mod matrix;
+mod recurrent;
 mod rows;
 mod windows;

@@ -7,6 +7,7 @@ mod indexing;
 mod linear;
 mod norm;
 mod pool;
+mod recurrent;
 mod reduce;
 mod shape;
 mod window;
@@ -73,6 +74,7 @@ fn convert_onnx(draft: &mut Draft, node: &mut OnnxNode) -> Results {
         "Floor" => elementwise::unary(draft, node, UnaryOp::Floor),
         "Gather" => indexing::gather(draft, node),
         "Gelu" => elementwise::gelu(draft, node),
+        "GRU" => recurrent::gru(draft, node),
         "Gemm" => linear::gemm(draft, node),
         "GlobalAveragePool" => pool::global_average_pool(draft, node),
         "GlobalMaxPool" => pool::global_max_pool(draft, node),
@@ -82,6 +84,7 @@ fn convert_onnx(draft: &mut Draft, node: &mut OnnxNode) -> Results {
         "HardSwish" => elementwise::hard_swish(draft, node),
         "Identity" => elementwise::identity(draft, node),
         "InstanceNormalization" => norm::instance_normalization(draft, node),
+        "LSTM" => recurrent::lstm(draft, node),
         "LayerNormalization" => norm::layer_normalization(draft, node),
         "LeakyRelu" => elementwise::leaky_relu(draft, node),
         "Less" => elementwise::compare(draft, node, CompareOp::Less, false),
@@ -102,6 +105,7 @@ fn convert_onnx(draft: &mut Draft, node: &mut OnnxNode) -> Results {
         "Pad" => indexing::pad(draft, node),
         "Pow" => elementwise::pow(draft, node),
         "RMSNormalization" => norm::rms_normalization(draft, node),
+        "RNN" => recurrent::rnn(draft, node),
         "Range" => constant::range(draft, node),
         "Reciprocal" => elementwise::unary(draft, node, UnaryOp::Reciprocal),
         "ReduceL1" => reduce::reduce_l1(draft, node),

@@ -14,6 +14,7 @@ mod elementwise;
 mod linear;
 mod normalize;
 mod quantized;
+mod recurrence;
 mod rules;
 mod shape;
 

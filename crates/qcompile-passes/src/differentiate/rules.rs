@@ -1,6 +1,6 @@
 //! Which operands carry gradients, and which rule gives them: one arm per op.
 
-use super::{elementwise, linear, normalize, quantized, shape};
+use super::{elementwise, linear, normalize, quantized, recurrence, shape};
 use crate::PassError;
 use crate::builder::Builder;
 use qcompile_ir::{BinaryOp, Graph, NodeId, Op, Region, UnaryOp};
@@ -70,6 +70,10 @@ pub(super) fn carries_gradient(graph: &Graph, id: NodeId, position: usize) -> bo
         | Op::MaxPool2dGrad(_) => position == 0,
         Op::CrossEntropyGrad => position != 1,
         Op::StraightThrough { .. } => position < 2,
+        Op::Recurrence(layer) => layer.operands().lengths != Some(position),
+        Op::RecurrenceGrad { recurrence, cell } => {
+            recurrence.gradient_operands(*cell).lengths != Some(position)
+        }
         Op::Reduce { .. }
         | Op::Matmul { .. }
         | Op::Conv2d(_)
@@ -130,6 +134,7 @@ pub(super) fn gradient(
         Op::Concat { axis } => shape::concat(b, &site, axis),
         Op::Gather => shape::gather(b, &site),
         Op::ScatterAdd { .. } => shape::scatter_add(b, &site),
+        Op::Recurrence(layer) => recurrence::gradient(b, &site, &layer),
         Op::Quantize { dtype, axis } => quantized::quantize(b, &site, dtype, axis),
         Op::Dequantize { axis } => quantized::dequantize(b, &site, axis),
         Op::AllReduce(op) => linear::all_reduce(b, &site, op),
@@ -144,6 +149,7 @@ pub(super) fn gradient(
         | Op::MaxPool2dGrad(_)
         | Op::AveragePool2dGrad(_)
         | Op::AttentionGrad { .. }
+        | Op::RecurrenceGrad { .. }
         | Op::CrossEntropyGrad
         | Op::StraightThrough { .. }) => {
             Err(not_differentiable(b, &site, &format!("{} has no gradient", op.name())))

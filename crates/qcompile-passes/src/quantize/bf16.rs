@@ -225,9 +225,19 @@ fn stored_result(graph: &Graph, product: NodeId) -> Option<NodeId> {
     }
 }
 
-/// Ops whose operands are not rounded, and whose kernels read f32.
+/// Ops whose operands are not rounded, as losses and softmax want f32, or as their kernels read f32 and would have it
+/// widened into memory first.
 fn needs_f32(op: &Op) -> bool {
-    matches!(op, Op::Softmax | Op::LogSoftmax | Op::CrossEntropy | Op::CrossEntropyGrad)
+    matches!(
+        op,
+        Op::Softmax
+            | Op::LogSoftmax
+            | Op::CrossEntropy
+            | Op::CrossEntropyGrad
+            | Op::MaxPool2d(_)
+            | Op::AveragePool2d(_)
+            | Op::Recurrence(_)
+    )
 }
 
 /// `x` rounded, in the region of `x`.

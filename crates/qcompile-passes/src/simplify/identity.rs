@@ -135,6 +135,8 @@ fn equal(graph: &Graph, id: NodeId, options: &Options) -> Option<Equal> {
         | Op::ScatterAdd { .. }
         | Op::Attention { .. }
         | Op::AttentionGrad { .. }
+        | Op::Recurrence(_)
+        | Op::RecurrenceGrad { .. }
         | Op::Softmax
         | Op::LogSoftmax
         | Op::CrossEntropy

@@ -125,6 +125,8 @@ fn above(op: &Op, operands: usize, permutation: &[usize]) -> Option<(Op, usize)>
         | Op::ScatterAdd { .. }
         | Op::Attention { .. }
         | Op::AttentionGrad { .. }
+        | Op::Recurrence(_)
+        | Op::RecurrenceGrad { .. }
         | Op::Softmax
         | Op::LogSoftmax
         | Op::CrossEntropy
