@@ -1,0 +1,59 @@
+//! Argument block of attention and its gradients.
+
+/// Attention `y = softmax(scale q kᵀ + mask) v`, or its gradients by q, k and v.
+///
+/// q `[batch, rows, heads, width]`, k `[batch, keys, key_heads, width]`, v `[batch, keys, key_heads, value_width]`, mask
+/// `[batch, heads, rows, keys]` and dy `[batch, rows, heads, value_width]` are read through strides of four dims;
+/// results are dense. `heads` is a multiple of `key_heads`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionArgs {
+    /// Queries.
+    pub q: *const u8,
+    /// Keys.
+    pub k: *const u8,
+    /// Values.
+    pub v: *const u8,
+    /// f32, or null for none.
+    pub mask: *const f32,
+    /// The gradient of the attention (gradients only).
+    pub dy: *const u8,
+    /// Result of the attention.
+    pub y: *mut u8,
+    /// Gradient of q, or null if it is not wanted.
+    pub dq: *mut u8,
+    /// Gradient of k, or null if it is not wanted.
+    pub dk: *mut u8,
+    /// Gradient of v, or null if it is not wanted.
+    pub dv: *mut u8,
+    /// Batches.
+    pub batch: usize,
+    /// Queries.
+    pub rows: usize,
+    /// Keys.
+    pub keys: usize,
+    /// Heads of q.
+    pub heads: usize,
+    /// Heads of k and v.
+    pub key_heads: usize,
+    /// Width of q and k.
+    pub width: usize,
+    /// Width of v.
+    pub value_width: usize,
+    /// Strides of q.
+    pub q_strides: [usize; 4],
+    /// Strides of k.
+    pub k_strides: [usize; 4],
+    /// Strides of v.
+    pub v_strides: [usize; 4],
+    /// Strides of the mask.
+    pub mask_strides: [usize; 4],
+    /// Strides of dy.
+    pub dy_strides: [usize; 4],
+    /// The bits of the f32 that scores are multiplied with.
+    pub scale: u64,
+    /// 1 if a row sees only the keys up to its own number, else 0.
+    pub causal: usize,
+    /// 1 if all but the mask is bf16, 0 if it is f32.
+    pub bf16: usize,
+}
