@@ -20,6 +20,7 @@ mod nest;
 mod primitives;
 pub mod program;
 mod schedule;
+mod wide;
 
 pub use frame::Frame;
 pub use program::{CodegenError, Options, Program, asm_text, clif_text, compile};
