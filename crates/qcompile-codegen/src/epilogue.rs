@@ -9,6 +9,7 @@ use crate::emitter::{Emitter, trusted};
 use crate::facts::{Facts, sum_of_deviations};
 use crate::frame::Frame;
 use crate::nest::{Accumulator, Range, Rule, Sweep, Tile};
+use crate::wide::Wide;
 use cranelift_codegen::ir::types::{F32, F32X4, F64, F64X2, I8X16, I64};
 use cranelift_codegen::ir::{ConstantData, InstBuilder, Value};
 use qcompile_ir::{Dim, ReduceOp};
@@ -238,7 +239,12 @@ impl<'n> Partials<'n> {
 }
 
 /// Emits an epilogue: the parameters are those of [`Epilogue`](qcompile_kernels::args::Epilogue) after the frame.
-pub(crate) fn emit(e: &mut Emitter<'_, '_>, nest: &LoopNest, params: &[Value]) {
+pub(crate) fn emit(
+    e: &mut Emitter<'_, '_>,
+    nest: &LoopNest,
+    wide: Option<&Wide>,
+    params: &[Value],
+) {
     let [tile, tile_stride, row, rows, column, columns, part] = *params else {
         unreachable!("the signature has eight parameters")
     };
@@ -256,12 +262,24 @@ pub(crate) fn emit(e: &mut Emitter<'_, '_>, nest: &LoopNest, params: &[Value]) {
     ];
     let partials = vec![None; nest.writes.len()];
     let tile = Some(Tile { base, row_bytes });
-    let sweep = Sweep { nest, facts: &facts, ranges, partials, tile };
-    match Partials::of(nest) {
-        None => sweep.emit(e),
-        Some(partials) => sweep.emit_by_columns(e, &partials.entries, |e, column, sums, shift| {
-            partials.add(e, part, column, rows, sums, shift);
-        }),
+    let sweep = Sweep { nest, facts: &facts, ranges, partials, tile, wide };
+    match (Partials::of(nest), wide) {
+        (None, _) => sweep.emit(e),
+        (Some(partials), Some(wide)) => {
+            let entries: Vec<Value> = (0..partials.entries.len())
+                .map(|at| {
+                    let row = partials.entry(e, part, at);
+                    element(e, row, column)
+                })
+                .collect();
+            let cursors = sweep.cursors(e);
+            wide.call(e, &sweep, 0, &cursors, &entries);
+        }
+        (Some(partials), None) => {
+            sweep.emit_by_columns(e, &partials.entries, |e, column, sums, shift| {
+                partials.add(e, part, column, rows, sums, shift);
+            })
+        }
     }
 }
 

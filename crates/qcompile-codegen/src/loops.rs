@@ -8,6 +8,7 @@ use crate::emitter::Emitter;
 use crate::facts::{Facts, partial_type, written_once};
 use crate::frame::Frame;
 use crate::nest::{Range, Sweep};
+use crate::wide::Wide;
 use cranelift_codegen::ir::condcodes::IntCC;
 use cranelift_codegen::ir::types::I64;
 use cranelift_codegen::ir::{InstBuilder, Value};
@@ -93,6 +94,15 @@ pub(crate) fn scratch(nests: &[LoopNest]) -> Affine {
     })
 }
 
+/// For each write of each nest whether it goes to partial results.
+pub(crate) fn in_partials(nests: &[LoopNest], serial: bool) -> Vec<Vec<bool>> {
+    let mut all: Vec<Vec<bool>> = nests.iter().map(|nest| vec![false; nest.writes.len()]).collect();
+    if let (Some(nest), Some(writes), false) = (nests.last(), all.last_mut(), serial) {
+        partials(nest).iter().for_each(|partial| writes[partial.write] = true);
+    }
+    all
+}
+
 /// Whether the step meets a barrier in its middle.
 pub(crate) fn has_barrier(nests: &[LoopNest], serial: bool) -> bool {
     !serial && nests.last().is_some_and(|nest| !partials(nest).is_empty())
@@ -106,11 +116,12 @@ pub(crate) fn slots(nests: &[LoopNest]) -> impl Iterator<Item = SlotId> {
     })
 }
 
-/// Emits a step of nests.
+/// Emits a step of nests, those with a wide function by calling it.
 pub(crate) fn step(
     e: &mut Emitter<'_, '_>,
     nests: &[LoopNest],
     serial: bool,
+    wide: &[Option<Wide>],
     thread: Value,
     threads: Value,
 ) {
@@ -125,7 +136,7 @@ pub(crate) fn step(
         let first = e.is_zero(thread);
         e.when(first, |e| {
             let (begin, end, size) = whole(e);
-            sweep(e, nests, Range { begin, end, size }, &[]);
+            sweep(e, (nests, wide), Range { begin, end, size }, &[]);
         });
         return;
     }
@@ -136,7 +147,7 @@ pub(crate) fn step(
         } else {
             e.share(end, thread, threads)
         };
-        sweep(e, nests, Range { begin, end, size: None }, &[]);
+        sweep(e, (nests, wide), Range { begin, end, size: None }, &[]);
         return;
     }
     let chunks = Chunks::of(e, last);
@@ -154,7 +165,7 @@ pub(crate) fn step(
         let begin = e.b.ins().imul(chunk, chunks.size);
         let end = e.b.ins().iadd(begin, chunks.size);
         let end = e.min(end, chunks.total);
-        sweep(e, nests, Range { begin, end, size: None }, &places);
+        sweep(e, (nests, wide), Range { begin, end, size: None }, &places);
         Vec::new()
     });
     e.barrier(threads);
@@ -213,7 +224,12 @@ impl Partial {
 }
 
 /// Runs all nests over a range of the split dimension. Reductions without partial results start at their identity.
-fn sweep(e: &mut Emitter<'_, '_>, nests: &[LoopNest], range: Range, partials: &[(usize, Value)]) {
+fn sweep(
+    e: &mut Emitter<'_, '_>,
+    (nests, wide): (&[LoopNest], &[Option<Wide>]),
+    range: Range,
+    partials: &[(usize, Value)],
+) {
     for (position, nest) in nests.iter().enumerate() {
         let facts = Facts::of(nest);
         let last = position + 1 == nests.len();
@@ -236,7 +252,8 @@ fn sweep(e: &mut Emitter<'_, '_>, nests: &[LoopNest], range: Range, partials: &[
                 Range { begin: e.int(0), end: e.dim(size), size: size.as_fixed() }
             });
         }
-        Sweep { nest, facts: &facts, ranges, partials, tile: None }.emit(e);
+        let wide = wide.get(position).and_then(Option::as_ref);
+        Sweep { nest, facts: &facts, ranges, partials, tile: None, wide }.emit(e);
     }
 }
 

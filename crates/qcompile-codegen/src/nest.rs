@@ -3,6 +3,7 @@
 use crate::emitter::Emitter;
 use crate::facts::{Facts, innermost, partial_type, sum_of_deviations, written_once};
 use crate::lanes::int_like;
+use crate::wide::Wide;
 use cranelift_codegen::ir::types::{F32, I64};
 use cranelift_codegen::ir::{InstBuilder, Value};
 use qcompile_ir::{DType, Dim, ReduceOp};
@@ -36,6 +37,8 @@ pub(crate) struct Sweep<'n> {
     /// For each write: where partial results go instead, of [`partial_type`].
     pub partials: Vec<Option<Value>>,
     pub tile: Option<Tile>,
+    /// The function for the two innermost dims, where there is one.
+    pub wide: Option<&'n Wide>,
 }
 
 /// How a value joins what an accumulator holds.
@@ -110,9 +113,9 @@ impl Accumulator {
 
 /// A view with its address at the current indices of the outer loops.
 #[derive(Clone, Copy)]
-struct Cursor {
-    address: Value,
-    dtype: DType,
+pub(crate) struct Cursor {
+    pub address: Value,
+    pub dtype: DType,
 }
 
 impl Sweep<'_> {
@@ -204,7 +207,7 @@ impl Sweep<'_> {
     }
 
     /// All views, at the first element.
-    fn cursors(&self, e: &mut Emitter<'_, '_>) -> Vec<Cursor> {
+    pub(crate) fn cursors(&self, e: &mut Emitter<'_, '_>) -> Vec<Cursor> {
         let mut cursors: Vec<Cursor> = Vec::new();
         for read in &self.nest.reads {
             let address = e.element(read.slot, read.offset, read.dtype.size());
@@ -227,7 +230,7 @@ impl Sweep<'_> {
     }
 
     /// Strides of all cursors along one dim, in bytes; `None` for 0.
-    fn strides(
+    pub(crate) fn strides(
         &self,
         e: &mut Emitter<'_, '_>,
         dim: usize,
@@ -251,6 +254,9 @@ impl Sweep<'_> {
     }
 
     fn level(&self, e: &mut Emitter<'_, '_>, dim: usize, cursors: &[Cursor]) {
+        if let Some(wide) = self.wide.filter(|_| dim + 2 >= self.ranges.len()) {
+            return wide.call(e, self, dim, cursors, &[]);
+        }
         if dim + 1 >= self.ranges.len() {
             self.innermost(e, cursors);
             return;
@@ -538,7 +544,7 @@ impl Carried<'_> {
 }
 
 /// The cursors at an index of a loop.
-fn moved(
+pub(crate) fn moved(
     e: &mut Emitter<'_, '_>,
     index: Value,
     cursors: &[Cursor],

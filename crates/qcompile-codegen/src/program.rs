@@ -2,7 +2,9 @@
 
 use crate::emitter::{Emitter, Target};
 use crate::epilogue::{self, Partials};
+use crate::facts::Facts;
 use crate::frame::Frame;
+use crate::wide::{self, Code, Shape, Wide};
 use crate::{loops, primitives, schedule};
 use cranelift_codegen::Context;
 use cranelift_codegen::ir::types::I64;
@@ -14,7 +16,7 @@ use cranelift_jit::{JITBuilder, JITModule};
 use cranelift_module::{FuncId, Linkage, Module};
 use qcompile_ir::Region;
 use qcompile_kernels::{Kernels, Tier, kernels};
-use qcompile_plan::{Affine, Kernel, Plan, SlotId, Step};
+use qcompile_plan::{Affine, Kernel, LoopNest, Plan, SlotId, Step};
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::sync::Mutex;
@@ -140,6 +142,11 @@ pub fn compile(plan: &Plan, options: &Options) -> Result<Program, CodegenError> 
         std::mem::swap(&mut context.func, function);
         unit.module.define_function(*id, &mut context).map_err(|error| failed(name, &error))?;
     }
+    for (name, id, code) in &unit.wide {
+        unit.module
+            .define_function_bytes(*id, 64, &code.bytes, &[])
+            .map_err(|error| failed(name, &error))?;
+    }
     unit.module.finalize_definitions().map_err(|error| failed("plan", &error))?;
     let address = |id: FuncId| unit.module.get_finalized_function(id);
     // SAFETY: the functions were emitted with exactly these signatures, in the C calling convention.
@@ -190,11 +197,19 @@ pub fn asm_text(plan: &Plan, options: &Options) -> Result<String, CodegenError> 
         let assembly = code.vcode.as_deref().unwrap_or_default();
         let _ = writeln!(text, "; {name}\n{assembly}");
     }
+    for (name, _, code) in &unit.wide {
+        let _ = writeln!(text, "; {name}\n{}", code.text);
+    }
     Ok(text)
 }
 
 fn failed(step: &str, error: &dyn std::fmt::Display) -> CodegenError {
     CodegenError::Step { step: step.to_owned(), reason: error.to_string() }
+}
+
+/// A wide function for the code that calls it.
+fn imported(module: &mut JITModule, e: &mut Emitter<'_, '_>, (id, shape): (FuncId, Shape)) -> Wide {
+    Wide { shape, function: module.declare_func_in_func(id, e.b.func) }
 }
 
 /// All functions of a plan, before compilation.
@@ -212,6 +227,9 @@ struct Unit<'p> {
     target: Target,
     module: JITModule,
     builder: FunctionBuilderContext,
+    tier: Tier,
+    /// Wide functions.
+    wide: Vec<(String, FuncId, Code)>,
 }
 
 fn isa(tier: Tier) -> Result<OwnedTargetIsa, CodegenError> {
@@ -259,7 +277,8 @@ impl<'p> Unit<'p> {
         let names = cranelift_module::default_libcall_names();
         let module = JITModule::new(JITBuilder::with_isa(isa, names));
         let builder = FunctionBuilderContext::new();
-        Ok(Unit { plan, kernels: kernels(options.tier), target, module, builder })
+        let (kernels, tier) = (kernels(options.tier), options.tier);
+        Ok(Unit { plan, kernels, target, module, builder, tier, wide: Vec::new() })
     }
 
     fn signature(&self, words: usize, result: bool) -> Signature {
@@ -302,7 +321,11 @@ impl<'p> Unit<'p> {
             let tail = self.epilogue(index, step, &mut functions)?;
             let name = format!("step{index}");
             let id = self.declare(&name, &step_signature)?;
-            let function = self.step(index, step, tail, step_signature.clone());
+            let wide = match &step.kernel {
+                Kernel::Loops(nests) => self.wide_of_loops(index, step, nests)?,
+                Kernel::Primitive(_) | Kernel::AllReduce { .. } => Vec::new(),
+            };
+            let function = self.step(index, step, tail, wide, step_signature.clone());
             functions.push((format!("{name} {}", step.name), id, function));
             steps.push(id);
         }
@@ -322,6 +345,47 @@ impl<'p> Unit<'p> {
         Ok(Emitted { functions, regions, steps, scratch })
     }
 
+    /// The wide functions of a step's nests.
+    fn wide_of_loops(
+        &mut self,
+        index: usize,
+        step: &Step,
+        nests: &[LoopNest],
+    ) -> Result<Vec<Option<(FuncId, Shape)>>, CodegenError> {
+        let partials = loops::in_partials(nests, step.serial);
+        let all = nests.iter().zip(&partials).enumerate();
+        all.map(|(at, (nest, partial))| {
+            self.wide(&format!("step{index}.wide{at}"), step, nest, partial, false)
+        })
+        .collect()
+    }
+
+    /// The wide function of a nest, if the tier has wide vectors and the nest a form.
+    fn wide(
+        &mut self,
+        name: &str,
+        step: &Step,
+        nest: &LoopNest,
+        partial: &[bool],
+        epilogue: bool,
+    ) -> Result<Option<(FuncId, Shape)>, CodegenError> {
+        let offered = match self.tier {
+            Tier::Portable | Tier::Avx2 => false,
+            Tier::Avx512 | Tier::Avx512Bf16 => self.target.call_conv == CallConv::SystemV,
+        };
+        let facts = Facts::of(nest);
+        let shape = Shape::of(nest, &facts, partial, epilogue).filter(|_| offered);
+        let Some((shape, code)) =
+            shape.and_then(|shape| wide::compile(nest, &facts, &shape).map(|code| (shape, code)))
+        else {
+            return Ok(None);
+        };
+        let signature = self.signature(1, false);
+        let id = self.declare(name, &signature)?;
+        self.wide.push((format!("{name} {}", step.name), id, code));
+        Ok(Some((id, shape)))
+    }
+
     /// The function that finishes blocks of a product.
     fn epilogue(
         &mut self,
@@ -335,8 +399,11 @@ impl<'p> Unit<'p> {
         let signature = self.signature(8, false);
         let id = self.declare(&name, &signature)?;
         let slots = loops::slots(std::slice::from_ref(nest)).collect();
-        let function = self.function(signature, slots, |_, e, params| {
-            epilogue::emit(e, nest, params);
+        let none = vec![false; nest.writes.len()];
+        let wide = self.wide(&format!("{name}.wide"), step, nest, &none, true)?;
+        let function = self.function(signature, slots, |module, e, params| {
+            let wide = wide.map(|wide| imported(module, e, wide));
+            epilogue::emit(e, nest, wide.as_ref(), params);
             None
         });
         functions.push((format!("{name} {}", step.name), id, function));
@@ -349,6 +416,7 @@ impl<'p> Unit<'p> {
         index: usize,
         step: &Step,
         tail: Option<FuncId>,
+        wide: Vec<Option<(FuncId, Shape)>>,
         signature: Signature,
     ) -> Function {
         let kernels = self.kernels;
@@ -368,7 +436,13 @@ impl<'p> Unit<'p> {
         self.function(signature, slots, |module, e, params| {
             let (thread, threads) = (params[0], params[1]);
             match &step.kernel {
-                Kernel::Loops(nests) => loops::step(e, nests, step.serial, thread, threads),
+                Kernel::Loops(nests) => {
+                    let wide: Vec<Option<Wide>> = wide
+                        .into_iter()
+                        .map(|one| one.map(|one| imported(module, e, one)))
+                        .collect();
+                    loops::step(e, nests, step.serial, &wide, thread, threads);
+                }
                 Kernel::Primitive(primitive) => {
                     let entry = primitives::entry(kernels, primitive);
                     let tail = match tail {
