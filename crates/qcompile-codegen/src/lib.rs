@@ -21,11 +21,8 @@ mod primitives;
 pub mod program;
 mod recurrent;
 mod schedule;
-<<<<<<< HEAD
 mod tail;
-=======
 mod wide;
->>>>>>> wide
 
 pub use frame::Frame;
 pub use program::{CodegenError, Options, Program, asm_text, clif_text, compile};
