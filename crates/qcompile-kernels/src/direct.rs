@@ -11,6 +11,10 @@ use crate::window::{Ahead, Window};
 const BATCH_PIXELS: usize = 10 * ROW_GROUP;
 /// Words of K handled at once, about.
 const PART_WORDS: usize = 320;
+/// Rows of narrow results that are finished at once, at most this many columns: so few values that a call for each row
+/// group would cost much of what it does.
+const NARROW_ROWS: usize = 4 * ROW_GROUP;
+const NARROW_COLUMNS: usize = 64;
 /// Most segments handled at once.
 const MOST_SEGMENTS: usize = 64;
 
@@ -19,7 +23,7 @@ const MOST_SEGMENTS: usize = 64;
 enum Target {
     /// Straight in the result.
     Result,
-    /// In a buffer of one row group, finished at once.
+    /// In a buffer of one row group (of several, if the result is narrow), finished at once.
     Group,
     /// In a buffer of one batch of pixels, since sums come in several parts.
     Batch,
@@ -41,6 +45,8 @@ struct Unit<'a> {
     column_scales: *const f32,
     finish: Finish,
     target: Target,
+    /// Rows that are finished at once, where they are held in a buffer of groups or of a batch.
+    finished: usize,
     result: *mut u32,
     stride: usize,
     sink: *mut u32,
@@ -84,9 +90,10 @@ impl<L: Lanes> Task for Compute<L> {
             let columns = stride.min(g.target_channels - column);
             let first_column = group * g.target_channels + column;
             let pixels = part.images * (part.row_end - part.row_begin) * g.columns.target;
+            let finished = if stride <= NARROW_COLUMNS { NARROW_ROWS } else { ROW_GROUP };
             let held = match target {
                 Target::Result => 0,
-                Target::Group => ROW_GROUP,
+                Target::Group => finished,
                 Target::Batch => BATCH_PIXELS,
                 Target::Unit => pixels,
             };
@@ -115,6 +122,7 @@ impl<L: Lanes> Task for Compute<L> {
                     column_scales,
                     finish,
                     target,
+                    finished,
                     result: result.words(),
                     stride,
                     sink: result.words().add(held * stride),
@@ -199,7 +207,7 @@ impl Unit<'_> {
         // SAFETY: granted by the caller.
         unsafe {
             if matches!(self.target, Target::Group | Target::Batch) {
-                let held = if self.target == Target::Group { ROW_GROUP } else { BATCH_PIXELS };
+                let held = if self.target == Target::Group { self.finished } else { BATCH_PIXELS };
                 for (i, to) in batch.outs.iter_mut().enumerate() {
                     *to = out.add(i % held * out_step);
                 }
@@ -299,10 +307,9 @@ impl Unit<'_> {
                     for first in (0..count).step_by(ROW_GROUP) {
                         let ahead = if last { std::slice::from_mut(ahead) } else { &mut [] };
                         block.sweep::<L>(first, &depth, ahead);
-                        if last && matches!(self.target, Target::Group | Target::Batch) {
-                            let live = ROW_GROUP.min(count - first);
-                            let rows = batch.outs[first];
-                            self.finish.rows(rows, self.stride, batch.first + first, live);
+                        let end = (first + ROW_GROUP).min(count);
+                        if last && (end == count || end.is_multiple_of(self.finished)) {
+                            self.finish_until(batch, end);
                         }
                     }
                     resume = true;
@@ -313,15 +320,23 @@ impl Unit<'_> {
                 for &out in &batch.outs[..count] {
                     std::slice::from_raw_parts_mut(out, self.finish.columns).fill(0);
                 }
-                for first in (0..count).step_by(ROW_GROUP) {
-                    if matches!(self.target, Target::Group | Target::Batch) {
-                        let live = ROW_GROUP.min(count - first);
-                        let rows = batch.outs[first];
-                        self.finish.rows(rows, self.stride, batch.first + first, live);
-                    }
+                for end in (self.finished..count).step_by(self.finished).chain([count]) {
+                    self.finish_until(batch, end);
                 }
             }
         }
         batch.count = 0;
+    }
+
+    /// Finishes the last rows of a batch before row `end`, if they are held for it.
+    #[inline(always)]
+    unsafe fn finish_until(&self, batch: &Batch, end: usize) {
+        if matches!(self.target, Target::Group | Target::Batch) {
+            let first = (end - 1) / self.finished * self.finished;
+            // SAFETY: granted by the caller: the rows are in the buffer, one after another.
+            unsafe {
+                self.finish.rows(batch.outs[first], self.stride, batch.first + first, end - first);
+            }
+        }
     }
 }
