@@ -223,17 +223,13 @@ pub(crate) struct Assembler {
     uses: Vec<(usize, usize, usize)>,
     labels: Vec<Option<usize>>,
     jumps: Vec<(usize, Label)>,
-    text: String,
+    /// Each instruction: where it begins and ends, and what it is.
+    lines: Vec<(usize, usize, String)>,
 }
 
 impl Assembler {
     fn line(&mut self, start: usize, text: &str) {
-        let hex: String = self.bytes[start..].iter().fold(String::new(), |mut hex, byte| {
-            // Writing to a string does not fail.
-            let _ = write!(hex, "{byte:02x}");
-            hex
-        });
-        let _ = writeln!(self.text, "  {start:5x}: {hex:26} {text}");
+        self.lines.push((start, self.bytes.len(), text.to_owned()));
     }
 
     /// ModRM, SIB and displacement of an address.
@@ -428,7 +424,7 @@ impl Assembler {
     /// Puts a label here.
     pub(crate) fn place(&mut self, label: Label) {
         self.labels[label.0] = Some(self.bytes.len());
-        let _ = writeln!(self.text, "label{}:", label.0);
+        self.line(self.bytes.len(), &format!("label{}:", label.0));
     }
 
     pub(crate) fn jump(&mut self, when: When, to: Label) {
@@ -464,7 +460,14 @@ impl Assembler {
             let to = self.labels[label.0].unwrap_or(pool);
             self.bytes[at..at + 4].copy_from_slice(&distance(at + 4, to).to_le_bytes());
         }
-        Code { bytes: self.bytes, text: self.text }
+        let text = self.lines.iter().fold(String::new(), |mut text, (start, end, words)| {
+            let hex = |byte: &u8| format!("{byte:02x}");
+            let bytes: String = self.bytes[*start..*end].iter().map(hex).collect();
+            // Writing to a string does not fail.
+            let _ = writeln!(text, "  {start:5x}: {bytes:22} {words}");
+            text
+        });
+        Code { bytes: self.bytes, text }
     }
 }
 
