@@ -262,8 +262,8 @@ c5f877c3 vzeroupper; ret
 #[test]
 fn instructions_have_the_bytes_that_a_disassembler_reads_back() {
     let code = sample();
-    let lines: Vec<String> = code
-        .text
+    let text = code.text();
+    let lines: Vec<String> = text
         .lines()
         .filter(|line| !line.ends_with(':'))
         .map(|line| {
