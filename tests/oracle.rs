@@ -446,6 +446,41 @@ fn products_with_reductions_over_their_rows() {
 }
 
 /// A mean far from zero, in units of the deviation: sums of squares in f32 would leave nothing of the variance.
+/// Every number of columns up to some vectors and a rest, with values that are infinite or no numbers.
+#[test]
+fn strange_values_in_rows_of_any_length() {
+    for columns in [4, 5, 15, 16, 17, 31, 33, 63, 65, 100, 130] {
+        let ty = format!("[N, {columns}]");
+        let mut source = format!(
+            "graph @g {{\n  input %x : f32{ty}\n  input %y : f32{ty}\nforward:\n  \
+             %zero : f32{ty} = sub %x, %x\n  %q : f32{ty} = div %x, %zero\n  \
+             %less : bool{ty} = less %x, %y\n  %any : f32{ty} = select %less, %q, %y\n  \
+             %wide : bf16{ty} = cast %any\n  %whole : i32{ty} = cast %any\n  \
+             %byte : i8{ty} = cast %any\n  %true : bool{ty} = cast %any\n  \
+             %back : f32{ty} = cast %wide\n  %low : f32{ty} = min %any, %x\n  \
+             %high : f32{ty} = max %x, %any\n  \
+             %first : f32[1, {columns}] = reduce_max %any axes=[0]\n  \
+             %second : f32[N, 1] = reduce_max %any axes=[1]\n  \
+             %third : f32[N, 1] = reduce_sum %y axes=[1]\n"
+        );
+        let mut outputs = String::from(
+            "%any, %wide, %whole, %byte, %true, %back, %low, %high, %first, %second, %third",
+        );
+        for op in
+            ["relu", "abs", "neg", "exp", "log", "tanh", "sigmoid", "erf", "sign", "floor", "round"]
+        {
+            source += &format!("  %{op}.any : f32{ty} = {op} %any\n");
+            outputs += &format!(", %{op}.any");
+        }
+        let graph = parse(&format!("{source}  return {outputs}\n}}\n"));
+        for tier in Tier::ALL.into_iter().filter(|tier| tier.is_supported()) {
+            for batch in [1, 3, 40] {
+                compare(&format!("{columns} columns"), &graph, batch, tier);
+            }
+        }
+    }
+}
+
 #[test]
 fn variances_of_values_far_from_zero() {
     let source = "graph @g {

@@ -3,9 +3,13 @@
 use crate::random_graph::{Wanted, random_graph};
 use crate::support::{Random, inputs};
 use qcompile_ir::eval::{EvalOptions, Rounding, Value, Values, eval};
-use qcompile_ir::{Graph, Note, text};
+use qcompile_ir::{Graph, Note, Region, Tensor, text};
+use qcompile_kernels::Tier;
 use qcompile_passes::{quantize, simplify};
 use qcompile_plan::{BuildOptions, Plan, PlanError, build};
+use qcompile_runtime::{Trainer, TrainerOptions};
+use std::collections::BTreeMap;
+use std::sync::Arc;
 
 const ANY: Wanted = Wanted { draws: 40, regions: 4, planned: false, smooth: false };
 const SMOOTH: Wanted = Wanted { draws: 40, regions: 3, planned: false, smooth: true };
@@ -158,4 +162,47 @@ fn every_graph_has_a_plan_or_an_error() {
         }
     }
     assert!(planned > 30, "only {planned} graphs have a plan");
+}
+
+/// What a plan gives on a tier with so many threads; nothing if an index is out of range.
+fn run(plan: &Arc<Plan>, tier: Tier, threads: usize) -> Option<BTreeMap<String, Tensor>> {
+    let inputs = plan.inputs().iter().map(|input| {
+        let (dtype, sizes) = (input.ty.dtype, input.ty.shape.sizes(BATCH));
+        let count: usize = sizes.iter().product();
+        let value = |at: usize| match dtype.is_float() {
+            true => (at * 37 % 101) as f64 / 50.0 - 1.0,
+            false => (at % 2) as f64,
+        };
+        let values: Vec<f64> = (0..count).map(value).collect();
+        (input.name.clone(), Tensor::from_f64(dtype, &sizes, &values).expect("sizes fit"))
+    });
+    let options = TrainerOptions { threads, workers: 1, tier: Some(tier) };
+    let mut trainer = Trainer::new(Arc::clone(plan), &options).expect("compiles");
+    trainer.run(&inputs.collect(), Region::Comm).ok()
+}
+
+#[test]
+fn tiers_agree_and_threads_change_nothing() {
+    let mut ran = 0;
+    for seed in 0..150 {
+        let graph = random_graph(seed, PLANNED);
+        let Ok(plan) = build(graph, &BuildOptions { batch_size: BATCH }) else { continue };
+        let plan = Arc::new(plan);
+        let Some(first) = run(&plan, Tier::Portable, 1) else { continue };
+        ran += 1;
+        for tier in Tier::ALL.into_iter().filter(|tier| tier.is_supported()) {
+            let got = run(&plan, tier, 1).expect("as on another tier");
+            assert_eq!(run(&plan, tier, 3).as_ref(), Some(&got), "{seed}: {tier}, three threads");
+            for (name, wanted) in &first {
+                let wanted = wanted.to_f64();
+                let finite = wanted.iter().filter(|x| x.is_finite());
+                let largest = finite.fold(1e-3_f64, |most, x| most.max(x.abs()));
+                for (x, y) in wanted.iter().zip(got[name].to_f64()) {
+                    let near = *x == y || (x - y).abs() <= 1e-2 * largest;
+                    assert!(near || (x.is_nan() && y.is_nan()), "{seed}: {tier}: {name}: {x}, {y}");
+                }
+            }
+        }
+    }
+    assert!(ran > 50, "only {ran} graphs ran");
 }

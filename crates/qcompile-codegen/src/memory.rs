@@ -55,6 +55,19 @@ impl Emitter<'_, '_> {
         }
     }
 
+    /// Four floats that are `stride` bytes apart, after `4 · part` others.
+    pub(crate) fn pick4(&mut self, address: Value, stride: Option<Value>, part: usize) -> Value {
+        let stride = stride.expect("verified: a read without stride is invariant");
+        let mut vector = self.constant(DType::F32, 0.0, true);
+        for lane in 0..4_u8 {
+            let offset = self.times(stride, 4 * part + usize::from(lane));
+            let at = self.b.ins().iadd(address, offset);
+            let value = self.load(DType::F32, at);
+            vector = self.b.ins().insertlane(vector, value, lane);
+        }
+        vector
+    }
+
     /// Stores one element. `exact` says that bf16 holds it, so that it need not be rounded.
     pub(crate) fn store(&mut self, dtype: DType, value: Value, address: Value, exact: bool) {
         let flags = trusted();

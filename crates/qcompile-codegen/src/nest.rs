@@ -433,7 +433,7 @@ impl Sweep<'_> {
                                 let offset = (4 * part * dtype.size()) as i32;
                                 e.load4(dtype, address, offset)
                             } else {
-                                pick4(e, address, strides[read], part)
+                                e.pick4(address, strides[read], part)
                             }
                         }
                         Scalar::Tile => {
@@ -573,19 +573,6 @@ fn advance(
             None => cursor.address,
         })
         .collect()
-}
-
-/// Four floats that are `stride` bytes apart.
-fn pick4(e: &mut Emitter<'_, '_>, address: Value, stride: Option<Value>, part: usize) -> Value {
-    let stride = stride.expect("verified: a read without stride is invariant");
-    let mut vector = e.constant(DType::F32, 0.0, true);
-    for lane in 0..4_u8 {
-        let offset = e.times(stride, 4 * part + usize::from(lane));
-        let at = e.b.ins().iadd(address, offset);
-        let value = e.load(DType::F32, at);
-        vector = e.b.ins().insertlane(vector, value, lane);
-    }
-    vector
 }
 
 /// All lanes of all vectors combined, in a fixed order.

@@ -198,7 +198,7 @@ pub fn asm_text(plan: &Plan, options: &Options) -> Result<String, CodegenError> 
         let _ = writeln!(text, "; {name}\n{assembly}");
     }
     for (name, _, code) in &unit.wide {
-        let _ = writeln!(text, "; {name}\n{}", code.text);
+        let _ = writeln!(text, "; {name}\n{}", code.text());
     }
     Ok(text)
 }

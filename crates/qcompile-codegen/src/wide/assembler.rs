@@ -205,13 +205,38 @@ pub(crate) enum Word {
     Address,
 }
 
+/// An instruction in words, or what they are made from.
+#[derive(Clone, Debug)]
+enum Line {
+    Vector(Vector),
+    Other(String),
+}
+
 /// Finished code.
 #[derive(Clone, Debug)]
 pub(crate) struct Code {
     /// The bytes, constants included.
     pub bytes: Vec<u8>,
-    /// The instructions in words, one a line.
-    pub text: String,
+    /// Each instruction: where it begins and ends, and what it is.
+    lines: Vec<(usize, usize, Line)>,
+}
+
+impl Code {
+    /// The instructions with their bytes, one a line.
+    pub(crate) fn text(&self) -> String {
+        let mut text = String::new();
+        for (start, end, line) in &self.lines {
+            let bytes: String =
+                self.bytes[*start..*end].iter().map(|byte| format!("{byte:02x}")).collect();
+            let words = match line {
+                Line::Vector(vector) => words(vector),
+                Line::Other(words) => words.clone(),
+            };
+            // Writing to a string does not fail.
+            let _ = writeln!(text, "  {start:5x}: {bytes:22} {words}");
+        }
+        text
+    }
 }
 
 /// Collects instructions.
@@ -223,17 +248,13 @@ pub(crate) struct Assembler {
     uses: Vec<(usize, usize, usize)>,
     labels: Vec<Option<usize>>,
     jumps: Vec<(usize, Label)>,
-    text: String,
+    /// Each instruction: where it begins and ends, and what it is.
+    lines: Vec<(usize, usize, Line)>,
 }
 
 impl Assembler {
     fn line(&mut self, start: usize, text: &str) {
-        let hex: String = self.bytes[start..].iter().fold(String::new(), |mut hex, byte| {
-            // Writing to a string does not fail.
-            let _ = write!(hex, "{byte:02x}");
-            hex
-        });
-        let _ = writeln!(self.text, "  {start:5x}: {hex:26} {text}");
+        self.lines.push((start, self.bytes.len(), Line::Other(text.to_owned())));
     }
 
     /// ModRM, SIB and displacement of an address.
@@ -300,8 +321,7 @@ impl Assembler {
             }
         }
         self.bytes.extend(immediate);
-        let text = words(&instruction);
-        self.line(start, &text);
+        self.lines.push((start, self.bytes.len(), Line::Vector(instruction)));
     }
 
     fn vex(&mut self, [r, b]: [u8; 2], map: u8, wide: bool, third: u8, length: u8, prefix: u8) {
@@ -428,7 +448,7 @@ impl Assembler {
     /// Puts a label here.
     pub(crate) fn place(&mut self, label: Label) {
         self.labels[label.0] = Some(self.bytes.len());
-        let _ = writeln!(self.text, "label{}:", label.0);
+        self.line(self.bytes.len(), &format!("label{}:", label.0));
     }
 
     pub(crate) fn jump(&mut self, when: When, to: Label) {
@@ -448,7 +468,7 @@ impl Assembler {
 
     /// The code with its constants and jumps. All labels are placed.
     pub(crate) fn finish(mut self) -> Code {
-        while self.bytes.len() % 4 != 0 {
+        while !self.bytes.len().is_multiple_of(4) {
             self.bytes.push(0xcc);
         }
         let pool = self.bytes.len();
@@ -464,7 +484,7 @@ impl Assembler {
             let to = self.labels[label.0].unwrap_or(pool);
             self.bytes[at..at + 4].copy_from_slice(&distance(at + 4, to).to_le_bytes());
         }
-        Code { bytes: self.bytes, text: self.text }
+        Code { bytes: self.bytes, lines: self.lines }
     }
 }
 
