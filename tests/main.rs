@@ -7,6 +7,7 @@ mod filetests;
 mod hostile;
 mod models;
 mod oracle;
+mod products;
 mod properties;
 mod random_graph;
 mod refusals;

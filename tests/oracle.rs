@@ -10,14 +10,14 @@ use qcompile_runtime::{Trainer, TrainerOptions};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-type Values = BTreeMap<String, Tensor>;
+pub(crate) type Values = BTreeMap<String, Tensor>;
 
-fn parse(source: &str) -> Graph {
+pub(crate) fn parse(source: &str) -> Graph {
     text::parse(source, &|_| None).unwrap_or_else(|errors| panic!("{errors}\n{source}"))
 }
 
 /// Values for every input: floats of both signs, integers 0, 1, 2, 0, ...
-fn inputs(graph: &Graph, batch: usize) -> Values {
+pub(crate) fn inputs(graph: &Graph, batch: usize) -> Values {
     let value = |id: NodeId| {
         let ty = graph.ty(id);
         let sizes = ty.shape.sizes(batch);
@@ -51,7 +51,7 @@ fn tolerance(dtype: DType) -> f64 {
 }
 
 /// Runs a graph natively on one tier and compares all its outputs with the evaluator's.
-fn compare(name: &str, graph: &Graph, batch: usize, tier: Tier) {
+pub(crate) fn compare(name: &str, graph: &Graph, batch: usize, tier: Tier) {
     let given = inputs(graph, batch);
     let wanted = eval(graph, &given, batch, &EvalOptions::default())
         .unwrap_or_else(|error| panic!("{name}: {error}"));
@@ -92,7 +92,7 @@ fn compare(name: &str, graph: &Graph, batch: usize, tier: Tier) {
 }
 
 /// Compares a graph on all tiers, as it is and with every value as an output, so that nothing is fused away.
-fn check(name: &str, graph: &Graph, batches: &[usize]) {
+pub(crate) fn check(name: &str, graph: &Graph, batches: &[usize]) {
     let mut open = graph.clone();
     let outputs: Vec<_> = graph
         .order()
@@ -311,215 +311,6 @@ fn wide_and_deep_products_with_an_epilogue() {
              %y : f32[N, {out}] = matmul %x, %w\n%z : f32[N, {out}] = relu %y\nreturn %z\n}}\n"
         );
         compare(&format!("matmul to {out}"), &parse(&source), 49 * batch, Tier::detect());
-    }
-}
-
-/// The lines of a product `%y`, and its type without the element: small and large, with every way to cut rows.
-fn products() -> Vec<(&'static str, &'static str, &'static str)> {
-    let conv =
-        |input: &'static str, lines: &'static str, shape: &'static str| (input, lines, shape);
-    vec![
-        (
-            "input %x : f32[N, 40]\n  param %w : f32[40, 70] = uniform seed=2",
-            "%y : f32[N, 70] = matmul %x, %w",
-            "N, 70",
-        ),
-        (
-            "input %x : f32[N, 3, 30, 8]\n  param %w : f32[1, 3, 8, 5] = uniform seed=2",
-            "%v : f32[N, 3, 8, 5] = broadcast %w\n%y : f32[N, 3, 30, 5] = matmul %x, %v",
-            "N, 3, 30, 5",
-        ),
-        (
-            "input %x : i8[N, 40]\n  const %w : i8[40, 33] = splat 3\n  const %s : f32[] = 0.25",
-            "%xf : f32[N, 40] = dequantize %x, %s\n%wf : f32[40, 33] = dequantize %w, %s\n\
-             %y : f32[N, 33] = matmul %xf, %wf",
-            "N, 33",
-        ),
-        (
-            "input %x : bf16[N, 40]\n  param %w : f32[40, 33] = uniform seed=2",
-            "%xf : f32[N, 40] = cast %x\n%wh : bf16[40, 33] = cast %w\n%wf : f32[40, 33] = cast %wh\n\
-             %p : f32[N, 33] = matmul %xf, %wf\n%h : bf16[N, 33] = cast %p\n%y : f32[N, 33] = cast %h",
-            "N, 33",
-        ),
-        conv(
-            "input %x : bf16[N, 9, 9, 12]\n  param %w : f32[10, 6, 3, 3] = uniform seed=2",
-            "%xf : f32[N, 9, 9, 12] = cast %x\n%wh : bf16[10, 6, 3, 3] = cast %w\n\
-             %wf : f32[10, 6, 3, 3] = cast %wh\n\
-             %p : f32[N, 5, 5, 10] = conv2d %xf, %wf input=[9, 9] kernel=[3, 3] strides=[2, 2] \
-             pads=[1, 1, 1, 1] dilations=[1, 1] groups=2\n\
-             %h : bf16[N, 5, 5, 10] = cast %p\n%y : f32[N, 5, 5, 10] = cast %h",
-            "N, 5, 5, 10",
-        ),
-        conv(
-            "input %x : bf16[N, 5, 5, 10]\n  param %w : f32[10, 20, 3, 3] = uniform seed=2",
-            "%xf : f32[N, 5, 5, 10] = cast %x\n%wh : bf16[10, 20, 3, 3] = cast %w\n\
-             %wf : f32[10, 20, 3, 3] = cast %wh\n\
-             %p : f32[N, 9, 9, 20] = conv2d_grad_input %xf, %wf input=[9, 9] kernel=[3, 3] \
-             strides=[2, 2] pads=[1, 1, 1, 1] dilations=[1, 1] groups=1\n\
-             %h : bf16[N, 9, 9, 20] = cast %p\n%y : f32[N, 9, 9, 20] = cast %h",
-            "N, 9, 9, 20",
-        ),
-        conv(
-            "input %x : f32[N, 19, 18, 3]\n  param %w : f32[24, 3, 3, 3] = uniform seed=2",
-            "%y : f32[N, 19, 18, 24] = conv2d %x, %w input=[19, 18] kernel=[3, 3] strides=[1, 1] \
-             pads=[1, 1, 1, 1] dilations=[1, 1] groups=1",
-            "N, 19, 18, 24",
-        ),
-        conv(
-            "input %x : f32[N, 9, 9, 12]\n  param %w : f32[10, 6, 3, 3] = uniform seed=2",
-            "%y : f32[N, 5, 5, 10] = conv2d %x, %w input=[9, 9] kernel=[3, 3] strides=[2, 2] \
-             pads=[1, 1, 1, 1] dilations=[1, 1] groups=2",
-            "N, 5, 5, 10",
-        ),
-        conv(
-            "input %x : f32[N, 9, 11, 37]\n  param %w : f32[37, 1, 3, 3] = uniform seed=2",
-            "%y : f32[N, 9, 11, 37] = conv2d %x, %w input=[9, 11] kernel=[3, 3] strides=[1, 1] \
-             pads=[1, 1, 1, 1] dilations=[1, 1] groups=37",
-            "N, 9, 11, 37",
-        ),
-        conv(
-            "input %x : f32[N, 5, 5, 10]\n  param %w : f32[10, 20, 3, 3] = uniform seed=2",
-            "%y : f32[N, 9, 9, 20] = conv2d_grad_input %x, %w input=[9, 9] kernel=[3, 3] \
-             strides=[2, 2] pads=[1, 1, 1, 1] dilations=[1, 1] groups=1",
-            "N, 9, 9, 20",
-        ),
-        conv(
-            "input %x : f32[N, 4, 4, 300]\n  param %w : f32[300, 280, 1, 1] = uniform seed=2",
-            "%y : f32[N, 7, 7, 280] = conv2d_grad_input %x, %w input=[7, 7] kernel=[1, 1] \
-             strides=[2, 2] pads=[0, 0, 0, 0] dilations=[1, 1] groups=1",
-            "N, 7, 7, 280",
-        ),
-        conv(
-            "input %x : f32[N, 5, 5, 18]\n  param %w : f32[18, 1, 3, 3] = uniform seed=2",
-            "%y : f32[N, 10, 9, 18] = conv2d_grad_input %x, %w input=[10, 9] kernel=[3, 3] \
-             strides=[2, 2] pads=[1, 1, 1, 1] dilations=[1, 1] groups=18",
-            "N, 10, 9, 18",
-        ),
-        conv(
-            "input %x : i8[N, 7, 7, 20]\n  const %w : i8[9, 20, 3, 3] = splat 2\n  const %s : f32[] = 0.25",
-            "%xf : f32[N, 7, 7, 20] = dequantize %x, %s\n%wf : f32[9, 20, 3, 3] = dequantize %w, %s\n\
-             %y : f32[N, 7, 7, 9] = conv2d %xf, %wf input=[7, 7] kernel=[3, 3] strides=[1, 1] \
-             pads=[1, 1, 1, 1] dilations=[1, 1] groups=1",
-            "N, 7, 7, 9",
-        ),
-    ]
-}
-
-#[test]
-fn products_with_reductions_over_their_rows() {
-    for (leaves, lines, shape) in products() {
-        let dims: Vec<&str> = shape.split(", ").collect();
-        let (last, lead) = dims.split_last().expect("a product has columns");
-        let (rank, factor) = (
-            dims.len(),
-            lead[1..].iter().map(|d| d.parse::<usize>().expect("a number")).product::<usize>(),
-        );
-        let all: Vec<String> = (0..rank).map(|axis| axis.to_string()).collect();
-        let (rows, every) = (all[..rank - 1].join(", "), all.join(", "));
-        let (column, one) =
-            (format!("{}{last}", "1, ".repeat(rank - 1)), vec!["1"; rank].join(", "));
-        let rows_number = if factor == 1 { "N".to_owned() } else { format!("{factor}N") };
-        let source = format!(
-            "graph @g {{\n  {leaves}\n  input %o : f32[{shape}]\n  const %b : f32[{last}] = uniform seed=5\nforward:\n{lines}\n\
-             %wide : f32[{shape}] = broadcast %b\n%z : f32[{shape}] = add %y, %wide\n\
-             %zo : f32[{shape}] = mul %z, %o\n%abs : f32[{shape}] = abs %z\n\
-             %sum : f32[{column}] = reduce_sum %z axes=[{rows}]\n\
-             %dot : f32[{column}] = reduce_sum %zo axes=[{rows}]\n\
-             %top : f32[{column}] = reduce_max %z axes=[{rows}]\n\
-             %total : f32[{one}] = reduce_sum %zo axes=[{every}]\n\
-             %largest : f32[{one}] = reduce_max %abs axes=[{every}]\n\
-             %n : f32[] = size {rows_number}\n%counts : f32[{column}] = broadcast %n\n\
-             %columns : f32[{column}] = reduce_sum %y axes=[{rows}]\n\
-             %mean : f32[{column}] = div %columns, %counts\n\
-             %means : f32[{shape}] = broadcast %mean\n%d : f32[{shape}] = sub %y, %means\n\
-             %dd : f32[{shape}] = mul %d, %d\n\
-             %variance : f32[{column}] = reduce_sum %dd axes=[{rows}]\n\
-             return %sum, %dot, %top, %total, %largest, %variance, %z\n}}\n"
-        );
-        let graph = parse(&source);
-        let plan = build(graph.clone(), &BuildOptions::default()).expect("has a plan");
-        let large = plan.steps().iter().filter(|step| !step.serial).count();
-        let copies = usize::from(lines.contains("broadcast"));
-        assert_eq!(large, 1 + copies, "one kernel makes it all\n{plan}");
-        check(lines, &graph, &[1, 2, 9, 70]);
-    }
-}
-
-/// A mean far from zero, in units of the deviation: sums of squares in f32 would leave nothing of the variance.
-/// Every number of columns up to some vectors and a rest, with values that are infinite or no numbers.
-#[test]
-fn strange_values_in_rows_of_any_length() {
-    for columns in [4, 5, 15, 16, 17, 31, 33, 63, 65, 100, 130] {
-        let ty = format!("[N, {columns}]");
-        let mut source = format!(
-            "graph @g {{\n  input %x : f32{ty}\n  input %y : f32{ty}\nforward:\n  \
-             %zero : f32{ty} = sub %x, %x\n  %q : f32{ty} = div %x, %zero\n  \
-             %less : bool{ty} = less %x, %y\n  %any : f32{ty} = select %less, %q, %y\n  \
-             %wide : bf16{ty} = cast %any\n  %whole : i32{ty} = cast %any\n  \
-             %byte : i8{ty} = cast %any\n  %true : bool{ty} = cast %any\n  \
-             %back : f32{ty} = cast %wide\n  %low : f32{ty} = min %any, %x\n  \
-             %high : f32{ty} = max %x, %any\n  \
-             %first : f32[1, {columns}] = reduce_max %any axes=[0]\n  \
-             %second : f32[N, 1] = reduce_max %any axes=[1]\n  \
-             %third : f32[N, 1] = reduce_sum %y axes=[1]\n"
-        );
-        let mut outputs = String::from(
-            "%any, %wide, %whole, %byte, %true, %back, %low, %high, %first, %second, %third",
-        );
-        for op in
-            ["relu", "abs", "neg", "exp", "log", "tanh", "sigmoid", "erf", "sign", "floor", "round"]
-        {
-            source += &format!("  %{op}.any : f32{ty} = {op} %any\n");
-            outputs += &format!(", %{op}.any");
-        }
-        let graph = parse(&format!("{source}  return {outputs}\n}}\n"));
-        for tier in Tier::ALL.into_iter().filter(|tier| tier.is_supported()) {
-            for batch in [1, 3, 40] {
-                compare(&format!("{columns} columns"), &graph, batch, tier);
-            }
-        }
-    }
-}
-
-#[test]
-fn variances_of_values_far_from_zero() {
-    let source = "graph @g {
-  input %x : f32[N, 4, 4, 8]
-  param %w : f32[16, 8, 1, 1] = uniform seed=2
-  const %far : f32[8] = splat 3000
-forward:
-  %wide : f32[N, 4, 4, 8] = broadcast %far
-  %shifted : f32[N, 4, 4, 8] = add %x, %wide
-  %y : f32[N, 4, 4, 16] = conv2d %shifted, %w input=[4, 4] kernel=[1, 1] strides=[1, 1] pads=[0, 0, 0, 0] dilations=[1, 1] groups=1
-  %n : f32[] = size 16N
-  %counts : f32[1, 1, 1, 16] = broadcast %n
-  %columns : f32[1, 1, 1, 16] = reduce_sum %y axes=[0, 1, 2]
-  %mean : f32[1, 1, 1, 16] = div %columns, %counts
-  %means : f32[N, 4, 4, 16] = broadcast %mean
-  %d : f32[N, 4, 4, 16] = sub %y, %means
-  %dd : f32[N, 4, 4, 16] = mul %d, %d
-  %variance : f32[1, 1, 1, 16] = reduce_sum %dd axes=[0, 1, 2]
-  return %variance, %y
-}
-";
-    let graph = parse(source);
-    for batch in [1, 64] {
-        let plan = Arc::new(build(graph.clone(), &BuildOptions::default()).expect("has a plan"));
-        for tier in Tier::ALL.into_iter().filter(|tier| tier.is_supported()) {
-            let options = TrainerOptions { threads: 1, workers: 1, tier: Some(tier) };
-            let mut trainer = Trainer::new(Arc::clone(&plan), &options).expect("compiles");
-            let got = trainer.run(&inputs(&graph, batch), Region::Comm).expect("runs");
-            let (y, variance) = (got["y"].to_f64(), got["variance"].to_f64());
-            for (channel, &variance) in variance.iter().enumerate() {
-                let values: Vec<f64> = y.iter().skip(channel).step_by(16).copied().collect();
-                let mean = values.iter().sum::<f64>() / values.len() as f64;
-                let exact: f64 = values.iter().map(|v| (v - mean).powi(2)).sum();
-                assert!(
-                    (variance - exact).abs() <= 1e-5 * exact,
-                    "{tier}: {variance} is not {exact}"
-                );
-            }
-        }
     }
 }
 
