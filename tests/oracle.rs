@@ -267,6 +267,44 @@ forward:
 }
 
 #[test]
+fn rounding_to_bf16_is_to_nearest_even() {
+    let mut random = support::Random::new(46);
+    let mut values = vec![0.0, -0.0, f32::MAX, f32::MIN, f32::MIN_POSITIVE, 1e-45, f32::INFINITY];
+    values.extend([
+        f32::NEG_INFINITY,
+        f32::NAN,
+        f32::from_bits(0x7f80_0001),
+        f32::from_bits(u32::MAX),
+    ]);
+    for i in 0..1000 {
+        // Every third is a tie, every fifth below the normal range.
+        let bits = random.bits() as u32;
+        let bits = if i % 3 == 0 { bits & 0xffff_0000 | 0x8000 } else { bits };
+        values.push(f32::from_bits(if i % 5 == 0 { bits & 0x807f_ffff } else { bits }));
+    }
+    let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    let x = Tensor::from_bytes(DType::F32, vec![values.len()], bytes).expect("fits");
+    let source = "graph @g {\n  input %x : f32[N]\nforward:\n  %r : f32[N] = relu %x\n  %n : f32[N] = neg %x\n\
+                  %a : bf16[N] = cast %x\n  %b : bf16[N] = cast %r\n  %c : bf16[N] = cast %n\n  return %a, %b, %c\n}\n";
+    let plan = Arc::new(build(parse(source), &BuildOptions::default()).expect("has a plan"));
+    for tier in Tier::ALL.into_iter().filter(|tier| tier.is_supported()) {
+        let options = TrainerOptions { threads: 2, workers: 1, tier: Some(tier) };
+        let mut trainer = Trainer::new(Arc::clone(&plan), &options).expect("compiles");
+        let given = Values::from([("x".to_owned(), x.clone())]);
+        let got = trainer.run(&given, Region::Comm).expect("runs");
+        for (index, &value) in values.iter().enumerate() {
+            let relu = if value < 0.0 { 0.0 } else { value };
+            for (name, exact) in [("a", value), ("b", relu), ("c", -value)] {
+                let rounded = Tensor::scalar(DType::BF16, f64::from(exact)).get_f64(0);
+                let got = got[name].get_f64(index);
+                let same = got == rounded || (got.is_nan() && rounded.is_nan());
+                assert!(same, "{tier}: {name} of {value:e} is {got:e}, not {rounded:e}");
+            }
+        }
+    }
+}
+
+#[test]
 fn every_model_forward() {
     for model in [
         "digits_mlp",

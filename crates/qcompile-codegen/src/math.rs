@@ -47,6 +47,33 @@ pub(crate) extern "C" fn pow_int(x: i64, y: i64) -> i64 {
     }
 }
 
+/// Coefficients of the polynomials, highest power first; the wide loops take the same.
+pub(crate) mod coefficients {
+    /// Of `(e^r - 1 - r) / r²` for `│r│ <= ln 2 / 2`.
+    pub(crate) const EXP: [f32; 6] =
+        [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5];
+    /// Of the odd powers of `(log(1 + f) - 2s) / s` in `s²`, with `s = f / (2 + f)`.
+    pub(crate) const LOG_ODD: [f32; 2] = [0.242_790_79, 0.400_009_7];
+    /// Of the even powers of the same.
+    pub(crate) const LOG_EVEN: [f32; 2] = [0.284_987_87, 0.666_666_6];
+    /// Of `(tanh x - x) / x³` in `x²` for `│x│ < 0.625`.
+    pub(crate) const TANH: [f32; 5] =
+        [-5.704_988_7e-3, 2.063_909e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328e-1];
+    /// Of the numerator of `erf x / x` in `x²` for `│x│ <= 4`.
+    pub(crate) const ERF_ABOVE: [f32; 7] = [
+        -2.726_142_3e-10,
+        2.770_681_4e-8,
+        -2.101_024e-6,
+        -5.692_506_4e-5,
+        -7.349_906_3e-4,
+        -2.954_6e-3,
+        -1.609_603_3e-2,
+    ];
+    /// Of its denominator.
+    pub(crate) const ERF_BELOW: [f32; 5] =
+        [-1.456_607_2e-5, -2.133_740_6e-4, -1.682_827e-3, -7.373_329_2e-3, -1.426_474e-2];
+}
+
 impl Emitter<'_, '_> {
     /// A libm function, element by element.
     pub(crate) fn libm1(&mut self, function: Libm1, x: Value) -> Value {
@@ -116,10 +143,7 @@ impl Emitter<'_, '_> {
         let (high, low) = (self.f(x, -0.693_359_4), self.f(x, 2.121_944_4e-4));
         let r = self.mul_add(whole, high, x);
         let r = self.mul_add(whole, low, r);
-        let p = self.polynomial(
-            r,
-            &[1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5],
-        );
+        let p = self.polynomial(r, &coefficients::EXP);
         let square = self.mul(r, r);
         let p = self.mul_add(p, square, r);
         let one = self.f(x, 1.0);
@@ -158,9 +182,9 @@ impl Emitter<'_, '_> {
         let s = self.div(f, below);
         let z = self.mul(s, s);
         let w = self.mul(z, z);
-        let t1 = self.polynomial(w, &[0.242_790_79, 0.400_009_7]);
+        let t1 = self.polynomial(w, &coefficients::LOG_ODD);
         let t1 = self.mul(t1, w);
-        let t2 = self.polynomial(w, &[0.284_987_87, 0.666_666_6]);
+        let t2 = self.polynomial(w, &coefficients::LOG_EVEN);
         let r = self.mul_add(t2, z, t1);
         let half = self.f(x, 0.5);
         let square = self.mul(f, f);
@@ -199,10 +223,7 @@ impl Emitter<'_, '_> {
     pub(crate) fn tanh(&mut self, x: Value) -> Value {
         let magnitude = self.b.ins().fabs(x);
         let square = self.mul(x, x);
-        let p = self.polynomial(
-            square,
-            &[-5.704_988_7e-3, 2.063_909e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328e-1],
-        );
+        let p = self.polynomial(square, &coefficients::TANH);
         let p = self.mul(p, square);
         let near = self.mul_add(p, x, x);
         let double = self.add(magnitude, magnitude);
@@ -224,23 +245,9 @@ impl Emitter<'_, '_> {
         let x = self.larger(x, low);
         let x = self.smaller(x, high);
         let square = self.mul(x, x);
-        let p = self.polynomial(
-            square,
-            &[
-                -2.726_142_3e-10,
-                2.770_681_4e-8,
-                -2.101_024e-6,
-                -5.692_506_4e-5,
-                -7.349_906_3e-4,
-                -2.954_6e-3,
-                -1.609_603_3e-2,
-            ],
-        );
+        let p = self.polynomial(square, &coefficients::ERF_ABOVE);
         let p = self.mul(p, x);
-        let q = self.polynomial(
-            square,
-            &[-1.456_607_2e-5, -2.133_740_6e-4, -1.682_827e-3, -7.373_329_2e-3, -1.426_474e-2],
-        );
+        let q = self.polynomial(square, &coefficients::ERF_BELOW);
         self.div(p, q)
     }
 

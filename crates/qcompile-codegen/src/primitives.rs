@@ -10,10 +10,9 @@ use cranelift_codegen::ir::types::I64;
 use cranelift_codegen::ir::{InstBuilder, StackSlot, StackSlotData, StackSlotKind, Value};
 use qcompile_ir::{ConvGeometry, Dim, PoolGeometry};
 use qcompile_kernels::args::{
-    AveragePoolArgs, AveragePoolGradArgs, Conv2dArgs, Conv2dBf16Args, Conv2dGradInputArgs,
-    Conv2dGradInputBf16Args, Conv2dGradInputI8Args, Conv2dGradWeightArgs, Conv2dGradWeightBf16Args,
-    Conv2dI8Args, ConvShape, CrossEntropyArgs, CrossEntropyGradArgs, GatherArgs, MatmulArgs,
-    MatmulBf16Args, MatmulI8Args, MaxPoolArgs, MaxPoolGradArgs, PoolShape, ScatterAddArgs,
+    AveragePoolArgs, AveragePoolGradArgs, Conv2dArgs, Conv2dGradInputArgs, Conv2dGradInputI8Args,
+    Conv2dGradWeightArgs, Conv2dI8Args, ConvShape, CrossEntropyArgs, CrossEntropyGradArgs,
+    GatherArgs, MatmulArgs, MatmulI8Args, MaxPoolArgs, MaxPoolGradArgs, PoolShape, ScatterAddArgs,
     SoftmaxArgs,
 };
 use qcompile_kernels::{KernelId, Kernels, Primitive as Entry};
@@ -272,12 +271,7 @@ fn matmul(e: &mut Emitter<'_, '_>, matmul: &Matmul, tail: Tail) -> Block {
         );
         return block;
     }
-    if matmul.operands == Operands::Bf16 {
-        let mut block = Block::new::<MatmulBf16Args>(e);
-        block.scratch = offset_of!(MatmulBf16Args, scratch);
-        common!(block, MatmulBf16Args);
-        return block;
-    }
+    // bf16 takes the same block.
     let mut block = Block::new::<MatmulArgs>(e);
     block.scratch = offset_of!(MatmulArgs, scratch);
     common!(block, MatmulArgs);
@@ -338,72 +332,39 @@ fn convolution(e: &mut Emitter<'_, '_>, convolution: &Convolution, tail: Tail) -
             block
         }};
     }
-    match (product, operands) {
-        (Product::Forward, Operands::F32) => block!(Conv2dArgs {
+    macro_rules! with_tail {
+        ($args:ident { $($fields:tt)* }) => {
+            block!($args {
+                epilogue: tail.function,
+                epilogue_ctx: tail.context,
+                streams: tail.streams,
+                stream_count: tail.count,
+                $($fields)*
+            })
+        };
+    }
+    // bf16 takes the blocks of f32.
+    match (product, operands.scales()) {
+        (Product::Forward, None) => with_tail!(Conv2dArgs { x: a, w: b, y: c }),
+        (Product::Forward, Some(int8)) => with_tail!(Conv2dI8Args {
             x: a,
             w: b,
             y: c,
-            epilogue: tail.function,
-            epilogue_ctx: tail.context,
-            streams: tail.streams,
-            stream_count: tail.count,
-        }),
-        (Product::Forward, Operands::Bf16) => block!(Conv2dBf16Args {
-            x: a,
-            w: b,
-            y: c,
-            epilogue: tail.function,
-            epilogue_ctx: tail.context,
-            streams: tail.streams,
-            stream_count: tail.count,
-        }),
-        (Product::Forward, Operands::Int8(int8)) => block!(Conv2dI8Args {
-            x: a,
-            w: b,
-            y: c,
-            epilogue: tail.function,
-            epilogue_ctx: tail.context,
-            streams: tail.streams,
-            stream_count: tail.count,
             x_scale: e.place(int8.scale_a, 4),
             x_scale_stride: e.int(0),
             w_scale: e.place(int8.scale_b, 4),
             w_scale_stride: e.int(usize::from(int8.per_channel)),
         }),
-        (Product::GradInput, Operands::F32) => block!(Conv2dGradInputArgs {
+        (Product::GradInput, None) => with_tail!(Conv2dGradInputArgs { dy: a, w: b, dx: c }),
+        (Product::GradInput, Some(int8)) => with_tail!(Conv2dGradInputI8Args {
             dy: a,
             w: b,
             dx: c,
-            epilogue: tail.function,
-            epilogue_ctx: tail.context,
-            streams: tail.streams,
-            stream_count: tail.count,
-        }),
-        (Product::GradInput, Operands::Bf16) => block!(Conv2dGradInputBf16Args {
-            dy: a,
-            w: b,
-            dx: c,
-            epilogue: tail.function,
-            epilogue_ctx: tail.context,
-            streams: tail.streams,
-            stream_count: tail.count,
-        }),
-        (Product::GradInput, Operands::Int8(int8)) => block!(Conv2dGradInputI8Args {
-            dy: a,
-            w: b,
-            dx: c,
-            epilogue: tail.function,
-            epilogue_ctx: tail.context,
-            streams: tail.streams,
-            stream_count: tail.count,
             dy_scale: e.place(int8.scale_a, 4),
             dy_scale_stride: e.int(0),
             w_scale: e.place(int8.scale_b, 4),
             w_scale_stride: e.int(usize::from(int8.per_channel)),
         }),
-        (Product::GradWeight, Operands::Bf16) => {
-            block!(Conv2dGradWeightBf16Args { x: a, dy: b, dw: c })
-        }
         (Product::GradWeight, _) => block!(Conv2dGradWeightArgs { x: a, dy: b, dw: c }),
     }
 }

@@ -24,7 +24,6 @@ mod grad_weight;
 mod lanes;
 mod matmul;
 mod max_pool;
-mod narrow;
 mod pack;
 pub mod pool;
 mod portable;
@@ -38,7 +37,6 @@ mod tile;
 mod window;
 
 use lanes::Simd;
-pub use narrow::Narrow;
 pub use tier::{Tier, UnknownTier};
 
 /// One hand-scheduled kernel.
@@ -164,8 +162,6 @@ pub struct Kernels {
     pub tier: Tier,
     /// The kernels.
     pub primitives: [Primitive; KernelId::COUNT],
-    /// Stores f32 as bf16, for epilogues.
-    pub narrow: Narrow,
 }
 
 impl Kernels {
@@ -207,7 +203,6 @@ const fn table<S: Simd>(tier: Tier) -> Kernels {
             recurrence::primitive::<S>(),
             recurrence::grad_primitive::<S>(),
         ],
-        narrow: narrow::narrow::<S>,
     }
 }
 

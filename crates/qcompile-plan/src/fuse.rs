@@ -127,6 +127,11 @@ pub(crate) fn fuse(graph: &Graph, order: &[NodeId], views: Vec<View>) -> Result<
         deviations,
         recomputed,
     };
+    // Those of each product; what nobody uses is left out.
+    let mut of_product: BTreeMap<NodeId, Vec<[NodeId; 2]>> = BTreeMap::new();
+    for (&id, &value) in fusion.deviations.iter().filter(|(id, _)| live[id.index()]) {
+        of_product.entry(deviations::product(graph, value)).or_default().push([value, id]);
+    }
     let mut by_domain: BTreeMap<(Region, Vec<Dim>), Vec<usize>> = BTreeMap::new();
     for (position, &id) in order.iter().enumerate() {
         let placed = fusion.group_of[id.index()].is_some() || fusion.recomputed[id.index()];
@@ -134,7 +139,9 @@ pub(crate) fn fuse(graph: &Graph, order: &[NodeId], views: Vec<View>) -> Result<
             continue;
         }
         fusion.place(graph, id, position, &mut by_domain);
-        fusion.place_deviations(graph, id, &live);
+        if let Some(deviations) = of_product.get(&id) {
+            fusion.place_deviations(id, deviations);
+        }
         if fusion.groups.len() > MAX_GROUPS {
             return Err(PlanError::TooLarge { limit: MAX_GROUPS });
         }
@@ -247,17 +254,14 @@ impl Fusion {
         }
     }
 
-    /// Adds the squared deviations that a product's kernel computes, while nothing else has joined it.
-    fn place_deviations(&mut self, graph: &Graph, product: NodeId, live: &[bool]) {
+    /// Adds the squared deviations that a product's kernel computes, each after the value that it is of, while nothing
+    /// else has joined the product.
+    fn place_deviations(&mut self, product: NodeId, deviations: &[[NodeId; 2]]) {
         let Some(group) = self.group_of[product.index()] else { return };
-        let of_product =
-            self.deviations.iter().filter(|(_, of)| deviations::product(graph, **of) == product);
-        for (&id, &of) in of_product.filter(|(id, _)| live[id.index()]) {
-            for member in [of, id] {
-                if self.group_of[member.index()].is_none() {
-                    self.groups[group].members.push(member);
-                    self.group_of[member.index()] = Some(group);
-                }
+        for &member in deviations.iter().flatten() {
+            if self.group_of[member.index()].is_none() {
+                self.groups[group].members.push(member);
+                self.group_of[member.index()] = Some(group);
             }
         }
     }

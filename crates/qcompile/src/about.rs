@@ -42,6 +42,12 @@ pub struct Operations {
 }
 
 impl Operations {
+    /// Whether a product runs in int8.
+    #[must_use]
+    pub fn has_int8(&self) -> bool {
+        [&self.forward, &self.grad_input, &self.grad_weight].into_iter().any(|word| word == "int8")
+    }
+
     /// Whether a product runs in less than f32.
     #[must_use]
     pub fn is_low(&self) -> bool {

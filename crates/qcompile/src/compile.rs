@@ -12,7 +12,7 @@ use crate::timings::Timings;
 use crate::train::digest;
 use crate::wants::Wants;
 use qcompile_passes::quantize::{self, LayerCost, PrecisionChoice};
-use qcompile_passes::sensitivity::Scores;
+use qcompile_passes::sensitivity::{Metric, Scores};
 use qcompile_plan::{BuildOptions, Plan, build};
 use qcompile_runtime::TrainerOptions;
 use std::path::Path;
@@ -33,6 +33,9 @@ pub struct Compiled {
     pub decisions: Vec<LayerDecision>,
     /// The scores that the decisions rest on.
     pub scores: Option<Scores>,
+    /// The relative increase of the loss that is to be expected: the sum of the leave-one-out scores of the int8 layers,
+    /// or what bf16 throughout was measured to do. None where neither was measured.
+    pub predicted: Option<f64>,
     /// Measured steps of this plan and of the f32 plan, where they were asked for.
     pub measured: Option<Steps>,
     /// What should be told: assumptions, and where the plan is worse than hoped.
@@ -49,7 +52,7 @@ pub struct Steps {
 }
 
 impl Compiled {
-    /// Whether a layer runs in int8.
+    /// Whether a layer runs in less than f32.
     #[must_use]
     pub fn is_mixed(&self) -> bool {
         self.about.decisions.iter().any(|decision| decision.precision.is_low())
@@ -98,19 +101,23 @@ pub(crate) fn finish(
     show: Show,
     each: Each<'_>,
 ) -> Result<Compiled> {
+    options.check()?;
     let mut street = Street::new(options, show, each);
     street.run(&mut draft, Pass::Sensitivity)?;
     let high = (!draft.is_after(Pass::Quantize)).then(|| draft.clone());
     street.run(&mut draft, Pass::LAST)?;
     let mut compiled = Compiled::of(draft, options)?;
     let mut low = Vec::new();
+    let mut notes = Vec::new();
     if let Some(high) = high {
-        low.extend(bf16_plan(&high, options)?);
+        low.extend(bf16_plan(&high, options, &mut notes)?);
         if compiled.is_mixed() && (options.precision.is_measured() || options.measure) {
             low.push(std::mem::replace(&mut compiled, f32_plan(high, options)?));
         }
     }
-    beside_f32(compiled, low, options)
+    let mut compiled = beside_f32(compiled, low, options)?;
+    compiled.warnings.extend(notes);
+    Ok(compiled)
 }
 
 impl Compiled {
@@ -133,11 +140,24 @@ impl Compiled {
             plan: Arc::new(plan),
             warnings: draft.about.warnings.clone(),
             about: draft.about,
+            predicted: predicted(&draft.decisions, draft.scores.as_ref()),
             decisions: draft.decisions,
             scores: draft.scores,
             measured: None,
         })
     }
+}
+
+/// The sum of the leave-one-out scores of the int8 layers; they say nothing of bf16.
+fn predicted(decisions: &[LayerDecision], scores: Option<&Scores>) -> Option<f64> {
+    scores.filter(|scores| scores.metric == Metric::LeaveOneOut)?;
+    let other = |decision: &&LayerDecision| !decision.precision.has_int8();
+    let low: Vec<_> = decisions.iter().filter(|decision| decision.precision.is_low()).collect();
+    if low.iter().any(other) {
+        return None;
+    }
+    let scores = low.iter().filter_map(|decision| decision.score);
+    Some(scores.fold(0.0, |sum, score| sum + f64::from(score.max(0.0))))
 }
 
 /// The plan in f32 throughout.
@@ -146,8 +166,8 @@ fn f32_plan(draft: Draft, options: &Options) -> Result<Compiled> {
     plan_in(PrecisionChoice::F32, draft, options, ["f32 was asked for", reason])
 }
 
-/// The plan in bf16 throughout, where that is a choice and the loss allows it.
-fn bf16_plan(high: &Draft, options: &Options) -> Result<Option<Compiled>> {
+/// The plan in bf16 throughout, where that is a choice and the loss allows it; else a note says so.
+fn bf16_plan(high: &Draft, options: &Options, notes: &mut Vec<String>) -> Result<Option<Compiled>> {
     let free = matches!(options.precision, PrecisionChoice::Auto | PrecisionChoice::F32OrBf16)
         && options.threshold.is_none()
         && options.channel_threshold.is_none();
@@ -156,10 +176,16 @@ fn bf16_plan(high: &Draft, options: &Options) -> Result<Option<Compiled>> {
     }
     let increase = bf16_increase(high, options)?;
     if !increase.is_finite() || increase > f64::from(options.max_loss_increase) {
+        notes.push(format!(
+            "bf16 was not tried: it increases the loss by {:.2} %, and --max-loss-increase allows {:.2} %",
+            100.0 * increase,
+            100.0 * options.max_loss_increase
+        ));
         return Ok(None);
     }
-    let reason = "bf16 makes the whole step fastest";
-    plan_in(PrecisionChoice::Bf16, high.clone(), options, ["bf16 was asked for", reason]).map(Some)
+    let reasons = ["bf16 was asked for", "bf16 makes the whole step fastest"];
+    let compiled = plan_in(PrecisionChoice::Bf16, high.clone(), options, reasons)?;
+    Ok(Some(Compiled { predicted: Some(increase), ..compiled }))
 }
 
 /// The plan in one precision, where another reason stands in the place of the one that it was asked for.
@@ -169,7 +195,7 @@ fn plan_in(
     options: &Options,
     [asked, reason]: [&str; 2],
 ) -> Result<Compiled> {
-    let fixed = Options { precision, ..options.clone() };
+    let fixed = Options { precision, threshold: None, channel_threshold: None, ..options.clone() };
     Street::new(&fixed, Show::Nothing, &mut |_, _, _| Ok(())).run(&mut draft, Pass::LAST)?;
     draft.about.options = options.said();
     for decision in draft.decisions.iter_mut().chain(&mut draft.about.decisions) {
@@ -207,7 +233,7 @@ fn beside_f32(mut plain: Compiled, mut low: Vec<Compiled>, options: &Options) ->
         timings.save();
         if best >= 0.0 && best.is_finite() {
             plain.warnings.push(format!(
-                "layers measure faster in lower precision, but the whole step {best:.1} % slower: f32 is taken"
+                "the fastest plan of lower precision measures {best:.1} % slower than the f32 plan: f32 is taken"
             ));
             chosen = None;
         }

@@ -1,6 +1,7 @@
 //! What a compile is asked for, with the defaults filled in.
 
 use crate::cli::{BatchNormMode, CompileArgs, ImportArgs, Machine};
+use crate::error::{Error, Result};
 use qcompile_kernels::Tier;
 use qcompile_passes::attach_loss::LossKind;
 use qcompile_passes::quantize::{Operations, PrecisionChoice};
@@ -41,11 +42,11 @@ pub struct Options {
     pub threshold: Option<f32>,
     /// Channels with a score above this stay f32.
     pub channel_threshold: Option<f32>,
-    /// Sum of predicted relative loss increases that int8 may cost.
+    /// Predicted relative increase of the loss that lower precision may cost.
     pub max_loss_increase: f32,
     /// Patterns of layers that stay f32.
     pub keep_f32: Vec<String>,
-    /// Operations of a layer that may be int8.
+    /// Operations of a layer that may be of lower precision.
     pub operations: Operations,
     /// Scores to be read instead of measured.
     pub scores: Option<PathBuf>,
@@ -135,6 +136,23 @@ impl Options {
     #[must_use]
     pub fn with_data(self, data: Option<String>) -> Options {
         Options { data, ..self }
+    }
+
+    /// Whether the options go together.
+    ///
+    /// # Errors
+    /// A usage error that names those that do not.
+    pub fn check(&self) -> Result<()> {
+        let thresholds =
+            [("--threshold", self.threshold), ("--channel-threshold", self.channel_threshold)];
+        let given = thresholds.into_iter().find(|(_, value)| value.is_some());
+        match given {
+            Some((flag, _)) if !self.precision.has_int8() => Err(Error::usage(format!(
+                "{flag} decides what becomes int8, and --precision {} leaves int8 out",
+                self.precision.name()
+            ))),
+            _ => Ok(()),
+        }
     }
 
     /// What a plan says of the options that made it what it is, by the names of their flags.

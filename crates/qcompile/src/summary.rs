@@ -102,9 +102,6 @@ pub(crate) fn text(compiled: &Compiled, verbose: bool) -> String {
     let mut line = |name: &str, text: String| out.push_str(&format!(" {name:<13} {text}\n"));
     line("loss", format!("{}, optimizer {}", compiled.about.loss, compiled.about.optimizer));
     if let Some(scores) = &compiled.scores {
-        let low = compiled.decisions.iter().filter(|decision| decision.precision.is_low());
-        let scores_of_low = low.filter_map(|decision| decision.score);
-        let sum = scores_of_low.fold(0.0, |sum, score| sum + score.max(0.0));
         line(
             "sensitivity",
             format!(
@@ -114,9 +111,9 @@ pub(crate) fn text(compiled: &Compiled, verbose: bool) -> String {
                 scores.baseline_loss
             ),
         );
-        if scores.metric == qcompile_passes::sensitivity::Metric::LeaveOneOut {
-            line("predicted", format!("+{:.3} % of the loss", 100.0 * sum));
-        }
+    }
+    if let Some(predicted) = compiled.predicted {
+        line("predicted", format!("{:+.3} % of the loss", 100.0 * predicted));
     }
     match &compiled.measured {
         Some(steps) => {
@@ -151,7 +148,7 @@ pub(crate) fn text(compiled: &Compiled, verbose: bool) -> String {
 pub(crate) fn document(compiled: &Compiled, model: &Path, plan: Option<&Path>) -> Value {
     let median = |measured: &crate::timing::Measured| measured.step_ms.median;
     let steps = compiled.measured.as_ref();
-    // Without int8 the plan is the f32 plan.
+    // Without lower precision the plan is the f32 plan.
     let same = steps.filter(|_| !compiled.is_mixed()).map(|steps| &steps.chosen);
     let f32 = steps.and_then(|steps| steps.f32.as_ref()).or(same);
     let bytes = match &compiled.measured {

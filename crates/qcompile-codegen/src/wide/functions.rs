@@ -2,6 +2,7 @@
 
 use super::assembler as asm;
 use super::straight::{Is, IsInt, Straight, Value, float};
+use crate::math::coefficients;
 
 impl Straight {
     /// `e^x`.
@@ -12,10 +13,7 @@ impl Straight {
         let whole = self.one(asm::ROUND, scaled, Some(8));
         let r = self.mul_add(whole, float(-0.693_359_4), x);
         let r = self.mul_add(whole, float(2.121_944_4e-4), r);
-        let p = self.polynomial(
-            r,
-            &[1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5],
-        );
+        let p = self.polynomial(r, &coefficients::EXP);
         let square = self.mul(r, r);
         let p = self.mul_add(p, square, r);
         let p = self.add(p, float(1.0));
@@ -41,9 +39,9 @@ impl Straight {
         let s = self.div(f, below);
         let z = self.mul(s, s);
         let w = self.mul(z, z);
-        let t1 = self.polynomial(w, &[0.242_790_79, 0.400_009_7]);
+        let t1 = self.polynomial(w, &coefficients::LOG_ODD);
         let t1 = self.mul(t1, w);
-        let t2 = self.polynomial(w, &[0.284_987_87, 0.666_666_6]);
+        let t2 = self.polynomial(w, &coefficients::LOG_EVEN);
         let r = self.mul_add(t2, z, t1);
         let square = self.mul(f, f);
         let half_square = self.mul(square, float(0.5));
@@ -77,10 +75,7 @@ impl Straight {
         let x = Value::Name(self.name(x));
         let magnitude = self.and(x, 0x7fff_ffff);
         let square = self.mul(x, x);
-        let p = self.polynomial(
-            square,
-            &[-5.704_988_7e-3, 2.063_909e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328e-1],
-        );
+        let p = self.polynomial(square, &coefficients::TANH);
         let p = self.mul(p, square);
         let near = self.mul_add(p, x, x);
         let double = self.add(magnitude, magnitude);
@@ -98,23 +93,9 @@ impl Straight {
         let x = self.larger(x, float(-4.0));
         let x = self.smaller(x, float(4.0));
         let square = self.mul(x, x);
-        let p = self.polynomial(
-            square,
-            &[
-                -2.726_142_3e-10,
-                2.770_681_4e-8,
-                -2.101_024e-6,
-                -5.692_506_4e-5,
-                -7.349_906_3e-4,
-                -2.954_6e-3,
-                -1.609_603_3e-2,
-            ],
-        );
+        let p = self.polynomial(square, &coefficients::ERF_ABOVE);
         let p = self.mul(p, x);
-        let q = self.polynomial(
-            square,
-            &[-1.456_607_2e-5, -2.133_740_6e-4, -1.682_827e-3, -7.373_329_2e-3, -1.426_474e-2],
-        );
+        let q = self.polynomial(square, &coefficients::ERF_BELOW);
         self.div(p, q)
     }
 

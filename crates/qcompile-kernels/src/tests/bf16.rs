@@ -155,53 +155,6 @@ fn nan_stays_in_its_row_and_column() {
     }
 }
 
-/// The nearest of the bf16 values around, by distances in f64; of two as near, the even one.
-fn nearest(value: f32) -> u16 {
-    let below = (value.to_bits() >> 16) as u16;
-    let distance = |bits: u16| {
-        // What overflows is as far away as the next power of two.
-        let real = if bits & 0x7fff == 0x7f80 { 2.0_f64.powi(128) } else { f64::from(bits.real()) };
-        (real.abs() - f64::from(value.abs())).abs()
-    };
-    let (near, far) = (distance(below), distance(below + 1));
-    if near < far || (near == far && below.is_multiple_of(2)) { below } else { below + 1 }
-}
-
-#[test]
-fn narrowing_rounds_to_nearest_even() {
-    let mut random = Random(46);
-    let (rows, columns, stride) = (7, 53, 60);
-    let mut values: Vec<f32> = (0..rows * stride)
-        .map(|i| {
-            // Every third is a tie, every fifth subnormal.
-            let bits = random.next() ^ random.next() << 16;
-            let bits = if i % 3 == 0 { bits & 0xffff_0000 | 0x8000 } else { bits };
-            f32::from_bits(if i % 5 == 0 { bits & 0x807f_ffff } else { bits })
-        })
-        .map(|value| if value.is_finite() { value } else { 1.0 })
-        .collect();
-    values[..6].copy_from_slice(&[0.0, -0.0, f32::MAX, f32::MIN, f32::MIN_POSITIVE, 1e-45]);
-    for table in tables() {
-        let mut to = vec![7_u16; rows * (columns + 1)];
-        // SAFETY: both blocks are as large as stated.
-        let narrow = |values: &[f32], to: &mut [u16]| unsafe {
-            let (from, to) = (values.as_ptr(), to.as_mut_ptr());
-            (table.narrow)(from, stride, rows, columns, to, columns + 1);
-        };
-        narrow(&values, &mut to);
-        for (row, from) in to.chunks(columns + 1).zip(values.chunks(stride)) {
-            let expected: Vec<u16> = from[..columns].iter().map(|&v| nearest(v)).collect();
-            assert_eq!(row[..columns], expected);
-            assert_eq!(row[columns], 7, "wrote beyond a row");
-        }
-        let special = [0x7f80_0000, 0xff80_0000, 0x7f80_0001, 0xffff_ffff_u32].map(f32::from_bits);
-        let special: Vec<f32> = special.iter().copied().cycle().take(rows * stride).collect();
-        narrow(&special, &mut to);
-        assert_eq!(to[..2], [0x7f80, 0xff80]);
-        assert!(to[2].real().is_nan() && to[3].real().is_nan());
-    }
-}
-
 #[test]
 fn bf16_forward_and_grad_input() {
     let mut random = Random(44);

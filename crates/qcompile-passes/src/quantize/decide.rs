@@ -85,7 +85,8 @@ impl FromStr for PrecisionChoice {
 pub struct Operations {
     /// The forward product.
     pub forward: bool,
-    /// The product that gives the gradient of the layer's input; the gradient of its weight stays f32.
+    /// The product that gives the gradient of the layer's input; in bf16 also that of its weight, which beside int8 stays
+    /// f32.
     pub backward: bool,
     /// The mean of gradients over ranks: not available.
     pub mean: bool,

@@ -106,13 +106,13 @@ pub struct PrecisionArgs {
     /// Output channels with a score above this stay f32.
     #[arg(long, value_name = "X", value_parser = finite, help_heading = "Precision")]
     pub channel_threshold: Option<f32>,
-    /// Sum of predicted relative loss increases that int8 may cost [default: 0.01].
+    /// Predicted relative increase of the loss that lower precision may cost [default: 0.01].
     #[arg(long, value_name = "X", value_parser = finite, help_heading = "Precision")]
     pub max_loss_increase: Option<f32>,
     /// Keep layers as they are: f32=PATTERN.
     #[arg(long, value_name = "f32=PATTERN", value_parser = keep, help_heading = "Precision")]
     pub keep: Vec<String>,
-    /// Operations of a layer that may be int8: forward, backward [default: forward,backward].
+    /// Operations of a layer that may be of lower precision: forward, backward [default: forward,backward].
     #[arg(long, value_name = "LIST", value_parser = operations, help_heading = "Precision")]
     pub quantize_ops: Option<Operations>,
     /// Scores that `qcompile sensitivity` wrote, instead of measuring.

@@ -15,7 +15,7 @@ use crate::train::{
 };
 use crate::wants::Wants;
 use qcompile_plan::{BuildOptions, Plan, build};
-use qcompile_runtime::{Trainer, checkpoint};
+use qcompile_runtime::{Trainer, Values, checkpoint};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -55,6 +55,7 @@ pub(super) fn run(command: &TrainCommand) -> Result<()> {
     let mut trainer = Trainer::new(Arc::clone(&plan), &options)?;
     let resumed = place.resume(&mut trainer, &settings)?;
     place.begin(&plan_bytes)?;
+    drop(plan_bytes);
     let mut run = Run::new(trainer, binding, &wants, &settings, resumed)
         .map_err(|e| in_data(e, &command.data))?;
     run.progress.settings = settings;
@@ -76,7 +77,7 @@ pub(super) fn run(command: &TrainCommand) -> Result<()> {
         last = Some(log);
     }
     if last.is_some() || first == 0 {
-        place.finish(&plan, &run, &about)?;
+        place.finish(&plan, run, &about)?;
     }
     if let Some(path) = place.answer() {
         say_verb(show, "Finished", &format!("{} (qcompile eval takes it)", path.display()));
@@ -246,9 +247,15 @@ impl Place {
 
     /// Writes the trained plan: the plan with the parameters and running statistics that training came to. The
     /// optimizer's state is not in it: training that plan begins anew.
-    fn finish(&self, plan: &Plan, run: &Run<'_>, about: &About) -> Result<()> {
+    fn finish(&self, plan: &Plan, run: Run<'_>, about: &About) -> Result<()> {
         let Some(path) = &self.trained else { return Ok(()) };
-        write_atomically(path, &trained(plan, &run.trainer, about)?.to_bytes())
+        let params = plan.params().iter().map(|param| &param.name);
+        let kept = params.chain(&about.states);
+        let value = |name: &String| Some((name.clone(), run.trainer.get(name)?));
+        let values: Values = kept.filter_map(value).collect();
+        // The step's memory is not held beside the copies that the file takes.
+        drop(run);
+        write_atomically(path, &trained(plan, &values)?.to_bytes())
     }
 
     fn answer(&self) -> Option<&Path> {
@@ -256,13 +263,11 @@ impl Place {
     }
 }
 
-fn trained(plan: &Plan, trainer: &Trainer, about: &About) -> Result<Plan> {
-    let mut values = trainer.parameters();
-    let states = trainer.states().into_iter();
-    values.extend(states.filter(|(name, _)| about.states.contains(name)));
+/// The plan with these values of parameters and states.
+fn trained(plan: &Plan, values: &Values) -> Result<Plan> {
     let options = BuildOptions { batch_size: plan.batch_size() };
     let rebuilt = |old: &Plan| -> Result<Plan> {
-        let graph = with_values(old.graph(), &values)?;
+        let graph = with_values(old.graph(), values)?;
         Ok(build(graph, &options)?.with_meta(old.meta().clone()))
     };
     let evaluation = plan.evaluation().map(rebuilt).transpose()?;
