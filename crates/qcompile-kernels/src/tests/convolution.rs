@@ -1,9 +1,11 @@
 use super::check::{ALONE, Collector, Guarded, Random, assert_close, run, scratch, tables};
+use super::matrix::exact;
 use crate::KernelId;
 use crate::args::{
     Conv2dArgs, Conv2dGradInputArgs, Conv2dGradInputI8Args, Conv2dGradWeightArgs, Conv2dI8Args,
     ConvShape,
 };
+use crate::lanes::Element;
 use std::ptr::{from_mut, null, null_mut};
 
 /// `[batch, height, width, cin, cout, kh, kw, sh, sw, top, left, bottom, right, dh, dw, groups]`
@@ -155,21 +157,25 @@ macro_rules! check_kernel {
         }
     };
 }
-pub(super) use check_kernel;
 
-#[test]
-fn f32_forward_and_grad_input() {
+/// Both products of operands of one float type.
+fn check_forward_and_grad_input<E: Element>(
+    [forward, grad_input]: [KernelId; 2],
+    numbers: impl Fn(&mut Random, usize) -> Vec<E>,
+) {
     let mut random = Random(3);
     for shape in shapes() {
         let (nx, nw, ny) = sizes(&shape);
-        let (x, w, dy) = (random.reals(nx), random.reals(nw), random.reals(ny));
+        let (x, w, dy) =
+            (numbers(&mut random, nx), numbers(&mut random, nw), numbers(&mut random, ny));
         let (mut y, mut dx) = (vec![0.0_f64; ny], vec![0.0_f64; nx]);
+        let (x_exact, w_exact, dy_exact) = (exact(&x), exact(&w), exact(&dy));
         products(&shape, |i, j, k| {
-            y[k] += f64::from(x[i]) * f64::from(w[j]);
-            dx[i] += f64::from(dy[k]) * f64::from(w[j]);
+            y[k] += x_exact[i] * w_exact[j];
+            dx[i] += dy_exact[k] * w_exact[j];
         });
         check_kernel!(
-            KernelId::Conv2d,
+            forward,
             ny,
             shape.out_channels,
             |result: &[f32], what: &str| assert_close(result, &y, 1e-5, what),
@@ -187,7 +193,7 @@ fn f32_forward_and_grad_input() {
             }
         );
         check_kernel!(
-            KernelId::Conv2dGradInput,
+            grad_input,
             nx,
             shape.in_channels,
             |result: &[f32], what: &str| assert_close(result, &dx, 1e-5, what),
@@ -205,6 +211,17 @@ fn f32_forward_and_grad_input() {
             }
         );
     }
+}
+
+#[test]
+fn f32_forward_and_grad_input() {
+    check_forward_and_grad_input([KernelId::Conv2d, KernelId::Conv2dGradInput], Random::reals);
+}
+
+#[test]
+fn bf16_forward_and_grad_input() {
+    let kernels = [KernelId::Conv2dBf16, KernelId::Conv2dGradInputBf16];
+    check_forward_and_grad_input(kernels, Random::halves);
 }
 
 #[test]

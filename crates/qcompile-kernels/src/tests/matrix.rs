@@ -1,6 +1,7 @@
 use super::check::{ALONE, Collector, Guarded, Random, assert_close, run, scratch, tables};
 use crate::KernelId;
 use crate::args::{MatmulArgs, MatmulI8Args};
+use crate::lanes::Element;
 use std::ptr::{from_mut, null, null_mut};
 
 /// `[batch, rows, columns]` strides of a dense or transposed operand.
@@ -14,13 +15,13 @@ pub(super) fn strides(
     if transposed { [batch, 1, rows] } else { [batch, columns, 1] }
 }
 
-pub(super) struct Case {
-    pub(super) shape: [usize; 4],
-    pub(super) transposed: (bool, bool),
-    pub(super) broadcast: (bool, bool),
+struct Case {
+    shape: [usize; 4],
+    transposed: (bool, bool),
+    broadcast: (bool, bool),
 }
 
-pub(super) fn cases() -> Vec<Case> {
+fn cases() -> Vec<Case> {
     let mut random = Random(7);
     let mut shapes = vec![
         [1, 1, 1, 1],
@@ -59,79 +60,108 @@ pub(super) fn cases() -> Vec<Case> {
     cases
 }
 
-#[test]
-fn f32_product() {
+/// The values in f64.
+pub(super) fn exact<E: Element>(values: &[E]) -> Vec<f64> {
+    values.iter().map(|&v| f64::from(v.real())).collect()
+}
+
+/// A block of arguments without a destination.
+pub(super) fn matmul_args<E>(
+    a: &[E],
+    b: &[E],
+    [batch, m, n, k]: [usize; 4],
+    sa: [usize; 3],
+    sb: [usize; 3],
+    c_row_stride: usize,
+) -> MatmulArgs<E> {
+    MatmulArgs {
+        a: a.as_ptr(),
+        b: b.as_ptr(),
+        c: null_mut(),
+        batch,
+        m,
+        n,
+        k,
+        a_batch_stride: sa[0],
+        a_row_stride: sa[1],
+        a_col_stride: sa[2],
+        b_batch_stride: sb[0],
+        b_row_stride: sb[1],
+        b_col_stride: sb[2],
+        c_batch_stride: m * c_row_stride,
+        c_row_stride,
+        epilogue: None,
+        epilogue_ctx: null(),
+        streams: null(),
+        stream_count: 0,
+        scratch: null_mut(),
+    }
+}
+
+/// The product in f64.
+pub(super) fn product<E: Element>(a: &[E], b: &[E], args: &MatmulArgs<E>) -> Vec<f64> {
+    let (a, b) = (exact(a), exact(b));
+    let mut expected = Vec::new();
+    for x in 0..args.batch {
+        for (i, j) in (0..args.m).flat_map(|i| (0..args.n).map(move |j| (i, j))) {
+            let (a_first, b_first) = (
+                x * args.a_batch_stride + i * args.a_row_stride,
+                x * args.b_batch_stride + j * args.b_col_stride,
+            );
+            let term = |l| a[a_first + l * args.a_col_stride] * b[b_first + l * args.b_row_stride];
+            expected.push((0..args.k).map(term).sum::<f64>());
+        }
+    }
+    expected
+}
+
+/// All forms of a product whose operands are of one float type.
+fn check_product<E: Element>(id: KernelId, numbers: impl Fn(&mut Random, usize) -> Vec<E>) {
     let mut random = Random(1);
     for case in cases() {
         let [batch, m, n, k] = case.shape;
-        let a = random.reals(batch * m * k);
-        let b = random.reals(batch * k * n);
+        let (a, b) = (numbers(&mut random, batch * m * k), numbers(&mut random, batch * k * n));
         let sa = strides(m, k, case.transposed.0, case.broadcast.0);
         let sb = strides(k, n, case.transposed.1, case.broadcast.1);
-        let mut expected = Vec::new();
-        for x in 0..batch {
-            for i in 0..m {
-                for j in 0..n {
-                    let term = |l| {
-                        let a = a[x * sa[0] + i * sa[1] + l * sa[2]];
-                        f64::from(a) * f64::from(b[x * sb[0] + l * sb[1] + j * sb[2]])
-                    };
-                    expected.push((0..k).map(term).sum::<f64>());
-                }
-            }
-        }
+        // One column of the result is beyond the matrix and must stay as it is.
+        let mut args = matmul_args(&a, &b, case.shape, sa, sb, n + 1);
+        let expected = product(&a, &b, &args);
         for table in tables() {
             let what = format!("{:?} {:?} on {}", case.shape, case.transposed, table.tier);
-            // One column of the result is beyond the matrix and must stay as it is.
-            let mut c = Guarded::new(batch * m * (n + 1));
-            let mut args = MatmulArgs {
-                a: a.as_ptr(),
-                b: b.as_ptr(),
-                c: c.as_mut_ptr(),
-                batch,
-                m,
-                n,
-                k,
-                a_batch_stride: sa[0],
-                a_row_stride: sa[1],
-                a_col_stride: sa[2],
-                b_batch_stride: sb[0],
-                b_row_stride: sb[1],
-                b_col_stride: sb[2],
-                c_batch_stride: m * (n + 1),
-                c_row_stride: n + 1,
-                epilogue: None,
-                epilogue_ctx: null(),
-                streams: null(),
-                stream_count: 0,
-                scratch: null_mut(),
-            };
-            let mut space = scratch(table, KernelId::Matmul, &args);
+            let mut space = scratch(table, id, &args);
             args.scratch = space.as_mut_ptr().cast();
-            let dense = |c: &Guarded| -> Vec<f32> {
+            args.epilogue = None;
+            let results = [1, 5, ALONE].map(|pieces| {
+                let mut c = Guarded::new(batch * m * (n + 1));
+                args.c = c.as_mut_ptr();
+                run(table, id, &args, pieces);
                 let rows = c.checked(&what);
                 let untouched = rows.chunks(n + 1).all(|row| row[n] == Guarded::CANARY);
                 assert!(untouched, "{what}: wrote beyond a row");
-                rows.chunks(n + 1).flat_map(|row| row[..n].to_vec()).collect()
-            };
-            run(table, KernelId::Matmul, &args, 1);
-            let dense_once = dense(&c);
-            assert_close(&dense_once, &expected, 1e-5, &what);
-            for pieces in [5, ALONE] {
-                let mut again = Guarded::new(batch * m * (n + 1));
-                args.c = again.as_mut_ptr();
-                run(table, KernelId::Matmul, &args, pieces);
-                assert_eq!(dense_once, dense(&again), "{what}: split");
-            }
+                rows.chunks(n + 1).flat_map(|row| row[..n].to_vec()).collect::<Vec<f32>>()
+            });
+            assert_close(&results[0], &expected, 1e-5, &what);
+            assert_eq!(results[0], results[1], "{what}: split");
+            assert_eq!(results[0], results[2], "{what}: split");
             let mut collector = Collector::new(batch * m, n);
             args.epilogue = Some(Collector::collect);
-            args.c = null_mut();
             args.epilogue_ctx = from_mut(&mut collector).cast();
-            run(table, KernelId::Matmul, &args, 3);
-            collector.checked(table, KernelId::Matmul, &args, &what);
-            assert_eq!(collector.values, dense_once, "{what}: epilogue");
+            args.c = null_mut();
+            run(table, id, &args, 3);
+            collector.checked(table, id, &args, &what);
+            assert_eq!(collector.values, results[0], "{what}: epilogue");
         }
     }
+}
+
+#[test]
+fn f32_product() {
+    check_product(KernelId::Matmul, Random::reals);
+}
+
+#[test]
+fn bf16_product() {
+    check_product(KernelId::MatmulBf16, Random::halves);
 }
 
 #[test]
