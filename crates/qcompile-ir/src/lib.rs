@@ -31,7 +31,7 @@ pub use infer::{TypeError, infer};
 pub use name::Name;
 pub use note::{Note, Precision};
 pub use op::{
-    AttentionOperand, BinaryOp, CollectiveOp, CompareOp, ConvGeometry, Op, PoolGeometry, ReduceOp,
+    AttentionOperand, BinaryOp, CollectiveOp, CompareOp, ConvGeometry, Op, PoolGeometry, ReduceOp, ScatterOp,
     UnaryOp,
 };
 pub use recurrence::{Activation, ActivationOp, Cell, Recurrence, RecurrenceOperands};
