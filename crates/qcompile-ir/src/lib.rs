@@ -31,8 +31,8 @@ pub use infer::{TypeError, infer};
 pub use name::Name;
 pub use note::{Note, Precision};
 pub use op::{
-    AttentionOperand, BinaryOp, CollectiveOp, CompareOp, ConvGeometry, Op, PoolGeometry, ReduceOp, ScatterOp,
-    UnaryOp,
+    AttentionOperand, BinaryOp, CollectiveOp, CompareOp, ConvGeometry, Op, PoolGeometry, ReduceOp,
+    ScatterOp, UnaryOp,
 };
 pub use recurrence::{Activation, ActivationOp, Cell, Recurrence, RecurrenceOperands};
 pub use tensor::Tensor;

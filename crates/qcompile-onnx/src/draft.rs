@@ -6,7 +6,7 @@ use crate::error::{Obstacle, Problem};
 use crate::fold::fold;
 use crate::known::{Element, Known};
 use qcompile_ir::{
-    DType, Dim, Graph, GraphError, NodeId, Op, Region, Shape, Tensor, TensorType, infer,
+    BinaryOp, DType, Dim, Graph, GraphError, NodeId, Op, Region, Shape, Tensor, TensorType, infer,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
@@ -41,6 +41,8 @@ pub(crate) struct Draft {
     base: Rc<str>,
     origin: Option<Rc<str>>,
     folded: usize,
+    /// The number of the step, if anything random depends on it.
+    step: Option<ValueId>,
     next: BTreeMap<ValueId, ValueId>,
     /// The leaves that became states.
     states: BTreeSet<ValueId>,
@@ -55,6 +57,7 @@ impl Draft {
             base: "".into(),
             origin: None,
             folded: 0,
+            step: None,
             next: BTreeMap::new(),
             states: BTreeSet::new(),
             warnings: Vec::new(),
@@ -203,6 +206,21 @@ impl Draft {
         let state = self.emit(Op::State(tensor), &[])?;
         self.set_name(state, &name);
         Ok(state)
+    }
+
+    /// The number of the step, i64: a state that counts.
+    pub(crate) fn step(&mut self) -> Result<ValueId, Obstacle> {
+        if let Some(step) = self.step {
+            return Ok(step);
+        }
+        let zero = Tensor::scalar(DType::I64, 0.0);
+        let step = self.emit(Op::State(Arc::new(zero)), &[])?;
+        self.set_name(step, "step");
+        let one = self.integer(1_i64);
+        let next = self.emit_in(Region::Update, Op::Binary(BinaryOp::Add), &[step, one])?;
+        self.set_next(step, next);
+        self.step = Some(step);
+        Ok(step)
     }
 
     /// The value of a weight as a constant; any other value as it is.

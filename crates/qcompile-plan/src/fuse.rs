@@ -160,7 +160,7 @@ impl Fusion {
     /// A constant of one value, or a size: read as an immediate.
     pub(crate) fn is_immediate(graph: &Graph, id: NodeId) -> bool {
         match graph.op(id) {
-            Op::Size(_) => true,
+            Op::Size(_) | Op::Training => true,
             Op::Const(tensor) => tensor.splat().is_some(),
             _ => false,
         }
@@ -485,6 +485,7 @@ pub(crate) fn has_epilogue(op: &Op) -> bool {
 pub(crate) fn kind_of(op: &Op) -> Kind {
     match op {
         Op::Size(_)
+        | Op::Training
         | Op::Unary(_)
         | Op::Cast(_)
         | Op::Binary(_)
@@ -503,7 +504,10 @@ pub(crate) fn kind_of(op: &Op) -> Kind {
         | Op::AveragePool2d(_)
         | Op::AveragePool2dGrad(_)
         | Op::Gather
-        | Op::ScatterAdd { .. }
+        | Op::Scatter { .. }
+        | Op::TopK { .. }
+        | Op::Iota(_)
+        | Op::Random { .. }
         | Op::Attention { .. }
         | Op::AttentionGrad { .. }
         | Op::Recurrence(_)

@@ -213,12 +213,11 @@ impl<'a> Evaluator<'a> {
             let mut value = if node.op.is_leaf() {
                 self.leaf(node, shape, &self.ranks[rank])?
             } else {
-                let data =
-                    compute(node, &shape, &values, self.range(rank), self.options.rounding)
-                        .map_err(|reason| EvalError::Node {
-                            name: node.name.as_str().to_owned(),
-                            reason,
-                        })?;
+                let data = compute(node, &shape, &values, self.range(rank), self.options.rounding)
+                    .map_err(|reason| EvalError::Node {
+                        name: node.name.as_str().to_owned(),
+                        reason,
+                    })?;
                 Value { shape, data }
             };
             value.data.round(node.ty.dtype, self.options.rounding);

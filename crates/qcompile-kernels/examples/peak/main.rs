@@ -550,7 +550,7 @@ fn rows(bench: &Bench) {
         error: null_mut(),
     };
     report("gather", count * width, KernelId::Gather, &args);
-    let args = ScatterAddArgs {
+    let args = ScatterArgs {
         values: picked.as_ptr(),
         indices: indices.as_ptr(),
         out: sums.as_mut_ptr(),
@@ -559,7 +559,7 @@ fn rows(bench: &Bench) {
         count,
         error: null_mut(),
     };
-    report("scatter", count * width, KernelId::ScatterAdd, &args);
+    report("scatter", count * width, KernelId::Scatter, &args);
 }
 
 /// An argument block that can be timed.
