@@ -31,15 +31,18 @@ pub(crate) fn declared_element_type(value: &ValueInfoProto) -> i32 {
     }
 }
 
-fn read(value: &ValueInfoProto) -> Result<Input<'_>, Obstacle> {
+fn read<'a>(value: &'a ValueInfoProto, given: Option<&Vec<usize>>) -> Result<Input<'a>, Obstacle> {
     let Some(type_proto::Value::TensorType(ty)) =
         value.type_.as_ref().and_then(|ty| ty.value.as_ref())
     else {
         return Err(Obstacle::unsupported("not a tensor"));
     };
     tensor::dtype(ty.elem_type)?;
-    let shape =
-        ty.shape.as_ref().ok_or_else(|| Obstacle::unsupported("a shape that is not declared"))?;
+    let Some(shape) = ty.shape.as_ref() else {
+        let given = given.ok_or_else(|| Obstacle::unsupported("a shape that is not declared"))?;
+        let dims = given.iter().map(|&size| Declared::Fixed(size)).collect();
+        return Ok(Input { name: &value.name, element_type: ty.elem_type, dims });
+    };
     let mut dims = Vec::with_capacity(shape.dim.len());
     for (axis, dim) in shape.dim.iter().enumerate() {
         dims.push(match &dim.value {
@@ -57,16 +60,17 @@ fn read(value: &ValueInfoProto) -> Result<Input<'_>, Obstacle> {
     Ok(Input { name: &value.name, element_type: ty.elem_type, dims })
 }
 
-/// Types of the inputs, with sizes from `sizes` and the batch as N. Adds to `warnings`.
+/// Types of the inputs, with sizes from `sizes` and `shapes` and the batch as N. Adds to `warnings`.
 pub(crate) fn resolve(
     values: &[&ValueInfoProto],
     sizes: &BTreeMap<String, usize>,
+    shapes: &BTreeMap<String, Vec<usize>>,
     warnings: &mut Vec<String>,
 ) -> Result<Vec<Port>, ImportError> {
     let mut inputs = Vec::new();
     let (mut unsupported, mut problems) = (Vec::new(), Vec::new());
     for value in values {
-        match read(value) {
+        match read(value, shapes.get(&value.name)) {
             Ok(input) => inputs.push(input),
             Err(Obstacle::Invalid(reason)) => {
                 problems.push(Problem { place: Some(format!("input {}", value.name)), reason });
@@ -77,8 +81,9 @@ pub(crate) fn resolve(
                 domain: String::new(),
                 opset: 0,
                 reason,
+                needs: Vec::new(),
             }),
-            Err(Obstacle::Operand) => {}
+            Err(Obstacle::Operand | Obstacle::Unknown(..)) => {}
         }
     }
     if !unsupported.is_empty() {
@@ -87,7 +92,7 @@ pub(crate) fn resolve(
     if !problems.is_empty() {
         return Err(ImportError::InvalidModel(problems));
     }
-    let given = given_sizes(&inputs, sizes)?;
+    let given = given_sizes(&inputs, sizes, shapes)?;
     let batch = batch_symbol(&inputs, &given);
     let mut missing = Vec::new();
     let mut ports = Vec::new();
@@ -126,10 +131,11 @@ pub(crate) fn resolve(
     Ok(ports)
 }
 
-/// The sizes that are given, by input and axis.
+/// The sizes that are given, by input and axis: by name first, then by whole shapes.
 fn given_sizes<'a>(
     inputs: &[Input<'a>],
     sizes: &BTreeMap<String, usize>,
+    shapes: &BTreeMap<String, Vec<usize>>,
 ) -> Result<BTreeMap<(&'a str, usize), usize>, ImportError> {
     let mut given = BTreeMap::new();
     let mut known = BTreeSet::new();
@@ -146,6 +152,10 @@ fn given_sizes<'a>(
                     used.insert(name.clone());
                 }
                 known.insert(name);
+            }
+            let shape = shapes.get(input.name).filter(|shape| shape.len() == input.dims.len());
+            if let Some(shape) = shape {
+                given.entry((input.name, axis)).or_insert(shape[axis]);
             }
         }
     }

@@ -140,6 +140,25 @@ impl Draft {
         }
     }
 
+    /// Names of the inputs that a value depends on, in the order of the model.
+    pub(crate) fn inputs_of(&self, id: ValueId) -> Vec<String> {
+        let (mut seen, mut stack) = (BTreeSet::new(), vec![id]);
+        while let Some(id) = stack.pop() {
+            if let Content::Op(_, operands) = &self.values[id.0].content
+                && seen.insert(id)
+            {
+                stack.extend(operands);
+            }
+        }
+        let input = |id: &ValueId| match &self.values[id.0] {
+            Value { content: Content::Op(Op::Input(_), _), name: Some(name), .. } => {
+                Some(name.to_string())
+            }
+            _ => None,
+        };
+        seen.iter().filter_map(input).collect()
+    }
+
     /// The ONNX name of a value.
     pub(crate) fn name(&self, id: ValueId) -> Option<Rc<str>> {
         self.values[id.0].name.clone()

@@ -16,6 +16,8 @@ pub struct UnsupportedNode {
     pub opset: i64,
     /// What is not supported.
     pub reason: String,
+    /// Inputs of the model that it could be imported with, were their values known.
+    pub needs: Vec<String>,
 }
 
 /// One contradiction in a model.
@@ -71,7 +73,7 @@ pub enum ImportError {
     /// An option names nothing in this model.
     #[error("{option} `{value}` matches nothing in this model{}", nearest_text(nearest))]
     NoMatch {
-        /// The option: `train`, `freeze` or `dim`.
+        /// The option: `train`, `freeze`, `dim` or `constant`.
         option: &'static str,
         /// What was given.
         value: String,
@@ -126,6 +128,8 @@ fn list_problems(problems: &[Problem]) -> String {
 pub(crate) enum Obstacle {
     /// Valid ONNX that is not supported.
     Unsupported(String),
+    /// An operand that has to be known, and the inputs of the model that it depends on.
+    Unknown(String, Vec<String>),
     /// Not valid ONNX.
     Invalid(String),
     /// An operand could not be imported, which is reported already.

@@ -1,5 +1,6 @@
 //! The walk over a model: inputs, initializers, nodes, outputs.
 
+use crate::bind::{bind, check_names};
 use crate::dims::{declared_element_type, resolve};
 use crate::draft::{Draft, ValueId};
 use crate::error::{ImportError, Obstacle, Problem, UnsupportedNode};
@@ -34,7 +35,11 @@ pub fn import(bytes: &[u8], options: &ImportOptions) -> Result<Import, ImportErr
         graph.initializer.iter().map(|tensor| tensor.name.as_str()).collect();
     let inputs: Vec<&ValueInfoProto> =
         graph.input.iter().filter(|input| !initializers.contains(input.name.as_str())).collect();
-    let inputs = resolve(&inputs, &options.dims, &mut draft.warnings)?;
+    check_names(&inputs, &options.values)?;
+    let (known, inputs): (Vec<_>, Vec<_>) =
+        inputs.into_iter().partition(|input| options.values.contains_key(&input.name));
+    let known: Vec<ValueInfoProto> = known.into_iter().cloned().collect();
+    let inputs = resolve(&inputs, &options.dims, &options.shapes, &mut draft.warnings)?;
     let mut opsets = BTreeMap::new();
     for opset in &model.opset_import {
         opsets.insert(plain_domain(&opset.domain).to_owned(), opset.version);
@@ -53,6 +58,7 @@ pub fn import(bytes: &[u8], options: &ImportOptions) -> Result<Import, ImportErr
         problems: Vec::new(),
     };
     let input_ids = importer.add_inputs(&inputs)?;
+    importer.add_known_inputs(&known)?;
     for (&index, name) in order.iter().zip(&names) {
         importer.add_node(std::mem::take(&mut graph.node[index]), name);
     }
@@ -102,6 +108,21 @@ impl Importer<'_> {
             }
         }
         if ids.len() == inputs.len() { Ok(ids) } else { Err(self.error()) }
+    }
+
+    /// The inputs whose values were given.
+    fn add_known_inputs(&mut self, inputs: &[ValueInfoProto]) -> Result<(), ImportError> {
+        for input in inputs {
+            let value = bind(input, &self.options.values[&input.name]);
+            match value.and_then(|value| ops::add_tensor(&mut self.draft, Arc::new(value))) {
+                Ok(id) => {
+                    self.values.insert(input.name.clone(), id);
+                }
+                Err(obstacle) => self.report_value("input", &input.name, obstacle),
+            }
+        }
+        let good = self.unsupported.is_empty() && self.problems.is_empty();
+        if good { Ok(()) } else { Err(self.error()) }
     }
 
     /// A value by its ONNX name. An initializer becomes a value when it is first used.
@@ -167,6 +188,15 @@ impl Importer<'_> {
                 domain,
                 opset,
                 reason,
+                needs: Vec::new(),
+            }),
+            Err(Obstacle::Unknown(reason, needs)) => self.unsupported.push(UnsupportedNode {
+                node: name.to_owned(),
+                op: proto.op_type,
+                domain,
+                opset,
+                reason,
+                needs,
             }),
             Err(Obstacle::Invalid(reason)) => {
                 let place = Some(format!("{name} ({}, opset {opset})", proto.op_type));
@@ -220,13 +250,16 @@ impl Importer<'_> {
 
     fn report_value(&mut self, kind: &str, name: &str, obstacle: Obstacle) {
         match obstacle {
-            Obstacle::Unsupported(reason) => self.unsupported.push(UnsupportedNode {
-                node: name.to_owned(),
-                op: kind.to_owned(),
-                domain: String::new(),
-                opset: 0,
-                reason,
-            }),
+            Obstacle::Unsupported(reason) | Obstacle::Unknown(reason, _) => {
+                self.unsupported.push(UnsupportedNode {
+                    node: name.to_owned(),
+                    op: kind.to_owned(),
+                    domain: String::new(),
+                    opset: 0,
+                    reason,
+                    needs: Vec::new(),
+                });
+            }
             Obstacle::Invalid(reason) => {
                 self.problems.push(Problem { place: Some(format!("{kind} {name}")), reason });
             }

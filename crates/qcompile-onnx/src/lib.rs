@@ -5,6 +5,7 @@
 //! is not supported is reported at once.
 #![forbid(unsafe_code)]
 
+mod bind;
 mod build;
 mod dims;
 mod draft;
@@ -24,7 +25,7 @@ pub use error::{ImportError, MissingDim, Problem, UnsupportedNode};
 pub use import::import;
 pub use scan::{Census, Limits, scan};
 
-use qcompile_ir::{Graph, TensorType};
+use qcompile_ir::{Graph, Tensor, TensorType};
 use std::collections::BTreeMap;
 
 /// Reads `length` bytes at `offset` of the external data file `location`, a path relative to the model's folder.
@@ -48,6 +49,10 @@ pub enum BatchNorm {
 pub struct ImportOptions<'a> {
     /// Sizes of symbolic dimensions by name, or by `INPUT.AXIS`.
     pub dims: BTreeMap<String, usize>,
+    /// Shapes of inputs, by name: for undeclared shapes, and for symbolic dimensions that `dims` says nothing of.
+    pub shapes: BTreeMap<String, Vec<usize>>,
+    /// Values of inputs, which become constants.
+    pub values: BTreeMap<String, Tensor>,
     /// Reads external data.
     pub external: External<'a>,
     /// What to train: globs on names of initializers and nodes, `op:Conv` on operators. Everything, if empty.
@@ -64,6 +69,8 @@ impl Default for ImportOptions<'_> {
     fn default() -> Self {
         ImportOptions {
             dims: BTreeMap::new(),
+            shapes: BTreeMap::new(),
+            values: BTreeMap::new(),
             external: &no_external,
             train: Vec::new(),
             freeze: Vec::new(),
@@ -93,7 +100,7 @@ pub struct Port {
 pub struct Import {
     /// The model as a graph: parameters carry the names of their initializers.
     pub graph: Graph,
-    /// Inputs in ONNX order.
+    /// Inputs in ONNX order, without those whose values were given.
     pub inputs: Vec<Port>,
     /// Outputs in ONNX order.
     pub outputs: Vec<Port>,

@@ -58,9 +58,8 @@ impl OnnxNode<'_> {
             return Ok(None);
         };
         draft.constant(id).map(Some).ok_or_else(|| {
-            Obstacle::unsupported(format!(
-                "input {at} is not known at compile time (or is too large)"
-            ))
+            let reason = format!("input {at} is not known at compile time (or is too large)");
+            Obstacle::Unknown(reason, draft.inputs_of(id))
         })
     }
 

@@ -7,6 +7,7 @@ use qcompile_onnx::ImportError;
 use qcompile_passes::PassError;
 use qcompile_plan::{FileError, PlanError};
 use qcompile_runtime::RuntimeError;
+use std::collections::BTreeSet;
 
 impl From<ImportError> for Error {
     fn from(error: ImportError) -> Error {
@@ -21,6 +22,13 @@ impl From<ImportError> for Error {
                 let plural = if count == 1 { "node is" } else { "nodes are" };
                 let error =
                     Error::new(Code::ModelUnsupported, format!("{count} {plural} not supported"));
+                let needs: BTreeSet<String> =
+                    nodes.iter().flat_map(|node| node.needs.iter().cloned()).collect();
+                let error = needs.iter().fold(error, |error, name| {
+                    error.help(format!(
+                        "if `{name}` is the same in every step: --constant {name}=VALUE[,VALUE...]"
+                    ))
+                });
                 nodes.into_iter().fold(error, |error, node| {
                     let domain = if node.domain.is_empty() { "" } else { "." };
                     let op = format!("{}{domain}{}", node.domain, node.op);

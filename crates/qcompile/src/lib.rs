@@ -52,6 +52,7 @@ pub mod output;
 pub mod sensitivity;
 pub mod street;
 mod subgraph;
+mod suit;
 mod summary;
 pub mod synthetic;
 pub mod tensors;

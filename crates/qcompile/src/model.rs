@@ -5,7 +5,7 @@ use crate::cli::BatchNormMode;
 use crate::error::{Code, Error, Result};
 use crate::options::Options;
 use crate::street::{Draft, read_dump};
-use qcompile_onnx::{BatchNorm, ImportOptions};
+use qcompile_onnx::{BatchNorm, ImportError, ImportOptions};
 use qcompile_plan::Plan;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -169,7 +169,11 @@ impl Beside {
 ///
 /// # Errors
 /// Of the import.
-pub fn import(bytes: &[u8], folder: Option<&Path>, options: &Options) -> Result<Draft> {
+pub fn import(
+    bytes: &[u8],
+    folder: Option<&Path>,
+    options: &Options,
+) -> std::result::Result<Draft, ImportError> {
     let beside = Beside {
         folder: folder.map(|folder| {
             if folder.as_os_str().is_empty() { PathBuf::from(".") } else { folder.to_owned() }
@@ -180,6 +184,8 @@ pub fn import(bytes: &[u8], folder: Option<&Path>, options: &Options) -> Result<
         bytes,
         &ImportOptions {
             dims: options.dims.clone(),
+            shapes: options.shapes.clone(),
+            values: options.constants.clone(),
             external: &external,
             train: options.train.clone(),
             freeze: options.freeze.clone(),
@@ -207,7 +213,7 @@ pub fn import(bytes: &[u8], folder: Option<&Path>, options: &Options) -> Result<
 /// Of the import or of the text; a plan or checkpoint is refused.
 pub fn draft(target: &Target, path: &Path, options: &Options) -> Result<Draft> {
     let draft = match target {
-        Target::Model(bytes) => import(bytes, path.parent(), options),
+        Target::Model(bytes) => Ok(import(bytes, path.parent(), options)?),
         Target::Graph(text) => read_dump(text, path),
         Target::Plan(_) | Target::Checkpoint(..) => {
             let cause = format!("this is a {}, and a model is wanted", target.kind());

@@ -2,6 +2,7 @@
 
 use crate::cli::{BatchNormMode, CompileArgs, ImportArgs, Machine};
 use crate::error::{Error, Result};
+use qcompile_ir::Tensor;
 use qcompile_kernels::Tier;
 use qcompile_passes::attach_loss::LossKind;
 use qcompile_passes::quantize::{Operations, PrecisionChoice};
@@ -32,6 +33,10 @@ pub struct Options {
     pub batch_norm: BatchNormMode,
     /// Sizes of symbolic dimensions.
     pub dims: BTreeMap<String, usize>,
+    /// Shapes of inputs that are not declared, or whose symbolic dimensions all have these sizes.
+    pub shapes: BTreeMap<String, Vec<usize>>,
+    /// Values of inputs that are the same in every step: they become constants.
+    pub constants: BTreeMap<String, Tensor>,
     /// Whether batch statistics are those of all workers' samples.
     pub sync_batch_norm: bool,
     /// How precision is chosen.
@@ -74,6 +79,8 @@ impl Default for Options {
             train: Vec::new(),
             batch_norm: BatchNormMode::Model,
             dims: BTreeMap::new(),
+            shapes: BTreeMap::new(),
+            constants: BTreeMap::new(),
             sync_batch_norm: false,
             precision: PrecisionChoice::Auto,
             metric: Metric::default(),
@@ -128,6 +135,7 @@ impl Options {
             train: args.train.clone(),
             batch_norm: args.batch_norm.unwrap_or(self.batch_norm),
             dims: args.dim.iter().cloned().collect(),
+            constants: args.constant.iter().cloned().collect(),
             ..self
         }
     }
@@ -178,11 +186,15 @@ impl Options {
             }
         }
         let dims = self.dims.iter().map(|(name, size)| format!("{name}={size}"));
+        let text = |tensor: &Tensor| tensor.to_f64().iter().map(f64::to_string).collect::<Vec<_>>();
+        let constants =
+            self.constants.iter().map(|(name, value)| format!("{name}={}", text(value).join(",")));
         let lists = [
             ("freeze", self.freeze.clone()),
             ("train", self.train.clone()),
             ("keep", self.keep_f32.clone()),
             ("dim", dims.collect()),
+            ("constant", constants.collect()),
         ];
         for (flag, values) in lists {
             if !values.is_empty() {

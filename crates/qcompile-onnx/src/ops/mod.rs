@@ -29,7 +29,7 @@ use qcompile_ir::{BinaryOp, CompareOp, ReduceOp, UnaryOp};
 pub(crate) type Results = Result<Vec<ValueId>, Obstacle>;
 
 /// The opset versions of ONNX's own operators that are understood.
-pub(crate) const OPSETS: std::ops::RangeInclusive<i64> = 7..=25;
+pub(crate) const OPSETS: std::ops::RangeInclusive<i64> = 7..=28;
 
 /// Imports one node. The only place that knows operators by name.
 pub(crate) fn convert(draft: &mut Draft, node: &mut OnnxNode, domain: &str) -> Results {

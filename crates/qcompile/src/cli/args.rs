@@ -1,10 +1,11 @@
 //! Groups of flags that several commands take.
 
 use super::words::{
-    above_zero, dim, finite, fraction, keep, loss, metric, not_negative, operations, optimizer,
-    positive, precision,
+    above_zero, constant, dim, finite, fraction, keep, loss, metric, not_negative, operations,
+    optimizer, positive, precision,
 };
 use clap::{Args, ValueEnum};
+use qcompile_ir::Tensor;
 use qcompile_passes::attach_loss::LossKind;
 use qcompile_passes::quantize::{Operations, PrecisionChoice};
 use qcompile_passes::sensitivity::Metric;
@@ -65,6 +66,9 @@ pub struct ImportArgs {
     /// Size of a symbolic dimension.
     #[arg(long, value_name = "NAME=VALUE", value_parser = dim, help_heading = "Training")]
     pub dim: Vec<(String, usize)>,
+    /// Value of an input that is the same in every step, such as a mode or a sampling rate.
+    #[arg(long, value_name = "NAME=VALUE[,VALUE...]", value_parser = constant, help_heading = "Training")]
+    pub constant: Vec<(String, Tensor)>,
 }
 
 /// What BatchNormalization does.

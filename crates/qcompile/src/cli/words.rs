@@ -1,6 +1,7 @@
 //! The words and numbers of the command line, as clap parses them.
 
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use qcompile_ir::Tensor;
 use qcompile_kernels::Tier;
 use qcompile_passes::attach_loss::LossKind;
 use qcompile_passes::quantize::{Operations, PrecisionChoice};
@@ -110,6 +111,23 @@ pub(super) fn dim(text: &str) -> Result<(String, usize), String> {
         return Err("NAME=VALUE is wanted".to_owned());
     }
     Ok((name.to_owned(), positive(size)?))
+}
+
+/// Integers, or numbers if one is none, as a vector.
+pub(super) fn constant(text: &str) -> Result<(String, Tensor), String> {
+    let wanted = "NAME=VALUE or NAME=VALUE,VALUE... is wanted, of numbers";
+    let (name, list) = text.rsplit_once('=').filter(|(name, _)| !name.is_empty()).ok_or(wanted)?;
+    let words: Vec<&str> =
+        if list.is_empty() { Vec::new() } else { list.split(',').map(str::trim).collect() };
+    let integers: Result<Vec<i64>, _> = words.iter().map(|word| word.parse()).collect();
+    let tensor = match integers {
+        Ok(values) => Tensor::from_i64(&[words.len()], &values),
+        Err(_) => {
+            let values: Result<Vec<f32>, _> = words.iter().map(|word| word.parse()).collect();
+            Tensor::from_f32(&[words.len()], &values.map_err(|_| wanted)?)
+        }
+    };
+    Ok((name.to_owned(), tensor.ok_or(wanted)?))
 }
 
 pub(super) fn keep(text: &str) -> Result<String, String> {

@@ -4,11 +4,12 @@ use crate::about::{About, Port};
 use crate::cli::RunCommand;
 use crate::data::{Array, Dtype, LABEL, Limits, check_exact, npz, read_arrays};
 use crate::error::{Code, Error, Result};
-use crate::model::{Target, draft, open};
+use crate::model::{Target, open};
 use crate::options::Options;
 use crate::output::{check_writable, write_atomically};
 use crate::street::{Draft, Pass, Street};
 use crate::subgraph::{part, with_values};
+use crate::suit::draft_for;
 use crate::tensors::{input_type, to_array, to_tensor};
 use crate::terminal::{Show, say_verb};
 use crate::wants::loss_kind;
@@ -29,12 +30,12 @@ pub(super) fn run(command: &RunCommand) -> Result<()> {
     };
     check_writable(goal)?;
     let backward = command.gradients.is_some();
+    let mut arrays = read_arrays(&command.inputs, Limits::default())?;
     let (graph, about) = match &target {
-        Target::Model(_) | Target::Graph(_) => of_model(command, &target, backward)?,
+        Target::Model(_) | Target::Graph(_) => of_model(command, &target, backward, &mut arrays)?,
         Target::Plan(plan) => of_plan(command, plan, None, backward)?,
         Target::Checkpoint(plan, state) => of_plan(command, plan, Some(state), backward)?,
     };
-    let arrays = read_arrays(&command.inputs, Limits::default())?;
     let inputs = take_inputs(&graph, &about, arrays, backward, command.talk.show())
         .map_err(|error| error.at(command.inputs.display().to_string()))?;
     let batch = batch_size(&graph, &inputs)
@@ -56,10 +57,15 @@ fn options(command: &RunCommand) -> Options {
     .with_import(&command.import)
 }
 
-/// The graph of a model, to its outputs or to its gradients.
-fn of_model(command: &RunCommand, target: &Target, backward: bool) -> Result<(Graph, About)> {
+/// The graph of a model, to its outputs or to its gradients, for these arrays.
+fn of_model(
+    command: &RunCommand,
+    target: &Target,
+    backward: bool,
+    arrays: &mut BTreeMap<String, Array>,
+) -> Result<(Graph, About)> {
     let options = options(command);
-    let mut draft = draft(target, &command.target, &options)?;
+    let mut draft = draft_for(target, &command.target, &options, arrays)?;
     command.talk.warn(&draft.about.warnings);
     let mut nothing = |_: Pass, _: &Draft, _: std::time::Duration| Ok(());
     let mut street = Street::new(&options, Show::Nothing, &mut nothing);
@@ -107,10 +113,10 @@ fn of_plan(
     let imports = !import.freeze.is_empty()
         || !import.train.is_empty()
         || !import.dim.is_empty()
+        || !import.constant.is_empty()
         || import.batch_norm.is_some();
     if imports {
-        let cause =
-            "a plan is imported already: --freeze, --train, --dim and --batch-norm are for models";
+        let cause = "a plan is imported already: --freeze, --train, --dim, --constant and --batch-norm are for models";
         return Err(at(Error::new(Code::PlanMismatch, cause)));
     }
     let about = About::of_plan(plan).map_err(at)?;

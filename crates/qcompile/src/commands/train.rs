@@ -150,6 +150,7 @@ fn check_flags(args: &CompileArgs, plan: &Plan) -> Result<()> {
         ("--freeze", !args.import.freeze.is_empty()),
         ("--train", !args.import.train.is_empty()),
         ("--dim", !args.import.dim.is_empty()),
+        ("--constant", !args.import.constant.is_empty()),
         ("--threshold", precision.threshold.is_some()),
         ("--channel-threshold", precision.channel_threshold.is_some()),
         ("--max-loss-increase", precision.max_loss_increase.is_some()),
