@@ -551,12 +551,14 @@ fn rows(bench: &Bench) {
     };
     report("gather", count * width, KernelId::Gather, &args);
     let args = ScatterArgs {
-        values: picked.as_ptr(),
+        values: picked.as_ptr().cast(),
         indices: indices.as_ptr(),
-        out: sums.as_mut_ptr(),
+        out: sums.as_mut_ptr().cast(),
         rows,
         width,
         count,
+        combine: Combine::Add,
+        integers: 0,
         error: null_mut(),
     };
     report("scatter", count * width, KernelId::Scatter, &args);

@@ -1,6 +1,8 @@
 use super::check::{ALONE, Guarded, Random, assert_close, run, tables};
 use crate::KernelId;
-use crate::args::{CrossEntropyArgs, CrossEntropyGradArgs, GatherArgs, ScatterArgs, SoftmaxArgs};
+use crate::args::{
+    Combine, CrossEntropyArgs, CrossEntropyGradArgs, GatherArgs, ScatterArgs, SoftmaxArgs,
+};
 use std::ptr::null_mut;
 
 fn softmax(row: &[f32]) -> (Vec<f64>, f64) {
@@ -149,12 +151,14 @@ fn gather_and_scatter() {
             assert_eq!(out, gathered);
             let mut sums = vec![7.0_f32; rows * width];
             let scatter_args = ScatterArgs {
-                values: values.as_ptr(),
+                values: values.as_ptr().cast(),
                 indices: indices.as_ptr(),
-                out: sums.as_mut_ptr(),
+                out: sums.as_mut_ptr().cast(),
                 rows,
                 width,
                 count,
+                combine: Combine::Add,
+                integers: 0,
                 error: &raw mut error,
             };
             run(table, KernelId::Scatter, &scatter_args, 3);
@@ -265,12 +269,14 @@ fn bad_indices_are_skipped_and_the_first_is_reported() {
         for pieces in [1, ALONE] {
             let (mut sums, mut error) = (Guarded::new(4), 0);
             let mut args = ScatterArgs {
-                values: values.as_ptr(),
+                values: values.as_ptr().cast(),
                 indices: indices.as_ptr(),
-                out: sums.as_mut_ptr(),
+                out: sums.as_mut_ptr().cast(),
                 rows: 2,
                 width: 2,
                 count: 5,
+                combine: Combine::Add,
+                integers: 0,
                 error: &raw mut error,
             };
             run(table, KernelId::Scatter, &args, pieces);
@@ -278,7 +284,7 @@ fn bad_indices_are_skipped_and_the_first_is_reported() {
             assert_eq!(sums.checked("scatter"), [0.0, 0.0, 1.0 + 7.0, 2.0 + 8.0]);
             assert_eq!(error, 2);
             // An earlier report of a later position gives way, and one of an earlier position stays.
-            (error, args.out) = (4, sums.as_mut_ptr());
+            (error, args.out) = (4, sums.as_mut_ptr().cast());
             run(table, KernelId::Scatter, &args, pieces);
             assert_eq!(error, 2);
             error = 1;
@@ -364,12 +370,14 @@ fn splits_do_not_change_a_bit() {
         let results = [1, 4, ALONE].map(|pieces| {
             let mut sums = Guarded::new(7 * cols);
             let args = ScatterArgs {
-                values: x.as_ptr(),
+                values: x.as_ptr().cast(),
                 indices: indices.as_ptr(),
-                out: sums.as_mut_ptr(),
+                out: sums.as_mut_ptr().cast(),
                 rows: 7,
                 width: cols,
                 count: rows,
+                combine: Combine::Add,
+                integers: 0,
                 error: null_mut(),
             };
             run(table, KernelId::Scatter, &args, pieces);
