@@ -195,6 +195,15 @@ impl Fusion {
         }
     }
 
+    /// The view through which a consumer that takes any strides reads `id`: itself if it is of its type, else a copy.
+    pub(crate) fn strided_view(&self, graph: &Graph, id: NodeId) -> View {
+        if self.is_of_own_type(graph, id) {
+            self.views[id.index()].clone()
+        } else {
+            self.dense_view(graph, id)
+        }
+    }
+
     fn place(
         &mut self,
         graph: &Graph,
@@ -343,7 +352,16 @@ impl Fusion {
                 .collect(),
             // Its kernels take any strides.
             (Kind::Primitive, Op::Attention { .. } | Op::AttentionGrad { .. }) => {
-                operands.iter().map(|&operand| self.views[operand.index()].base).collect()
+                let mut reads = Vec::with_capacity(operands.len());
+                for operand in operands {
+                    let base = self.strided_view(graph, operand).base;
+                    reads.push(if base == operand {
+                        self.dense_base(graph, operand, position)
+                    } else {
+                        base
+                    });
+                }
+                reads
             }
             (Kind::Primitive | Kind::Collective, _) => {
                 operands.iter().map(|&operand| self.dense_base(graph, operand, position)).collect()

@@ -8,7 +8,8 @@ fn scatters_combine_in_order() {
     let mut random = Random(41);
     let (rows, width, count) = (9, 200, 31);
     let reals = random.reals(count * width);
-    let integers: Vec<i64> = (0..count * width).map(|_| random.between(0, 40) as i64 - 20).collect();
+    let integers: Vec<i64> =
+        (0..count * width).map(|_| random.between(0, 40) as i64 - 20).collect();
     let indices: Vec<i64> = (0..count).map(|_| random.between(0, rows - 2) as i64).collect();
     for combine in [Combine::Add, Combine::Mul, Combine::Max] {
         let (mut real, mut integer) = match combine {
@@ -65,8 +66,10 @@ fn sorted<T: Copy>(row: &[T], k: usize, before: impl Fn(T, T) -> bool) -> Vec<i6
 #[test]
 fn foremost_elements_are_sorted_and_ties_go_to_the_first() {
     let mut random = Random(42);
-    for (rows, cols, k) in [(3, 1, 1), (4, 17, 5), (2, 100, 100), (5, 33, 1), (3, 4, 0), (1, 0, 0)] {
-        let integers: Vec<i64> = (0..rows * cols).map(|_| random.between(0, 12) as i64 - 6).collect();
+    for (rows, cols, k) in [(3, 1, 1), (4, 17, 5), (2, 100, 100), (5, 33, 1), (3, 4, 0), (1, 0, 0)]
+    {
+        let integers: Vec<i64> =
+            (0..rows * cols).map(|_| random.between(0, 12) as i64 - 6).collect();
         let mut reals: Vec<f32> = integers.iter().map(|&x| x as f32 / 4.0).collect();
         if cols > 8 {
             (reals[3], reals[7]) = (f32::NAN, f32::NEG_INFINITY);
@@ -85,7 +88,8 @@ fn foremost_elements_are_sorted_and_ties_go_to_the_first() {
             for table in tables() {
                 for (integer, expected) in expected.iter().enumerate() {
                     let mut out = vec![-7; rows * k];
-                    let x = if integer == 0 { reals.as_ptr().cast() } else { integers.as_ptr().cast() };
+                    let x =
+                        if integer == 0 { reals.as_ptr().cast() } else { integers.as_ptr().cast() };
                     let args = TopKArgs {
                         x,
                         out: out.as_mut_ptr(),
@@ -131,6 +135,9 @@ fn random_numbers_are_those_of_philox_wherever_a_part_begins() {
         assert_ne!(whole, draw(table, 9, 4, 0, 5000, 3));
         assert_ne!(whole, draw(table, 10, 3, 0, 5000, 3));
         let mean = whole.iter().sum::<f32>() / 5000.0;
-        assert!((mean - 0.5).abs() < 0.02 && whole.iter().all(|x| (0.0..1.0).contains(x)), "{mean}");
+        assert!(
+            (mean - 0.5).abs() < 0.02 && whole.iter().all(|x| (0.0..1.0).contains(x)),
+            "{mean}"
+        );
     }
 }

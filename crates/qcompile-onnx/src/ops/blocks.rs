@@ -51,6 +51,16 @@ impl Blocks {
     }
 }
 
+/// The order of what is in a channel, `DCR` or `CRD`; an attribute since an opset.
+fn mode(node: &OnnxNode, since: i64) -> Result<String, Obstacle> {
+    let usual = "DCR".to_owned();
+    let mode = if node.opset < since { usual } else { node.attributes.string("mode", &usual)? };
+    match mode.as_str() {
+        "DCR" | "CRD" => Ok(mode),
+        other => Err(Obstacle::invalid(format!("attribute mode is `{other}`"))),
+    }
+}
+
 fn divided(size: usize, by: Option<usize>, what: &str) -> Result<usize, Obstacle> {
     let by = by.filter(|&by| size % by == 0);
     by.map(|by| size / by)
@@ -64,14 +74,11 @@ fn multiplied(size: usize, by: usize) -> Result<usize, Obstacle> {
 pub(super) fn depth_to_space(draft: &mut Draft, node: &OnnxNode) -> Results {
     let blocks = Blocks::of(draft, node)?;
     let (block, [channels, height, width]) = (blocks.block, blocks.sizes);
-    let mode =
-        if node.opset < 11 { "DCR".to_owned() } else { node.attributes.string("mode", "DCR")? };
     let depth = divided(channels, block.checked_mul(block), "channels")?;
     let together = [depth, multiplied(height, block)?, multiplied(width, block)?];
-    let (apart, permutation) = match mode.as_str() {
-        "DCR" => ([block, block, depth, height, width], [0, 3, 4, 1, 5, 2]),
+    let (apart, permutation) = match mode(node, 11)?.as_str() {
         "CRD" => ([depth, block, block, height, width], [0, 1, 4, 2, 5, 3]),
-        other => return Err(Obstacle::invalid(format!("attribute mode is `{other}`"))),
+        _ => ([block, block, depth, height, width], [0, 3, 4, 1, 5, 2]),
     };
     blocks.exchanged(draft, apart, permutation, together)
 }
@@ -83,5 +90,9 @@ pub(super) fn space_to_depth(draft: &mut Draft, node: &OnnxNode) -> Results {
     let width = divided(width, Some(block), "columns")?;
     let depth = multiplied(multiplied(channels, block)?, block)?;
     let apart = [channels, height, block, width, block];
-    blocks.exchanged(draft, apart, [0, 3, 5, 1, 2, 4], [depth, height, width])
+    let permutation = match mode(node, 28)?.as_str() {
+        "CRD" => [0, 1, 3, 5, 2, 4],
+        _ => [0, 3, 5, 1, 2, 4],
+    };
+    blocks.exchanged(draft, apart, permutation, [depth, height, width])
 }

@@ -7,6 +7,7 @@ mod conv;
 mod einsum;
 mod elements;
 mod elementwise;
+mod gate;
 mod indexing;
 mod linear;
 mod norm;
@@ -158,6 +159,7 @@ fn convert_onnx(draft: &mut Draft, node: &mut OnnxNode) -> Results {
         "Squeeze" => shape::squeeze(draft, node),
         "Sub" => elementwise::binary(draft, node, BinaryOp::Sub),
         "Sum" => elementwise::variadic(draft, node, BinaryOp::Add),
+        "SwiGLU" => gate::swi_glu(draft, node),
         "Tanh" => elementwise::unary(draft, node, UnaryOp::Tanh),
         "ThresholdedRelu" => elementwise::thresholded_relu(draft, node),
         "Tile" => shape::tile(draft, node),
