@@ -41,6 +41,8 @@ pub(crate) struct Draft {
     base: Rc<str>,
     origin: Option<Rc<str>>,
     folded: usize,
+    /// Integers that are floats cast without loss, and those floats.
+    exact_floats: BTreeMap<ValueId, ValueId>,
     next: BTreeMap<ValueId, ValueId>,
     /// The leaves that became states.
     states: BTreeSet<ValueId>,
@@ -55,6 +57,7 @@ impl Draft {
             base: "".into(),
             origin: None,
             folded: 0,
+            exact_floats: BTreeMap::new(),
             next: BTreeMap::new(),
             states: BTreeSet::new(),
             warnings: Vec::new(),
@@ -235,6 +238,16 @@ impl Draft {
             self.set_name(constant, &name);
         }
         Ok(constant)
+    }
+
+    /// Says that an integer value is this float value, cast without loss: through that, gradients pass.
+    pub(crate) fn set_exact_float(&mut self, integer: ValueId, float: ValueId) {
+        self.exact_floats.insert(integer, float);
+    }
+
+    /// The float value that an integer value is without loss, if one is known.
+    pub(crate) fn exact_float(&self, integer: ValueId) -> Option<ValueId> {
+        self.exact_floats.get(&integer).copied()
     }
 
     /// Says what a state holds after the step.
