@@ -7,6 +7,8 @@ exactly; each gradient of a weighted sum of the outputs must agree with central 
 magnitude. Operators that the reference lacks are compared with what is written here.
 """
 
+import math
+
 import peer
 
 peer.require()
@@ -16,6 +18,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+erf = np.vectorize(math.erf, otypes=[float])
 LIMIT, GRADIENT_LIMIT, STEP = 2e-5, 2e-3, 1e-6
 random = np.random.default_rng(7)
 
@@ -27,11 +30,13 @@ def draw(*shape, low=-2.0, high=2.0):
 
 
 class Case:
-    """One operator over operands; None stands for one that is left out. `fixed` numbers operands that have no gradient."""
+    """One operator over operands; None stands for one that is left out. `fixed` numbers operands that have no
+    gradient; `listed` the outputs that are summed, by default all."""
 
-    def __init__(self, name, op, operands, *, opset=21, domain="", outputs=1, fixed=(), gradient=True, reference=None, **attributes):
+    def __init__(self, name, op, operands, *, opset=21, domain="", outputs=1, listed=None, fixed=(), gradient=True, reference=None, **attributes):
         self.name, self.op, self.operands, self.opset, self.domain = f"{op} {name}".strip(), op, operands, opset, domain
         self.outputs, self.fixed, self.gradient, self.reference, self.attributes = outputs, fixed, gradient, reference, attributes
+        self.listed = range(outputs) if listed is None else listed
 
     def trained(self, at):
         operand = self.operands[at]
@@ -116,7 +121,7 @@ def distance(got, wanted):
 def check(work, case):
     """What is wrong with a case."""
     wanted = case.evaluate(case.wide())
-    floats = [at for at, value in enumerate(wanted) if np.asarray(value).dtype.kind == "f"]
+    floats = [at for at, value in enumerate(wanted) if at in case.listed and np.asarray(value).dtype.kind == "f"]
     trains = any(case.trained(at) for at in range(len(case.operands)))
     weightings = {at: random.uniform(0.5, 1.5, np.shape(wanted[at])).astype(np.float32) for at in floats} if trains else {}
     onnx.save(case.model(weightings), work.path / "model.onnx")
@@ -126,7 +131,9 @@ def check(work, case):
     with np.load(work.path / "out.npz") as file:
         for at, value in enumerate(wanted):
             got, value = file[f"y{at}"], np.asarray(value)
-            if got.shape != value.shape or (got.dtype != value.dtype and value.dtype != np.float64):
+            with np.errstate(over="ignore"):
+                value = value.astype(np.float32) if value.dtype == np.float64 else value
+            if got.shape != value.shape or (got.dtype != value.dtype and value.dtype.kind != "f"):
                 yield f"output {at} is {got.dtype}{list(got.shape)}, not {value.dtype}{list(value.shape)}"
             elif not (np.array_equal(got, value) if value.dtype.kind != "f" else distance(got, value) <= LIMIT):
                 yield f"output {at} differs by {distance(got, value):.1e}"
@@ -144,11 +151,14 @@ def check(work, case):
 
 def functions():
     inside = draw(3, 8, low=-0.9, high=0.9)
+    gelu = lambda x: x * 0.5 * (1 + erf(x / np.sqrt(2)))
+    yield Case("", "Gelu", [draw(3, 8)], reference=gelu)
+    yield Case("", "Erf", [draw(3, 8)], reference=erf)
     for op, x in {
         "Acos": inside, "Acosh": draw(3, 8, low=1.1, high=9), "Asin": inside, "Asinh": draw(3, 8, low=-40, high=40), "Atan": draw(3, 8),
         "Atanh": inside, "Cosh": draw(3, 8), "Sinh": draw(3, 8), "Tan": draw(3, 8, low=-1.2, high=1.2), "Celu": draw(3, 8), "Elu": draw(3, 8),
-        "Gelu": draw(3, 8), "HardSigmoid": draw(3, 8), "HardSwish": draw(3, 8), "Mish": draw(3, 8), "Selu": draw(3, 8), "Softplus": draw(3, 8),
-        "Softsign": draw(3, 8), "ThresholdedRelu": draw(3, 8), "Erf": draw(3, 8), "Shrink": draw(3, 8),
+        "HardSigmoid": draw(3, 8), "HardSwish": draw(3, 8), "Mish": draw(3, 8), "Selu": draw(3, 8), "Softplus": draw(3, 8),
+        "Softsign": draw(3, 8), "ThresholdedRelu": draw(3, 8), "Shrink": draw(3, 8),
     }.items():
         yield Case("", op, [x])
     zero = np.zeros(1, np.float32)
@@ -219,9 +229,10 @@ def reductions():
         yield Case("of none", f"Reduce{op}", [operand, np.int64([])], noop_with_empty_axes=1)
         if op not in ("LogSum", "LogSumExp", "L2", "Mean"):
             for dtype in (np.int32, np.int64):
-                yield Case(np.dtype(dtype).name, f"Reduce{op}", [random.integers(-6, 6, (3, 4)).astype(dtype), np.int64([1])])
+                square = {"reference": lambda x, axes: (x * x).sum(1, keepdims=True).astype(x.dtype)} if op == "SumSquare" else {}
+                yield Case(np.dtype(dtype).name, f"Reduce{op}", [random.integers(-6, 6, (3, 4)).astype(dtype), np.int64([1])], **square)
     yield Case("with zeros", "ReduceProd", [np.float32([[0, 2, 3], [0, 0, 3], [1, 2, 3]]), np.int64([1])])
-    yield Case("of zeros", "ReduceL2", [np.float32([[0, 0], [3, 4]]), np.int64([1])], reference=lambda x, axes: np.sqrt((x * x).sum(1, keepdims=True)) if x.all() or True else None, gradient=False)
+    yield Case("of zeros", "ReduceL2", [np.float32([[0, 0], [3, 4]]), np.int64([1])], reference=lambda x, axes: np.sqrt((x * x).sum(1, keepdims=True)), gradient=False)
     yield Case("infinities", "ReduceLogSumExp", [np.float32([[-np.inf, -np.inf], [np.inf, 1]]), np.int64([1])], gradient=False, reference=lambda x, axes: np.logaddexp(x[:, :1], x[:, 1:]))
     for op in ("Max", "Min"):
         for dtype in (np.int8, np.uint8):
@@ -251,11 +262,13 @@ def normalizations():
     x = draw(3, 4, 2, 3)
     channel = lambda: draw(4, low=0.5)
     for opset in (7, 9, 15):
-        yield Case(f"opset {opset}", "BatchNormalization", [x, channel(), channel(), channel(), channel()], opset=opset, fixed=(3, 4), reference=None if opset > 8 else batch_norm)
+        yield Case(f"opset {opset}", "BatchNormalization", [x, channel(), channel(), channel(), channel()], opset=opset, fixed=(3, 4), reference=batch_norm)
     yield Case("one axis", "BatchNormalization", [draw(5), draw(1), draw(1), draw(1), draw(1, low=0.5)], opset=15, fixed=(3, 4), reference=lambda x, s, b, m, v: (x - m) / np.sqrt(v + 1e-5) * s + b)
     places = lambda: draw(4, 2, 3, low=0.5)
     yield Case("per place", "BatchNormalization", [x, places(), places(), places(), places()], opset=7, fixed=(3, 4), spatial=0, reference=lambda x, s, b, m, v: (x - m) / np.sqrt(v + 1e-5) * s + b)
-    yield Case("training", "BatchNormalization", [x, channel(), channel()], opset=15, reference=trained_batch_norm) if False else Case("", "Relu", [x])
+    for opset, count in ((7, 5), (9, 5), (14, 3), (15, 3)):
+        attributes = {"training_mode": 1} if opset >= 14 else {}
+        yield Case(f"training {opset}", "BatchNormalization", [x, channel(), channel(), channel(), channel()], opset=opset, fixed=(3, 4), outputs=count, listed=(0,), momentum=0.7, reference=lambda *v, count=count: trained_batch_norm(*v)[:count], **attributes)
     yield Case("", "InstanceNormalization", [x, channel(), channel()], epsilon=1e-3)
     yield Case("", "GroupNormalization", [x, channel(), channel()], num_groups=2, reference=lambda x, s, b: group_norm(x, s, b))
     yield Case("opset 18", "GroupNormalization", [x, draw(2), draw(2)], opset=18, num_groups=2, reference=lambda x, s, b: group_norm(x, np.repeat(s, 2), np.repeat(b, 2)))
@@ -266,18 +279,35 @@ def normalizations():
     yield Case("", "RMSNormalization", [x, draw(3)], opset=23, reference=lambda x, s: x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * s)
     for p in (1, 2):
         for axis in (0, -1):
-            yield Case(f"{p} {axis}", "LpNormalization", [x], opset=22, p=p, axis=axis)
+            norm = lambda x, p=p, axis=axis: x / (np.abs(x) ** p).sum(axis, keepdims=True) ** (1 / p)
+            yield Case(f"{p} {axis}", "LpNormalization", [x], opset=22, p=p, axis=axis, reference=norm)
     zeros = np.zeros((2, 3), np.float32)
     yield Case("of zeros", "LpNormalization", [zeros], opset=22, reference=lambda x: x * 0, gradient=False)
     for size in (1, 2, 3, 4, 9):
-        yield Case(f"{size}", "LRN", [x], opset=13, size=size, alpha=0.5, beta=0.75, bias=1.5)
-    yield Case("", "MeanVarianceNormalization", [draw(3, 4, 2, 3)], opset=13)
-    yield Case("axes", "MeanVarianceNormalization", [draw(3, 4)], opset=13, axes=[1])
+        yield Case(f"{size}", "LRN", [x], opset=13, size=size, alpha=0.5, beta=0.75, bias=1.5, reference=lambda x, size=size: local_norm(x, size))
+    whitened = lambda x, axes: (x - x.mean(axes, keepdims=True)) / (x.std(axes, keepdims=True) + 1e-9)
+    yield Case("", "MeanVarianceNormalization", [x], opset=13, reference=lambda x: whitened(x, (0, 2, 3)))
+    yield Case("axes", "MeanVarianceNormalization", [draw(3, 4)], opset=13, axes=[1], reference=lambda x: whitened(x, (1,)))
 
 
 def batch_norm(x, s, b, m, v):
     s, b, m, v = (value.reshape(-1, 1, 1) for value in (s, b, m, v))
     return (x - m) / np.sqrt(v + 1e-5) * s + b
+
+
+def trained_batch_norm(x, s, b, m, v):
+    """Also opset 7's further results."""
+    mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3))
+    running = (0.7 * m + 0.3 * mean, 0.7 * v + 0.3 * variance)
+    return (batch_norm(x, s, b, mean, variance), *running, mean, variance)
+
+
+def local_norm(x, size):
+    """Over channels near by."""
+    low, high = (size - 1) // 2, size // 2
+    windows = [x[:, max(0, c - low) : c + high + 1] for c in range(x.shape[1])]
+    squares = np.stack([(window**2).sum(1) for window in windows], 1)
+    return x / (1.5 + 0.5 / size * squares) ** 0.75
 
 
 def group_norm(x, s, b):
@@ -300,11 +330,6 @@ def losses():
                     scores = draw(*shape)
                     yield Case(name, "NegativeLogLikelihoodLoss", [scores, given, *extra], opset=13, fixed=(2,), **attributes)
                     yield Case(name, "SoftmaxCrossEntropyLoss", [scores, given, *extra], opset=13, fixed=(2,), outputs=1 + weighted, **attributes)
-
-
-def through(*pairs):
-    """Values are rounded, gradients are not."""
-    return pairs
 
 
 def quantized():
@@ -352,12 +377,10 @@ def convolved(x, w, group):
 
 
 def others():
-    from math import erf
-
     ml, ms, training = "ai.onnx.ml", "com.microsoft", "ai.onnx.preview.training"
     x = draw(5, 3)
     yield Case("", "Scaler", [x], domain=ml, offset=[1.0, 2.0, 3.0], scale=[0.5, 2.0, 1.5])
-    yield Case("one number, integers", "Scaler", [np.int64([[1, 2], [3, 4]])], domain=ml, offset=[1.0], scale=[0.5])
+    yield Case("one number, integers", "Scaler", [np.int64([[1, 2], [3, 4]])], domain=ml, offset=[1.0], scale=[0.5], reference=lambda x: (x - 1) * 0.5)
     coefficients = [0.3, -0.6, 0.2, 0.4, 0.8, -0.1]
     matrix = np.float64(np.float32(coefficients)).reshape(2, 3)
     yield Case("", "LinearRegressor", [x], domain=ml, targets=2, coefficients=coefficients, intercepts=[0.5, -0.5], reference=lambda x: x @ matrix.T + [0.5, -0.5])
@@ -365,7 +388,7 @@ def others():
     for name, f in {"NONE": lambda z: z, "SOFTMAX": softmax, "LOGISTIC": lambda z: 1 / (1 + np.exp(-z))}.items():
         scores = lambda x: x @ matrix.T + [0.5, -0.5]
         yield Case(name, "LinearClassifier", [x], domain=ml, outputs=2, coefficients=coefficients, intercepts=[0.5, -0.5], classlabels_ints=[7, 9], post_transform=name, reference=lambda x, f=f, scores=scores: (np.int64([7, 9])[scores(x).argmax(1)], f(scores(x))))
-    gelu = lambda x: x * 0.5 * (1 + np.vectorize(erf)(x / np.sqrt(2)))
+    gelu = lambda x: x * 0.5 * (1 + erf(x / np.sqrt(2)))
     fast = lambda x: x * 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
     norm = lambda x, s, b, e: (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + e) * s + b
     rms = lambda x, s, e: x / np.sqrt((x * x).mean(-1, keepdims=True) + e) * s
@@ -382,9 +405,26 @@ def others():
     yield Case("", "FusedConv", [draw(2, 3, 4), draw(2, 3, 1), draw(2)], domain=ms, activation="Tanh", reference=lambda x, w, b: np.tanh(np.einsum("ncl,oc->nol", x, w[:, :, 0]) + b[:, None]))
     rate, count = np.float32(0.1), np.int64(3)
     tensors = [draw(3, low=0.5), draw(2, low=0.5)]
-    for op, kinds, attributes in (("Adagrad", 2, {"decay_factor": 0.1, "epsilon": 1e-3}), ("Momentum", 2, {"alpha": 0.9, "beta": 0.5, "mode": "nesterov", "norm_coefficient": 0.01}), ("Adam", 3, {"epsilon": 1e-3, "norm_coefficient": 0.01, "norm_coefficient_post": 0.1})):
+    for op, kinds, attributes in (("Adagrad", 2, {"decay_factor": 0.1, "epsilon": 1e-3}), ("Adam", 3, {"epsilon": 1e-3, "norm_coefficient_post": 0.1})):
         lists = tensors + [draw(*value.shape, low=0.5) for _ in range(kinds) for value in tensors]
-        yield Case("", op, [rate, count, *lists], domain=training, outputs=2 * kinds, gradient=False)
+        yield Case("", op, [rate, count, *lists], domain=training, outputs=2 * kinds, gradient=False, norm_coefficient=0.01, **attributes)
+    for mode in ("standard", "nesterov"):
+        lists = tensors + [draw(*value.shape, low=0.5) for _ in range(2) for value in tensors]
+        attributes = {"alpha": 0.9, "beta": 0.5, "mode": mode, "norm_coefficient": 0.01}
+        for steps in (0, 3):
+            yield Case(f"{mode} {steps}", "Momentum", [rate, np.int64(steps), *lists], domain=training, outputs=4, reference=momentum(mode), **attributes)
+
+
+def momentum(mode):
+    def step(rate, count, *lists):
+        results = []
+        for x, g, v in zip(lists[:2], lists[2:4], lists[4:]):
+            g = 0.01 * x + g
+            v = 0.9 * v + (0.5 if count > 0 else 1) * g
+            results.append((x - rate * (v if mode == "standard" else g + 0.9 * v), v))
+        return tuple(x for x, _ in results) + tuple(v for _, v in results)
+
+    return step
 
 
 FAMILIES = (functions, arithmetic, reductions, normalizations, losses, quantized, others)

@@ -185,27 +185,29 @@ pub(super) fn remainder(draft: &mut Draft, node: &OnnxNode) -> Results {
     let (a, b) = (node.input(0)?, node.input(1)?);
     let dtype = draft.dtype(a);
     let fmod = node.attributes.flag("fmod", false)?;
-    if dtype.is_float() {
-        if !fmod {
-            return Err(Obstacle::invalid(format!("fmod is 0 for {dtype} elements")));
-        }
-        let (a, b) = (draft.cast(a, DType::F32)?, draft.cast(b, DType::F32)?);
-        let remainder = float_remainder(draft, a, b)?;
-        return Ok(vec![draft.cast(remainder, dtype)?]);
+    if !dtype.is_float() {
+        let quotient = draft.binary(BinaryOp::Div, a, b)?;
+        let whole = draft.mul(quotient, b)?;
+        let remainder = draft.sub(a, whole)?;
+        return Ok(vec![if fmod { remainder } else { with_sign_of(draft, remainder, b)? }]);
     }
-    let quotient = draft.binary(BinaryOp::Div, a, b)?;
-    let whole = draft.mul(quotient, b)?;
-    let remainder = draft.sub(a, whole)?;
-    if fmod || dtype == DType::U8 {
-        return Ok(vec![remainder]);
+    if !fmod && node.opset < 28 {
+        return Err(Obstacle::invalid(format!("fmod is 0 for {dtype} elements")));
     }
-    // Of the other sign than the divisor, and not 0.
-    let zero = draft.scalar(dtype, 0.0);
-    let (rest, divisor) = (draft.unary(UnaryOp::Sign, remainder)?, draft.unary(UnaryOp::Sign, b)?);
-    let signs = draft.mul(rest, divisor)?;
+    let (a, b) = (draft.cast(a, DType::F32)?, draft.cast(b, DType::F32)?);
+    let remainder = float_remainder(draft, a, b)?;
+    let remainder = if fmod { remainder } else { with_sign_of(draft, remainder, b)? };
+    Ok(vec![draft.cast(remainder, dtype)?])
+}
+
+/// `remainder`, plus the divisor where it is of the other sign and not 0.
+fn with_sign_of(draft: &mut Draft, remainder: ValueId, divisor: ValueId) -> Value {
+    let zero = draft.scalar(draft.dtype(remainder), 0.0);
+    let signs = (draft.unary(UnaryOp::Sign, remainder)?, draft.unary(UnaryOp::Sign, divisor)?);
+    let signs = draft.mul(signs.0, signs.1)?;
     let opposite = draft.compare(CompareOp::Less, signs, zero)?;
-    let shifted = draft.add(remainder, b)?;
-    Ok(vec![draft.select(opposite, shifted, remainder)?])
+    let shifted = draft.add(remainder, divisor)?;
+    draft.select(opposite, shifted, remainder)
 }
 
 /// `a - q · b` with the quotient cut to an integer. Where its rounding made it one too large, the difference has the

@@ -49,25 +49,34 @@ pub(super) fn bitwise_not(draft: &mut Draft, node: &OnnxNode) -> Results {
     Ok(vec![draft.complement(node.input(0)?)?])
 }
 
-/// Of unsigned numbers: a product with or a quotient by a power of two, which wraps to 0 where every bit leaves; a
-/// quotient by 0 is 0.
+/// A product with or a quotient by a power of two. The power is 0 where every bit leaves (and for a negative amount),
+/// and so are both; signed numbers keep their sign to the right, rounding down.
 pub(super) fn bit_shift(draft: &mut Draft, node: &OnnxNode) -> Results {
-    let (x, amount) = (node.input(0)?, node.input(1)?);
-    if [x, amount].map(|operand| draft.dtype(operand)) != [DType::U8; 2] {
-        return Err(Obstacle::invalid(format!(
-            "{} shifted by {}, not unsigned numbers of one type",
-            draft.ty(x),
-            draft.ty(amount)
-        )));
+    let [x, amount] = integers(draft, node)?;
+    let dtype = draft.dtype(x);
+    if node.opset < 28 && dtype != DType::U8 {
+        return Err(Obstacle::invalid(format!("{} is not of unsigned numbers", draft.ty(x))));
     }
-    let op = match node.attributes.string("direction", "")?.as_str() {
-        "LEFT" => BinaryOp::Mul,
-        "RIGHT" => BinaryOp::Div,
+    let right = match node.attributes.string("direction", "")?.as_str() {
+        "LEFT" => false,
+        "RIGHT" => true,
         other => return Err(Obstacle::invalid(format!("attribute direction is `{other}`"))),
     };
-    let two = draft.scalar(DType::U8, 2.0);
+    let two = draft.scalar(dtype, 2.0);
     let power = draft.binary(BinaryOp::Pow, two, amount)?;
-    Ok(vec![draft.binary(op, x, power)?])
+    if !right {
+        return Ok(vec![draft.mul(x, power)?]);
+    }
+    let quotient = draft.binary(BinaryOp::Div, x, power)?;
+    if dtype == DType::U8 {
+        return Ok(vec![quotient]);
+    }
+    let complement = draft.complement(x)?;
+    let below = draft.binary(BinaryOp::Div, complement, power)?;
+    let below = draft.complement(below)?;
+    let zero = draft.scalar(dtype, 0.0);
+    let negative = draft.compare(CompareOp::Less, x, zero)?;
+    Ok(vec![draft.select(negative, below, quotient)?])
 }
 
 /// Only a NaN differs from itself.
