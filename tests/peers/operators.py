@@ -83,7 +83,7 @@ class Case:
         return ReferenceEvaluator(helper.make_model(graph, opset_imports=opsets, ir_version=10)).run(None, names)
 
     def wide(self):
-        return [operand.astype(np.float64) if operand is not None and operand.dtype == np.float32 else operand for operand in self.operands]
+        return [np.array(operand, np.float64) if operand is not None and operand.dtype == np.float32 else operand for operand in self.operands]
 
     def differences(self, weightings):
         """Central differences of the weighted sum by each operand that is trained."""

@@ -6,23 +6,9 @@ use crate::build::broadcast_dims;
 use crate::draft::{Draft, ValueId};
 use crate::error::Obstacle;
 use crate::node::OnnxNode;
-use qcompile_ir::{BinaryOp, DType, Dim, Op, ReduceOp, Shape};
+use qcompile_ir::{BinaryOp, Dim, Op, ReduceOp, Shape};
 
-/// The product of matrices of equal leading dimensions, each stored transposed or not. Of f16, through f32.
-fn matrix_product(
-    draft: &mut Draft,
-    a: ValueId,
-    b: ValueId,
-    [transpose_a, transpose_b]: [bool; 2],
-) -> Result<ValueId, Obstacle> {
-    let product = Op::Matmul { transpose_a, transpose_b };
-    if [a, b].map(|operand| draft.dtype(operand)) != [DType::F16; 2] {
-        return draft.emit(product, &[a, b]);
-    }
-    let (a, b) = (draft.cast(a, DType::F32)?, draft.cast(b, DType::F32)?);
-    let wide = draft.emit(product, &[a, b])?;
-    draft.cast(wide, DType::F16)
-}
+const PLAIN: Op = Op::Matmul { transpose_a: false, transpose_b: false };
 
 pub(super) fn gemm(draft: &mut Draft, node: &OnnxNode) -> Results {
     let (a, b) = (node.input(0)?, node.input(1)?);
@@ -40,7 +26,7 @@ pub(super) fn gemm(draft: &mut Draft, node: &OnnxNode) -> Results {
     if !draft.dtype(a).is_float() {
         return Err(Obstacle::unsupported(format!("a product of {} elements", draft.dtype(a))));
     }
-    let mut result = matrix_product(draft, a, b, [transpose_a, transpose_b])?;
+    let mut result = draft.emit_wide(Op::Matmul { transpose_a, transpose_b }, &[a, b])?;
     if alpha != 1.0 {
         result = draft.binary_scalar(BinaryOp::Mul, result, alpha)?;
     }
@@ -150,7 +136,7 @@ pub(super) fn product(draft: &mut Draft, a: ValueId, b: ValueId) -> Result<Value
         // One matrix for all rows: a single two-dimensional product.
         let rows = as_matrix(draft, a, dims_a.len() - 1)?;
         let matrix = draft.reshape(b, &[*inner, *n])?;
-        let flat = matrix_product(draft, rows, matrix, [false; 2])?;
+        let flat = draft.emit_wide(PLAIN, &[rows, matrix])?;
         let mut dims = dims_a;
         if let Some(last) = dims.last_mut() {
             *last = *n;
@@ -165,5 +151,5 @@ pub(super) fn product(draft: &mut Draft, a: ValueId, b: ValueId) -> Result<Value
     };
     let a = draft.broadcast(a, &with([*m, *k]))?;
     let b = draft.broadcast(b, &with([*inner, *n]))?;
-    matrix_product(draft, a, b, [false; 2])
+    draft.emit_wide(PLAIN, &[a, b])
 }

@@ -19,10 +19,10 @@ pub(super) fn softmax(draft: &mut Draft, node: &OnnxNode, op: Op) -> Results {
         if axis + 1 != rank {
             let dims = draft.dims(x).to_vec();
             let matrix = as_matrix(draft, x, axis)?;
-            let result = draft.emit(op, &[matrix])?;
+            let result = draft.emit_wide(op, &[matrix])?;
             return Ok(vec![draft.reshape(result, &dims)?]);
         }
-        return Ok(vec![draft.emit(op, &[x])?]);
+        return Ok(vec![draft.emit_wide(op, &[x])?]);
     }
     let axis = axis_of(node.attributes.int("axis", -1)?, rank)?;
     Ok(vec![along(draft, x, axis, op)?])
@@ -32,7 +32,7 @@ pub(super) fn softmax(draft: &mut Draft, node: &OnnxNode, op: Op) -> Results {
 pub(super) fn along(draft: &mut Draft, x: ValueId, axis: usize, op: Op) -> Value {
     let last = draft.rank(x) - 1;
     let moved = draft.move_axis(x, axis, last)?;
-    let result = draft.emit(op, &[moved])?;
+    let result = draft.emit_wide(op, &[moved])?;
     draft.move_axis(result, last, axis)
 }
 
@@ -285,7 +285,7 @@ pub(super) fn lrn(draft: &mut Draft, node: &OnnxNode) -> Results {
         dilations: [1, 1],
         count_include_pad: true,
     };
-    let average = draft.emit(Op::AveragePool2d(window), &[rows])?;
+    let average = draft.emit_wide(Op::AveragePool2d(window), &[rows])?;
     let average = draft.reshape(average, &dims)?;
     #[allow(clippy::cast_precision_loss, reason = "numbers of channels")]
     let factor = alpha * window.kernel[0] as f64 / size as f64;
