@@ -43,6 +43,8 @@ pub(crate) struct Draft {
     folded: usize,
     /// The number of the step, if anything random depends on it.
     step: Option<ValueId>,
+    /// Integers that are floats cast without loss, and those floats.
+    exact_floats: BTreeMap<ValueId, ValueId>,
     next: BTreeMap<ValueId, ValueId>,
     /// The leaves that became states.
     states: BTreeSet<ValueId>,
@@ -58,6 +60,7 @@ impl Draft {
             origin: None,
             folded: 0,
             step: None,
+            exact_floats: BTreeMap::new(),
             next: BTreeMap::new(),
             states: BTreeSet::new(),
             warnings: Vec::new(),
@@ -188,6 +191,10 @@ impl Draft {
         op: Op,
         operands: &[ValueId],
     ) -> Result<ValueId, Obstacle> {
+        let operands: Vec<ValueId> = operands
+            .iter()
+            .map(|&id| if self.values[id.0].region > region { self.in_forward(id) } else { Ok(id) })
+            .collect::<Result<_, _>>()?;
         let types: Vec<&TensorType> = operands.iter().map(|&id| self.ty(id)).collect();
         let ty = infer(&op, &types).map_err(|error| {
             let text = error.to_string();
@@ -198,11 +205,6 @@ impl Draft {
                 Obstacle::Invalid(text)
             }
         })?;
-        for &operand in operands {
-            if self.values[operand.0].region > region {
-                return Err(Obstacle::unsupported("uses a running statistic after its update"));
-            }
-        }
         if !operands.is_empty() && self.folded < FOLD_BUDGET {
             let known: Option<Vec<&Known>> = operands.iter().map(|&id| self.known(id)).collect();
             if let Some(value) = known.and_then(|known| fold(&op, &known, &ty)) {
@@ -210,7 +212,19 @@ impl Draft {
                 return Ok(self.add_known(value));
             }
         }
-        Ok(self.push(Content::Op(op, operands.to_vec()), ty, region))
+        Ok(self.push(Content::Op(op, operands), ty, region))
+    }
+
+    /// A value of the region of updates, computed in the forward region; any other value as it is.
+    pub(crate) fn in_forward(&mut self, id: ValueId) -> Result<ValueId, Obstacle> {
+        let value = &self.values[id.0];
+        match &value.content {
+            Content::Op(op, operands) if value.region != Region::Forward => {
+                let (op, operands) = (op.clone(), operands.clone());
+                self.emit(op, &operands)
+            }
+            _ => Ok(id),
+        }
     }
 
     /// The state that starts as the value of `id` and carries its name.
@@ -253,6 +267,16 @@ impl Draft {
             self.set_name(constant, &name);
         }
         Ok(constant)
+    }
+
+    /// Says that an integer value is this float value, cast without loss: through that, gradients pass.
+    pub(crate) fn set_exact_float(&mut self, integer: ValueId, float: ValueId) {
+        self.exact_floats.insert(integer, float);
+    }
+
+    /// The float value that an integer value is without loss, if one is known.
+    pub(crate) fn exact_float(&self, integer: ValueId) -> Option<ValueId> {
+        self.exact_floats.get(&integer).copied()
     }
 
     /// Says what a state holds after the step.

@@ -54,7 +54,8 @@ pub(super) fn carries_gradient(graph: &Graph, id: NodeId, position: usize) -> bo
             | UnaryOp::Sigmoid
             | UnaryOp::Tanh
             | UnaryOp::Sin
-            | UnaryOp::Cos => graph.ty(id).dtype.is_float(),
+            | UnaryOp::Cos
+            | UnaryOp::Atan => graph.ty(id).dtype.is_float(),
         },
         Op::Cast(dtype) => {
             dtype.is_float() && graph.ty(graph.operand(id, position)).dtype.is_float()
