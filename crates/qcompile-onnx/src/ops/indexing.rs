@@ -27,7 +27,12 @@ fn take(draft: &mut Draft, x: ValueId, axis: usize, indices: ValueId) -> Value {
 }
 
 /// [`take`] with constant indices.
-fn take_constant(draft: &mut Draft, x: ValueId, axis: usize, indices: Vec<i64>) -> Value {
+pub(super) fn take_constant(
+    draft: &mut Draft,
+    x: ValueId,
+    axis: usize,
+    indices: Vec<i64>,
+) -> Value {
     let indices = Tensor::from_i64(&[indices.len()], &indices)
         .ok_or_else(|| Obstacle::invalid("too many indices"))?;
     let indices = super::constant::add_tensor(draft, Arc::new(indices))?;

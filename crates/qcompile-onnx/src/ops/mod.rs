@@ -4,11 +4,13 @@ mod constant;
 mod conv;
 mod elementwise;
 mod indexing;
+mod interpolation;
 mod linear;
 mod norm;
 mod pool;
 mod recurrent;
 mod reduce;
+mod resize;
 mod shape;
 mod window;
 
@@ -62,6 +64,7 @@ fn convert_onnx(draft: &mut Draft, node: &mut OnnxNode) -> Results {
         "Constant" => constant::constant(draft, node),
         "ConstantOfShape" => constant::constant_of_shape(draft, node),
         "Conv" => conv::conv(draft, node),
+        "ConvTranspose" => conv::conv_transpose(draft, node),
         "Cos" => elementwise::unary(draft, node, UnaryOp::Cos),
         "Div" => elementwise::binary(draft, node, BinaryOp::Div),
         "Dropout" => elementwise::dropout(draft, node),
@@ -77,6 +80,7 @@ fn convert_onnx(draft: &mut Draft, node: &mut OnnxNode) -> Results {
         "GRU" => recurrent::gru(draft, node),
         "Gemm" => linear::gemm(draft, node),
         "GlobalAveragePool" => pool::global_average_pool(draft, node),
+        "GlobalLpPool" => pool::global_lp_pool(draft, node),
         "GlobalMaxPool" => pool::global_max_pool(draft, node),
         "Greater" => elementwise::compare(draft, node, CompareOp::Less, true),
         "GreaterOrEqual" => elementwise::compare(draft, node, CompareOp::LessEqual, true),
@@ -91,9 +95,11 @@ fn convert_onnx(draft: &mut Draft, node: &mut OnnxNode) -> Results {
         "LessOrEqual" => elementwise::compare(draft, node, CompareOp::LessEqual, false),
         "Log" => elementwise::unary(draft, node, UnaryOp::Log),
         "LogSoftmax" => norm::softmax(draft, node, qcompile_ir::Op::LogSoftmax),
+        "LpPool" => pool::lp_pool(draft, node),
         "MatMul" => linear::matmul(draft, node),
         "Max" => elementwise::variadic(draft, node, BinaryOp::Max),
         "MaxPool" => pool::max_pool(draft, node),
+        "MaxUnpool" => pool::max_unpool(draft, node),
         "Mean" => elementwise::mean(draft, node),
         "Min" => elementwise::variadic(draft, node, BinaryOp::Min),
         "Mish" => elementwise::mish(draft, node),
@@ -118,6 +124,7 @@ fn convert_onnx(draft: &mut Draft, node: &mut OnnxNode) -> Results {
         "ReduceSumSquare" => reduce::reduce_sum_square(draft, node),
         "Relu" => elementwise::unary(draft, node, UnaryOp::Relu),
         "Reshape" => shape::reshape(draft, node),
+        "Resize" => resize::resize(draft, node),
         "Round" => elementwise::unary(draft, node, UnaryOp::Round),
         "Selu" => elementwise::selu(draft, node),
         "Shape" => shape::shape(draft, node),
@@ -140,6 +147,7 @@ fn convert_onnx(draft: &mut Draft, node: &mut OnnxNode) -> Results {
         "Transpose" => shape::transpose(draft, node),
         "Trilu" => indexing::trilu(draft, node),
         "Unsqueeze" => shape::unsqueeze(draft, node),
+        "Upsample" if node.opset < 10 => resize::upsample(draft, node),
         "Where" => elementwise::where_(draft, node),
         "Xor" => elementwise::xor(draft, node),
         _ => Err(unknown()),
