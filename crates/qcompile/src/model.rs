@@ -213,7 +213,7 @@ pub fn import(
 /// Of the import or of the text; a plan or checkpoint is refused.
 pub fn draft(target: &Target, path: &Path, options: &Options) -> Result<Draft> {
     let draft = match target {
-        Target::Model(bytes) => Ok(import(bytes, path.parent(), options)?),
+        Target::Model(bytes) => import(bytes, path.parent(), options).map_err(Error::from),
         Target::Graph(text) => read_dump(text, path),
         Target::Plan(_) | Target::Checkpoint(..) => {
             let cause = format!("this is a {}, and a model is wanted", target.kind());

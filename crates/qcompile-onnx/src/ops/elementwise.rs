@@ -274,7 +274,9 @@ fn softplus_of(draft: &mut Draft, x: ValueId) -> Value {
     let exp = draft.unary(UnaryOp::Exp, negated)?;
     let sum = draft.binary_scalar(BinaryOp::Add, exp, 1.0)?;
     let log = draft.unary(UnaryOp::Log, sum)?;
-    let positive = draft.unary(UnaryOp::Relu, x)?;
+    // (x + │x│) / 2 rather than relu(x): at 0, where │x│ and relu have corners, the slopes add up to 1/2.
+    let twice = draft.add(x, magnitude)?;
+    let positive = draft.binary_scalar(BinaryOp::Mul, twice, 0.5)?;
     draft.add(positive, log)
 }
 
