@@ -9,6 +9,9 @@ use crate::known::{Element, Known};
 use crate::node::{OnnxNode, axis_of, dims_from};
 use qcompile_ir::DType;
 
+/// What one is divided into where positions are rounded.
+const TICKS: f64 = 1_048_576.0;
+
 /// Which index a position between two takes.
 #[derive(Clone, Copy)]
 enum Nearest {
@@ -108,7 +111,7 @@ impl Resize {
     fn position(&self, axis: &Axis, at: f64) -> f64 {
         let input = float(axis.input);
         let length = axis.scale * input;
-        // Quotients that should be integers are, in f32: what is nearest depends on it.
+        // Quotients that should be integers are, in f32, which decides what is nearest.
         let quotient = |position: f64| match self.mode {
             #[allow(clippy::cast_possible_truncation, reason = "rounding is the purpose")]
             Mode::Nearest(_) => f64::from((position / axis.scale) as f32),
@@ -245,6 +248,8 @@ impl Resize {
 
 impl Nearest {
     fn round(self, position: f64, scale: f64) -> f64 {
+        // Sums that should be integers or halves are.
+        let position = (position * TICKS).round() / TICKS;
         match self {
             Nearest::Inward if scale < 1.0 => position.ceil(),
             Nearest::RoundPreferFloor => (position - 0.5).ceil(),
