@@ -88,7 +88,9 @@ impl Draft {
         let origin = self.origin.take();
         let mut found = false;
         for value in &mut self.values[first..] {
-            if let Content::Op(Op::Matmul { .. } | Op::Conv2d(_), _) = value.content {
+            if let Content::Op(Op::Matmul { .. } | Op::Conv2d(_) | Op::Conv2dGradInput(_), _) =
+                value.content
+            {
                 value.origin.clone_from(&origin);
                 found = true;
             }
@@ -171,6 +173,21 @@ impl Draft {
         let base = self.base.clone();
         self.values.push(Value { content, ty, region, name: None, base, origin: None });
         ValueId(self.values.len() - 1)
+    }
+
+    /// That `what` depends on the batch size where it must be a number, and how to make it one.
+    pub(crate) fn depends_on_batch(&self, what: &str) -> Obstacle {
+        let source = self.values.iter().find_map(|value| match (&value.content, &value.name) {
+            (Content::Op(Op::Input(ty), _), Some(name)) => Some((name, ty.shape.batch_axis()?)),
+            _ => None,
+        });
+        Obstacle::unsupported(match source {
+            Some((name, axis)) => format!(
+                "{what} depends on the batch size, which is axis {axis} of input {name}: give it \
+                 by --dim {name}.{axis}=SIZE"
+            ),
+            None => format!("{what} depends on the batch size"),
+        })
     }
 
     /// A value known at compile time.

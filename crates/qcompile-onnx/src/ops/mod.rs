@@ -12,6 +12,7 @@ mod elements;
 mod elementwise;
 mod gate;
 mod indexing;
+mod interpolation;
 mod linear;
 mod logical;
 mod loss;
@@ -24,6 +25,7 @@ mod quantized;
 mod random;
 mod recurrent;
 mod reduce;
+mod resize;
 mod shape;
 mod trigonometric;
 mod window;
@@ -98,6 +100,7 @@ fn convert_onnx(draft: &mut Draft, node: &mut OnnxNode) -> Results {
         "ConstantOfShape" => constant::constant_of_shape(draft, node),
         "Conv" => conv::conv(draft, node),
         "ConvInteger" => quantized::conv_integer(draft, node),
+        "ConvTranspose" => conv::conv_transpose(draft, node),
         "Cos" => elementwise::unary(draft, node, UnaryOp::Cos),
         "Cosh" => trigonometric::function(draft, node, trigonometric::cosh),
         "CumProd" => arg::cumulative(draft, node, BinaryOp::Mul, 1.0),
@@ -122,6 +125,7 @@ fn convert_onnx(draft: &mut Draft, node: &mut OnnxNode) -> Results {
         "Gelu" => elementwise::gelu(draft, node),
         "Gemm" => linear::gemm(draft, node),
         "GlobalAveragePool" => pool::global_average_pool(draft, node),
+        "GlobalLpPool" => pool::global_lp_pool(draft, node),
         "GlobalMaxPool" => pool::global_max_pool(draft, node),
         "Greater" => elementwise::compare(draft, node, CompareOp::Less, true),
         "GreaterOrEqual" => elementwise::compare(draft, node, CompareOp::LessEqual, true),
@@ -141,12 +145,14 @@ fn convert_onnx(draft: &mut Draft, node: &mut OnnxNode) -> Results {
         "Log" => elementwise::unary(draft, node, UnaryOp::Log),
         "LogSoftmax" => norm::softmax(draft, node, qcompile_ir::Op::LogSoftmax),
         "LpNormalization" => norm::lp_normalization(draft, node),
+        "LpPool" => pool::lp_pool(draft, node),
         "LRN" => norm::lrn(draft, node),
         "LSTM" => recurrent::lstm(draft, node),
         "MatMul" => linear::matmul(draft, node),
         "MatMulInteger" => quantized::matmul_integer(draft, node),
         "Max" => elementwise::variadic(draft, node, BinaryOp::Max),
         "MaxPool" => pool::max_pool(draft, node),
+        "MaxUnpool" => pool::max_unpool(draft, node),
         "Mean" => elementwise::mean(draft, node),
         "MeanVarianceNormalization" => norm::mean_variance_normalization(draft, node),
         "Min" => elementwise::variadic(draft, node, BinaryOp::Min),
@@ -181,6 +187,7 @@ fn convert_onnx(draft: &mut Draft, node: &mut OnnxNode) -> Results {
         "ReduceSumSquare" => reduce::reduce_sum_square(draft, node),
         "Relu" => elementwise::unary(draft, node, UnaryOp::Relu),
         "Reshape" => shape::reshape(draft, node),
+        "Resize" => resize::resize(draft, node),
         "ReverseSequence" => elements::reverse_sequence(draft, node),
         "RMSNormalization" => norm::rms_normalization(draft, node),
         "RNN" => recurrent::rnn(draft, node),
@@ -218,6 +225,7 @@ fn convert_onnx(draft: &mut Draft, node: &mut OnnxNode) -> Results {
         "Transpose" => shape::transpose(draft, node),
         "Trilu" => indexing::trilu(draft, node),
         "Unsqueeze" => shape::unsqueeze(draft, node),
+        "Upsample" if node.opset < 10 => resize::upsample(draft, node),
         "Where" => elementwise::where_(draft, node),
         "Xor" => logical::xor(draft, node),
         _ => Err(unknown()),

@@ -133,6 +133,7 @@ pub(super) fn gradient(
             linear::matmul(b, &site, transpose_a, transpose_b)
         }
         Op::Conv2d(geometry) => linear::conv2d(b, &site, geometry),
+        Op::Conv2dGradInput(geometry) => linear::conv2d_grad_input(b, &site, geometry),
         Op::MaxPool2d(geometry) => linear::max_pool2d(b, &site, geometry),
         Op::AveragePool2d(geometry) => linear::average_pool2d(b, &site, geometry),
         Op::Reshape(_) => shape::reshape(b, &site),
@@ -157,7 +158,6 @@ pub(super) fn gradient(
         | Op::Random { .. }
         | Op::TopK { .. }
         | Op::Compare(_)
-        | Op::Conv2dGradInput(_)
         | Op::Conv2dGradWeight(_)
         | Op::MaxPool2dGrad(_)
         | Op::AveragePool2dGrad(_)
