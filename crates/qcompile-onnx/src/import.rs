@@ -407,6 +407,14 @@ impl<'a> Importer<'a> {
             let Some(id) = self.value(&output.name) else {
                 continue;
             };
+            // A result is wanted whether the step updates or not.
+            let id = match self.draft.in_forward(id) {
+                Ok(id) => id,
+                Err(obstacle) => {
+                    self.report_value("output", &output.name, obstacle);
+                    continue;
+                }
+            };
             let ty = self.draft.ty(id).clone();
             let declared = declared_element_type(output);
             // The declared type says more where the graph's is narrower, and nothing where it contradicts.

@@ -15,6 +15,7 @@ mod error;
 mod fold;
 mod function;
 mod import;
+mod index;
 mod known;
 mod node;
 mod ops;
