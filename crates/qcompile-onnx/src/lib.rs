@@ -24,6 +24,8 @@ mod pattern;
 mod scan;
 mod survey;
 mod tensor;
+#[cfg(test)]
+mod tests;
 
 pub use error::{ImportError, MissingDim, Problem, UnsupportedNode};
 pub use import::import;
