@@ -1,5 +1,6 @@
 //! ONNX's own test cases: `conformance.zip`, which `tests/peers/conformance.py --write` makes, holds the small ones with
 //! their inputs, the outputs that ONNX wants, and gradients by differences of ONNX's reference evaluator in float64.
+//! `operators.zip`, which `tests/peers/operators.py --write` makes, holds further cases in the same form.
 
 use crate::command::Place;
 use crate::support::root;
@@ -10,18 +11,21 @@ use std::path::Path;
 
 type Arrays = BTreeMap<String, Array>;
 
-/// The files of each case in the archive.
+/// The files of each case in the archives.
 fn cases() -> BTreeMap<String, BTreeMap<String, Vec<u8>>> {
-    let file = std::fs::File::open(root().join("tests/conformance.zip")).expect("committed");
-    let mut archive = zip::ZipArchive::new(file).expect("well-formed");
     let mut cases: BTreeMap<String, BTreeMap<String, Vec<u8>>> = BTreeMap::new();
-    for at in 0..archive.len() {
-        let mut entry = archive.by_index(at).expect("well-formed");
-        let (case, name) = entry.name().rsplit_once('/').expect("CASE/FILE").into();
-        let (case, name) = (case.to_owned(), name.to_owned());
-        let mut bytes = Vec::new();
-        entry.read_to_end(&mut bytes).expect("well-formed");
-        cases.entry(case).or_default().insert(name, bytes);
+    for archive in ["conformance", "operators"] {
+        let path = root().join(format!("tests/{archive}.zip"));
+        let file = std::fs::File::open(path).expect("committed");
+        let mut archive = zip::ZipArchive::new(file).expect("well-formed");
+        for at in 0..archive.len() {
+            let mut entry = archive.by_index(at).expect("well-formed");
+            let (case, name) = entry.name().rsplit_once('/').expect("CASE/FILE").into();
+            let (case, name) = (case.to_owned(), name.to_owned());
+            let mut bytes = Vec::new();
+            entry.read_to_end(&mut bytes).expect("well-formed");
+            cases.entry(case).or_default().insert(name, bytes);
+        }
     }
     cases
 }
