@@ -195,4 +195,19 @@ impl Draft {
             .collect();
         self.reshape(x, &dims)
     }
+
+    /// `-1 - x`: every bit the other way, and the reverse order without overflow.
+    pub(crate) fn complement(&mut self, x: ValueId) -> Result<ValueId> {
+        let dtype = self.dtype(x);
+        if dtype.is_float() || dtype == DType::Bool {
+            return Err(Obstacle::invalid(format!("{} is not of integers", self.ty(x))));
+        }
+        let ones = self.scalar(dtype, -1.0);
+        self.sub(ones, x)
+    }
+
+    /// Values in the reverse order: what is smallest becomes largest. Its own inverse.
+    pub(crate) fn reversed(&mut self, x: ValueId) -> Result<ValueId> {
+        if self.dtype(x).is_float() { self.unary(UnaryOp::Neg, x) } else { self.complement(x) }
+    }
 }

@@ -6,7 +6,7 @@ use crate::error::{Obstacle, Problem};
 use crate::fold::fold;
 use crate::known::{Element, Known};
 use qcompile_ir::{
-    DType, Dim, Graph, GraphError, NodeId, Op, Region, Shape, Tensor, TensorType, infer,
+    BinaryOp, DType, Dim, Graph, GraphError, NodeId, Op, Region, Shape, Tensor, TensorType, infer,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
@@ -41,6 +41,8 @@ pub(crate) struct Draft {
     base: Rc<str>,
     origin: Option<Rc<str>>,
     folded: usize,
+    /// The number of the step, if anything random depends on it.
+    step: Option<ValueId>,
     /// Integers that are floats cast without loss, and those floats.
     exact_floats: BTreeMap<ValueId, ValueId>,
     next: BTreeMap<ValueId, ValueId>,
@@ -57,6 +59,7 @@ impl Draft {
             base: "".into(),
             origin: None,
             folded: 0,
+            step: None,
             exact_floats: BTreeMap::new(),
             next: BTreeMap::new(),
             states: BTreeSet::new(),
@@ -85,7 +88,9 @@ impl Draft {
         let origin = self.origin.take();
         let mut found = false;
         for value in &mut self.values[first..] {
-            if let Content::Op(Op::Matmul { .. } | Op::Conv2d(_), _) = value.content {
+            if let Content::Op(Op::Matmul { .. } | Op::Conv2d(_) | Op::Conv2dGradInput(_), _) =
+                value.content
+            {
                 value.origin.clone_from(&origin);
                 found = true;
             }
@@ -170,6 +175,21 @@ impl Draft {
         ValueId(self.values.len() - 1)
     }
 
+    /// That `what` depends on the batch size where it must be a number, and how to make it one.
+    pub(crate) fn depends_on_batch(&self, what: &str) -> Obstacle {
+        let source = self.values.iter().find_map(|value| match (&value.content, &value.name) {
+            (Content::Op(Op::Input(ty), _), Some(name)) => Some((name, ty.shape.batch_axis()?)),
+            _ => None,
+        });
+        Obstacle::unsupported(match source {
+            Some((name, axis)) => format!(
+                "{what} depends on the batch size, which is axis {axis} of input {name}: give it \
+                 by --dim {name}.{axis}=SIZE"
+            ),
+            None => format!("{what} depends on the batch size"),
+        })
+    }
+
     /// A value known at compile time.
     pub(crate) fn add_known(&mut self, known: Known) -> ValueId {
         let ty = known.ty();
@@ -236,6 +256,21 @@ impl Draft {
         let state = self.emit(Op::State(tensor), &[])?;
         self.set_name(state, &name);
         Ok(state)
+    }
+
+    /// The number of the step, i64: a state that counts.
+    pub(crate) fn step(&mut self) -> Result<ValueId, Obstacle> {
+        if let Some(step) = self.step {
+            return Ok(step);
+        }
+        let zero = Tensor::scalar(DType::I64, 0.0);
+        let step = self.emit(Op::State(Arc::new(zero)), &[])?;
+        self.set_name(step, "step");
+        let one = self.integer(1_i64);
+        let next = self.emit_in(Region::Update, Op::Binary(BinaryOp::Add), &[step, one])?;
+        self.set_next(step, next);
+        self.step = Some(step);
+        Ok(step)
     }
 
     /// The value of a weight as a constant; any other value as it is.

@@ -34,6 +34,12 @@ impl Element {
     }
 }
 
+impl From<i64> for Element {
+    fn from(value: i64) -> Element {
+        Element::Int(value)
+    }
+}
+
 impl From<Dim> for Element {
     fn from(dim: Dim) -> Element {
         let scale = i64::try_from(dim.scale).unwrap_or(i64::MAX);

@@ -12,6 +12,7 @@ mod draft;
 mod error;
 mod fold;
 mod import;
+mod index;
 mod known;
 mod node;
 mod ops;

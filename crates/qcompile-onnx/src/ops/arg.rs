@@ -6,7 +6,7 @@ use crate::draft::{Draft, ValueId};
 use crate::error::Obstacle;
 use crate::known::{Element, FOLD_LIMIT, Known};
 use crate::node::{OnnxNode, axis_of};
-use qcompile_ir::{BinaryOp, CompareOp, DType, Dim, Op, ReduceOp, Tensor, UnaryOp};
+use qcompile_ir::{BinaryOp, CompareOp, DType, Dim, Op, ReduceOp, Tensor};
 use std::sync::Arc;
 
 type Value = Result<ValueId, Obstacle>;
@@ -130,21 +130,4 @@ pub(super) fn cumulative(
         step = step.saturating_mul(2);
     }
     Ok(vec![x])
-}
-
-impl Draft {
-    /// `-1 - x`: every bit the other way, and the reverse order without overflow.
-    pub(super) fn complement(&mut self, x: ValueId) -> Value {
-        let dtype = self.dtype(x);
-        if dtype.is_float() || dtype == DType::Bool {
-            return Err(Obstacle::invalid(format!("{} is not of integers", self.ty(x))));
-        }
-        let ones = self.scalar(dtype, -1.0);
-        self.sub(ones, x)
-    }
-
-    /// Values in the reverse order: what is smallest becomes largest. Its own inverse.
-    pub(super) fn reversed(&mut self, x: ValueId) -> Value {
-        if self.dtype(x).is_float() { self.unary(UnaryOp::Neg, x) } else { self.complement(x) }
-    }
 }

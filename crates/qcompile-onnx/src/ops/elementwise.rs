@@ -90,31 +90,6 @@ pub(super) fn cast_like(draft: &mut Draft, node: &OnnxNode) -> Results {
 }
 
 /// Identity: the masks of training are not drawn at import.
-pub(super) fn dropout(draft: &mut Draft, node: &OnnxNode) -> Results {
-    let x = node.input(0)?;
-    node.attributes.int("seed", 0)?;
-    let ratio_attribute = node.attributes.float("ratio", 0.5)?;
-    let training = match node.constant(draft, 2)? {
-        Some(known) => known.len() == Some(1) && known.get(0).as_int() == Some(1),
-        None => false,
-    };
-    let ratio = if node.opset >= 12 {
-        node.number_input(draft, 1)?.unwrap_or(0.5)
-    } else {
-        ratio_attribute
-    };
-    if training && ratio != 0.0 {
-        return Err(Obstacle::unsupported(format!("training mode with ratio {ratio}")));
-    }
-    let mut results = vec![x];
-    if node.wants(1) {
-        let all = draft.scalar(DType::Bool, 1.0);
-        let dims = draft.dims(x).to_vec();
-        results.push(draft.broadcast(all, &dims)?);
-    }
-    Ok(results)
-}
-
 pub(super) fn clip(draft: &mut Draft, node: &OnnxNode) -> Results {
     let mut x = node.input(0)?;
     if node.opset < 11 {

@@ -11,6 +11,7 @@
 //! straight-through estimation on the plain `dequantize(quantize(x, s), s)`), and before anything consumes gradients.
 
 mod elementwise;
+mod indexing;
 mod linear;
 mod normalize;
 mod quantized;

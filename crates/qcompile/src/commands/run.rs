@@ -15,6 +15,7 @@ use crate::terminal::{Show, say_verb};
 use crate::wants::loss_kind;
 use qcompile_ir::{DType, Graph, NodeId, Op, Region, Tensor};
 use qcompile_passes::differentiate::{self, GRADIENT_SUFFIX};
+use qcompile_passes::evaluation;
 use qcompile_passes::quantize::PrecisionChoice;
 use qcompile_plan::{BuildOptions, Plan, build};
 use qcompile_runtime::{Trainer, TrainerOptions, Values, checkpoint};
@@ -145,7 +146,11 @@ fn forward_of(graph: &Graph, about: &About) -> Result<Graph> {
     if outputs.is_empty() {
         return Err(Error::new(Code::ModelUnsupported, "the model has no output"));
     }
-    Ok(part(graph, &outputs)?)
+    let mut graph = part(graph, &outputs)?;
+    if evaluation::still(&mut graph)? {
+        qcompile_passes::simplify::run(&mut graph, &Default::default())?;
+    }
+    Ok(graph)
 }
 
 fn loss_of(graph: &Graph) -> Result<(String, NodeId)> {
