@@ -71,7 +71,8 @@ fn aligned(draft: &mut Draft, node: &OnnxNode, parameter: ValueId) -> Value {
     draft.slice(joined, axis, 0, length)
 }
 
-/// `ratio + zero`, rounded and held within the range of an integer type.
+/// `ratio + zero`, rounded and held within the range of an integer type. What rounds into the range has the gradient of
+/// the ratio.
 fn rounded(draft: &mut Draft, ratio: ValueId, zero: Option<ValueId>, to: DType) -> Value {
     let (low, high) = match to {
         DType::I8 => (-128.0, 127.0),
@@ -83,10 +84,12 @@ fn rounded(draft: &mut Draft, ratio: ValueId, zero: Option<ValueId>, to: DType) 
         low = draft.sub(low, zero)?;
         high = draft.sub(high, zero)?;
     }
-    // Zero points are integers, so the order of holding, rounding and shifting is free.
-    let above = draft.binary(BinaryOp::Max, ratio, low)?;
-    let held = draft.binary(BinaryOp::Min, above, high)?;
-    let whole = draft.unary(UnaryOp::Round, held)?;
+    // Zero points are integers, so rounding and shifting may change places.
+    let whole = draft.unary(UnaryOp::Round, ratio)?;
+    let whole = held(draft, whole, low, high)?;
+    low = draft.binary_scalar(BinaryOp::Sub, low, 0.5)?;
+    high = draft.binary_scalar(BinaryOp::Add, high, 0.5)?;
+    let held = held(draft, ratio, low, high)?;
     let error = draft.sub(whole, held)?;
     let error = draft.unary(UnaryOp::StopGradient, error)?;
     let mut through = draft.add(held, error)?;
@@ -96,6 +99,11 @@ fn rounded(draft: &mut Draft, ratio: ValueId, zero: Option<ValueId>, to: DType) 
     let integer = draft.cast(through, to)?;
     draft.set_exact_float(integer, through);
     Ok(integer)
+}
+
+fn held(draft: &mut Draft, x: ValueId, low: ValueId, high: ValueId) -> Value {
+    let above = draft.binary(BinaryOp::Max, x, low)?;
+    draft.binary(BinaryOp::Min, above, high)
 }
 
 /// A scale in f32. Scales are no weights, whoever holds them.
