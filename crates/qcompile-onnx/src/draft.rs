@@ -5,6 +5,7 @@ use crate::ImportError;
 use crate::error::{Obstacle, Problem};
 use crate::fold::fold;
 use crate::known::{Element, Known};
+use crate::tensor;
 use qcompile_ir::{
     BinaryOp, DType, Dim, Graph, GraphError, NodeId, Op, Region, Shape, Tensor, TensorType, infer,
 };
@@ -50,6 +51,8 @@ pub(crate) struct Draft {
     states: BTreeSet<ValueId>,
     /// Text about what was changed or assumed.
     pub(crate) warnings: Vec<String>,
+    /// ONNX element types that are carried in others.
+    carried: BTreeSet<i32>,
 }
 
 impl Draft {
@@ -64,6 +67,7 @@ impl Draft {
             next: BTreeMap::new(),
             states: BTreeSet::new(),
             warnings: Vec::new(),
+            carried: BTreeSet::new(),
         }
     }
 
@@ -71,6 +75,26 @@ impl Draft {
     pub(crate) fn begin(&mut self, base: &str, origin: &str) {
         self.base = base.into();
         self.origin = Some(origin.into());
+    }
+
+    /// Notes that a value has an ONNX element type, in case that the graph has another for it.
+    pub(crate) fn note_type(&mut self, number: i32) {
+        if tensor::is_carried(number) {
+            self.carried.insert(number);
+        }
+    }
+
+    /// What was changed or assumed, each once.
+    pub(crate) fn take_warnings(&mut self) -> Vec<String> {
+        let mut seen = BTreeSet::new();
+        let carried = std::mem::take(&mut self.carried).into_iter().filter_map(|number| {
+            let dtype = tensor::onnx_name(tensor::dtype(number).ok()?);
+            Some(format!("{} is computed in {dtype}", tensor::dtype_name(number)))
+        });
+        let mut warnings = std::mem::take(&mut self.warnings);
+        warnings.extend(carried);
+        warnings.retain(|warning| seen.insert(warning.clone()));
+        warnings
     }
 
     /// Number of values so far.

@@ -3,6 +3,7 @@
 use super::Results;
 use crate::draft::{Draft, ValueId};
 use crate::error::Obstacle;
+use crate::known::{Element, Known};
 use crate::node::OnnxNode;
 use crate::tensor;
 use qcompile_ir::{BinaryOp, CompareOp, DType, UnaryOp};
@@ -76,10 +77,29 @@ pub(super) fn cast(draft: &mut Draft, node: &OnnxNode) -> Results {
     node.attributes.string("round_mode", "up")?;
     let to = i32::try_from(to)
         .map_err(|_| Obstacle::invalid(format!("there is no element type {to}")))?;
-    if tensor::is_narrowed(to) {
-        draft.warnings.push(format!("{}: float64 is computed in float32", node.base));
-    }
-    Ok(vec![draft.cast(node.input(0)?, tensor::dtype(to)?)?])
+    draft.note_type(to);
+    let x = draft.cast(node.input(0)?, tensor::dtype(to)?)?;
+    Ok(vec![match tensor::range(to) {
+        Some((lowest, count)) => wrapped(draft, x, lowest, count)?,
+        None => x,
+    }])
+}
+
+/// Integers wrapped to the `count` values from `lowest` on.
+fn wrapped(draft: &mut Draft, x: ValueId, lowest: i64, count: i64) -> Result<ValueId, Obstacle> {
+    let dtype = draft.dtype(x);
+    let number = |value: i64| Known::new(dtype, Vec::new(), vec![Element::Int(value)]);
+    let (first, all, zero) =
+        (draft.add_known(number(lowest)), draft.add_known(number(count)), draft.add_known(number(0)));
+    // Division rounds towards zero, so what is left over has the sign of the dividend.
+    let from_lowest = draft.sub(x, first)?;
+    let times = draft.binary(BinaryOp::Div, from_lowest, all)?;
+    let whole = draft.mul(times, all)?;
+    let left = draft.sub(from_lowest, whole)?;
+    let raised = draft.add(left, all)?;
+    let negative = draft.compare(CompareOp::Less, left, zero)?;
+    let left = draft.select(negative, raised, left)?;
+    draft.add(left, first)
 }
 
 pub(super) fn cast_like(draft: &mut Draft, node: &OnnxNode) -> Results {

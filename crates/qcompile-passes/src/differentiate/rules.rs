@@ -25,7 +25,8 @@ impl Site {
 }
 
 /// Whether operand `position` of `id` can have a gradient other than zero through it.
-pub(super) fn carries_gradient(graph: &Graph, id: NodeId, position: usize) -> bool {
+#[must_use]
+pub fn carries_gradient(graph: &Graph, id: NodeId, position: usize) -> bool {
     match graph.op(id) {
         Op::Input(_)
         | Op::Param(_)
