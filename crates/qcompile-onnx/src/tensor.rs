@@ -42,9 +42,9 @@ pub(crate) fn dtype_name(number: i32) -> String {
         .map_or_else(|| format!("element type {number}"), |&name| name.to_owned())
 }
 
-/// The ONNX name of an element type of the graph.
-pub(crate) fn onnx_name(dtype: DType) -> String {
-    let number = match dtype {
+/// The number of an element type of the graph in ONNX.
+pub(crate) fn onnx_number(dtype: DType) -> i32 {
+    match dtype {
         DType::F32 => 1,
         DType::U8 => 2,
         DType::I8 => 3,
@@ -53,11 +53,16 @@ pub(crate) fn onnx_name(dtype: DType) -> String {
         DType::Bool => 9,
         DType::F16 => 10,
         DType::BF16 => 16,
-    };
-    dtype_name(number)
+    }
 }
 
-const DOUBLE: i32 = 11;
+/// The ONNX name of an element type of the graph.
+pub(crate) fn onnx_name(dtype: DType) -> String {
+    dtype_name(onnx_number(dtype))
+}
+
+/// The number of float64, which the graph holds as f32.
+pub(crate) const DOUBLE: i32 = 11;
 
 /// The element type that stands for an ONNX one; float64 becomes float32.
 pub(crate) fn dtype(number: i32) -> Result<DType, Obstacle> {
