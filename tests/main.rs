@@ -3,6 +3,7 @@
 mod cli;
 mod command;
 mod evaluation;
+mod export;
 mod filetests;
 mod hostile;
 mod models;

@@ -2,6 +2,7 @@
 
 use super::{Exporter, Result};
 use qcompile_ir::{NodeId, Op};
+use std::sync::Arc;
 
 impl Exporter<'_> {
     /// Writes a value whose operands are written.
@@ -12,6 +13,9 @@ impl Exporter<'_> {
             Op::Param(tensor) | Op::State(tensor) | Op::Const(tensor) => {
                 let name = self.writer.claim(self.name(id));
                 self.writer.initializer(&name, tensor);
+                if matches!(self.graph.op(id), Op::Const(_)) {
+                    self.constants.insert(name.clone(), Arc::clone(tensor));
+                }
                 self.place_natural(id, name);
                 Ok(())
             }

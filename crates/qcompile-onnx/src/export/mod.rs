@@ -18,8 +18,9 @@ use crate::Port;
 use crate::tensor::{DOUBLE, dtype_name, onnx_number};
 use onnx_protobuf::Message;
 use patterns::Pattern;
-use qcompile_ir::{DType, Dim, Graph, NodeId, Op, TensorType};
+use qcompile_ir::{DType, Dim, Graph, NodeId, Op, Tensor, TensorType};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use thiserror::Error;
 use view::{Placed, View};
 use writer::{Attribute, PortType, Writer};
@@ -122,6 +123,8 @@ pub fn export(graph: &Graph, options: &ExportOptions) -> Result<Export> {
         views: BTreeMap::new(),
         arranged: BTreeMap::new(),
         reshaped: BTreeMap::new(),
+        sliced: BTreeMap::new(),
+        constants: BTreeMap::new(),
         batch: None,
         recurrences: BTreeMap::new(),
         masks: BTreeMap::new(),
@@ -169,6 +172,10 @@ struct Exporter<'a> {
     arranged: BTreeMap<(String, view::Arrangement), Placed>,
     /// What a result of `Reshape` was made from.
     reshaped: BTreeMap<String, Placed>,
+    /// What a result of `Slice` was made from: the tensor, and the part along each axis.
+    sliced: BTreeMap<String, (String, Vec<moves::Part>)>,
+    /// Constants of the graph by their names.
+    constants: BTreeMap<String, Arc<Tensor>>,
     /// The tensor `[1]` of int64 that holds the batch size.
     batch: Option<String>,
     recurrences: BTreeMap<NodeId, recurrent::States>,

@@ -5,6 +5,13 @@ use super::writer::{Attribute, int, ints};
 use super::{Exporter, Result};
 use qcompile_ir::{DType, Dim, NodeId, Tensor};
 
+/// A part along one axis: start, end and step.
+#[derive(Clone)]
+pub(super) struct Part {
+    axis: usize,
+    range: [usize; 3],
+}
+
 impl Exporter<'_> {
     /// The number of elements along a dimension, as f32.
     pub(super) fn size(&mut self, id: NodeId, dim: Dim) -> Result<()> {
@@ -43,22 +50,37 @@ impl Exporter<'_> {
         Ok(())
     }
 
-    /// Elements of a tensor along one axis; its name.
+    /// Elements of a tensor along one axis; its name. What was a part along another axis already is one part along both.
     pub(super) fn slice_tensor(
         &mut self,
         tensor: &str,
         axis: usize,
-        [start, end, step]: [usize; 3],
+        range: [usize; 3],
         wanted: &str,
     ) -> String {
-        let mut inputs = vec![tensor.to_owned()];
-        for value in [start, end, axis] {
-            inputs.push(self.integers(&[int(value)]));
+        let part = Part { axis, range };
+        let earlier = self.sliced.get(tensor).cloned();
+        let (source, parts) = match earlier {
+            Some((source, mut parts)) if parts.iter().all(|part| part.axis != axis) => {
+                parts.push(part);
+                (source, parts)
+            }
+            _ => (tensor.to_owned(), vec![part]),
+        };
+        let mut inputs = vec![source.clone()];
+        for at in 0..2 {
+            let values: Vec<usize> = parts.iter().map(|part| part.range[at]).collect();
+            inputs.push(self.integers(&ints(&values)));
         }
-        if step != 1 {
-            inputs.push(self.integers(&[int(step)]));
+        let axes: Vec<usize> = parts.iter().map(|part| part.axis).collect();
+        inputs.push(self.integers(&ints(&axes)));
+        let steps: Vec<usize> = parts.iter().map(|part| part.range[2]).collect();
+        if steps.iter().any(|&step| step != 1) {
+            inputs.push(self.integers(&ints(&steps)));
         }
-        self.one("Slice", inputs, wanted, vec![])
+        let name = self.one("Slice", inputs, wanted, vec![]);
+        self.sliced.insert(name.clone(), (source, parts));
+        name
     }
 
     pub(super) fn pad(

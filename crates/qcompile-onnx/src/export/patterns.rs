@@ -16,7 +16,7 @@ pub(super) enum Pattern {
     /// The mean of `x` over axes that stay with size 1.
     Mean { x: NodeId, axes: Vec<usize> },
     /// `(x - mean) / sqrt(variance + epsilon) · scale + bias`, one number for each index of `axis`.
-    BatchNormalization { x: NodeId, axis: usize, mean: Option<NodeId>, operands: [NodeId; 3], epsilon: f64 },
+    BatchNormalization { x: NodeId, axis: usize, scale: NodeId, bias: NodeId, statistics: Statistics },
     /// `(x - mean(x)) / sqrt(variance(x) + epsilon) · scale + bias` over the axes from `axis` on.
     LayerNormalization { x: NodeId, axis: usize, scale: NodeId, bias: Option<NodeId>, epsilon: f64 },
     /// `x · (1 + erf(x / √2)) / 2`
@@ -25,6 +25,15 @@ pub(super) enum Pattern {
     Clip { x: NodeId, low: f64, high: f64 },
     /// A recurrence whose gates are a product.
     Recurrence { gates: Gates, operands: Vec<NodeId> },
+}
+
+/// What a batch normalization normalizes by.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Statistics {
+    /// None where it is zero.
+    mean: Option<NodeId>,
+    /// None where the scale holds it already.
+    variance: Option<(NodeId, f64)>,
 }
 
 /// What enters the gates of a recurrent layer from outside: `rows · weight + bias`.
@@ -64,8 +73,10 @@ impl Pattern {
                 operands.iter().copied().chain([*bias]).collect()
             }
             Pattern::Mean { x, .. } | Pattern::Gelu { x } | Pattern::Clip { x, .. } => vec![*x],
-            Pattern::BatchNormalization { x, mean, operands, .. } => {
-                operands.iter().copied().chain([*x]).chain(*mean).collect()
+            Pattern::BatchNormalization { x, scale, bias, statistics, .. } => {
+                let Statistics { mean, variance } = statistics;
+                let variance = variance.map(|(variance, _)| variance);
+                [*x, *scale, *bias].into_iter().chain(*mean).chain(variance).collect()
             }
             Pattern::LayerNormalization { x, scale, bias, .. } => {
                 [*x, *scale].into_iter().chain(*bias).collect()
@@ -88,7 +99,7 @@ pub(super) fn find(graph: &Graph, id: NodeId, opset: u32) -> Option<Pattern> {
             .filter(|_| opset >= 20)
             .or_else(|| layer_normalization(graph, id).filter(|_| opset >= 17)),
         Op::Binary(BinaryOp::Div) => mean(graph, id),
-        Op::Binary(BinaryOp::Min) => clip(graph, id),
+        Op::Binary(BinaryOp::Min | BinaryOp::Max) => clip(graph, id),
         Op::Recurrence(_) => recurrence(graph, id),
         _ => None,
     }
@@ -215,17 +226,20 @@ fn batch_normalization(graph: &Graph, id: NodeId) -> Option<Pattern> {
             }
             let parts = both(graph, factor.source, BinaryOp::Mul);
             let parts = parts.into_iter().find_map(|[inverse, scale]| {
-                Some((inverse_deviation(graph, inverse)?, seen(graph, scale)))
+                let (variance, epsilon) = inverse_deviation(graph, inverse)?;
+                Some((seen(graph, scale).source, Some((seen(graph, variance).source, epsilon))))
             });
-            let Some(((variance, epsilon), scale)) = parts else { continue };
-            let variance = seen(graph, variance);
+            let constant = matches!(graph.op(factor.source), Op::Const(_));
+            let folded = constant && is_convolved(graph, centered);
+            let parts = parts.or_else(|| folded.then_some((factor.source, None)));
+            let Some((scale, variance)) = parts else { continue };
             let channels = graph.ty(id).shape.0[axis];
-            let is_vector = |seen: &Seen| {
-                let mut large =
-                    graph.ty(seen.source).shape.0.iter().filter(|&&dim| dim != Dim::ONE);
+            let is_vector = |id: NodeId| {
+                let mut large = graph.ty(id).shape.0.iter().filter(|&&dim| dim != Dim::ONE);
                 large.next() == Some(&channels) && large.next().is_none()
             };
-            if !is_vector(&variance) || !is_vector(&scale) || !is_vector(&bias) {
+            let operands = [Some(scale), Some(bias.source), variance.map(|(id, _)| id)];
+            if !operands.into_iter().flatten().all(is_vector) {
                 continue;
             }
             // A mean of zeros has gone.
@@ -235,11 +249,18 @@ fn batch_normalization(graph: &Graph, id: NodeId) -> Option<Pattern> {
                 }
                 _ => (centered, None),
             };
-            let operands = [scale.source, bias.source, variance.source];
-            return Some(Pattern::BatchNormalization { x, axis, mean, operands, epsilon });
+            let statistics = Statistics { mean, variance };
+            let bias = bias.source;
+            return Some(Pattern::BatchNormalization { x, axis, scale, bias, statistics });
         }
     }
     None
+}
+
+/// Whether a value is a convolution's, perhaps minus something.
+fn is_convolved(graph: &Graph, id: NodeId) -> bool {
+    let x = binary(graph, id, BinaryOp::Sub).map_or(id, |[x, _]| x);
+    matches!(graph.op(seen(graph, x).source), Op::Conv2d(_))
 }
 
 /// A value without its mean over the last axes, times or divided by its deviation.
@@ -362,17 +383,22 @@ fn gelu(graph: &Graph, id: NodeId) -> Option<Pattern> {
 }
 
 fn clip(graph: &Graph, id: NodeId) -> Option<Pattern> {
-    both(graph, id, BinaryOp::Min).into_iter().find_map(|[inner, high]| {
-        let high = number(graph, high)?;
-        if let Some(x) = unary(graph, inner, UnaryOp::Relu) {
-            return (high >= 0.0).then_some(Pattern::Clip { x, low: 0.0, high });
+    let limited = |id: NodeId, op: BinaryOp| {
+        both(graph, id, op).into_iter().find_map(|[x, limit]| Some((x, number(graph, limit)?)))
+    };
+    let (x, low, high) = match limited(id, BinaryOp::Min) {
+        Some((inner, high)) => match unary(graph, inner, UnaryOp::Relu) {
+            Some(x) => (x, 0.0, high),
+            None => limited(inner, BinaryOp::Max).map(|(x, low)| (x, low, high))?,
+        },
+        None => {
+            let (inner, low) = limited(id, BinaryOp::Max)?;
+            let (x, high) = limited(inner, BinaryOp::Min)?;
+            (x, low, high)
         }
-        both(graph, inner, BinaryOp::Max).into_iter().find_map(|[x, low]| {
-            let low = number(graph, low)?;
-            // With crossed limits the order would matter.
-            (low <= high).then_some(Pattern::Clip { x, low, high })
-        })
-    })
+    };
+    // With crossed limits the order would matter.
+    (low <= high).then_some(Pattern::Clip { x, low, high })
 }
 
 fn bias(graph: &Graph, id: NodeId) -> Option<Pattern> {
@@ -475,8 +501,8 @@ impl Exporter<'_> {
                 self.biased(id, *product, operands, axes, *bias)
             }
             Pattern::Mean { x, axes } => self.reduce_by(id, "ReduceMean", axes, *x),
-            Pattern::BatchNormalization { x, axis, mean, operands, epsilon } => {
-                self.write_batch_normalization(id, *x, *axis, *mean, *operands, *epsilon)
+            Pattern::BatchNormalization { x, axis, scale, bias, statistics } => {
+                self.write_batch_normalization(id, (*x, *axis), [*scale, *bias], statistics)
             }
             Pattern::LayerNormalization { x, axis, scale, bias, epsilon } => {
                 let mut inputs = vec![self.natural(*x)?.name, self.natural(*scale)?.name];
@@ -526,11 +552,9 @@ impl Exporter<'_> {
     fn write_batch_normalization(
         &mut self,
         id: NodeId,
-        x: NodeId,
-        axis: usize,
-        mean: Option<NodeId>,
-        [scale, bias, variance]: [NodeId; 3],
-        epsilon: f64,
+        (x, axis): (NodeId, usize),
+        weights: [NodeId; 2],
+        statistics: &Statistics,
     ) -> Result<()> {
         let rank = self.dims(id).len();
         // The channels come second, whatever the others do.
@@ -547,17 +571,24 @@ impl Exporter<'_> {
         }
         let tensor = self.full(x, &order)?;
         let mut inputs = vec![tensor.name];
-        for operand in [scale, bias] {
+        for operand in weights {
             inputs.push(self.vector(operand)?.name);
         }
-        inputs.push(match mean {
+        let channels = self.dims(id)[axis].scale;
+        let all = |exporter: &mut Self, value: f32, what: &str| {
+            let tensor = Tensor::from_f32(&[channels], &vec![value; channels]);
+            let tensor = tensor.expect("as many elements as the shape says");
+            exporter.writer.constant(&format!("{}.{what}", exporter.name(id)), &tensor)
+        };
+        inputs.push(match statistics.mean {
             Some(mean) => self.vector(mean)?.name,
-            None => {
-                let zeros = Tensor::zeros(DType::F32, &[self.dims(id)[axis].scale]);
-                self.writer.constant(&format!("{}.mean", self.name(id)), &zeros)
-            }
+            None => all(self, 0.0, "mean"),
         });
-        inputs.push(self.vector(variance)?.name);
+        let (variance, epsilon) = match statistics.variance {
+            Some((variance, epsilon)) => (self.vector(variance)?.name, epsilon),
+            None => (all(self, 1.0, "variance"), 0.0),
+        };
+        inputs.push(variance);
         let attributes = vec![("epsilon", epsilon_of(epsilon))];
         let name = self.one("BatchNormalization", inputs, self.name(id), attributes);
         self.place(id, Placed { name, dims: tensor.dims }, &order);

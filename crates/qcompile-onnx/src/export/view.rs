@@ -2,7 +2,7 @@
 
 use super::writer::{Attribute, int, ints};
 use super::{Exporter, Result};
-use qcompile_ir::{DType, Dim, NodeId, Op, Tensor};
+use qcompile_ir::{DType, Dim, NodeId, Tensor};
 
 /// A tensor of the model.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -198,7 +198,7 @@ impl<'a> Exporter<'a> {
         if source.dims == dims {
             return Ok(source);
         }
-        if let Some(constant) = self.small_constant(id, &tensor.name, dims) {
+        if let Some(constant) = self.small_constant(&tensor.name, dims) {
             return Ok(made(self.writer.constant(&wanted, &constant)));
         }
         let empty = dims.iter().any(|dim| dim.scale == 0);
@@ -232,13 +232,12 @@ impl<'a> Exporter<'a> {
         self.arrange(id, tensor, Arrangement::Reshaped(dims.to_vec()))
     }
 
-    /// A constant of the graph under other sizes, if it is `id`'s tensor.
-    fn small_constant(&self, id: NodeId, name: &str, dims: &[Dim]) -> Option<Tensor> {
+    /// A constant of the graph under other sizes, if it is small.
+    fn small_constant(&self, name: &str, dims: &[Dim]) -> Option<Tensor> {
         const LARGEST: usize = 1 << 16;
-        let Op::Const(tensor) = self.graph.op(id) else { return None };
+        let tensor = self.constants.get(name).filter(|tensor| tensor.elements() <= LARGEST)?;
         let sizes: Option<Vec<usize>> = dims.iter().map(|dim| dim.as_fixed()).collect();
-        let own = self.views.get(&id).is_some_and(|view| view.tensor.name == name);
-        if own && tensor.elements() <= LARGEST { tensor.reshaped(&sizes?) } else { None }
+        tensor.reshaped(&sizes?)
     }
 
     /// A tensor that has the axes `order` of a value: along `exact` ones in full, along others perhaps with size 1 where
