@@ -21,8 +21,8 @@ mod pattern;
 mod scan;
 mod tensor;
 
-pub use export::{EXPORT_OPSETS, Export, ExportError, ExportOptions, export};
 pub use error::{ImportError, MissingDim, Problem, UnsupportedNode};
+pub use export::{EXPORT_OPSETS, Export, ExportError, ExportOptions, export};
 pub use import::import;
 pub use scan::{Census, Limits, scan};
 

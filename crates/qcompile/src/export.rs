@@ -119,7 +119,10 @@ impl Exported {
             self.form.outputs().iter().find(|(output, _)| output == name).map(|(_, id)| *id)
         });
         if outputs.is_empty() {
-            return Err(Error::new(Code::PlanMismatch, "nothing that the model gives is computed by its evaluation form"));
+            return Err(Error::new(
+                Code::PlanMismatch,
+                "nothing that the model gives is computed by its evaluation form",
+            ));
         }
         let options = ExportOptions {
             opset,
@@ -138,7 +141,11 @@ impl Exported {
     ) -> Vec<qcompile_onnx::Port> {
         let port = |port: &Port| {
             let ty = self.form.ty(find(&port.name)?).clone();
-            Some(qcompile_onnx::Port { name: port.name.clone(), ty, onnx_dtype: port.dtype.clone() })
+            Some(qcompile_onnx::Port {
+                name: port.name.clone(),
+                ty,
+                onnx_dtype: port.dtype.clone(),
+            })
         };
         ports.iter().filter_map(port).collect()
     }

@@ -171,7 +171,8 @@ impl Exporter<'_> {
                 order.insert(place.unwrap_or(order.len()), axis);
             }
         }
-        let reduced: Vec<usize> = order.iter().copied().filter(|axis| axes.contains(axis)).collect();
+        let reduced: Vec<usize> =
+            order.iter().copied().filter(|axis| axes.contains(axis)).collect();
         let tensor = self.arranged(x, &order, &reduced)?;
         let first = order.len().saturating_sub(tensor.dims.len());
         let places: Vec<usize> =
@@ -220,10 +221,8 @@ impl Exporter<'_> {
     pub(super) fn cross_entropy(&mut self, id: NodeId, operands: &[NodeId]) -> Result<()> {
         let logits = self.natural(operands[0])?.name;
         let label = self.natural(operands[1])?.name;
-        let attributes = vec![
-            ("ignore_index", Attribute::Int(-100)),
-            ("reduction", Attribute::Text("none")),
-        ];
+        let attributes =
+            vec![("ignore_index", Attribute::Int(-100)), ("reduction", Attribute::Text("none"))];
         let name =
             self.one("SoftmaxCrossEntropyLoss", vec![logits, label], self.name(id), attributes);
         self.place_natural(id, name);

@@ -63,7 +63,9 @@ pub enum ExportError {
         opset: u32,
     },
     /// A newer opset can express it.
-    #[error("value {value} ({op}) needs {what}, which ONNX has from opset {needs} on; asked for is {opset}")]
+    #[error(
+        "value {value} ({op}) needs {what}, which ONNX has from opset {needs} on; asked for is {opset}"
+    )]
     Opset {
         /// The value.
         value: String,
@@ -270,15 +272,19 @@ impl<'a> Exporter<'a> {
 
     /// Gives the outputs their names.
     fn finish_outputs(&mut self, outputs: &[Output]) -> Result<()> {
-        let mut renamed: BTreeMap<String, String> = BTreeMap::new();
+        // Every node must be there before a name changes.
+        let mut values = Vec::with_capacity(outputs.len());
         for Output { port, id } in outputs {
             let mut value = self.natural(*id)?.name;
             if elements(port, self.graph.ty(*id)) == DOUBLE {
                 let wanted = format!("{}.float64", port.name);
-                value = renamed.get(&value).cloned().unwrap_or(value);
                 let to = vec![("to", Attribute::Int(i64::from(DOUBLE)))];
                 value = self.one("Cast", vec![value], &wanted, to);
             }
+            values.push(value);
+        }
+        let mut renamed: BTreeMap<String, String> = BTreeMap::new();
+        for (Output { port, .. }, value) in outputs.iter().zip(values) {
             if value == port.name {
                 continue;
             }

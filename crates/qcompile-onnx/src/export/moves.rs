@@ -45,7 +45,8 @@ impl Exporter<'_> {
         };
         let mut tensor = view.tensor.clone();
         tensor.dims[place] = self.dims(id)[axis];
-        tensor.name = self.slice_tensor(&view.tensor.name, place, [start, end, step], self.name(id));
+        tensor.name =
+            self.slice_tensor(&view.tensor.name, place, [start, end, step], self.name(id));
         self.views.insert(id, super::View { tensor, axes: view.axes });
         Ok(())
     }

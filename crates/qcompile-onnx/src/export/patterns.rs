@@ -16,7 +16,13 @@ pub(super) enum Pattern {
     /// The mean of `x` over axes that stay with size 1.
     Mean { x: NodeId, axes: Vec<usize> },
     /// `(x - mean) / sqrt(variance + epsilon) · scale + bias`, one number for each index of `axis`.
-    BatchNormalization { x: NodeId, axis: usize, scale: NodeId, bias: NodeId, statistics: Statistics },
+    BatchNormalization {
+        x: NodeId,
+        axis: usize,
+        scale: NodeId,
+        bias: NodeId,
+        statistics: Statistics,
+    },
     /// `(x - mean(x)) / sqrt(variance(x) + epsilon) · scale + bias` over the axes from `axis` on.
     LayerNormalization { x: NodeId, axis: usize, scale: NodeId, bias: Option<NodeId>, epsilon: f64 },
     /// `x · (1 + erf(x / √2)) / 2`
@@ -412,11 +418,14 @@ fn bias(graph: &Graph, id: NodeId) -> Option<Pattern> {
         };
         let dims = &graph.ty(id).shape.0;
         // All of the product, for this sum alone.
-        let mut used = graph.operands(id).into_iter().find(|&operand| {
-            seen(graph, operand).source == source
-        })?;
+        let mut used = graph
+            .operands(id)
+            .into_iter()
+            .find(|&operand| seen(graph, operand).source == source)?;
         while used != source {
-            if graph.uses(used).len() != 1 || graph.ty(used).shape.elements() != graph.ty(source).shape.elements() {
+            if graph.uses(used).len() != 1
+                || graph.ty(used).shape.elements() != graph.ty(source).shape.elements()
+            {
                 return None;
             }
             used = graph.operand(used, 0);
@@ -467,8 +476,12 @@ fn recurrence(graph: &Graph, id: NodeId) -> Option<Pattern> {
                 if graph.ty(value).shape.rank() != 2 {
                     return None;
                 }
-                let gates =
-                    Gates { rows: operands[0], weight: operands[1], transposed: *transpose_b, bias };
+                let gates = Gates {
+                    rows: operands[0],
+                    weight: operands[1],
+                    transposed: *transpose_b,
+                    bias,
+                };
                 let operands = graph.operands(id).split_off(1);
                 return Some(Pattern::Recurrence { gates, operands });
             }

@@ -193,7 +193,8 @@ impl Exporter<'_> {
         let v = self.full(operands[2], &[0, 2, 1, 3])?;
         let v = self.reshaped_tensor(operands[2], &v, &head([g, Dim::ONE], [s, e]))?;
         let base = self.name(id);
-        let mut scores = self.one("MatMul", vec![q.name, k.name], &format!("{base}.scores"), vec![]);
+        let mut scores =
+            self.one("MatMul", vec![q.name, k.name], &format!("{base}.scores"), vec![]);
         if scale != 1.0 {
             let scale = self.scalar(dtype, f64::from(scale), &format!("{base}.scale"));
             scores = self.one("Mul", vec![scores, scale], &format!("{base}.scaled"), vec![]);

@@ -110,7 +110,13 @@ impl Exporter<'_> {
         self.write_layer(id, rows.name, w.name, &gates.bias)
     }
 
-    fn write_layer(&mut self, id: NodeId, x: String, w: String, bias: &RecurrentBias) -> Result<()> {
+    fn write_layer(
+        &mut self,
+        id: NodeId,
+        x: String,
+        w: String,
+        bias: &RecurrentBias,
+    ) -> Result<()> {
         let Op::Recurrence(recurrence) = self.graph.op(id) else {
             return self.unsupported(id, "it is no recurrence");
         };
@@ -136,7 +142,8 @@ impl Exporter<'_> {
             }
             None => String::new(),
         };
-        let mut inputs = vec![x, w, r.name, b, lengths, self.first_state(operands[2], batch, hidden)?];
+        let mut inputs =
+            vec![x, w, r.name, b, lengths, self.first_state(operands[2], batch, hidden)?];
         let mut first = vec![operands[2]];
         if let Some(cell) = at.cell {
             first.push(operands[cell]);
@@ -168,11 +175,8 @@ impl Exporter<'_> {
         let last: Vec<Placed> =
             results.map(|name| Placed { name, dims: vec![Dim::ONE, batch, hidden] }).collect();
         if let Some(at) = at.lengths {
-            let beyond = if recurrence.reverse {
-                self.natural(operands[2])?
-            } else {
-                last[0].clone()
-            };
+            let beyond =
+                if recurrence.reverse { self.natural(operands[2])? } else { last[0].clone() };
             let lengths = operands[at];
             sequence.name = self.kept(id, &sequence, &beyond, lengths)?;
         }
@@ -251,8 +255,7 @@ impl Exporter<'_> {
         let lengths = self.reshaped_tensor(lengths, &tensor, &dims)?.name;
         let base = self.name(id);
         let runs = self.one("Less", vec![numbers, lengths], &format!("{base}.runs"), vec![]);
-        let beyond =
-            self.reshaped_tensor(id, beyond, &[Dim::ONE, Dim::ONE, batch, hidden])?.name;
+        let beyond = self.reshaped_tensor(id, beyond, &[Dim::ONE, Dim::ONE, batch, hidden])?.name;
         let inputs = vec![runs, sequence.name.clone(), beyond];
         Ok(self.one("Where", inputs, &format!("{base}.kept"), vec![]))
     }

@@ -149,12 +149,7 @@ impl<'a> Exporter<'a> {
         Some(self.one("Concat", parts, "sizes", vec![("axis", Attribute::Int(0))]))
     }
 
-    fn arrange(
-        &mut self,
-        id: NodeId,
-        tensor: &Placed,
-        arrangement: Arrangement,
-    ) -> Result<Placed> {
+    fn arrange(&mut self, id: NodeId, tensor: &Placed, arrangement: Arrangement) -> Result<Placed> {
         let key = (tensor.name.clone(), arrangement.clone());
         if let Some(made) = self.arranged.get(&key) {
             return Ok(made.clone());
@@ -255,7 +250,10 @@ impl<'a> Exporter<'a> {
         let trimmed = extents.len().checked_sub(tensor.dims.len());
         let fits = trimmed.is_some_and(|trimmed| {
             extents[trimmed..] == tensor.dims
-                && extents[..trimmed].iter().zip(&exact).all(|(dim, exact)| *dim == Dim::ONE && !exact)
+                && extents[..trimmed]
+                    .iter()
+                    .zip(&exact)
+                    .all(|(dim, exact)| *dim == Dim::ONE && !exact)
         });
         let full: Vec<Dim> = order.iter().map(|&axis| self.dims(id)[axis]).collect();
         let mut tensor = if fits {

@@ -91,7 +91,8 @@ impl Writer {
 
     /// The name of a constant; equal ones of integers are one.
     pub(super) fn constant(&mut self, wanted: &str, tensor: &Tensor) -> String {
-        let key = (tensor.dtype() == DType::I64).then(|| (tensor.shape().to_vec(), tensor.to_i64()));
+        let key =
+            (tensor.dtype() == DType::I64).then(|| (tensor.shape().to_vec(), tensor.to_i64()));
         if let Some(name) = key.as_ref().and_then(|key| self.integers.get(key)) {
             return name.clone();
         }
@@ -212,17 +213,14 @@ fn value_info(port: &PortType) -> ValueInfoProto {
         };
         Dimension { value: Some(value), ..Dimension::default() }
     };
-    let shape =
-        TensorShapeProto { dim: port.dims.iter().map(dim).collect(), ..Default::default() };
+    let shape = TensorShapeProto { dim: port.dims.iter().map(dim).collect(), ..Default::default() };
     let tensor = type_proto::Tensor {
         elem_type: port.elements,
         shape: MessageField::some(shape),
         ..Default::default()
     };
-    let ty = TypeProto {
-        value: Some(type_proto::Value::TensorType(tensor)),
-        ..TypeProto::default()
-    };
+    let ty =
+        TypeProto { value: Some(type_proto::Value::TensorType(tensor)), ..TypeProto::default() };
     ValueInfoProto {
         name: port.name.to_owned(),
         type_: MessageField::some(ty),

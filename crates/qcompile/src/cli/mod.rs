@@ -8,8 +8,8 @@ pub use args::{
     BatchNormMode, CompileArgs, Emit, ImportArgs, PrecisionArgs, RateArgs, ScheduleKind,
 };
 pub use commands::{
-    BenchCommand, CompileCommand, CompletionsCommand, DoctorCommand, EvalCommand, ExportCommand, ExportFormat, InspectCommand,
-    RunCommand, SensitivityCommand, TrainCommand,
+    BenchCommand, CompileCommand, CompletionsCommand, DoctorCommand, EvalCommand, ExportCommand,
+    ExportFormat, InspectCommand, RunCommand, SensitivityCommand, TrainCommand,
 };
 
 use crate::options::Options;

@@ -75,8 +75,11 @@ fn format_of(command: &ExportCommand) -> Result<ExportFormat> {
     let known = ExportFormat::value_variants();
     known.iter().copied().find(|format| ending == format.name()).ok_or_else(|| {
         let names: Vec<&str> = known.iter().map(|format| format.name()).collect();
-        Error::usage("--format says what is written")
-            .at(command.output.display().to_string())
-            .help(format!("formats are {}; a file with such an ending says it by itself", names.join(", ")))
+        Error::usage("--format says what is written").at(command.output.display().to_string()).help(
+            format!(
+                "formats are {}; a file with such an ending says it by itself",
+                names.join(", ")
+            ),
+        )
     })
 }
