@@ -235,7 +235,9 @@ fn what_cannot_go_out_is_said() {
     let error = exported(&scattered, 15).expect_err("is too old");
     assert!(matches!(error, ExportError::Opset { needs: 16, opset: 15, .. }), "{error}");
     assert!(exported(&scattered, 16).is_ok());
-    let reduced = graph("  %sum : f32[1, 4] = reduce_sum %x axes=[0]\n  %y : f32[1, 4] = all_reduce %sum mean\n\n  return %y\n");
+    let reduced = graph(
+        "  %sum : f32[1, 4] = reduce_sum %x axes=[0]\n  %y : f32[1, 4] = all_reduce %sum mean\n\n  return %y\n",
+    );
     let error = exported(&reduced, 17).expect_err("has no form");
     assert!(matches!(error, ExportError::Unsupported { op: "all_reduce", .. }), "{error}");
     for opset in [0, 12, 24, u32::MAX] {

@@ -238,7 +238,7 @@ impl Exporter<'_> {
         operands: &[NodeId],
     ) -> Result<()> {
         let (order, tensor, scale) = self.scaled(axis, operands)?;
-        let zero = self.zero_point(dtype, axis, operands[0]);
+        let zero = self.zero_point(id, dtype, axis, operands[0])?;
         let attributes = quantized_axis(&order, axis);
         let wanted = format!("{}.all", self.name(id));
         let inputs = vec![tensor.name, scale, zero];
@@ -256,7 +256,7 @@ impl Exporter<'_> {
         operands: &[NodeId],
     ) -> Result<()> {
         let (order, tensor, scale) = self.scaled(axis, operands)?;
-        let zero = self.zero_point(self.dtype(operands[0]), axis, operands[0]);
+        let zero = self.zero_point(id, self.dtype(operands[0]), axis, operands[0])?;
         let attributes = quantized_axis(&order, axis);
         let inputs = vec![tensor.name, scale, zero];
         let name = self.one("DequantizeLinear", inputs, self.name(id), attributes);
@@ -282,10 +282,16 @@ impl Exporter<'_> {
         Ok((order, tensor, scale))
     }
 
-    fn zero_point(&mut self, dtype: DType, axis: Option<usize>, x: NodeId) -> String {
-        let sizes: Vec<usize> =
-            axis.and_then(|axis| self.dims(x)[axis].as_fixed()).into_iter().collect();
-        self.writer.constant("zero_point", &qcompile_ir::Tensor::zeros(dtype, &sizes))
+    fn zero_point(
+        &mut self,
+        id: NodeId,
+        dtype: DType,
+        axis: Option<usize>,
+        x: NodeId,
+    ) -> Result<String> {
+        let size = axis.and_then(|axis| self.dims(x)[axis].as_fixed());
+        let sizes: Vec<usize> = size.into_iter().collect();
+        self.filled(id, dtype, &sizes, 0.0, "zero_point")
     }
 }
 

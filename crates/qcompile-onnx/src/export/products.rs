@@ -1,15 +1,12 @@
 //! Products: matrices, convolutions, attention; and pools, which move as convolutions do.
 
-use super::view::Placed;
+use super::view::{LARGEST_CONSTANT, Placed};
 use super::writer::{Attribute, int, ints};
 use super::{Exporter, Result};
 use qcompile_ir::{ConvGeometry, DType, Dim, NodeId, PoolGeometry, Tensor};
 
 /// NHWC axes in NCHW order.
 const CHANNELS_FIRST: [usize; 4] = [0, 3, 1, 2];
-
-/// Largest number of elements of the mask of a causal attention.
-const LARGEST_MASK: usize = 1 << 24;
 
 impl Exporter<'_> {
     /// A product of matrices; of two plain ones also with a bias for each column.
@@ -241,7 +238,7 @@ impl Exporter<'_> {
         if let Some(name) = self.masks.get(&(rows, columns, dtype)) {
             return Ok(name.clone());
         }
-        let count = rows.checked_mul(columns).filter(|&count| count <= LARGEST_MASK);
+        let count = rows.checked_mul(columns).filter(|&count| count <= LARGEST_CONSTANT);
         if count.is_none() {
             return self.unsupported(id, format!("a causal mask of {rows} x {columns}"));
         }

@@ -1,7 +1,7 @@
 //! Recurrent layers: LSTM, GRU and RNN of one direction.
 
 use super::patterns::{Gates, RecurrentBias};
-use super::view::Placed;
+use super::view::{LARGEST_CONSTANT, Placed};
 use super::writer::{Attribute, int};
 use super::{Exporter, Result};
 use qcompile_ir::{ActivationOp, Cell, DType, Dim, NodeId, Op, Recurrence, Tensor};
@@ -212,29 +212,29 @@ impl Exporter<'_> {
         let count = gates.scale;
         let base = self.name(id);
         let zeros = |exporter: &mut Self, count: usize| {
-            exporter.writer.constant(&format!("{base}.zeros"), &Tensor::zeros(DType::F32, &[count]))
+            exporter.filled(id, DType::F32, &[count], 0.0, &format!("{base}.zeros"))
         };
         let whole = match (bias, inner) {
             (RecurrentBias::None, None) => return Ok(String::new()),
             (RecurrentBias::Both(both), None) => self.vector(*both)?,
             (bias, inner) => {
                 let first = match bias {
-                    RecurrentBias::None => zeros(self, count),
+                    RecurrentBias::None => zeros(self, count)?,
                     RecurrentBias::Both(id) | RecurrentBias::Sum(id) => self.vector(*id)?.name,
                 };
                 let parts = match inner {
-                    None => vec![first, zeros(self, count)],
+                    None => vec![first, zeros(self, count)?],
                     Some(inner) => {
-                        let before = zeros(self, count - count / 3);
+                        let before = zeros(self, count - count / 3)?;
                         vec![first, before, self.natural(inner)?.name]
                     }
                 };
                 let axis = vec![("axis", Attribute::Int(0))];
                 let name = self.one("Concat", parts, &format!("{base}.bias"), axis);
-                Placed { name, dims: vec![Dim::fixed(2 * count)] }
+                Placed { name, dims: vec![Dim::fixed(count.saturating_mul(2))] }
             }
         };
-        Ok(self.reshaped_tensor(id, &whole, &[Dim::ONE, Dim::fixed(2 * count)])?.name)
+        Ok(self.reshaped_tensor(id, &whole, &[Dim::ONE, Dim::fixed(count.saturating_mul(2))])?.name)
     }
 
     /// h after each step where ONNX has zeros past the length of a row and the graph the state that it keeps.
@@ -246,6 +246,9 @@ impl Exporter<'_> {
         lengths: NodeId,
     ) -> Result<String> {
         let [steps, _, batch, hidden] = [0, 1, 2, 3].map(|at| sequence.dims[at]);
+        if steps.scale > LARGEST_CONSTANT {
+            return self.unsupported(id, format!("lengths of {steps} steps"));
+        }
         let numbers: Vec<i64> = (0..steps.scale).map(int).collect();
         let numbers = Tensor::from_i64(&[steps.scale, 1, 1, 1], &numbers);
         let numbers = numbers.expect("as many elements as the shape says");

@@ -4,6 +4,9 @@ use super::writer::{Attribute, int, ints};
 use super::{Exporter, Result};
 use qcompile_ir::{DType, Dim, NodeId, Tensor};
 
+/// Largest number of elements of a constant that the graph does not have.
+pub(super) const LARGEST_CONSTANT: usize = 1 << 24;
+
 /// A tensor of the model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Placed {
@@ -116,6 +119,24 @@ impl<'a> Exporter<'a> {
         let tensor = tensor.expect("as many elements as the shape says");
         let words: Vec<String> = values.iter().take(8).map(i64::to_string).collect();
         self.writer.constant(&format!("const.{}", words.join("_")), &tensor)
+    }
+
+    /// A constant all of whose elements are equal.
+    pub(super) fn filled(
+        &mut self,
+        id: NodeId,
+        dtype: DType,
+        sizes: &[usize],
+        value: f64,
+        wanted: &str,
+    ) -> Result<String> {
+        let count = sizes.iter().try_fold(1_usize, |count, &size| count.checked_mul(size));
+        let Some(count) = count.filter(|&count| count <= LARGEST_CONSTANT) else {
+            return self.unsupported(id, format!("it takes a constant of {sizes:?}"));
+        };
+        let tensor = Tensor::from_f64(dtype, sizes, &vec![value; count]);
+        let tensor = tensor.expect("as many elements as the shape says");
+        Ok(self.writer.constant(wanted, &tensor))
     }
 
     /// A constant scalar.
