@@ -4,6 +4,7 @@ mod cli;
 mod command;
 mod conformance;
 mod evaluation;
+mod export;
 mod filetests;
 mod hostile;
 mod models;
