@@ -235,6 +235,7 @@ fn elementwise_unary(op: UnaryOp, operands: Types) -> Result<TensorType, String>
         | UnaryOp::Tanh
         | UnaryOp::Sin
         | UnaryOp::Cos
+        | UnaryOp::Atan
         | UnaryOp::Floor
         | UnaryOp::Ceil
         | UnaryOp::Round => x.dtype.is_float(),
@@ -245,12 +246,17 @@ fn elementwise_unary(op: UnaryOp, operands: Types) -> Result<TensorType, String>
 fn elementwise_binary(op: BinaryOp, operands: Types) -> Result<TensorType, String> {
     let [a, b] = exactly(operands)?;
     same(a, b)?;
-    let logical = matches!(op, BinaryOp::And | BinaryOp::Or);
-    if logical == (a.dtype == DType::Bool) {
-        Ok(a.clone())
-    } else {
-        Err(format!("does not take {a}"))
-    }
+    let fits = match op {
+        BinaryOp::And | BinaryOp::Or => !a.dtype.is_float(),
+        BinaryOp::Add
+        | BinaryOp::Sub
+        | BinaryOp::Mul
+        | BinaryOp::Div
+        | BinaryOp::Max
+        | BinaryOp::Min
+        | BinaryOp::Pow => a.dtype != DType::Bool,
+    };
+    if fits { Ok(a.clone()) } else { Err(format!("does not take {a}")) }
 }
 
 fn attention(scale: f32, operands: Types, mask: Types) -> Result<TensorType, String> {

@@ -19,6 +19,7 @@ pub enum UnaryOp {
     Tanh,
     Sin,
     Cos,
+    Atan,
     Floor,
     Ceil,
     /// To nearest, ties to even.
@@ -33,7 +34,7 @@ pub enum UnaryOp {
 
 impl UnaryOp {
     /// Every function, in declaration order.
-    pub const ALL: [UnaryOp; 18] = [
+    pub const ALL: [UnaryOp; 19] = [
         UnaryOp::Neg,
         UnaryOp::Abs,
         UnaryOp::Exp,
@@ -46,6 +47,7 @@ impl UnaryOp {
         UnaryOp::Tanh,
         UnaryOp::Sin,
         UnaryOp::Cos,
+        UnaryOp::Atan,
         UnaryOp::Floor,
         UnaryOp::Ceil,
         UnaryOp::Round,
@@ -70,6 +72,7 @@ impl UnaryOp {
             UnaryOp::Tanh => "tanh",
             UnaryOp::Sin => "sin",
             UnaryOp::Cos => "cos",
+            UnaryOp::Atan => "atan",
             UnaryOp::Floor => "floor",
             UnaryOp::Ceil => "ceil",
             UnaryOp::Round => "round",
@@ -92,9 +95,9 @@ pub enum BinaryOp {
     Max,
     Min,
     Pow,
-    /// Logical, on bool.
+    /// Logical on bool, of each bit on integers.
     And,
-    /// Logical, on bool.
+    /// Logical on bool, of each bit on integers.
     Or,
 }
 

@@ -150,14 +150,4 @@ impl Draft {
         let scattered = self.emit(Op::Scatter { op, rows }, &[indices, updates])?;
         self.binary(reduction, table, scattered)
     }
-
-    /// A value whose order is the opposite, and which gives the value back the same way.
-    fn reversed(&mut self, x: ValueId) -> Value {
-        if self.dtype(x).is_float() {
-            return self.unary(qcompile_ir::UnaryOp::Neg, x);
-        }
-        // Unlike -x, -1 - x has every integer.
-        let one = self.integer(-1_i64);
-        self.sub(one, x)
-    }
 }

@@ -113,6 +113,11 @@ impl Known {
         if self.elements.len() == 1 { self.elements[0] } else { self.elements[at] }
     }
 
+    /// The first element; `None` if there is none.
+    pub(crate) fn get_first(&self) -> Option<Element> {
+        self.elements.first().copied()
+    }
+
     /// Whether one element stands for all.
     pub(crate) fn is_uniform(&self) -> bool {
         self.elements.len() == 1

@@ -6,11 +6,14 @@
 #![forbid(unsafe_code)]
 
 mod bind;
+mod body;
 mod build;
+mod control;
 mod dims;
 mod draft;
 mod error;
 mod fold;
+mod function;
 mod import;
 mod index;
 mod known;
@@ -19,11 +22,13 @@ mod ops;
 mod order;
 mod pattern;
 mod scan;
+mod survey;
 mod tensor;
 
 pub use error::{ImportError, MissingDim, Problem, UnsupportedNode};
 pub use import::import;
 pub use scan::{Census, Limits, scan};
+pub use survey::{STAND_IN, Survey, SurveyedNode, Verdict, survey};
 
 use qcompile_ir::{Graph, Tensor, TensorType};
 use std::collections::BTreeMap;

@@ -25,9 +25,7 @@ pub(crate) fn add_tensor(draft: &mut Draft, tensor: Arc<Tensor>) -> Result<Value
 pub(super) fn constant(draft: &mut Draft, node: &mut OnnxNode) -> Results {
     let attributes = &mut node.attributes;
     if let Some(proto) = attributes.take_tensor("value")? {
-        if tensor::is_narrowed(proto.data_type) {
-            draft.warnings.push(format!("{}: float64 is kept as float32", node.base));
-        }
+        draft.note_type(proto.data_type);
         let tensor = tensor::decode(proto, node.external)?;
         return Ok(vec![add_tensor(draft, Arc::new(tensor))?]);
     }
@@ -44,6 +42,10 @@ pub(super) fn constant(draft: &mut Draft, node: &mut OnnxNode) -> Results {
         )
     } else if let Some(values) = attributes.ints("value_ints")? {
         Known::ints(values.iter().map(|&value| Element::Int(value)).collect())
+    } else if let Some(proto) = attributes.take_sparse("sparse_value")? {
+        draft.note_type(proto.values.data_type);
+        let tensor = tensor::decode_sparse(proto, node.external)?;
+        return Ok(vec![add_tensor(draft, Arc::new(tensor))?]);
     } else {
         return Err(Obstacle::unsupported("a constant that is neither a tensor nor numbers"));
     };

@@ -106,13 +106,16 @@ pub(super) fn slice(draft: &mut Draft, node: &OnnxNode) -> Results {
     Ok(vec![x])
 }
 
+/// No axis is as long: an end from here on is the end of the axis. Exporters write this number, or 2^31 - 1 and more.
+const WHOLE_AXIS: i64 = 1_000_000_000;
+
 fn slice_axis(draft: &mut Draft, x: ValueId, axis: usize, [start, end, step]: [i64; 3]) -> Value {
     if step == 0 {
         return Err(Obstacle::invalid("a slice with step 0"));
     }
     let Some(size) = draft.dims(x)[axis].as_fixed() else {
         // All of the batch is the only part of it that has a fixed meaning here.
-        if start == 0 && step == 1 && end >= i64::from(i32::MAX) {
+        if start == 0 && step == 1 && end >= WHOLE_AXIS {
             return Ok(x);
         }
         return Err(Obstacle::unsupported(format!(

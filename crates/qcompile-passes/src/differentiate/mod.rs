@@ -19,6 +19,8 @@ mod recurrence;
 mod rules;
 mod shape;
 
+pub use rules::carries_gradient;
+
 use crate::PassError;
 use crate::builder::Builder;
 use qcompile_ir::{Graph, Name, Node, NodeId, Op, Region};

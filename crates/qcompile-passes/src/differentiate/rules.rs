@@ -25,7 +25,8 @@ impl Site {
 }
 
 /// Whether operand `position` of `id` can have a gradient other than zero through it.
-pub(super) fn carries_gradient(graph: &Graph, id: NodeId, position: usize) -> bool {
+#[must_use]
+pub fn carries_gradient(graph: &Graph, id: NodeId, position: usize) -> bool {
     match graph.op(id) {
         Op::Input(_)
         | Op::Param(_)
@@ -54,7 +55,8 @@ pub(super) fn carries_gradient(graph: &Graph, id: NodeId, position: usize) -> bo
             | UnaryOp::Sigmoid
             | UnaryOp::Tanh
             | UnaryOp::Sin
-            | UnaryOp::Cos => graph.ty(id).dtype.is_float(),
+            | UnaryOp::Cos
+            | UnaryOp::Atan => graph.ty(id).dtype.is_float(),
         },
         Op::Cast(dtype) => {
             dtype.is_float() && graph.ty(graph.operand(id, position)).dtype.is_float()
@@ -132,6 +134,7 @@ pub(super) fn gradient(
             linear::matmul(b, &site, transpose_a, transpose_b)
         }
         Op::Conv2d(geometry) => linear::conv2d(b, &site, geometry),
+        Op::Conv2dGradInput(geometry) => linear::conv2d_grad_input(b, &site, geometry),
         Op::MaxPool2d(geometry) => linear::max_pool2d(b, &site, geometry),
         Op::AveragePool2d(geometry) => linear::average_pool2d(b, &site, geometry),
         Op::Reshape(_) => shape::reshape(b, &site),
@@ -156,7 +159,6 @@ pub(super) fn gradient(
         | Op::Random { .. }
         | Op::TopK { .. }
         | Op::Compare(_)
-        | Op::Conv2dGradInput(_)
         | Op::Conv2dGradWeight(_)
         | Op::MaxPool2dGrad(_)
         | Op::AveragePool2dGrad(_)

@@ -232,9 +232,10 @@ fn take_inputs(
         };
         let ty = graph.ty(id);
         let mut want = input_type(ty);
-        if port.is_double() {
-            want.dtype = Dtype::F64;
+        if let Some(dtype) = port.carried() {
+            want.dtype = dtype;
         }
+        let array = as_declared(array, want.dtype);
         let array = if *name == LABEL && backward { flat_label(array, ty)? } else { array };
         check_exact(name, &array, &want)?;
         let tensor = to_tensor(name, array)?;
@@ -247,6 +248,14 @@ fn take_inputs(
         say_verb(show, "Note", &format!("array `{name}` is not used"));
     }
     Ok(values)
+}
+
+/// bf16 as programs without that type write it: the bits as uint16.
+fn as_declared(array: Array, wanted: Dtype) -> Array {
+    match (array.dtype, wanted) {
+        (Dtype::U16, Dtype::Bf16) => Array { dtype: Dtype::Bf16, ..array },
+        _ => array,
+    }
 }
 
 /// Class labels of any shape and integer type are rows; other labels are taken as they are.
@@ -322,7 +331,7 @@ fn outputs(mut results: Values, about: &About) -> Result<BTreeMap<String, Array>
         let value = results.remove(&port.name).ok_or_else(|| {
             Error::new(Code::Internal, format!("the plan returned no output `{}`", port.name))
         })?;
-        arrays.insert(port.name.clone(), to_array(&value, port.is_double())?);
+        arrays.insert(port.name.clone(), to_array(&value, port.carried())?);
     }
     Ok(arrays)
 }
@@ -338,7 +347,7 @@ fn gradients(results: Values) -> Result<BTreeMap<String, Array>> {
             Some(parameter) => parameter.to_owned(),
             None => name,
         };
-        arrays.insert(key, to_array(&value, false)?);
+        arrays.insert(key, to_array(&value, None)?);
     }
     Ok(arrays)
 }
