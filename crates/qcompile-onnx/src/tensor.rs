@@ -2,8 +2,8 @@
 
 use crate::External;
 use crate::error::Obstacle;
-use onnx_protobuf::{SparseTensorProto, TensorProto};
 use onnx_protobuf::tensor_proto::DataLocation;
+use onnx_protobuf::{SparseTensorProto, TensorProto};
 use qcompile_ir::{DType, Tensor};
 
 /// Names of ONNX element types by number.
@@ -221,8 +221,9 @@ pub(crate) fn decode_sparse(
 fn typed_bytes(proto: &TensorProto, dtype: DType) -> Result<Vec<u8>, Obstacle> {
     let wide = &proto.int32_data;
     let number = proto.data_type;
-    let out_of_range =
-        |value: &dyn std::fmt::Display| Obstacle::invalid(format!("{value} does not fit {}", dtype_name(number)));
+    let out_of_range = |value: &dyn std::fmt::Display| {
+        Obstacle::invalid(format!("{value} does not fit {}", dtype_name(number)))
+    };
     Ok(match number {
         UINT16 | INT16 => {
             let mut bytes = Vec::with_capacity(wide.len() * 2);
@@ -349,8 +350,12 @@ mod tests {
             let float_data = (1..=count).map(|value| value as f32).collect();
             let values =
                 TensorProto { data_type: 1, dims: vec![count], float_data, ..Default::default() };
-            let indices =
-                TensorProto { data_type: 7, dims: shape, int64_data: indices, ..Default::default() };
+            let indices = TensorProto {
+                data_type: 7,
+                dims: shape,
+                int64_data: indices,
+                ..Default::default()
+            };
             let proto = SparseTensorProto {
                 dims,
                 values: Some(values).into(),

@@ -174,9 +174,8 @@ pub fn import(
     folder: Option<&Path>,
     options: &Options,
 ) -> std::result::Result<Draft, ImportError> {
-    let import = with_import_options(folder, options, |options| {
-        qcompile_onnx::import(bytes, options)
-    })?;
+    let import =
+        with_import_options(folder, options, |options| qcompile_onnx::import(bytes, options))?;
     let port = |port: qcompile_onnx::Port| Port { name: port.name, dtype: port.onnx_dtype };
     let about = About {
         inputs: import.inputs.into_iter().map(port).collect(),
