@@ -5,7 +5,7 @@ use crate::cli::BatchNormMode;
 use crate::error::{Code, Error, Result};
 use crate::options::Options;
 use crate::street::{Draft, read_dump};
-use qcompile_onnx::{BatchNorm, ImportError, ImportOptions};
+use qcompile_onnx::{BatchNorm, ImportError, ImportOptions, Survey};
 use qcompile_plan::Plan;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -174,29 +174,9 @@ pub fn import(
     folder: Option<&Path>,
     options: &Options,
 ) -> std::result::Result<Draft, ImportError> {
-    let beside = Beside {
-        folder: folder.map(|folder| {
-            if folder.as_os_str().is_empty() { PathBuf::from(".") } else { folder.to_owned() }
-        }),
-    };
-    let external = |location: &str, offset: u64, length: u64| beside.read(location, offset, length);
-    let import = qcompile_onnx::import(
-        bytes,
-        &ImportOptions {
-            dims: options.dims.clone(),
-            shapes: options.shapes.clone(),
-            values: options.constants.clone(),
-            external: &external,
-            train: options.train.clone(),
-            freeze: options.freeze.clone(),
-            batch_norm: match options.batch_norm {
-                BatchNormMode::Model => BatchNorm::Model,
-                BatchNormMode::Train => BatchNorm::Train,
-                BatchNormMode::Frozen => BatchNorm::Frozen,
-            },
-            ..ImportOptions::default()
-        },
-    )?;
+    let import = with_import_options(folder, options, |options| {
+        qcompile_onnx::import(bytes, options)
+    })?;
     let port = |port: qcompile_onnx::Port| Port { name: port.name, dtype: port.onnx_dtype };
     let about = About {
         inputs: import.inputs.into_iter().map(port).collect(),
@@ -205,6 +185,46 @@ pub fn import(
         ..About::of_graph(&import.graph)
     };
     Ok(Draft::new(import.graph, about))
+}
+
+/// What becomes of every node of a model.
+///
+/// # Errors
+/// For what is no model, and options that do not fit it.
+pub fn survey(
+    bytes: &[u8],
+    folder: Option<&Path>,
+    options: &Options,
+) -> std::result::Result<Survey, ImportError> {
+    with_import_options(folder, options, |options| qcompile_onnx::survey(bytes, options))
+}
+
+/// Calls `import` with the options of an import from a folder.
+fn with_import_options<T>(
+    folder: Option<&Path>,
+    options: &Options,
+    import: impl FnOnce(&ImportOptions) -> T,
+) -> T {
+    let beside = Beside {
+        folder: folder.map(|folder| {
+            if folder.as_os_str().is_empty() { PathBuf::from(".") } else { folder.to_owned() }
+        }),
+    };
+    let external = |location: &str, offset: u64, length: u64| beside.read(location, offset, length);
+    import(&ImportOptions {
+        dims: options.dims.clone(),
+        shapes: options.shapes.clone(),
+        values: options.constants.clone(),
+        external: &external,
+        train: options.train.clone(),
+        freeze: options.freeze.clone(),
+        batch_norm: match options.batch_norm {
+            BatchNormMode::Model => BatchNorm::Model,
+            BatchNormMode::Train => BatchNorm::Train,
+            BatchNormMode::Frozen => BatchNorm::Frozen,
+        },
+        ..ImportOptions::default()
+    })
 }
 
 /// The graph of a model or of a `.qir` dump, as far as it has come.

@@ -204,10 +204,8 @@ fn transposed_spans(
             (None, AutoPad::Explicit) => [pads[axis], pads[axis + axes]],
             (None, _) => [0, 0],
         };
-        let size = wanted.map_or_else(
-            || whole.checked_sub(span.pads[0])?.checked_sub(span.pads[1]),
-            Some,
-        );
+        let size =
+            wanted.map_or_else(|| whole.checked_sub(span.pads[0])?.checked_sub(span.pads[1]), Some);
         let size = size.filter(|&size| size > 0).ok_or_else(|| {
             Obstacle::invalid(format!("pads {:?} of a result of {whole}", span.pads))
         })?;

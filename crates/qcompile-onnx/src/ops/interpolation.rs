@@ -84,12 +84,13 @@ impl Interpolation {
                 && (0..self.width)
                     .all(|tap| (self.weights[now + tap] - self.weights[before + tap]).abs() < 1e-6)
         });
-        repeats.then(|| Periodic {
-            step,
-            phases: (0..phases).map(|phase| self.terms(phase).collect()).collect(),
-            count: output / phases,
-        })?
-        .bounded(self.input)
+        repeats
+            .then(|| Periodic {
+                step,
+                phases: (0..phases).map(|phase| self.terms(phase).collect()).collect(),
+                count: output / phases,
+            })?
+            .bounded(self.input)
     }
 
     /// As a product with the matrix of the weights.

@@ -2,15 +2,15 @@
 
 use super::Results;
 use super::window::{
-    Span, TAP_LIMIT, channels_last, channels_second, merged, numbers, padded, plane,
-    pool_geometry, positive, reduce_spatial, spans, spatial, tap, unmerged, with_height,
-    without_height,
+    Span, TAP_LIMIT, channels_last, channels_second, merged, numbers, padded, plane, pool_geometry,
+    positive, reduce_spatial, spans, spatial, tap, unmerged, with_height, without_height,
 };
 use crate::draft::{Draft, ValueId};
 use crate::error::Obstacle;
+use crate::index::product;
 use crate::known::{Element, Known};
 use crate::node::OnnxNode;
-use qcompile_ir::{BinaryOp, CompareOp, DType, Dim, Op, ReduceOp, UnaryOp};
+use qcompile_ir::{BinaryOp, CompareOp, DType, Dim, Op, ReduceOp, ScatterOp, UnaryOp};
 
 type Value = Result<ValueId, Obstacle>;
 
@@ -102,7 +102,8 @@ impl Pool {
                 let far = integer(step.saturating_mul(span.dilation))?;
                 offset = offset.saturating_add(far.saturating_mul(strides[at]));
             }
-            let offset = draft.add_known(Known::new(DType::I64, vec![], vec![Element::Int(offset)]));
+            let offset =
+                draft.add_known(Known::new(DType::I64, vec![], vec![Element::Int(offset)]));
             chosen = Some(match chosen {
                 None => {
                     let dims = draft.dims(max).to_vec();
@@ -313,26 +314,19 @@ pub(super) fn max_unpool(draft: &mut Draft, node: &OnnxNode) -> Results {
     if let Some(asked) = node.shape_elements(draft, 2)? {
         let asked = crate::node::dims_from(&asked)?;
         if asked.len() != dims.len() {
-            return Err(Obstacle::invalid(format!(
-                "output_shape {asked:?} for {}",
-                draft.ty(x)
-            )));
+            return Err(Obstacle::invalid(format!("output_shape {asked:?} for {}", draft.ty(x))));
         }
         dims = asked;
     }
-    let rows = dims.iter().map(|dim| dim.as_fixed()).try_fold(1_usize, |rows, size| {
-        let size = size.ok_or_else(|| draft.depends_on_batch("the place of a maximum"))?;
-        rows.checked_mul(size).ok_or_else(|| Obstacle::invalid("a result beyond 2^64 elements"))
-    })?;
-    let count = draft.dims(x).iter().try_fold(Dim::ONE, |count, &dim| count.times(dim));
-    let count = count.ok_or_else(|| Obstacle::invalid(format!("{} is too large", draft.ty(x))))?;
+    let (rows, count) = (product(&dims)?, product(draft.dims(x))?);
+    let scatter = Op::Scatter { op: ScatterOp::Add, rows };
     let indices = draft.reshape(indices, &[count])?;
     let values = draft.reshape(x, &[count])?;
-    let mut y = draft.emit(Op::ScatterAdd { rows }, &[indices, values])?;
+    let mut y = draft.emit(scatter.clone(), &[indices, values])?;
     if kernel.iter().zip(&strides).any(|(kernel, stride)| kernel > stride) {
         let one = draft.scalar(draft.dtype(x), 1.0);
         let ones = draft.broadcast(one, &[count])?;
-        let found = draft.emit(Op::ScatterAdd { rows }, &[indices, ones])?;
+        let found = draft.emit(scatter, &[indices, ones])?;
         let found = draft.binary(BinaryOp::Max, found, one)?;
         y = draft.binary(BinaryOp::Div, y, found)?;
     }

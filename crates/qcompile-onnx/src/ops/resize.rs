@@ -67,8 +67,7 @@ struct Resize {
 impl Resize {
     fn read(node: &OnnxNode) -> Result<Resize, Obstacle> {
         let mode = node.attributes.string("mode", "nearest")?;
-        let coordinates =
-            node.attributes.string("coordinate_transformation_mode", "half_pixel")?;
+        let coordinates = node.attributes.string("coordinate_transformation_mode", "half_pixel")?;
         let coordinates = match coordinates.as_str() {
             "half_pixel" => Coordinates::HalfPixel,
             "half_pixel_symmetric" => Coordinates::HalfPixelSymmetric,
@@ -291,8 +290,7 @@ fn floats(known: Option<Known>, what: &str) -> Result<Option<Vec<f64>>, Obstacle
     if known.shape.len() != 1 {
         return Err(Obstacle::invalid(format!("{what} are {}", known.ty())));
     }
-    let values: Option<Vec<f64>> =
-        (0..known.shape[0]).map(|at| known.get(at).as_f64()).collect();
+    let values: Option<Vec<f64>> = (0..known.shape[0]).map(|at| known.get(at).as_f64()).collect();
     values
         .map(Some)
         .ok_or_else(|| Obstacle::unsupported(format!("{what} that depend on the batch size")))

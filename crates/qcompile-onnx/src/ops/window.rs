@@ -33,8 +33,7 @@ pub(super) struct Span {
 
 impl Span {
     /// An axis of one element under a window of one place.
-    const ONE: Span =
-        Span { input: 1, kernel: 1, stride: 1, dilation: 1, pads: [0, 0], extra: 0 };
+    const ONE: Span = Span { input: 1, kernel: 1, stride: 1, dilation: 1, pads: [0, 0], extra: 0 };
 
     /// How far the dilated window reaches.
     pub(super) fn reach(&self) -> Result<usize> {
@@ -70,8 +69,7 @@ impl Span {
     fn set_same(&mut self, lower: bool) -> Result<()> {
         let output = self.input.div_ceil(self.stride);
         let span = output.saturating_sub(1).saturating_mul(self.stride);
-        self.pads =
-            halves(span.saturating_add(self.reach()?).saturating_sub(self.input), lower);
+        self.pads = halves(span.saturating_add(self.reach()?).saturating_sub(self.input), lower);
         Ok(())
     }
 
@@ -249,12 +247,7 @@ pub(super) fn without_height(draft: &mut Draft, x: ValueId, axes: usize) -> Resu
 }
 
 /// `x` with the `count` axes from `first` on as one.
-pub(super) fn merged(
-    draft: &mut Draft,
-    x: ValueId,
-    first: usize,
-    count: usize,
-) -> Result<ValueId> {
+pub(super) fn merged(draft: &mut Draft, x: ValueId, first: usize, count: usize) -> Result<ValueId> {
     let dims = draft.dims(x);
     let product = dims[first..first + count]
         .iter()
@@ -267,12 +260,7 @@ pub(super) fn merged(
 }
 
 /// `x` with its axis `at` in its place under the dimensions `parts`, whose product it is.
-pub(super) fn unmerged(
-    draft: &mut Draft,
-    x: ValueId,
-    at: usize,
-    parts: &[Dim],
-) -> Result<ValueId> {
+pub(super) fn unmerged(draft: &mut Draft, x: ValueId, at: usize, parts: &[Dim]) -> Result<ValueId> {
     let mut dims = draft.dims(x).to_vec();
     dims.splice(at..=at, parts.iter().copied());
     draft.reshape(x, &dims)
