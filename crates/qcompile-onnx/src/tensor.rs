@@ -45,9 +45,9 @@ pub(crate) fn dtype_name(number: i32) -> String {
         .map_or_else(|| format!("element type {number}"), |&name| name.to_owned())
 }
 
-/// The ONNX name of an element type of the graph.
-pub(crate) fn onnx_name(dtype: DType) -> String {
-    let number = match dtype {
+/// The number of an element type of the graph in ONNX.
+pub(crate) fn onnx_number(dtype: DType) -> i32 {
+    match dtype {
         DType::F32 => 1,
         DType::U8 => 2,
         DType::I8 => 3,
@@ -56,8 +56,17 @@ pub(crate) fn onnx_name(dtype: DType) -> String {
         DType::Bool => 9,
         DType::F16 => 10,
         DType::BF16 => 16,
-    };
-    dtype_name(number)
+    }
+}
+
+/// The number of an ONNX element type by its name.
+pub(crate) fn dtype_number(name: &str) -> Option<i32> {
+    NAMES.iter().position(|&other| other == name).and_then(|number| i32::try_from(number).ok())
+}
+
+/// The ONNX name of an element type of the graph.
+pub(crate) fn onnx_name(dtype: DType) -> String {
+    dtype_name(onnx_number(dtype))
 }
 
 const UINT16: i32 = 4;

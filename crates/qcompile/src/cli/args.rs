@@ -57,7 +57,7 @@ pub struct ImportArgs {
     /// Do not train initializers that match (`*` and `?`; `op:Conv` for all of an operator).
     #[arg(long, value_name = "PATTERN", help_heading = "Training")]
     pub freeze: Vec<String>,
-    /// Train only initializers that match.
+    /// Train only initializers that match. One without an axis is a number, and trained only if named so.
     #[arg(long, value_name = "PATTERN", help_heading = "Training")]
     pub train: Vec<String>,
     /// What BatchNormalization does [default: model].
@@ -69,6 +69,18 @@ pub struct ImportArgs {
     /// Value of an input that is the same in every step, such as a mode or a sampling rate.
     #[arg(long, value_name = "NAME=VALUE[,VALUE...]", value_parser = constant, help_heading = "Training")]
     pub constant: Vec<(String, Tensor)>,
+}
+
+impl ImportArgs {
+    /// Whether any flag was given.
+    #[must_use]
+    pub fn is_given(&self) -> bool {
+        !self.freeze.is_empty()
+            || !self.train.is_empty()
+            || !self.dim.is_empty()
+            || !self.constant.is_empty()
+            || self.batch_norm.is_some()
+    }
 }
 
 /// What BatchNormalization does.
