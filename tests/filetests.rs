@@ -105,6 +105,8 @@ fn every_op_with_a_gradient_has_a_file() {
         "concat",
         "gather",
         "scatter_add",
+        "scatter_mul",
+        "scatter_max",
         "attention",
         "softmax",
         "log_softmax",

@@ -2,6 +2,7 @@
 
 mod cli;
 mod command;
+mod conformance;
 mod evaluation;
 mod export;
 mod filetests;

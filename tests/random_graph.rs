@@ -3,7 +3,8 @@
 use crate::support::Random;
 use qcompile_ir::{
     AttentionOperand, BinaryOp, CollectiveOp, CompareOp, ConvGeometry, DType, Dim, Graph, NodeId,
-    Note, Op, PoolGeometry, Precision, ReduceOp, Region, Shape, Tensor, TensorType, UnaryOp,
+    Note, Op, PoolGeometry, Precision, ReduceOp, Region, ScatterOp, Shape, Tensor, TensorType,
+    UnaryOp,
 };
 use std::sync::Arc;
 
@@ -403,19 +404,42 @@ impl Drawing {
     }
 
     fn other(&mut self, x: NodeId, region: Region) -> Option<NodeId> {
-        match self.random.below(3) {
+        match self.random.below(5) {
             0 => self.add(Op::Size(Dim { scale: 3, batch: true }), &[], region),
             1 if region != Region::Update && !self.wanted.planned => {
                 let op = *self.random.pick(&CollectiveOp::ALL);
                 self.add(Op::AllReduce(op), &[x], region)
             }
-            _ => {
+            2 => {
                 let indices = TensorType::new(DType::I64, Shape(vec![Dim::N]));
                 let indices = self.add(Op::Input(indices), &[], Region::Forward)?;
                 let rows =
                     self.graph.ty(x).shape.0.first()?.as_fixed().filter(|&rows| rows >= 2)?;
                 let taken = self.add(Op::Gather, &[x, indices], region)?;
-                self.add(Op::ScatterAdd { rows }, &[indices, taken], region)
+                let any = if self.wanted.smooth { 1 } else { ScatterOp::ALL.len() };
+                let op = ScatterOp::ALL[self.random.below(any)];
+                self.add(Op::Scatter { op, rows: rows.into() }, &[indices, taken], region)
+            }
+            // Of values that are nearly equal, rounding decides.
+            3 if !self.wanted.smooth => {
+                let last = self.graph.ty(x).shape.0.last()?.as_fixed()?;
+                let k = self.random.below(last + 1);
+                self.add(Op::TopK { k, largest: self.random.chance(50) }, &[x], region)
+            }
+            _ => self.generated(region),
+        }
+    }
+
+    /// Values from nothing.
+    fn generated(&mut self, region: Region) -> Option<NodeId> {
+        match self.random.below(3) {
+            0 => self.add(Op::Training, &[], region),
+            1 => self.add(Op::Iota(Dim { scale: 2, batch: true }), &[], region),
+            _ => {
+                let step = self.tensor(DType::I64, &[]);
+                let step = self.add(Op::State(step), &[], Region::Forward)?;
+                let shape = Shape(vec![Dim::N, 3.into()]);
+                self.add(Op::Random { seed: 7, shape }, &[step], region)
             }
         }
     }

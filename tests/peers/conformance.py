@@ -1,21 +1,25 @@
 """Runs ONNX's own test cases through `qcompile run` and counts them by operator.
 
-    python tests/peers/conformance.py [--qcompile PATH] [--data FOLDER] [--onnxruntime] [--list] [WORD ...]
+    python tests/peers/conformance.py [--qcompile PATH] [--data FOLDER] [--gradients] [--onnxruntime] [--list] [WORD ...]
+    python tests/peers/conformance.py --write tests/conformance.zip
 
 The cases come with the package `onnx`; --data FOLDER takes those of Debian's libonnx-testdata instead (FOLDER/node and
 its siblings). Only cases whose name contains a WORD are run, if one is given. A case passes when every output has the
 shape, the element type and the values that ONNX wants (rtol 1e-3, atol 1e-7, as its own runner has it). Cases with
 sequences, optionals, strings or element types that numpy lacks are left out and counted. A crash (exit code 70, or by
-a signal) is always a failure of this script; --onnxruntime says which cases ONNX Runtime passes, too.
+a signal) is always a failure of this script; --onnxruntime says how many ONNX Runtime passes, --gradients compares the
+gradients of all float inputs with differences of ONNX's reference evaluator in float64. --write keeps the small cases
+that pass, with their gradients, for the test suite of the workspace.
 """
 
 import argparse
 import concurrent.futures
+import io
 import pathlib
 import subprocess
-import sys
 import tempfile
 import warnings
+import zipfile
 from collections import Counter, defaultdict
 
 import peer
@@ -24,10 +28,14 @@ peer.require()
 
 import numpy as np
 import onnx
+from derivatives import gradient_case
 from onnx import numpy_helper
 
 FAMILIES = ("node", "simple", "pytorch-converted", "pytorch-operator")
 RTOL, ATOL, SECONDS = 1e-3, 1e-7, 120
+# A gradient's error relative to the largest of its case and absolutely (1 - tanh² of large values cancels), and most
+# bytes of a case that is kept.
+GRADIENT, NOISE, KEPT = 1e-3, 1e-5, 6_000
 # Operators that the importer is meant to take; the share that passes is counted over their cases.
 WANTED = set(
     """
@@ -175,6 +183,62 @@ def run(program, case):
         return ("wrong", wrong) if wrong else ("pass", "")
 
 
+def derive(program, case):
+    """The outcome for the gradients and what was said; None where there is none to compare with."""
+    made = gradient_case(case)
+    if made is None:
+        return None
+    model, inputs, wanted = made
+    with tempfile.TemporaryDirectory(prefix="conformance.") as folder:
+        path = pathlib.Path(folder)
+        onnx.save(model, path / "model.onnx")
+        np.savez(path / "in.npz", **inputs)
+        command = [program, "run", "model.onnx", "-q", "--loss", "output", "--inputs", "in.npz", "--gradients", "out.npz"]
+        done = subprocess.run(command, cwd=path, capture_output=True, text=True, timeout=SECONDS)
+        if done.returncode:
+            return "refused", done.stderr.strip()
+        with np.load(path / "out.npz") as file:
+            got = {name: file[name] for name in file.files}
+    largest = max(np.abs(np.nan_to_num(array)).max() for array in wanted.values())
+    for name, array in wanted.items():
+        known = ~np.isnan(array)
+        other = got.get(name, np.zeros_like(array))
+        error = np.abs(other - array)[known]
+        if error.size and not error.max() <= GRADIENT * largest + NOISE:
+            return "wrong", f"gradient of {name} differs by {error.max() / largest:.1e} of the largest"
+    return "pass", ""
+
+
+def packed(arrays):
+    """The bytes of an npz, the same for the same arrays."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def write(path, cases):
+    """The archive of the test suite: for each case the model, its inputs and outputs, and its gradients."""
+    count, derived = 0, 0
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        for case in sorted(cases, key=lambda case: (case.family, case.name)):
+            model = case.model.SerializeToString(deterministic=True)
+            size = len(model) + sum(a.nbytes for a in [*case.inputs.values(), *case.outputs.values()])
+            if size > KEPT:
+                continue
+            files = {"model.onnx": model, "in.npz": packed(case.inputs), "out.npz": packed(case.outputs)}
+            made = gradient_case(case)
+            if made is not None:
+                model, inputs, gradients = made
+                files["loss.onnx"] = model.SerializeToString(deterministic=True)
+                files["rest.npz"], files["gradients.npz"] = packed(inputs), packed(gradients)
+                derived += 1
+            for name, content in files.items():
+                # A fixed date, so that the same cases make the same bytes.
+                archive.writestr(zipfile.ZipInfo(f"{case.family}/{case.name}/{name}", (2020, 1, 1, 0, 0, 0)), content, zipfile.ZIP_DEFLATED)
+            count += 1
+    print(f"{count} cases, {derived} of them with gradients, in {path}")
+
+
 def crashes(program, case):
     """A case that is left out must not crash either."""
     with tempfile.TemporaryDirectory(prefix="conformance.") as folder:
@@ -209,6 +273,8 @@ def main():
     parser.add_argument("--data", type=pathlib.Path)
     parser.add_argument("--onnxruntime", action="store_true")
     parser.add_argument("--list", action="store_true", help="also name the cases of operators that are not meant to be taken")
+    parser.add_argument("--gradients", action="store_true", help="compare gradients, too")
+    parser.add_argument("--write", type=pathlib.Path, metavar="FILE", help="keep the small cases that pass, for the test suite")
     values = parser.parse_args()
     program = str(values.qcompile.resolve())
     cases = list(unpacked(values.data) if values.data else packaged())
@@ -236,6 +302,14 @@ def main():
     print(f"{len(cases)} cases, {len(others)} of them not dense and numeric")
     print(f"of the operators that are meant to be taken: {passed} of {len(wanted)} pass ({passed / max(len(wanted), 1):.1%})")
     print(f"of all: {everything} of {len(numeric)}")
+    good = [case for case, (outcome, _) in zip(numeric, outcomes) if outcome == "pass" and case.wanted()]
+    if values.gradients:
+        derived = [(case, outcome) for case in good if (outcome := derive(program, case)) is not None]
+        right = sum(outcome == "pass" for _, (outcome, _) in derived)
+        print(f"gradients: {right} of {len(derived)} agree with differences in float64")
+        failures += [f"{case.name}: {outcome}: {' '.join(said.split())[:200]}" for case, (outcome, said) in derived if outcome != "pass"]
+    if values.write:
+        write(values.write, good)
     if values.onnxruntime:
         verdicts = [runtime_passes(case) for case in numeric]
         theirs = sum(good for case, good in zip(numeric, verdicts) if case.wanted())

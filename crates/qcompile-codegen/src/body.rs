@@ -16,7 +16,7 @@ pub(crate) fn cost(scalar: Scalar) -> usize {
         Scalar::Unary(op, _) => match op {
             UnaryOp::Exp | UnaryOp::Erf => 20,
             UnaryOp::Sigmoid | UnaryOp::Tanh | UnaryOp::Log => 32,
-            UnaryOp::Sin | UnaryOp::Cos => 60,
+            UnaryOp::Sin | UnaryOp::Cos | UnaryOp::Atan => 60,
             _ => 1,
         },
         Scalar::Binary(BinaryOp::Pow, ..) => 60,
@@ -139,6 +139,7 @@ impl Emitter<'_, '_> {
             UnaryOp::Tanh => self.tanh(x),
             UnaryOp::Sin => self.libm1(math::sin, x),
             UnaryOp::Cos => self.libm1(math::cos, x),
+            UnaryOp::Atan => self.libm1(math::atan, x),
             UnaryOp::Floor => self.b.ins().floor(x),
             UnaryOp::Ceil => self.b.ins().ceil(x),
             UnaryOp::Round => self.b.ins().nearest(x),

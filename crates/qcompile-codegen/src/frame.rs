@@ -15,6 +15,8 @@ pub struct Frame {
     pub slots: *const *mut u8,
     /// The batch size N.
     pub batch: usize,
+    /// The first of these samples among those of all ranks: random numbers go by the whole batch.
+    pub first: usize,
     /// Number of threads that run the region.
     pub threads: usize,
     /// Number of ranks that exchange values; 1 makes every exchange the identity.
@@ -47,6 +49,7 @@ macro_rules! field {
 impl Frame {
     pub(crate) const SLOTS: i32 = field!(slots);
     pub(crate) const BATCH: i32 = field!(batch);
+    pub(crate) const FIRST: i32 = field!(first);
     pub(crate) const THREADS: i32 = field!(threads);
     pub(crate) const RANKS: i32 = field!(ranks);
     pub(crate) const SCRATCH: i32 = field!(scratch);

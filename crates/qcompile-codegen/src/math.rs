@@ -23,6 +23,10 @@ pub(crate) extern "C" fn cos(x: f32) -> f32 {
     x.cos()
 }
 
+pub(crate) extern "C" fn atan(x: f32) -> f32 {
+    x.atan()
+}
+
 pub(crate) extern "C" fn pow(x: f32, y: f32) -> f32 {
     x.powf(y)
 }

@@ -8,12 +8,12 @@ use crate::recurrent;
 use crate::tail::Tail;
 use cranelift_codegen::ir::types::I64;
 use cranelift_codegen::ir::{InstBuilder, StackSlot, StackSlotData, StackSlotKind, Value};
-use qcompile_ir::{ConvGeometry, Dim, PoolGeometry};
+use qcompile_ir::{ConvGeometry, DType, Dim, PoolGeometry, ScatterOp};
 use qcompile_kernels::args::{
-    AveragePoolArgs, AveragePoolGradArgs, Conv2dArgs, Conv2dGradInputArgs, Conv2dGradInputI8Args,
-    Conv2dGradWeightArgs, Conv2dI8Args, ConvShape, CrossEntropyArgs, CrossEntropyGradArgs,
-    GatherArgs, MatmulArgs, MatmulI8Args, MaxPoolArgs, MaxPoolGradArgs, PoolShape, ScatterAddArgs,
-    SoftmaxArgs,
+    AveragePoolArgs, AveragePoolGradArgs, Combine, Conv2dArgs, Conv2dGradInputArgs,
+    Conv2dGradInputI8Args, Conv2dGradWeightArgs, Conv2dI8Args, ConvShape, CrossEntropyArgs,
+    CrossEntropyGradArgs, GatherArgs, IotaArgs, MatmulArgs, MatmulI8Args, MaxPoolArgs,
+    MaxPoolGradArgs, PoolShape, RandomArgs, ScatterArgs, SoftmaxArgs, TopKArgs,
 };
 use qcompile_kernels::{KernelId, Kernels, Primitive as Entry};
 use qcompile_plan::{
@@ -59,7 +59,10 @@ pub(crate) fn kernel_id(primitive: &Primitive) -> KernelId {
         Primitive::CrossEntropy { .. } => KernelId::CrossEntropy,
         Primitive::CrossEntropyGrad { .. } => KernelId::CrossEntropyGrad,
         Primitive::Gather { .. } => KernelId::Gather,
-        Primitive::ScatterAdd { .. } => KernelId::ScatterAdd,
+        Primitive::Scatter { .. } => KernelId::Scatter,
+        Primitive::TopK { .. } => KernelId::TopK,
+        Primitive::Iota { .. } => KernelId::Iota,
+        Primitive::Random { .. } => KernelId::Random,
         Primitive::Recurrent(recurrent) if recurrent.gradient => KernelId::RecurrenceGrad,
         Primitive::Recurrent(_) => KernelId::Recurrence,
     }
@@ -180,19 +183,65 @@ pub(crate) fn arguments(
             );
             block
         }
-        Primitive::ScatterAdd { rows, width, count, indices, values, y } => {
-            let block = Block::new::<ScatterAddArgs>(e);
+        Primitive::Scatter { op, dtype, rows, width, count, indices, values, y } => {
+            let block = Block::new::<ScatterArgs>(e);
+            let combine = match op {
+                ScatterOp::Add => Combine::Add,
+                ScatterOp::Mul => Combine::Mul,
+                ScatterOp::Max => Combine::Max,
+            };
             fields!(
                 e,
                 block,
-                ScatterAddArgs {
-                    values: e.place(*values, 4),
+                ScatterArgs {
+                    values: e.place(*values, dtype.size()),
                     indices: e.place(*indices, 8),
-                    out: e.place(*y, 4),
+                    out: e.place(*y, dtype.size()),
                     rows: e.dim(*rows),
                     width: e.dim(*width),
                     count: e.dim(*count),
+                    combine: e.int(combine as usize),
+                    integers: e.int(usize::from(*dtype == DType::I64)),
                     error: e.error_word(step),
+                }
+            );
+            block
+        }
+        Primitive::TopK { largest, dtype, rows, cols, k, x, y } => {
+            let block = Block::new::<TopKArgs>(e);
+            fields!(
+                e,
+                block,
+                TopKArgs {
+                    x: e.place(*x, dtype.size()),
+                    out: e.place(*y, 8),
+                    rows: e.dim(*rows),
+                    cols: e.int(*cols),
+                    k: e.int(*k),
+                    largest: e.int(usize::from(*largest)),
+                    integers: e.int(usize::from(*dtype == DType::I64)),
+                }
+            );
+            block
+        }
+        Primitive::Iota { count, y } => {
+            let block = Block::new::<IotaArgs>(e);
+            fields!(e, block, IotaArgs { out: e.place(*y, 8), count: e.dim(*count) });
+            block
+        }
+        Primitive::Random { seed, count, step: counter, y } => {
+            let block = Block::new::<RandomArgs>(e);
+            let samples = e.field(Frame::FIRST);
+            let each = e.int(if count.batch { count.scale } else { 0 });
+            fields!(
+                e,
+                block,
+                RandomArgs {
+                    step: e.place(*counter, 8),
+                    out: e.place(*y, 4),
+                    seed: e.b.ins().iconst(I64, seed.cast_signed()),
+                    first: e.b.ins().imul(samples, each),
+                    count: e.dim(*count),
                 }
             );
             block
@@ -517,7 +566,10 @@ pub(crate) fn places(primitive: &Primitive) -> (Vec<Place>, Vec<Place>) {
             (vec![*logits, *label, *dloss], vec![*dlogits])
         }
         Primitive::Gather { table, indices, y, .. } => (vec![*table, *indices], vec![*y]),
-        Primitive::ScatterAdd { indices, values, y, .. } => (vec![*indices, *values], vec![*y]),
+        Primitive::Scatter { indices, values, y, .. } => (vec![*indices, *values], vec![*y]),
+        Primitive::TopK { x, y, .. } => (vec![*x], vec![*y]),
+        Primitive::Iota { y, .. } => (Vec::new(), vec![*y]),
+        Primitive::Random { step, y, .. } => (vec![*step], vec![*y]),
         Primitive::Recurrent(recurrent) => (recurrent.reads().collect(), vec![recurrent.y]),
     }
 }

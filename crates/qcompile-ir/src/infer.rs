@@ -1,5 +1,6 @@
 //! The type of a node from its op and the types of its operands: one function per family of ops.
 
+mod indexing;
 mod recurrence;
 
 use crate::{
@@ -58,6 +59,19 @@ fn infer_type(op: &Op, operands: Types) -> Result<TensorType, String> {
         }
         Op::State(tensor) | Op::Const(tensor) => exactly::<0>(operands).map(|[]| tensor.ty()),
         Op::Size(_) => exactly::<0>(operands).map(|[]| TensorType::f32(Shape::scalar())),
+        Op::Training => {
+            exactly::<0>(operands).map(|[]| TensorType::new(DType::Bool, Shape::scalar()))
+        }
+        Op::Iota(dim) => {
+            exactly::<0>(operands).map(|[]| TensorType::new(DType::I64, Shape(vec![*dim])))
+        }
+        Op::Random { shape, .. } => {
+            let [step] = exactly(operands)?;
+            if step.dtype != DType::I64 || step.shape.rank() != 0 {
+                return Err(format!("the step is i64[], not {step}"));
+            }
+            Ok(TensorType::f32(shape.clone()))
+        }
         Op::Unary(unary) => elementwise_unary(*unary, operands),
         Op::Cast(dtype) => {
             let [x] = exactly(operands)?;
@@ -104,8 +118,9 @@ fn infer_type(op: &Op, operands: Types) -> Result<TensorType, String> {
         Op::Slice { axis, start, end, step } => slice(*axis, *start, *end, *step, operands),
         Op::Pad { axis, low, high, interior, .. } => pad(*axis, *low, *high, *interior, operands),
         Op::Concat { axis } => concat(*axis, operands),
-        Op::Gather => gather(operands),
-        Op::ScatterAdd { rows } => scatter_add(*rows, operands),
+        Op::Gather => indexing::gather(operands),
+        Op::Scatter { rows, .. } => indexing::scatter(*rows, operands),
+        Op::TopK { k, .. } => indexing::top_k(*k, operands),
         Op::Attention { scale, .. } => {
             let (operands, mask) = operands.split_at(operands.len().min(3));
             attention(*scale, operands, mask)
@@ -220,6 +235,7 @@ fn elementwise_unary(op: UnaryOp, operands: Types) -> Result<TensorType, String>
         | UnaryOp::Tanh
         | UnaryOp::Sin
         | UnaryOp::Cos
+        | UnaryOp::Atan
         | UnaryOp::Floor
         | UnaryOp::Ceil
         | UnaryOp::Round => x.dtype.is_float(),
@@ -230,12 +246,17 @@ fn elementwise_unary(op: UnaryOp, operands: Types) -> Result<TensorType, String>
 fn elementwise_binary(op: BinaryOp, operands: Types) -> Result<TensorType, String> {
     let [a, b] = exactly(operands)?;
     same(a, b)?;
-    let logical = matches!(op, BinaryOp::And | BinaryOp::Or);
-    if logical == (a.dtype == DType::Bool) {
-        Ok(a.clone())
-    } else {
-        Err(format!("does not take {a}"))
-    }
+    let fits = match op {
+        BinaryOp::And | BinaryOp::Or => !a.dtype.is_float(),
+        BinaryOp::Add
+        | BinaryOp::Sub
+        | BinaryOp::Mul
+        | BinaryOp::Div
+        | BinaryOp::Max
+        | BinaryOp::Min
+        | BinaryOp::Pow => a.dtype != DType::Bool,
+    };
+    if fits { Ok(a.clone()) } else { Err(format!("does not take {a}")) }
 }
 
 fn attention(scale: f32, operands: Types, mask: Types) -> Result<TensorType, String> {
@@ -478,29 +499,6 @@ fn concat(axis: usize, operands: Types) -> Result<TensorType, String> {
         size = size.checked_add(part).ok_or("the result is too large")?;
     }
     Ok(with_axis(first, axis, size))
-}
-
-fn gather(operands: Types) -> Result<TensorType, String> {
-    let [table, indices] = exactly(operands)?;
-    if indices.dtype != DType::I64 {
-        return Err(format!("indices are i64, not {indices}"));
-    }
-    fixed(axis_of(table, 0)?, "the number of rows")?;
-    let mut shape = indices.shape.0.clone();
-    shape.extend(&table.shape.0[1..]);
-    Ok(TensorType::new(table.dtype, Shape(shape)))
-}
-
-fn scatter_add(rows: usize, operands: Types) -> Result<TensorType, String> {
-    let [indices, values] = exactly(operands)?;
-    float(values)?;
-    let rank = indices.shape.rank();
-    if indices.dtype != DType::I64 || values.shape.0.get(..rank) != Some(&indices.shape.0[..]) {
-        return Err(format!("indices {indices} and values {values} do not fit"));
-    }
-    let mut shape = vec![Dim::fixed(rows)];
-    shape.extend(&values.shape.0[rank..]);
-    Ok(TensorType::new(values.dtype, Shape(shape)))
 }
 
 fn cross_entropy(logits: &TensorType, label: &TensorType) -> Result<TensorType, String> {

@@ -32,7 +32,7 @@ pub use name::Name;
 pub use note::{Note, Precision};
 pub use op::{
     AttentionOperand, BinaryOp, CollectiveOp, CompareOp, ConvGeometry, Op, PoolGeometry, ReduceOp,
-    UnaryOp,
+    ScatterOp, UnaryOp,
 };
 pub use recurrence::{Activation, ActivationOp, Cell, Recurrence, RecurrenceOperands};
 pub use tensor::Tensor;

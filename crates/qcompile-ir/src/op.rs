@@ -19,6 +19,7 @@ pub enum UnaryOp {
     Tanh,
     Sin,
     Cos,
+    Atan,
     Floor,
     Ceil,
     /// To nearest, ties to even.
@@ -33,7 +34,7 @@ pub enum UnaryOp {
 
 impl UnaryOp {
     /// Every function, in declaration order.
-    pub const ALL: [UnaryOp; 18] = [
+    pub const ALL: [UnaryOp; 19] = [
         UnaryOp::Neg,
         UnaryOp::Abs,
         UnaryOp::Exp,
@@ -46,6 +47,7 @@ impl UnaryOp {
         UnaryOp::Tanh,
         UnaryOp::Sin,
         UnaryOp::Cos,
+        UnaryOp::Atan,
         UnaryOp::Floor,
         UnaryOp::Ceil,
         UnaryOp::Round,
@@ -70,6 +72,7 @@ impl UnaryOp {
             UnaryOp::Tanh => "tanh",
             UnaryOp::Sin => "sin",
             UnaryOp::Cos => "cos",
+            UnaryOp::Atan => "atan",
             UnaryOp::Floor => "floor",
             UnaryOp::Ceil => "ceil",
             UnaryOp::Round => "round",
@@ -92,9 +95,9 @@ pub enum BinaryOp {
     Max,
     Min,
     Pow,
-    /// Logical, on bool.
+    /// Logical on bool, of each bit on integers.
     And,
-    /// Logical, on bool.
+    /// Logical on bool, of each bit on integers.
     Or,
 }
 
@@ -172,6 +175,32 @@ impl ReduceOp {
         match self {
             ReduceOp::Sum => "reduce_sum",
             ReduceOp::Max => "reduce_max",
+        }
+    }
+}
+
+/// How a scatter combines the values of a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ScatterOp {
+    /// Their sum; of none, 0.
+    Add,
+    /// Their product; of none, 1.
+    Mul,
+    /// The largest, a NaN above all; of none, the smallest value of the type.
+    Max,
+}
+
+impl ScatterOp {
+    /// Every combination, in declaration order.
+    pub const ALL: [ScatterOp; 3] = [ScatterOp::Add, ScatterOp::Mul, ScatterOp::Max];
+
+    /// The mnemonic in text.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            ScatterOp::Add => "scatter_add",
+            ScatterOp::Mul => "scatter_mul",
+            ScatterOp::Max => "scatter_max",
         }
     }
 }
@@ -310,6 +339,17 @@ pub enum Op {
     Const(Arc<Tensor>),
     /// `f32[]`: the number of elements along a dimension, `128N`.
     Size(Dim),
+    /// `bool[]`: true in a step that trains, false in its evaluation form.
+    Training,
+    /// `i64[dim]`: 0, 1, 2, ...
+    Iota(Dim),
+    /// `random step -> f32[shape]` in [0, 1): a function of the seed, the i64 step and the place in the whole batch.
+    Random {
+        /// What tells one sequence from another.
+        seed: u64,
+        /// The shape of the result.
+        shape: Shape,
+    },
     /// Elementwise, one operand.
     Unary(UnaryOp),
     /// Elementwise conversion to another element type: to nearest even between floats, truncation to integers.
@@ -385,10 +425,20 @@ pub enum Op {
     },
     /// `gather table[rows, ...], indices -> indices.shape + table.shape[1..]`; negative indices count from the end.
     Gather,
-    /// `scatter_add indices, values -> [rows, ...]`: zeros plus every value added to the row of its index.
-    ScatterAdd {
+    /// `scatter_add indices, values -> [rows, ...]`: each row combines the values of its index, in their order.
+    Scatter {
+        /// How.
+        op: ScatterOp,
         /// Rows of the result.
-        rows: usize,
+        rows: Dim,
+    },
+    /// `top_k x[..., n] -> i64[..., k]`: where the largest (or smallest) elements of each row are, the foremost first,
+    /// of equal ones that with the lower index. A NaN is larger than all.
+    TopK {
+        /// How many.
+        k: usize,
+        /// The largest, else the smallest.
+        largest: bool,
     },
     /// `attention q[b, t, h, d], k[b, s, g, d], v[b, s, g, e] (, mask[b|1, h|1, t|1, s]) -> [b, t, h, e]`: the softmax
     /// over `s` of `scale · q kᵀ + mask`, times `v`. Heads `h` are a multiple of `g`; each `h / g` share keys and values.
@@ -457,6 +507,9 @@ impl Op {
             Op::State(_) => "state",
             Op::Const(_) => "const",
             Op::Size(_) => "size",
+            Op::Training => "training",
+            Op::Iota(_) => "iota",
+            Op::Random { .. } => "random",
             Op::Unary(op) => op.name(),
             Op::Cast(_) => "cast",
             Op::Binary(op) => op.name(),
@@ -478,7 +531,8 @@ impl Op {
             Op::Pad { .. } => "pad",
             Op::Concat { .. } => "concat",
             Op::Gather => "gather",
-            Op::ScatterAdd { .. } => "scatter_add",
+            Op::Scatter { op, .. } => op.name(),
+            Op::TopK { .. } => "top_k",
             Op::Attention { .. } => "attention",
             Op::AttentionGrad { .. } => "attention_grad",
             Op::Softmax => "softmax",

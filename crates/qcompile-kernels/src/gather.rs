@@ -1,6 +1,6 @@
-//! Rows of a table by index, and the sum of rows into a table.
+//! Rows of a table by index, and rows combined into a table.
 
-use crate::args::{GatherArgs, ScatterAddArgs};
+use crate::args::{Combine, GatherArgs, ScatterArgs};
 use crate::lanes::{Simd, Task};
 use crate::softmax::report;
 use crate::{Primitive, no_parts};
@@ -58,13 +58,13 @@ pub(crate) const fn gather_primitive() -> Primitive {
 }
 
 /// Rows of a unit's part of the table: narrow tables are split by rows, wide ones by columns as well.
-fn row_block(args: &ScatterAddArgs) -> usize {
+fn row_block(args: &ScatterArgs) -> usize {
     args.rows.div_ceil(8).max(1)
 }
 
 unsafe extern "C" fn scatter_units(args: *const u64, _phase: usize) -> usize {
     // SAFETY: the caller passes the argument block of this kernel.
-    let args = unsafe { &*args.cast::<ScatterAddArgs>() };
+    let args = unsafe { &*args.cast::<ScatterArgs>() };
     args.width.div_ceil(SCATTER_COLUMNS) * args.rows.div_ceil(row_block(args))
 }
 
@@ -75,10 +75,10 @@ unsafe extern "C" fn scatter_run<S: Simd>(
     end: usize,
 ) {
     // SAFETY: the caller passes the argument block of this kernel, on a CPU of the tier.
-    unsafe { S::enter(Scatter { args: *args.cast::<ScatterAddArgs>(), begin, end }) }
+    unsafe { S::enter(Scatter { args: *args.cast::<ScatterArgs>(), begin, end }) }
 }
 
-/// Scatter-add on a tier; a unit owns some rows and columns of the table.
+/// Scatter on a tier; a unit owns some rows and columns of the table.
 pub(crate) const fn scatter_primitive<S: Simd>() -> Primitive {
     Primitive {
         phases: 1,
@@ -90,7 +90,7 @@ pub(crate) const fn scatter_primitive<S: Simd>() -> Primitive {
 }
 
 struct Scatter {
-    args: ScatterAddArgs,
+    args: ScatterArgs,
     begin: usize,
     end: usize,
 }
@@ -98,8 +98,29 @@ struct Scatter {
 impl Task for Scatter {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
+        let maximum = |a: f32, b: f32| if a.is_nan() || a > b { a } else { b };
+        // SAFETY: granted by the caller; the elements are of the type that the arguments say.
+        unsafe {
+            match (self.args.integers != 0, self.args.combine) {
+                (false, Combine::Add) => self.combined(0.0_f32, |a, b| a + b),
+                (false, Combine::Mul) => self.combined(1.0_f32, |a, b| a * b),
+                (false, Combine::Max) => self.combined(f32::NEG_INFINITY, maximum),
+                (true, Combine::Add) => self.combined(0_i64, i64::wrapping_add),
+                (true, Combine::Mul) => self.combined(1_i64, i64::wrapping_mul),
+                (true, Combine::Max) => self.combined(i64::MIN, i64::max),
+            }
+        }
+    }
+}
+
+impl Scatter {
+    /// # Safety
+    /// The arguments are valid, with elements of type `T`.
+    #[inline(always)]
+    unsafe fn combined<T: Copy>(&self, none: T, combine: impl Fn(T, T) -> T) {
         let args = &self.args;
         let columns = args.width.div_ceil(SCATTER_COLUMNS);
+        let (values, out) = (args.values.cast::<T>(), args.out.cast::<T>());
         for unit in self.begin..self.end {
             let first = unit % columns * SCATTER_COLUMNS;
             let width = SCATTER_COLUMNS.min(args.width - first);
@@ -108,17 +129,18 @@ impl Task for Scatter {
             // SAFETY: rows are checked, and no other unit has this part of the table.
             unsafe {
                 for row in begin..end {
-                    args.out.add(row * args.width + first).write_bytes(0, width);
+                    let row = out.add(row * args.width + first);
+                    (0..width).for_each(|i| row.add(i).write(none));
                 }
                 for i in 0..args.count {
                     match row_of(*args.indices.add(i), args.rows) {
                         Some(row) if (begin..end).contains(&row) => {
-                            let to = args.out.add(row * args.width + first);
+                            let to = out.add(row * args.width + first);
                             let to = std::slice::from_raw_parts_mut(to, width);
-                            let from = args.values.add(i * args.width + first);
+                            let from = values.add(i * args.width + first);
                             let from = std::slice::from_raw_parts(from, width);
-                            for (sum, &value) in to.iter_mut().zip(from) {
-                                *sum += value;
+                            for (so_far, &value) in to.iter_mut().zip(from) {
+                                *so_far = combine(*so_far, value);
                             }
                         }
                         Some(_) => {}

@@ -19,6 +19,7 @@ mod depthwise;
 mod depthwise_grad;
 mod direct;
 mod gather;
+mod generate;
 mod geometry;
 mod grad_weight;
 mod lanes;
@@ -34,6 +35,7 @@ mod softmax;
 mod tests;
 mod tier;
 mod tile;
+mod top_k;
 mod window;
 
 use lanes::Simd;
@@ -112,8 +114,14 @@ pub enum KernelId {
     CrossEntropyGrad,
     /// [`args::GatherArgs`]
     Gather,
-    /// [`args::ScatterAddArgs`]
-    ScatterAdd,
+    /// [`args::ScatterArgs`]
+    Scatter,
+    /// [`args::TopKArgs`]
+    TopK,
+    /// [`args::IotaArgs`]
+    Iota,
+    /// [`args::RandomArgs`]
+    Random,
     /// [`args::RecurrenceArgs`]
     Recurrence,
     /// [`args::RecurrenceGradArgs`]
@@ -125,7 +133,7 @@ impl KernelId {
     pub const COUNT: usize = Self::ALL.len();
 
     /// All kernels in the order of the table.
-    pub const ALL: [KernelId; 25] = [
+    pub const ALL: [KernelId; 28] = [
         KernelId::Matmul,
         KernelId::MatmulI8,
         KernelId::Conv2d,
@@ -148,7 +156,10 @@ impl KernelId {
         KernelId::CrossEntropy,
         KernelId::CrossEntropyGrad,
         KernelId::Gather,
-        KernelId::ScatterAdd,
+        KernelId::Scatter,
+        KernelId::TopK,
+        KernelId::Iota,
+        KernelId::Random,
         KernelId::Recurrence,
         KernelId::RecurrenceGrad,
     ];
@@ -200,6 +211,9 @@ const fn table<S: Simd>(tier: Tier) -> Kernels {
             softmax::grad_primitive::<S>(),
             gather::gather_primitive(),
             gather::scatter_primitive::<S>(),
+            top_k::primitive(),
+            generate::iota_primitive(),
+            generate::random_primitive(),
             recurrence::primitive::<S>(),
             recurrence::grad_primitive::<S>(),
         ],

@@ -37,6 +37,17 @@ impl Draft {
         self.emit(Op::Unary(op), &[x])
     }
 
+    /// An op over floats that has a kernel of its own, which takes no f16: of such, through f32.
+    pub(crate) fn emit_wide(&mut self, op: Op, operands: &[ValueId]) -> Result<ValueId> {
+        if operands.iter().any(|&operand| self.dtype(operand) != DType::F16) {
+            return self.emit(op, operands);
+        }
+        let wide: Result<Vec<ValueId>> =
+            operands.iter().map(|&operand| self.cast(operand, DType::F32)).collect();
+        let result = self.emit(op, &wide?)?;
+        self.cast(result, DType::F16)
+    }
+
     /// `x` converted, if it is not of the type already.
     pub(crate) fn cast(&mut self, x: ValueId, to: DType) -> Result<ValueId> {
         if self.dtype(x) == to {
@@ -183,5 +194,20 @@ impl Draft {
             .map(|(_, &dim)| dim)
             .collect();
         self.reshape(x, &dims)
+    }
+
+    /// `-1 - x`: every bit the other way, and the reverse order without overflow.
+    pub(crate) fn complement(&mut self, x: ValueId) -> Result<ValueId> {
+        let dtype = self.dtype(x);
+        if dtype.is_float() || dtype == DType::Bool {
+            return Err(Obstacle::invalid(format!("{} is not of integers", self.ty(x))));
+        }
+        let ones = self.scalar(dtype, -1.0);
+        self.sub(ones, x)
+    }
+
+    /// Values in the reverse order: what is smallest becomes largest. Its own inverse.
+    pub(crate) fn reversed(&mut self, x: ValueId) -> Result<ValueId> {
+        if self.dtype(x).is_float() { self.unary(UnaryOp::Neg, x) } else { self.complement(x) }
     }
 }

@@ -1,7 +1,8 @@
 //! The symbolic dimensions of the inputs: which one is the batch, and the sizes of the others.
 
-use crate::error::Obstacle;
-use crate::error::{ImportError, MissingDim, Problem, UnsupportedNode};
+use crate::draft::Draft;
+use crate::error::{ImportError, MissingDim, Obstacle, Problem, UnsupportedNode};
+use crate::known::Known;
 use crate::pattern::nearest;
 use crate::{Port, tensor};
 use onnx_protobuf::ValueInfoProto;
@@ -31,11 +32,35 @@ pub(crate) fn declared_element_type(value: &ValueInfoProto) -> i32 {
     }
 }
 
+/// The declared type as a value of zeros.
+pub(crate) fn declared_type(value: &ValueInfoProto) -> Result<Known, Obstacle> {
+    let input = read(value, None)?;
+    let fixed = |dim: &Declared| match dim {
+        Declared::Fixed(size) => Some(*size),
+        Declared::Symbol(_) => None,
+    };
+    let shape: Option<Vec<usize>> = input.dims.iter().map(fixed).collect();
+    let shape = shape.ok_or_else(|| Obstacle::unsupported("a size that is not declared"))?;
+    let zero = Known::scalar(tensor::dtype(input.element_type)?, 0.0);
+    Ok(Known { shape, ..zero })
+}
+
+/// What a value is declared to be, if no tensor.
+fn other_type(value: &ValueInfoProto) -> &'static str {
+    match value.type_.as_ref().and_then(|ty| ty.value.as_ref()) {
+        Some(type_proto::Value::SequenceType(_)) => "a sequence, not a tensor",
+        Some(type_proto::Value::OptionalType(_)) => "an optional, not a tensor",
+        Some(type_proto::Value::MapType(_)) => "a map, not a tensor",
+        Some(type_proto::Value::SparseTensorType(_)) => "a sparse tensor, not a dense one",
+        _ => "without a declared type",
+    }
+}
+
 fn read<'a>(value: &'a ValueInfoProto, given: Option<&Vec<usize>>) -> Result<Input<'a>, Obstacle> {
     let Some(type_proto::Value::TensorType(ty)) =
         value.type_.as_ref().and_then(|ty| ty.value.as_ref())
     else {
-        return Err(Obstacle::unsupported("not a tensor"));
+        return Err(Obstacle::unsupported(other_type(value)));
     };
     tensor::dtype(ty.elem_type)?;
     let Some(shape) = ty.shape.as_ref() else {
@@ -50,7 +75,8 @@ fn read<'a>(value: &'a ValueInfoProto, given: Option<&Vec<usize>>) -> Result<Inp
                 usize::try_from(*size)
                     .map_err(|_| Obstacle::invalid(format!("a dimension of {size}")))?,
             ),
-            Some(dimension::Value::DimParam(symbol)) if !symbol.is_empty() => {
+            // A question mark is no name: two of them are two dimensions.
+            Some(dimension::Value::DimParam(symbol)) if !symbol.is_empty() && symbol != "?" => {
                 Declared::Symbol(symbol.clone())
             }
             // Some exporters write -1 for a dimension that they do not know.
@@ -60,13 +86,20 @@ fn read<'a>(value: &'a ValueInfoProto, given: Option<&Vec<usize>>) -> Result<Inp
     Ok(Input { name: &value.name, element_type: ty.elem_type, dims })
 }
 
-/// Types of the inputs, with sizes from `sizes` and `shapes` and the batch as N. Adds to `warnings`.
+/// The inputs as they are imported.
+pub(crate) struct Resolved {
+    pub(crate) ports: Vec<Port>,
+    /// What `--dim` calls the dimensions that are the batch.
+    pub(crate) batch: Vec<String>,
+}
+
+/// Types of the inputs, with sizes from `sizes` and `shapes` and the batch as N. Adds to the warnings of `draft`.
 pub(crate) fn resolve(
     values: &[&ValueInfoProto],
     sizes: &BTreeMap<String, usize>,
     shapes: &BTreeMap<String, Vec<usize>>,
-    warnings: &mut Vec<String>,
-) -> Result<Vec<Port>, ImportError> {
+    draft: &mut Draft,
+) -> Result<Resolved, ImportError> {
     let mut inputs = Vec::new();
     let (mut unsupported, mut problems) = (Vec::new(), Vec::new());
     for value in values {
@@ -87,7 +120,7 @@ pub(crate) fn resolve(
         }
     }
     if !unsupported.is_empty() {
-        return Err(ImportError::Unsupported(unsupported));
+        return Err(ImportError::Unsupported(unsupported, problems));
     }
     if !problems.is_empty() {
         return Err(ImportError::InvalidModel(problems));
@@ -115,9 +148,7 @@ pub(crate) fn resolve(
         let Ok(dtype) = tensor::dtype(input.element_type) else {
             continue;
         };
-        if tensor::is_narrowed(input.element_type) {
-            warnings.push(format!("input {}: float64 is taken as float32", input.name));
-        }
+        draft.note_type(input.element_type);
         ports.push(Port {
             name: input.name.to_owned(),
             ty: TensorType::new(dtype, Shape(shape)),
@@ -127,8 +158,8 @@ pub(crate) fn resolve(
     if !missing.is_empty() {
         return Err(ImportError::MissingDims(missing));
     }
-    note_fixed_batch(&ports, warnings);
-    Ok(ports)
+    note_fixed_batch(&ports, &mut draft.warnings);
+    Ok(Resolved { ports, batch: batch.into_iter().collect() })
 }
 
 /// The sizes that are given, by input and axis: by name first, then by whole shapes.

@@ -5,8 +5,9 @@ use crate::ImportError;
 use crate::error::{Obstacle, Problem};
 use crate::fold::fold;
 use crate::known::{Element, Known};
+use crate::tensor;
 use qcompile_ir::{
-    DType, Dim, Graph, GraphError, NodeId, Op, Region, Shape, Tensor, TensorType, infer,
+    BinaryOp, DType, Dim, Graph, GraphError, NodeId, Op, Region, Shape, Tensor, TensorType, infer,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
@@ -41,11 +42,17 @@ pub(crate) struct Draft {
     base: Rc<str>,
     origin: Option<Rc<str>>,
     folded: usize,
+    /// The number of the step, if anything random depends on it.
+    step: Option<ValueId>,
+    /// Integers that are floats cast without loss, and those floats.
+    exact_floats: BTreeMap<ValueId, ValueId>,
     next: BTreeMap<ValueId, ValueId>,
     /// The leaves that became states.
     states: BTreeSet<ValueId>,
     /// Text about what was changed or assumed.
     pub(crate) warnings: Vec<String>,
+    /// ONNX element types that are carried in others.
+    carried: BTreeSet<i32>,
 }
 
 impl Draft {
@@ -55,9 +62,12 @@ impl Draft {
             base: "".into(),
             origin: None,
             folded: 0,
+            step: None,
+            exact_floats: BTreeMap::new(),
             next: BTreeMap::new(),
             states: BTreeSet::new(),
             warnings: Vec::new(),
+            carried: BTreeSet::new(),
         }
     }
 
@@ -65,6 +75,26 @@ impl Draft {
     pub(crate) fn begin(&mut self, base: &str, origin: &str) {
         self.base = base.into();
         self.origin = Some(origin.into());
+    }
+
+    /// Notes that a value has an ONNX element type, in case that the graph has another for it.
+    pub(crate) fn note_type(&mut self, number: i32) {
+        if tensor::is_carried(number) {
+            self.carried.insert(number);
+        }
+    }
+
+    /// What was changed or assumed, each once.
+    pub(crate) fn take_warnings(&mut self) -> Vec<String> {
+        let mut seen = BTreeSet::new();
+        let carried = std::mem::take(&mut self.carried).into_iter().filter_map(|number| {
+            let dtype = tensor::onnx_name(tensor::dtype(number).ok()?);
+            Some(format!("{} is computed in {dtype}", tensor::dtype_name(number)))
+        });
+        let mut warnings = std::mem::take(&mut self.warnings);
+        warnings.extend(carried);
+        warnings.retain(|warning| seen.insert(warning.clone()));
+        warnings
     }
 
     /// Number of values so far.
@@ -82,7 +112,9 @@ impl Draft {
         let origin = self.origin.take();
         let mut found = false;
         for value in &mut self.values[first..] {
-            if let Content::Op(Op::Matmul { .. } | Op::Conv2d(_), _) = value.content {
+            if let Content::Op(Op::Matmul { .. } | Op::Conv2d(_) | Op::Conv2dGradInput(_), _) =
+                value.content
+            {
                 value.origin.clone_from(&origin);
                 found = true;
             }
@@ -167,6 +199,21 @@ impl Draft {
         ValueId(self.values.len() - 1)
     }
 
+    /// That `what` depends on the batch size where it must be a number, and how to make it one.
+    pub(crate) fn depends_on_batch(&self, what: &str) -> Obstacle {
+        let source = self.values.iter().find_map(|value| match (&value.content, &value.name) {
+            (Content::Op(Op::Input(ty), _), Some(name)) => Some((name, ty.shape.batch_axis()?)),
+            _ => None,
+        });
+        Obstacle::unsupported(match source {
+            Some((name, axis)) => format!(
+                "{what} depends on the batch size, which is axis {axis} of input {name}: give it \
+                 by --dim {name}.{axis}=SIZE"
+            ),
+            None => format!("{what} depends on the batch size"),
+        })
+    }
+
     /// A value known at compile time.
     pub(crate) fn add_known(&mut self, known: Known) -> ValueId {
         let ty = known.ty();
@@ -185,6 +232,10 @@ impl Draft {
         op: Op,
         operands: &[ValueId],
     ) -> Result<ValueId, Obstacle> {
+        let operands: Vec<ValueId> = operands
+            .iter()
+            .map(|&id| if self.values[id.0].region > region { self.in_forward(id) } else { Ok(id) })
+            .collect::<Result<_, _>>()?;
         let types: Vec<&TensorType> = operands.iter().map(|&id| self.ty(id)).collect();
         let ty = infer(&op, &types).map_err(|error| {
             let text = error.to_string();
@@ -195,11 +246,6 @@ impl Draft {
                 Obstacle::Invalid(text)
             }
         })?;
-        for &operand in operands {
-            if self.values[operand.0].region > region {
-                return Err(Obstacle::unsupported("uses a running statistic after its update"));
-            }
-        }
         if !operands.is_empty() && self.folded < FOLD_BUDGET {
             let known: Option<Vec<&Known>> = operands.iter().map(|&id| self.known(id)).collect();
             if let Some(value) = known.and_then(|known| fold(&op, &known, &ty)) {
@@ -207,7 +253,19 @@ impl Draft {
                 return Ok(self.add_known(value));
             }
         }
-        Ok(self.push(Content::Op(op, operands.to_vec()), ty, region))
+        Ok(self.push(Content::Op(op, operands), ty, region))
+    }
+
+    /// A value of the region of updates, computed in the forward region; any other value as it is.
+    pub(crate) fn in_forward(&mut self, id: ValueId) -> Result<ValueId, Obstacle> {
+        let value = &self.values[id.0];
+        match &value.content {
+            Content::Op(op, operands) if value.region != Region::Forward => {
+                let (op, operands) = (op.clone(), operands.clone());
+                self.emit(op, &operands)
+            }
+            _ => Ok(id),
+        }
     }
 
     /// The state that starts as the value of `id` and carries its name.
@@ -224,6 +282,21 @@ impl Draft {
         Ok(state)
     }
 
+    /// The number of the step, i64: a state that counts.
+    pub(crate) fn step(&mut self) -> Result<ValueId, Obstacle> {
+        if let Some(step) = self.step {
+            return Ok(step);
+        }
+        let zero = Tensor::scalar(DType::I64, 0.0);
+        let step = self.emit(Op::State(Arc::new(zero)), &[])?;
+        self.set_name(step, "step");
+        let one = self.integer(1_i64);
+        let next = self.emit_in(Region::Update, Op::Binary(BinaryOp::Add), &[step, one])?;
+        self.set_next(step, next);
+        self.step = Some(step);
+        Ok(step)
+    }
+
     /// The value of a weight as a constant; any other value as it is.
     pub(crate) fn frozen(&mut self, id: ValueId) -> Result<ValueId, Obstacle> {
         let Content::Op(Op::Param(tensor), _) = &self.values[id.0].content else {
@@ -235,6 +308,16 @@ impl Draft {
             self.set_name(constant, &name);
         }
         Ok(constant)
+    }
+
+    /// Says that an integer value is this float value, cast without loss: through that, gradients pass.
+    pub(crate) fn set_exact_float(&mut self, integer: ValueId, float: ValueId) {
+        self.exact_floats.insert(integer, float);
+    }
+
+    /// The float value that an integer value is without loss, if one is known.
+    pub(crate) fn exact_float(&self, integer: ValueId) -> Option<ValueId> {
+        self.exact_floats.get(&integer).copied()
     }
 
     /// Says what a state holds after the step.

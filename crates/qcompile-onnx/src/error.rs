@@ -61,14 +61,14 @@ pub enum ImportError {
         /// What is wrong.
         reason: String,
     },
-    /// It uses what this importer does not know: every such node.
-    #[error("{}", list_unsupported(.0))]
-    Unsupported(Vec<UnsupportedNode>),
+    /// It uses what this importer does not know: every such node, and every contradiction that was found as well.
+    #[error("{}{}", list_unsupported(.0), list_problems(.1))]
+    Unsupported(Vec<UnsupportedNode>, Vec<Problem>),
     /// Symbolic dimensions other than the batch need sizes.
     #[error("{}", list_missing(.0))]
     MissingDims(Vec<MissingDim>),
     /// It contradicts itself or the ONNX standard: every place found.
-    #[error("{}", list_problems(.0))]
+    #[error("the model is invalid:{}", list_problems(.0))]
     InvalidModel(Vec<Problem>),
     /// An option names nothing in this model.
     #[error("{option} `{value}` matches nothing in this model{}", nearest_text(nearest))]
@@ -109,7 +109,7 @@ fn list_missing(dims: &[MissingDim]) -> String {
 }
 
 fn list_problems(problems: &[Problem]) -> String {
-    let mut text = "the model is invalid:".to_owned();
+    let mut text = String::new();
     for problem in problems {
         match &problem.place {
             Some(place) => {

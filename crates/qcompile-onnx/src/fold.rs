@@ -116,6 +116,7 @@ fn unary(op: UnaryOp, x: Element, dtype: DType) -> Option<Element> {
         (UnaryOp::Log, Element::Float(x)) => float(x.ln()),
         (UnaryOp::Sin, Element::Float(x)) => float(x.sin()),
         (UnaryOp::Cos, Element::Float(x)) => float(x.cos()),
+        (UnaryOp::Atan, Element::Float(x)) => float(x.atan()),
         _ => None,
     }
 }

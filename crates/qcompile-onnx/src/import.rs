@@ -1,107 +1,155 @@
 //! The walk over a model: inputs, initializers, nodes, outputs.
 
 use crate::bind::{bind, check_names};
-use crate::dims::{declared_element_type, resolve};
+use crate::body::{Body, BodyNode, Opsets, Weight};
+use crate::dims::{Resolved, declared_element_type, resolve};
 use crate::draft::{Draft, ValueId};
 use crate::error::{ImportError, Obstacle, Problem, UnsupportedNode};
+use crate::function::{Functions, plain_domain};
 use crate::node::{Attributes, OnnxNode};
-use crate::order::{node_name, order};
+use crate::order::order;
 use crate::pattern::trainable;
 use crate::scan::scan;
+use crate::survey::{Outcome, Verdict};
 use crate::{Import, ImportOptions, Port, ops, tensor};
-use onnx_protobuf::{GraphProto, Message, ModelProto, NodeProto, TensorProto, ValueInfoProto};
+use onnx_protobuf::{Message, ModelProto, NodeProto, ValueInfoProto};
 use qcompile_ir::Op;
 use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
 use std::sync::Arc;
 
 /// Imports the bytes of an ONNX file.
 ///
 /// # Errors
-/// See [`ImportError`]: everything unsupported, or else everything contradictory, is reported at once.
+/// See [`ImportError`]: everything unsupported and everything contradictory is reported at once.
 pub fn import(bytes: &[u8], options: &ImportOptions) -> Result<Import, ImportError> {
-    scan(bytes, &options.limits)?;
-    let mut model = ModelProto::parse_from_bytes(bytes)
-        .map_err(|error| ImportError::Malformed { offset: None, reason: error.to_string() })?;
-    let mut graph = model.graph.take().ok_or_else(|| ImportError::Malformed {
-        offset: None,
-        reason: "there is no graph in it".to_owned(),
-    })?;
-    let order = order(&graph).map_err(ImportError::InvalidModel)?;
-    let names: Vec<String> = order.iter().map(|&index| node_name(&graph, index)).collect();
-    let trainable = trainable_names(&graph, &order, &names, options)?;
-
-    let mut draft = Draft::new();
-    let initializers: BTreeSet<&str> =
-        graph.initializer.iter().map(|tensor| tensor.name.as_str()).collect();
-    let inputs: Vec<&ValueInfoProto> =
-        graph.input.iter().filter(|input| !initializers.contains(input.name.as_str())).collect();
-    check_names(&inputs, &options.values)?;
-    let (known, inputs): (Vec<_>, Vec<_>) =
-        inputs.into_iter().partition(|input| options.values.contains_key(&input.name));
-    let known: Vec<ValueInfoProto> = known.into_iter().cloned().collect();
-    let inputs = resolve(&inputs, &options.dims, &options.shapes, &mut draft.warnings)?;
-    let mut opsets = BTreeMap::new();
-    for opset in &model.opset_import {
-        opsets.insert(plain_domain(&opset.domain).to_owned(), opset.version);
+    let (model, opsets) = read(bytes, options)?;
+    let mut functions = Functions::new(model.functions, options.limits.nodes)
+        .map_err(|problem| ImportError::InvalidModel(vec![problem]))?;
+    let graph = model.graph.into_option().ok_or_else(no_graph)?;
+    let body = Body::new(graph, "", &opsets, &mut functions).map_err(ImportError::InvalidModel)?;
+    if body.outputs.is_empty() {
+        let reason = "the model has no outputs".to_owned();
+        return Err(ImportError::InvalidModel(vec![Problem { place: None, reason }]));
     }
-    let mut importer = Importer {
-        draft,
-        options,
-        opsets,
-        trainable,
-        values: BTreeMap::new(),
-        weights: std::mem::take(&mut graph.initializer)
-            .into_iter()
-            .map(|tensor| (tensor.name.clone(), tensor))
-            .collect(),
-        unsupported: Vec::new(),
-        problems: Vec::new(),
-    };
-    let input_ids = importer.add_inputs(&inputs)?;
-    importer.add_known_inputs(&known)?;
-    for (&index, name) in order.iter().zip(&names) {
-        importer.add_node(std::mem::take(&mut graph.node[index]), name);
+    let order = order(&body, &|_| false).map_err(ImportError::InvalidModel)?;
+    let mut importer = Importer::new(&body, functions, options)?;
+    let inputs = importer.begin(&body)?;
+    let Body { name, mut nodes, weights, outputs, .. } = body;
+    importer.scopes.push(Scope::new(weights));
+    for index in order {
+        importer.add_node(take_node(&mut nodes[index]));
     }
-    importer.finish(&graph, inputs, &input_ids)
+    importer.finish(&name, inputs, &outputs)
 }
 
-/// ONNX's own operators have two names for their domain.
-fn plain_domain(domain: &str) -> &str {
-    if domain == "ai.onnx" { "" } else { domain }
-}
-
-fn trainable_names(
-    graph: &GraphProto,
-    order: &[usize],
-    names: &[String],
+/// The model, and the operator sets that it imports.
+pub(crate) fn read(
+    bytes: &[u8],
     options: &ImportOptions,
-) -> Result<BTreeSet<String>, ImportError> {
-    let nodes: Vec<(&NodeProto, String)> =
-        order.iter().zip(names).map(|(&index, name)| (&graph.node[index], name.clone())).collect();
-    trainable(graph, &nodes, &options.train, &options.freeze)
+) -> Result<(ModelProto, Rc<Opsets>), ImportError> {
+    scan(bytes, &options.limits)?;
+    let model = ModelProto::parse_from_bytes(bytes)
+        .map_err(|error| ImportError::Malformed { offset: None, reason: error.to_string() })?;
+    let opsets = model.opset_import.iter();
+    let opsets =
+        opsets.map(|opset| (plain_domain(&opset.domain).to_owned(), opset.version)).collect();
+    Ok((model, Rc::new(opsets)))
 }
 
-struct Importer<'a> {
-    draft: Draft,
-    options: &'a ImportOptions<'a>,
-    opsets: BTreeMap<String, i64>,
-    trainable: BTreeSet<String>,
+pub(crate) fn no_graph() -> ImportError {
+    ImportError::Malformed { offset: None, reason: "there is no graph in it".to_owned() }
+}
+
+pub(crate) fn take_node(node: &mut BodyNode) -> BodyNode {
+    let (proto, name) = (std::mem::take(&mut node.proto), std::mem::take(&mut node.name));
+    BodyNode { proto, name, opsets: Rc::clone(&node.opsets) }
+}
+
+/// The names that a graph defines, and the values that they have so far.
+pub(crate) struct Scope {
     /// ONNX values so far. What could not be imported is missing.
-    values: BTreeMap<String, ValueId>,
+    pub(crate) values: BTreeMap<String, ValueId>,
     /// Initializers that nothing has used yet.
-    weights: BTreeMap<String, TensorProto>,
+    weights: BTreeMap<String, Weight>,
+}
+
+impl Scope {
+    pub(crate) fn new(weights: Vec<(String, Weight)>) -> Scope {
+        Scope { values: BTreeMap::new(), weights: weights.into_iter().collect() }
+    }
+}
+
+/// An input of the model, as it is imported.
+pub(crate) struct Inputs {
+    pub(crate) ports: Vec<Port>,
+    pub(crate) ids: Vec<ValueId>,
+}
+
+pub(crate) struct Importer<'a> {
+    pub(crate) draft: Draft,
+    pub(crate) options: &'a ImportOptions<'a>,
+    pub(crate) functions: Functions,
+    trainable: BTreeSet<String>,
+    /// Graphs around the node that is imported, the outermost first.
+    pub(crate) scopes: Vec<Scope>,
+    /// What the names of values begin with: which iteration of which loop it is.
+    pub(crate) prefix: String,
+    /// Nodes so far, as often as they were imported.
+    pub(crate) imported: usize,
+    /// What `--dim` calls the dimensions that stand for the batch.
+    batch: Vec<String>,
     unsupported: Vec<UnsupportedNode>,
     problems: Vec<Problem>,
+    /// What became of each node, if that is asked for.
+    pub(crate) survey: Option<Vec<Outcome>>,
 }
 
-impl Importer<'_> {
+impl<'a> Importer<'a> {
+    pub(crate) fn new(
+        body: &Body,
+        functions: Functions,
+        options: &'a ImportOptions<'a>,
+    ) -> Result<Importer<'a>, ImportError> {
+        Ok(Importer {
+            draft: Draft::new(),
+            options,
+            functions,
+            trainable: trainable(body, &options.train, &options.freeze)?,
+            scopes: vec![Scope::new(Vec::new())],
+            prefix: String::new(),
+            imported: 0,
+            batch: Vec::new(),
+            unsupported: Vec::new(),
+            problems: Vec::new(),
+            survey: None,
+        })
+    }
+
+    /// Imports the inputs of the model.
+    pub(crate) fn begin(&mut self, body: &Body) -> Result<Inputs, ImportError> {
+        let options = self.options;
+        let weights: BTreeSet<&str> = body.weights.iter().map(|(name, _)| name.as_str()).collect();
+        let inputs: Vec<&ValueInfoProto> =
+            body.inputs.iter().filter(|input| !weights.contains(input.name.as_str())).collect();
+        check_names(&inputs, &options.values)?;
+        let (known, inputs): (Vec<_>, Vec<_>) =
+            inputs.into_iter().partition(|input| options.values.contains_key(&input.name));
+        let Resolved { ports, batch } =
+            resolve(&inputs, &options.dims, &options.shapes, &mut self.draft)?;
+        self.batch = batch;
+        let ids = self.add_inputs(&ports)?;
+        self.add_known_inputs(&known)?;
+        Ok(Inputs { ports, ids })
+    }
+
     fn add_inputs(&mut self, inputs: &[Port]) -> Result<Vec<ValueId>, ImportError> {
         let mut ids = Vec::with_capacity(inputs.len());
         for port in inputs {
             match self.draft.emit(Op::Input(port.ty.clone()), &[]) {
                 Ok(id) => {
                     self.draft.set_name(id, &port.name);
-                    self.values.insert(port.name.clone(), id);
+                    self.define(&port.name, id);
                     ids.push(id);
                 }
                 Err(obstacle) => self.report_value("input", &port.name, obstacle),
@@ -111,12 +159,12 @@ impl Importer<'_> {
     }
 
     /// The inputs whose values were given.
-    fn add_known_inputs(&mut self, inputs: &[ValueInfoProto]) -> Result<(), ImportError> {
-        for input in inputs {
+    fn add_known_inputs(&mut self, inputs: &[&ValueInfoProto]) -> Result<(), ImportError> {
+        for &input in inputs {
             let value = bind(input, &self.options.values[&input.name]);
             match value.and_then(|value| ops::add_tensor(&mut self.draft, Arc::new(value))) {
                 Ok(id) => {
-                    self.values.insert(input.name.clone(), id);
+                    self.define(&input.name, id);
                 }
                 Err(obstacle) => self.report_value("input", &input.name, obstacle),
             }
@@ -125,30 +173,57 @@ impl Importer<'_> {
         if good { Ok(()) } else { Err(self.error()) }
     }
 
-    /// A value by its ONNX name. An initializer becomes a value when it is first used.
-    fn value(&mut self, name: &str) -> Option<ValueId> {
-        if let Some(&id) = self.values.get(name) {
-            return Some(id);
-        }
-        let proto = self.weights.remove(name)?;
-        match self.add_weight(name, proto) {
-            Ok(id) => {
-                self.draft.set_name(id, name);
-                self.values.insert(name.to_owned(), id);
-                Some(id)
-            }
-            Err(obstacle) => {
-                self.report_value("initializer", name, obstacle);
-                None
-            }
+    /// Says what a name of the innermost graph stands for.
+    fn define(&mut self, name: &str, id: ValueId) {
+        if let Some(scope) = self.scopes.last_mut() {
+            scope.values.insert(name.to_owned(), id);
         }
     }
 
-    fn add_weight(&mut self, name: &str, proto: TensorProto) -> Result<ValueId, Obstacle> {
-        if tensor::is_narrowed(proto.data_type) {
-            self.draft.warnings.push(format!("initializer {name}: float64 is kept as float32"));
+    /// Whether a name is defined around a subgraph, imported or not.
+    pub(crate) fn knows(&self, name: &str) -> bool {
+        self.scopes
+            .iter()
+            .any(|scope| scope.values.contains_key(name) || scope.weights.contains_key(name))
+    }
+
+    /// A value by its ONNX name, from the innermost graph that has it. An initializer becomes a value when it is
+    /// first used.
+    pub(crate) fn value(&mut self, name: &str) -> Option<ValueId> {
+        for at in (0..self.scopes.len()).rev() {
+            if let Some(&id) = self.scopes[at].values.get(name) {
+                return Some(id);
+            }
+            let Some(weight) = self.scopes[at].weights.remove(name) else {
+                continue;
+            };
+            return match self.add_weight(name, weight) {
+                Ok(id) => {
+                    self.draft.set_name(id, name);
+                    self.scopes[at].values.insert(name.to_owned(), id);
+                    Some(id)
+                }
+                Err(obstacle) => {
+                    self.report_value("initializer", name, obstacle);
+                    None
+                }
+            };
         }
-        let tensor = Arc::new(tensor::decode(proto, self.options.external)?);
+        None
+    }
+
+    fn add_weight(&mut self, name: &str, weight: Weight) -> Result<ValueId, Obstacle> {
+        let tensor = match weight {
+            Weight::Dense(proto) => {
+                self.draft.note_type(proto.data_type);
+                tensor::decode(*proto, self.options.external)?
+            }
+            Weight::Sparse(proto) => {
+                self.draft.note_type(proto.values.data_type);
+                tensor::decode_sparse(*proto, self.options.external)?
+            }
+        };
+        let tensor = Arc::new(tensor);
         if !tensor.dtype().is_float() {
             return ops::add_tensor(&mut self.draft, tensor);
         }
@@ -156,9 +231,11 @@ impl Importer<'_> {
         self.draft.emit(if trained { Op::Param(tensor) } else { Op::Const(tensor) }, &[])
     }
 
-    fn add_node(&mut self, mut proto: NodeProto, name: &str) {
+    /// Imports one node, or notes why it cannot be; false if nothing uses its results then.
+    pub(crate) fn add_node(&mut self, node: BodyNode) -> bool {
+        let (opset, name) = (node.opset(), node.name.clone());
+        let mut proto = node.proto;
         let domain = plain_domain(&proto.domain).to_owned();
-        let opset = self.opsets.get(&domain).copied().unwrap_or(0);
         let mut inputs = Vec::with_capacity(proto.input.len());
         let mut poisoned = false;
         for input in &proto.input {
@@ -170,49 +247,82 @@ impl Importer<'_> {
             poisoned |= value.is_none();
             inputs.push(value);
         }
+        let operands: Vec<ValueId> = inputs.iter().copied().flatten().collect();
         if poisoned {
             // Without operands an operator says no more than whether it is supported at all.
             inputs.clear();
         }
         let base = proto.output.iter().find(|output| !output.is_empty()).cloned();
-        let base = base.unwrap_or_else(|| name.to_owned());
-        self.draft.begin(&base, name);
-        let result = self.convert(&mut proto, inputs, &domain, opset, &base);
+        let base = format!("{}{}", self.prefix, base.unwrap_or_else(|| name.clone()));
+        self.draft.begin(&base, &name);
+        self.imported += 1;
+        let result = if self.imported > self.options.limits.nodes {
+            let limit = self.options.limits.nodes;
+            Err(Obstacle::unsupported(format!("unrolled, the model has more than {limit} nodes")))
+        } else {
+            self.convert(&mut proto, inputs, (&domain, opset), (&base, &name), &node.opsets)
+        };
+        let op = proto.op_type.clone();
+        if let Some(outcomes) = &mut self.survey {
+            let results = result.as_ref().map_or_else(|_| Vec::new(), Clone::clone);
+            let verdict = Verdict::of(&result, poisoned);
+            let (name, op, domain) = (name.clone(), op.clone(), domain.clone());
+            outcomes.push(Outcome { name, op, domain, opset, verdict, operands, results });
+        }
         match result {
-            Ok(()) => {}
+            Ok(_) => return true,
             Err(Obstacle::Invalid(_)) if poisoned => {}
             Err(Obstacle::Operand) => {}
-            Err(Obstacle::Unsupported(reason)) => self.unsupported.push(UnsupportedNode {
-                node: name.to_owned(),
-                op: proto.op_type,
-                domain,
-                opset,
-                reason,
-                needs: Vec::new(),
-            }),
-            Err(Obstacle::Unknown(reason, needs)) => self.unsupported.push(UnsupportedNode {
-                node: name.to_owned(),
-                op: proto.op_type,
-                domain,
-                opset,
-                reason,
-                needs,
-            }),
+            Err(Obstacle::Unsupported(reason)) => {
+                let reason = self.with_batch(reason);
+                let needs = Vec::new();
+                self.unsupported.push(UnsupportedNode {
+                    node: name,
+                    op,
+                    domain,
+                    opset,
+                    reason,
+                    needs,
+                });
+            }
+            Err(Obstacle::Unknown(reason, needs)) => {
+                self.unsupported.push(UnsupportedNode {
+                    node: name,
+                    op,
+                    domain,
+                    opset,
+                    reason,
+                    needs,
+                });
+            }
             Err(Obstacle::Invalid(reason)) => {
-                let place = Some(format!("{name} ({}, opset {opset})", proto.op_type));
+                let dot = if domain.is_empty() { "" } else { "." };
+                let place = Some(format!("{name} ({domain}{dot}{op}, opset {opset})"));
                 self.problems.push(Problem { place, reason });
             }
         }
+        false
     }
 
+    /// Says how to get rid of the batch where it is what hinders.
+    fn with_batch(&self, reason: String) -> String {
+        if self.batch.is_empty() || !reason.contains("batch") {
+            return reason;
+        }
+        let flags: Vec<String> =
+            self.batch.iter().map(|name| format!("--dim {name}=SIZE")).collect();
+        format!("{reason}; a fixed size is given by {}", flags.join(" "))
+    }
+
+    /// The results of a node; each has its ONNX name then.
     fn convert(
         &mut self,
         proto: &mut NodeProto,
         inputs: Vec<Option<ValueId>>,
-        domain: &str,
-        opset: i64,
-        base: &str,
-    ) -> Result<(), Obstacle> {
+        (domain, opset): (&str, i64),
+        (base, name): (&str, &str),
+        opsets: &Rc<Opsets>,
+    ) -> Result<Vec<ValueId>, Obstacle> {
         let poisoned = inputs.is_empty() && !proto.input.is_empty();
         let attributes = Attributes::new(std::mem::take(&mut proto.attribute))?;
         let mut node = OnnxNode {
@@ -226,7 +336,15 @@ impl Importer<'_> {
             batch_norm: self.options.batch_norm,
         };
         let first = self.draft.len();
-        let results = ops::convert(&mut self.draft, &mut node, domain)?;
+        let control = domain.is_empty() && matches!(node.op, "If" | "Loop" | "Scan");
+        let mut results = if control {
+            if poisoned {
+                return Err(Obstacle::Operand);
+            }
+            self.control_flow(&mut node, name, opsets)?
+        } else {
+            ops::convert(&mut self.draft, &mut node, domain)?
+        };
         let unread = node.attributes.unread();
         if !unread.is_empty() {
             return Err(Obstacle::unsupported(format!("attribute {}", unread.join(", "))));
@@ -239,16 +357,17 @@ impl Importer<'_> {
             let id = *results
                 .get(at)
                 .ok_or_else(|| Obstacle::unsupported(format!("result {at} ({output})")))?;
-            self.draft.set_name(id, output);
-            self.values.insert(output.clone(), id);
+            self.draft.set_name(id, &format!("{}{output}", self.prefix));
+            self.define(output, id);
         }
-        if let Some(&result) = results.first() {
+        results.truncate(node.outputs.len());
+        if let (Some(&result), false) = (results.first(), control) {
             self.draft.set_origin(first, result);
         }
-        Ok(())
+        Ok(results)
     }
 
-    fn report_value(&mut self, kind: &str, name: &str, obstacle: Obstacle) {
+    pub(crate) fn report_value(&mut self, kind: &str, name: &str, obstacle: Obstacle) {
         match obstacle {
             Obstacle::Unsupported(reason) | Obstacle::Unknown(reason, _) => {
                 self.unsupported.push(UnsupportedNode {
@@ -267,26 +386,40 @@ impl Importer<'_> {
         }
     }
 
-    /// What is to be reported; only called when something is.
+    /// Adds faults of a graph.
+    pub(crate) fn report(&mut self, problems: Vec<Problem>) {
+        self.problems.extend(problems);
+    }
+
+    /// Everything that is to be reported; only called when something is.
     fn error(&mut self) -> ImportError {
+        let problems = std::mem::take(&mut self.problems);
         if self.unsupported.is_empty() {
-            ImportError::InvalidModel(std::mem::take(&mut self.problems))
+            ImportError::InvalidModel(problems)
         } else {
-            ImportError::Unsupported(std::mem::take(&mut self.unsupported))
+            ImportError::Unsupported(std::mem::take(&mut self.unsupported), problems)
         }
     }
 
     fn finish(
         mut self,
-        graph: &GraphProto,
-        inputs: Vec<Port>,
-        input_ids: &[ValueId],
+        name: &str,
+        inputs: Inputs,
+        declared_outputs: &[ValueInfoProto],
     ) -> Result<Import, ImportError> {
-        let mut output_ids = Vec::with_capacity(graph.output.len());
-        let mut outputs = Vec::with_capacity(graph.output.len());
-        for output in &graph.output {
+        let mut output_ids = Vec::with_capacity(declared_outputs.len());
+        let mut outputs = Vec::with_capacity(declared_outputs.len());
+        for output in declared_outputs {
             let Some(id) = self.value(&output.name) else {
                 continue;
+            };
+            // A result is wanted whether the step updates or not.
+            let id = match self.draft.in_forward(id) {
+                Ok(id) => id,
+                Err(obstacle) => {
+                    self.report_value("output", &output.name, obstacle);
+                    continue;
+                }
             };
             let ty = self.draft.ty(id).clone();
             let declared = declared_element_type(output);
@@ -307,15 +440,14 @@ impl Importer<'_> {
         if !self.unsupported.is_empty() || !self.problems.is_empty() {
             return Err(self.error());
         }
-        let mut warnings = std::mem::take(&mut self.draft.warnings);
-        warnings.dedup();
-        let graph = self.draft.assemble(&graph.name, input_ids, &output_ids)?;
+        let warnings = self.draft.take_warnings();
+        let graph = self.draft.assemble(name, &inputs.ids, &output_ids)?;
         let parameters = graph
             .leaves(|op| matches!(op, Op::Param(_)))
             .into_iter()
             .map(|id| graph.node(id).name.as_str().to_owned())
             .map(|name| (name.clone(), name))
             .collect();
-        Ok(Import { graph, inputs, outputs, parameters, warnings })
+        Ok(Import { graph, inputs: inputs.ports, outputs, parameters, warnings })
     }
 }

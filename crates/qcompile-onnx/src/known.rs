@@ -34,6 +34,12 @@ impl Element {
     }
 }
 
+impl From<i64> for Element {
+    fn from(value: i64) -> Element {
+        Element::Int(value)
+    }
+}
+
 impl From<Dim> for Element {
     fn from(dim: Dim) -> Element {
         let scale = i64::try_from(dim.scale).unwrap_or(i64::MAX);
@@ -105,6 +111,11 @@ impl Known {
     /// Element `at` of the row-major order.
     pub(crate) fn get(&self, at: usize) -> Element {
         if self.elements.len() == 1 { self.elements[0] } else { self.elements[at] }
+    }
+
+    /// The first element; `None` if there is none.
+    pub(crate) fn get_first(&self) -> Option<Element> {
+        self.elements.first().copied()
     }
 
     /// Whether one element stands for all.

@@ -6,25 +6,31 @@
 #![forbid(unsafe_code)]
 
 mod bind;
+mod body;
 mod build;
+mod control;
 mod dims;
 mod draft;
 mod error;
 mod export;
 mod fold;
+mod function;
 mod import;
+mod index;
 mod known;
 mod node;
 mod ops;
 mod order;
 mod pattern;
 mod scan;
+mod survey;
 mod tensor;
 
 pub use error::{ImportError, MissingDim, Problem, UnsupportedNode};
 pub use export::{EXPORT_OPSETS, Export, ExportError, ExportOptions, export};
 pub use import::import;
 pub use scan::{Census, Limits, scan};
+pub use survey::{STAND_IN, Survey, SurveyedNode, Verdict, survey};
 
 use qcompile_ir::{Graph, Tensor, TensorType};
 use std::collections::BTreeMap;

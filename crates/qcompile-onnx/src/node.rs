@@ -4,7 +4,7 @@ use crate::draft::{Draft, ValueId};
 use crate::error::Obstacle;
 use crate::known::{Element, Known};
 use onnx_protobuf::attribute_proto::AttributeType;
-use onnx_protobuf::{AttributeProto, TensorProto};
+use onnx_protobuf::{AttributeProto, GraphProto, SparseTensorProto, TensorProto};
 use qcompile_ir::Dim;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -244,6 +244,20 @@ impl Attributes {
         }
         let tensor = self.by_name.get_mut(name).and_then(|attribute| attribute.t.take());
         tensor.map(Some).ok_or_else(|| Obstacle::invalid(format!("attribute {name} has no tensor")))
+    }
+
+    /// Moves a sparse tensor out.
+    pub(crate) fn take_sparse(&mut self, name: &str) -> Result<Option<SparseTensorProto>> {
+        self.find(name, AttributeType::SPARSE_TENSOR)?;
+        let attribute = self.by_name.get_mut(name);
+        Ok(attribute.and_then(|attribute| attribute.sparse_tensor.take()))
+    }
+
+    /// Moves a subgraph out.
+    pub(crate) fn take_graph(&mut self, name: &str) -> Result<GraphProto> {
+        self.find(name, AttributeType::GRAPH)?;
+        let graph = self.by_name.get_mut(name).and_then(|attribute| attribute.g.take());
+        graph.ok_or_else(|| Obstacle::invalid(format!("attribute {name}, a graph, is missing")))
     }
 
     /// Attributes that nothing read.

@@ -1,28 +1,25 @@
 //! The order of the nodes, and what contradicts having one.
 
+use crate::body::Body;
 use crate::error::Problem;
-use onnx_protobuf::GraphProto;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 
-/// How a node is called in reports and notes: its name, or `Op_index`.
-pub(crate) fn node_name(graph: &GraphProto, index: usize) -> String {
-    let node = &graph.node[index];
-    if node.name.is_empty() { format!("{}_{index}", node.op_type) } else { node.name.clone() }
-}
-
-/// The nodes that the outputs need, operands first, in the file's order where possible.
+/// The nodes that the outputs need, operands first, in the file's order where possible. `outer` says which names are
+/// defined around the graph.
 ///
 /// # Errors
 /// Values defined twice or not at all, and cycles.
-pub(crate) fn order(graph: &GraphProto) -> Result<Vec<usize>, Vec<Problem>> {
+pub(crate) fn order(body: &Body, outer: &dyn Fn(&str) -> bool) -> Result<Vec<usize>, Vec<Problem>> {
     let mut problems = Vec::new();
-    let place =
-        |index: usize| Some(format!("{} ({})", node_name(graph, index), graph.node[index].op_type));
-    let leaves = leaves(graph, &mut problems);
+    let place = |index: usize| {
+        let node = &body.nodes[index];
+        Some(format!("{} ({})", node.name, node.proto.op_type))
+    };
+    let leaves = leaves(body, &mut problems);
     let mut producers: BTreeMap<&str, usize> = BTreeMap::new();
-    for (index, node) in graph.node.iter().enumerate() {
-        for output in node.output.iter().filter(|output| !output.is_empty()) {
+    for (index, node) in body.nodes.iter().enumerate() {
+        for output in node.proto.output.iter().filter(|output| !output.is_empty()) {
             let twice = leaves.contains(output.as_str());
             if producers.insert(output, index).is_some() || twice {
                 let reason = format!("value `{output}` is defined twice");
@@ -30,43 +27,39 @@ pub(crate) fn order(graph: &GraphProto) -> Result<Vec<usize>, Vec<Problem>> {
             }
         }
     }
-    let mut users: Vec<Vec<usize>> = vec![Vec::new(); graph.node.len()];
-    let mut waiting = vec![0_usize; graph.node.len()];
-    for (index, node) in graph.node.iter().enumerate() {
-        for input in node.input.iter().filter(|input| !input.is_empty()) {
-            if let Some(&producer) = producers.get(input.as_str()) {
+    // What each node reads of the results of others.
+    let mut before: Vec<Vec<usize>> = Vec::with_capacity(body.nodes.len());
+    let mut users: Vec<Vec<usize>> = vec![Vec::new(); body.nodes.len()];
+    for (index, node) in body.nodes.iter().enumerate() {
+        let mut own = Vec::new();
+        for input in node.reads() {
+            if let Some(&producer) = producers.get(input) {
                 users[producer].push(index);
-                waiting[index] += 1;
-            } else if !leaves.contains(input.as_str()) {
+                own.push(producer);
+            } else if !leaves.contains(input) && !outer(input) {
                 let reason = format!(
                     "input `{input}` is not defined (no input, initializer or result has this name)"
                 );
                 problems.push(Problem { place: place(index), reason });
             }
         }
-    }
-    if graph.output.is_empty() {
-        problems.push(Problem { place: None, reason: "the model has no outputs".to_owned() });
+        before.push(own);
     }
     let mut names = BTreeSet::new();
-    for output in &graph.output {
-        let reason = if !names.insert(output.name.as_str()) {
+    for output in &body.outputs {
+        let name = output.name.as_str();
+        let reason = if !names.insert(name) {
             "is given twice"
-        } else if !producers.contains_key(output.name.as_str())
-            && !leaves.contains(output.name.as_str())
-        {
+        } else if !producers.contains_key(name) && !leaves.contains(name) && !outer(name) {
             "is not defined"
         } else {
             continue;
         };
-        problems.push(Problem {
-            place: Some(format!("output {}", output.name)),
-            reason: reason.to_owned(),
-        });
+        problems.push(Problem { place: Some(format!("output {name}")), reason: reason.to_owned() });
     }
-    let ordered = sort(&users, waiting);
-    if ordered.len() < graph.node.len() {
-        problems.extend(cycle(graph, &ordered, &producers).map(|index| Problem {
+    let ordered = sort(&users, before.iter().map(Vec::len).collect());
+    if ordered.len() < body.nodes.len() {
+        problems.extend(cycle(&ordered, &before).map(|index| Problem {
             place: place(index),
             reason: "depends on itself (a cycle)".to_owned(),
         }));
@@ -74,23 +67,22 @@ pub(crate) fn order(graph: &GraphProto) -> Result<Vec<usize>, Vec<Problem>> {
     if !problems.is_empty() {
         return Err(problems);
     }
-    let live = live(graph, &producers);
+    let results = body.outputs.iter().filter_map(|output| producers.get(output.name.as_str()));
+    let live = live(results.copied().collect(), &before);
     Ok(ordered.into_iter().filter(|&index| live[index]).collect())
 }
 
 /// Names that no node defines.
-fn leaves<'a>(graph: &'a GraphProto, problems: &mut Vec<Problem>) -> BTreeSet<&'a str> {
+fn leaves<'a>(body: &'a Body, problems: &mut Vec<Problem>) -> BTreeSet<&'a str> {
     let mut leaves = BTreeSet::new();
     let mut inputs = BTreeSet::new();
-    let sparse = graph.sparse_initializer.iter().filter_map(|tensor| tensor.values.as_ref());
-    let names = graph.initializer.iter().chain(sparse).map(|tensor| tensor.name.as_str());
-    for name in names {
-        if !leaves.insert(name) {
+    for (name, _) in &body.weights {
+        if !leaves.insert(name.as_str()) {
             let place = Some(format!("initializer {name}"));
             problems.push(Problem { place, reason: "is defined twice".to_owned() });
         }
     }
-    for input in &graph.input {
+    for input in &body.inputs {
         if input.name.is_empty() || !inputs.insert(input.name.as_str()) {
             let place = Some(format!("input {}", input.name));
             problems
@@ -123,38 +115,28 @@ fn sort(users: &[Vec<usize>], mut waiting: Vec<usize>) -> Vec<usize> {
 }
 
 /// A node on a cycle: going back from any unordered node, through unordered ones, comes around.
-fn cycle(
-    graph: &GraphProto,
-    ordered: &[usize],
-    producers: &BTreeMap<&str, usize>,
-) -> impl Iterator<Item = usize> {
-    let mut done = vec![false; graph.node.len()];
+fn cycle(ordered: &[usize], before: &[Vec<usize>]) -> impl Iterator<Item = usize> {
+    let mut done = vec![false; before.len()];
     for &index in ordered {
         done[index] = true;
     }
-    let before = |index: usize| {
-        let inputs = graph.node[index].input.iter();
-        inputs.filter_map(|input| producers.get(input.as_str()).copied()).find(|&at| !done[at])
-    };
     let mut seen = BTreeSet::new();
     let mut at = done.iter().position(|done| !done);
     while let Some(index) = at {
         if !seen.insert(index) {
             break;
         }
-        at = before(index);
+        at = before[index].iter().copied().find(|&at| !done[at]);
     }
     at.into_iter()
 }
 
-/// Whether each node is needed by an output.
-fn live(graph: &GraphProto, producers: &BTreeMap<&str, usize>) -> Vec<bool> {
-    let mut live = vec![false; graph.node.len()];
-    let of = |name: &String| producers.get(name.as_str()).copied();
-    let mut stack: Vec<usize> = graph.output.iter().filter_map(|output| of(&output.name)).collect();
+/// Whether each node is needed by one of `stack`.
+fn live(mut stack: Vec<usize>, before: &[Vec<usize>]) -> Vec<bool> {
+    let mut live = vec![false; before.len()];
     while let Some(index) = stack.pop() {
         if !std::mem::replace(&mut live[index], true) {
-            stack.extend(graph.node[index].input.iter().filter_map(of));
+            stack.extend(&before[index]);
         }
     }
     live

@@ -1,7 +1,9 @@
 //! What to train: patterns over names of initializers, nodes and operators.
 
 use crate::ImportError;
-use onnx_protobuf::{GraphProto, NodeProto};
+use crate::body::{Body, is_weight};
+use crate::function::node_name;
+use onnx_protobuf::NodeProto;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Whether `text` matches a pattern of literal characters, `*` (any run) and `?` (any one).
@@ -58,15 +60,20 @@ const PASSING: [&str; 7] =
     ["Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Flatten"];
 
 /// Names of the initializers to be trained, if floats: those that `train` matches (all, if it is empty) and `freeze`
-/// does not. `nodes` come in order, each with the name that it is reported by.
-pub(crate) fn trainable<'a>(
-    graph: &'a GraphProto,
-    nodes: &[(&'a NodeProto, String)],
+/// does not. The nodes of `body` count in the order of the file, with those of their subgraphs.
+pub(crate) fn trainable(
+    body: &Body,
     train: &[String],
     freeze: &[String],
 ) -> Result<BTreeSet<String>, ImportError> {
-    let initializers: BTreeSet<&str> =
-        graph.initializer.iter().map(|tensor| tensor.name.as_str()).collect();
+    let mut initializers: BTreeSet<&str> =
+        body.weights.iter().map(|(name, _)| name.as_str()).collect();
+    let mut nodes: Vec<(&NodeProto, String)> = Vec::with_capacity(body.nodes.len());
+    for node in &body.nodes {
+        nodes.push((&node.proto, node.name.clone()));
+        inner(&node.proto, &node.name, &mut initializers, &mut nodes);
+    }
+    let nodes = &nodes;
     // Which initializer a value is, perhaps under another shape.
     let mut source: BTreeMap<&str, &str> = initializers.iter().map(|&name| (name, name)).collect();
     for (node, _) in nodes {
@@ -119,6 +126,26 @@ pub(crate) fn trainable<'a>(
         trained.remove(&name);
     }
     Ok(trained)
+}
+
+/// Adds what stands in the subgraphs of a node called `name`.
+fn inner<'a>(
+    node: &'a NodeProto,
+    name: &str,
+    initializers: &mut BTreeSet<&'a str>,
+    nodes: &mut Vec<(&'a NodeProto, String)>,
+) {
+    for graph in node.attribute.iter().filter_map(|attribute| attribute.g.as_ref()) {
+        initializers.extend(graph.initializer.iter().map(|tensor| tensor.name.as_str()));
+        for (index, node) in graph.node.iter().enumerate() {
+            if is_weight(node) {
+                initializers.insert(&node.output[0]);
+            }
+            let name = format!("{name}/{}", node_name(node, index));
+            inner(node, &name, initializers, nodes);
+            nodes.push((node, name));
+        }
+    }
 }
 
 #[cfg(test)]

@@ -2,12 +2,12 @@
 
 use crate::External;
 use crate::error::Obstacle;
-use onnx_protobuf::TensorProto;
 use onnx_protobuf::tensor_proto::DataLocation;
+use onnx_protobuf::{SparseTensorProto, TensorProto};
 use qcompile_ir::{DType, Tensor};
 
 /// Names of ONNX element types by number.
-const NAMES: [&str; 24] = [
+const NAMES: [&str; 27] = [
     "undefined",
     "float32",
     "uint8",
@@ -32,6 +32,9 @@ const NAMES: [&str; 24] = [
     "uint4",
     "int4",
     "float4e2m1",
+    "float8e8m0",
+    "uint2",
+    "int2",
 ];
 
 /// The name of an ONNX element type.
@@ -40,6 +43,11 @@ pub(crate) fn dtype_name(number: i32) -> String {
         .ok()
         .and_then(|number| NAMES.get(number))
         .map_or_else(|| format!("element type {number}"), |&name| name.to_owned())
+}
+
+/// The number of an ONNX element type by its name.
+pub(crate) fn number_of(name: &str) -> Option<i32> {
+    NAMES.iter().position(|&known| known == name).and_then(|at| i32::try_from(at).ok())
 }
 
 /// The number of an element type of the graph in ONNX.
@@ -61,31 +69,55 @@ pub(crate) fn onnx_name(dtype: DType) -> String {
     dtype_name(onnx_number(dtype))
 }
 
-/// The number of float64, which the graph holds as f32.
-pub(crate) const DOUBLE: i32 = 11;
+const UINT16: i32 = 4;
+const INT16: i32 = 5;
+const DOUBLE: i32 = 11;
+const UINT32: i32 = 12;
+const UINT64: i32 = 13;
 
-/// The element type that stands for an ONNX one; float64 becomes float32.
+/// The element type that stands for an ONNX one. Integers that the graph has no type for are carried in wider ones (of
+/// uint64 the bits), float64 in float32.
 pub(crate) fn dtype(number: i32) -> Result<DType, Obstacle> {
     Ok(match number {
         1 | DOUBLE => DType::F32,
         2 => DType::U8,
         3 => DType::I8,
-        6 => DType::I32,
-        7 => DType::I64,
+        6 | UINT16 | INT16 => DType::I32,
+        7 | UINT32 | UINT64 => DType::I64,
         9 => DType::Bool,
         10 => DType::F16,
         16 => DType::BF16,
         0 => return Err(Obstacle::invalid("the element type is undefined")),
-        4 | 5 | 8 | 12..=15 | 17.. => {
+        8 | 14 | 15 | 17..=26 => {
             return Err(Obstacle::unsupported(format!("element type {}", dtype_name(number))));
         }
         _ => return Err(Obstacle::invalid(format!("there is no element type {number}"))),
     })
 }
 
-/// Whether an ONNX element type is kept in a narrower one.
-pub(crate) fn is_narrowed(number: i32) -> bool {
-    number == DOUBLE
+/// Whether an ONNX element type is carried in another one.
+pub(crate) fn is_carried(number: i32) -> bool {
+    matches!(number, UINT16 | INT16 | DOUBLE | UINT32 | UINT64)
+}
+
+/// The range of a carried integer type, as its lowest value and how many it has; none if no value is outside of it.
+pub(crate) fn range(number: i32) -> Option<(i64, i64)> {
+    match number {
+        UINT16 => Some((0, 1 << 16)),
+        INT16 => Some((-(1 << 15), 1 << 16)),
+        UINT32 => Some((0, 1 << 32)),
+        _ => None,
+    }
+}
+
+/// Bytes of an element in a file.
+fn stored_size(number: i32, dtype: DType) -> usize {
+    match number {
+        UINT16 | INT16 => 2,
+        UINT32 => 4,
+        DOUBLE => 8,
+        _ => dtype.size(),
+    }
 }
 
 /// The value of a tensor, whose bytes are moved where possible.
@@ -104,9 +136,8 @@ pub(crate) fn decode(mut proto: TensorProto, external: External) -> Result<Tenso
         .iter()
         .try_fold(1_usize, |count, &dim| count.checked_mul(dim))
         .ok_or_else(|| Obstacle::invalid(format!("dimensions {shape:?} overflow")))?;
-    let stored_size = if proto.data_type == DOUBLE { 8 } else { dtype.size() };
     let wanted = elements
-        .checked_mul(stored_size)
+        .checked_mul(stored_size(proto.data_type, dtype))
         .ok_or_else(|| Obstacle::invalid(format!("dimensions {shape:?} overflow")))?;
     if proto.data_location.enum_value() == Ok(DataLocation::EXTERNAL) {
         proto.raw_data = read_external(&proto, wanted, external)?;
@@ -125,6 +156,9 @@ pub(crate) fn decode(mut proto: TensorProto, external: External) -> Result<Tenso
     }
     let bytes = match (proto.data_type, dtype) {
         (DOUBLE, _) => narrowed(&bytes),
+        (UINT16, _) => widened(&bytes, |word| i32::from(u16::from_le_bytes(word)).to_le_bytes()),
+        (INT16, _) => widened(&bytes, |word| i32::from(i16::from_le_bytes(word)).to_le_bytes()),
+        (UINT32, _) => widened(&bytes, |word| i64::from(u32::from_le_bytes(word)).to_le_bytes()),
         (_, DType::Bool) => bytes.into_iter().map(|byte| u8::from(byte != 0)).collect(),
         _ => bytes,
     };
@@ -138,12 +172,88 @@ fn narrowed(bytes: &[u8]) -> Vec<u8> {
     words.iter().flat_map(|&word| (f64::from_le_bytes(word) as f32).to_le_bytes()).collect()
 }
 
+/// Each element made wider.
+fn widened<const FROM: usize, const TO: usize>(
+    bytes: &[u8],
+    widen: impl Fn([u8; FROM]) -> [u8; TO],
+) -> Vec<u8> {
+    let (words, _) = bytes.as_chunks::<FROM>();
+    words.iter().flat_map(|&word| widen(word)).collect()
+}
+
+/// Elements that a sparse tensor may have when it is written out.
+const SPARSE_LIMIT: usize = 1 << 26;
+
+/// The value of a sparse tensor, written out.
+pub(crate) fn decode_sparse(
+    proto: SparseTensorProto,
+    external: External,
+) -> Result<Tensor, Obstacle> {
+    let missing = || Obstacle::invalid("a sparse tensor without values or indices");
+    let values = decode(proto.values.into_option().ok_or_else(missing)?, external)?;
+    let indices = decode(proto.indices.into_option().ok_or_else(missing)?, external)?;
+    let shape: Option<Vec<usize>> =
+        proto.dims.iter().map(|&dim| usize::try_from(dim).ok()).collect();
+    let shape = shape.ok_or_else(|| Obstacle::invalid(format!("dimensions {:?}", proto.dims)))?;
+    let elements = shape.iter().try_fold(1_usize, |count, &dim| count.checked_mul(dim));
+    let elements = elements.filter(|&count| count <= SPARSE_LIMIT).ok_or_else(|| {
+        Obstacle::unsupported(format!("a sparse tensor of {shape:?}, more than {SPARSE_LIMIT}"))
+    })?;
+    let (count, rank) = (values.elements(), shape.len());
+    let by_axis = indices.shape() == [count, rank];
+    if indices.dtype() != DType::I64 || !(by_axis || indices.shape() == [count]) {
+        return Err(Obstacle::invalid(format!("indices {:?} of {count} values", indices.shape())));
+    }
+    let size = values.dtype().size();
+    let mut bytes = vec![0; elements.saturating_mul(size)];
+    let (indices, width) = (indices.to_i64(), if by_axis { rank } else { 1 });
+    for (at, value) in values.bytes().chunks_exact(size).enumerate() {
+        let index = &indices[at * width..(at + 1) * width];
+        let limits = if by_axis { &shape[..] } else { &[elements][..] };
+        let mut place = 0;
+        for (&index, &limit) in index.iter().zip(limits) {
+            let index = usize::try_from(index).ok().filter(|&index| index < limit);
+            let index = index.ok_or_else(|| {
+                Obstacle::invalid(format!("an index {index:?} outside of {shape:?}"))
+            })?;
+            place = place * limit + index;
+        }
+        let place = bytes.get_mut(place * size..(place + 1) * size);
+        place.ok_or_else(|| Obstacle::invalid("an index of a scalar"))?.copy_from_slice(value);
+    }
+    Tensor::from_bytes(values.dtype(), shape, bytes)
+        .ok_or_else(|| Obstacle::invalid("the data does not have the length of the shape"))
+}
+
 /// Little-endian bytes from the typed fields.
 #[allow(clippy::cast_possible_truncation, reason = "small types are stored in wider fields")]
 fn typed_bytes(proto: &TensorProto, dtype: DType) -> Result<Vec<u8>, Obstacle> {
     let wide = &proto.int32_data;
-    let out_of_range = |value: &i32| Obstacle::invalid(format!("{value} does not fit {dtype}"));
-    Ok(match proto.data_type {
+    let number = proto.data_type;
+    let out_of_range = |value: &dyn std::fmt::Display| {
+        Obstacle::invalid(format!("{value} does not fit {}", dtype_name(number)))
+    };
+    Ok(match number {
+        UINT16 | INT16 => {
+            let mut bytes = Vec::with_capacity(wide.len() * 2);
+            for &value in wide {
+                let range = if number == INT16 { -(1 << 15)..1 << 15 } else { 0..1 << 16 };
+                if !range.contains(&value) {
+                    return Err(out_of_range(&value));
+                }
+                bytes.extend(&value.to_le_bytes()[..2]);
+            }
+            bytes
+        }
+        UINT32 => {
+            let mut bytes = Vec::with_capacity(proto.uint64_data.len() * 4);
+            for value in &proto.uint64_data {
+                let value = u32::try_from(*value).map_err(|_| out_of_range(value))?;
+                bytes.extend(value.to_le_bytes());
+            }
+            bytes
+        }
+        UINT64 => proto.uint64_data.iter().flat_map(|value| value.to_le_bytes()).collect(),
         DOUBLE => proto.double_data.iter().flat_map(|value| value.to_le_bytes()).collect(),
         _ => match dtype {
             DType::F32 => proto.float_data.iter().flat_map(|value| value.to_le_bytes()).collect(),
@@ -221,7 +331,12 @@ mod tests {
 
     #[test]
     fn every_typed_field_is_read() {
-        let cases: [(i32, TensorProto); 7] = [
+        let cases: [(i32, TensorProto); 12] = [
+            (4, TensorProto { int32_data: vec![1, 2], ..Default::default() }),
+            (5, TensorProto { raw_data: vec![1, 0, 2, 0], ..Default::default() }),
+            (12, TensorProto { uint64_data: vec![1, 2], ..Default::default() }),
+            (12, TensorProto { raw_data: vec![1, 0, 0, 0, 2, 0, 0, 0], ..Default::default() }),
+            (13, TensorProto { uint64_data: vec![1, 2], ..Default::default() }),
             (1, TensorProto { float_data: vec![1.0, 2.0], ..Default::default() }),
             (11, TensorProto { double_data: vec![1.0, 2.0], ..Default::default() }),
             (7, TensorProto { int64_data: vec![1, 2], ..Default::default() }),
@@ -234,6 +349,43 @@ mod tests {
             let proto = TensorProto { data_type, dims: vec![2], ..proto };
             let tensor = decode(proto, &none).expect("well-formed");
             assert_eq!(tensor.to_f64(), [1.0, 2.0], "{}", dtype_name(data_type));
+        }
+    }
+
+    #[test]
+    fn sparse_tensors_are_written_out() {
+        let sparse = |dims: Vec<i64>, indices: Vec<i64>, shape: Vec<i64>| {
+            let count = shape[0];
+            let float_data = (1..=count).map(|value| value as f32).collect();
+            let values =
+                TensorProto { data_type: 1, dims: vec![count], float_data, ..Default::default() };
+            let indices = TensorProto {
+                data_type: 7,
+                dims: shape,
+                int64_data: indices,
+                ..Default::default()
+            };
+            let proto = SparseTensorProto {
+                dims,
+                values: Some(values).into(),
+                indices: Some(indices).into(),
+                ..Default::default()
+            };
+            decode_sparse(proto, &none)
+        };
+        let wanted = [0.0, 1.0, 0.0, 0.0, 0.0, 2.0];
+        for (indices, shape) in [(vec![1, 5], vec![2]), (vec![0, 1, 1, 2], vec![2, 2])] {
+            assert_eq!(sparse(vec![2, 3], indices, shape).expect("sound").to_f64(), wanted);
+        }
+        for (dims, indices, shape) in [
+            (vec![2, 3], vec![1, 6], vec![2]),
+            (vec![2, 3], vec![1, -1], vec![2]),
+            (vec![1 << 40, 3], vec![1, 2], vec![2]),
+            (vec![-2, 3], vec![1, 2], vec![2]),
+            (vec![2, 3], vec![0, 1, 2, 2], vec![2, 2]),
+            (vec![], vec![3], vec![1]),
+        ] {
+            assert!(sparse(dims.clone(), indices, shape).is_err(), "{dims:?}");
         }
     }
 

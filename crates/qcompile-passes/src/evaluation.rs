@@ -3,7 +3,7 @@
 //! *Before*: any graph with a forward region; batch normalization in training form normalizes by the statistics of the
 //! batch, and `next %running = momentum · %running + (1 - momentum) · statistic`.
 //!
-//! *After*: the forward region alone, without any `next`. Every forward value that a running average follows is that
+//! *After*: the forward region alone, without any `next`, and with `training` false. Every forward value that a running average follows is that
 //! running state instead, so that a sample's result does not depend on the batch it comes in. Of the outputs those
 //! stay that the forward region computes, and means over ranks of such values as the value itself. Leaves and inputs
 //! that only other regions used are gone.
@@ -14,8 +14,9 @@
 use crate::PassError;
 use crate::builder::Builder;
 use crate::simplify::splat;
-use qcompile_ir::{BinaryOp, CollectiveOp, Graph, NodeId, Op, Region, UnaryOp};
+use qcompile_ir::{BinaryOp, CollectiveOp, DType, Graph, NodeId, Op, Region, Tensor, UnaryOp};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// How far the coefficients of an average may be from the sum 1, being rounded one by one.
 const COEFFICIENT_ERROR: f64 = 1e-3;
@@ -25,6 +26,7 @@ const COEFFICIENT_ERROR: f64 = 1e-3;
 /// # Errors
 /// [`PassError::Unsupported`] if two different running averages follow one value, or nothing is left to evaluate.
 pub fn run(graph: &mut Graph) -> Result<bool, PassError> {
+    still(graph)?;
     let followed = followed(graph)?;
     for (&statistic, average) in &followed {
         let ty = graph.ty(statistic).clone();
@@ -36,6 +38,21 @@ pub fn run(graph: &mut Graph) -> Result<bool, PassError> {
     }
     *graph = forward_only(graph)?;
     Ok(!followed.is_empty())
+}
+
+/// Says that nothing trains: what `training` switches on is off. Returns whether there was any.
+///
+/// # Errors
+/// None for a graph that is verified; its own checks are passed on.
+pub fn still(graph: &mut Graph) -> Result<bool, PassError> {
+    let off = Op::Const(Arc::new(Tensor::scalar(DType::Bool, 0.0)));
+    let found: Vec<NodeId> = graph.ids().filter(|&id| *graph.op(id) == Op::Training).collect();
+    for &id in &found {
+        let name = graph.node(id).name.clone();
+        let off = graph.add(off.clone(), &[], name, Region::Forward)?;
+        graph.replace_uses(id, off)?;
+    }
+    Ok(!found.is_empty())
 }
 
 fn unsupported(reason: String) -> PassError {

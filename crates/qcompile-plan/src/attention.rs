@@ -20,9 +20,9 @@ pub(crate) fn attention(lowering: &Lowering, members: &[NodeId]) -> Result<Atten
         });
     }
     let strided = |id: NodeId| {
-        let view = &lowering.fusion.views[id.index()];
+        let view = lowering.fusion.strided_view(graph, id);
         let strides = view.strides[..].try_into().expect("verified: attention has four dims");
-        Strided { place: lowering.place(view), strides }
+        Strided { place: lowering.place(&view), strides }
     };
     let dense = |id: NodeId| Place { slot: lowering.memory.slot_of[&id], offset: Affine::ZERO };
     let (scale, causal, result, inputs) = match *op {

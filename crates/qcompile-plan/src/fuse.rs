@@ -160,7 +160,7 @@ impl Fusion {
     /// A constant of one value, or a size: read as an immediate.
     pub(crate) fn is_immediate(graph: &Graph, id: NodeId) -> bool {
         match graph.op(id) {
-            Op::Size(_) => true,
+            Op::Size(_) | Op::Training => true,
             Op::Const(tensor) => tensor.splat().is_some(),
             _ => false,
         }
@@ -190,6 +190,15 @@ impl Fusion {
         let view = &self.views[id.index()];
         if view.as_matrices().is_some() && self.is_of_own_type(graph, id) {
             view.clone()
+        } else {
+            self.dense_view(graph, id)
+        }
+    }
+
+    /// The view through which a consumer that takes any strides reads `id`: itself if it is of its type, else a copy.
+    pub(crate) fn strided_view(&self, graph: &Graph, id: NodeId) -> View {
+        if self.is_of_own_type(graph, id) {
+            self.views[id.index()].clone()
         } else {
             self.dense_view(graph, id)
         }
@@ -343,7 +352,16 @@ impl Fusion {
                 .collect(),
             // Its kernels take any strides.
             (Kind::Primitive, Op::Attention { .. } | Op::AttentionGrad { .. }) => {
-                operands.iter().map(|&operand| self.views[operand.index()].base).collect()
+                let mut reads = Vec::with_capacity(operands.len());
+                for operand in operands {
+                    let base = self.strided_view(graph, operand).base;
+                    reads.push(if base == operand {
+                        self.dense_base(graph, operand, position)
+                    } else {
+                        base
+                    });
+                }
+                reads
             }
             (Kind::Primitive | Kind::Collective, _) => {
                 operands.iter().map(|&operand| self.dense_base(graph, operand, position)).collect()
@@ -485,6 +503,7 @@ pub(crate) fn has_epilogue(op: &Op) -> bool {
 pub(crate) fn kind_of(op: &Op) -> Kind {
     match op {
         Op::Size(_)
+        | Op::Training
         | Op::Unary(_)
         | Op::Cast(_)
         | Op::Binary(_)
@@ -503,7 +522,10 @@ pub(crate) fn kind_of(op: &Op) -> Kind {
         | Op::AveragePool2d(_)
         | Op::AveragePool2dGrad(_)
         | Op::Gather
-        | Op::ScatterAdd { .. }
+        | Op::Scatter { .. }
+        | Op::TopK { .. }
+        | Op::Iota(_)
+        | Op::Random { .. }
         | Op::Attention { .. }
         | Op::AttentionGrad { .. }
         | Op::Recurrence(_)

@@ -88,6 +88,7 @@ impl<'a> NestBuilder<'a> {
         let graph = self.lowering.graph;
         match graph.op(view.base) {
             Op::Size(dim) => return self.push(Scalar::Size(*dim)),
+            Op::Training => return self.constant(DType::Bool, 1.0),
             Op::Const(tensor) if Fusion::is_immediate(graph, view.base) => {
                 let value = tensor.splat().expect("an immediate has one value");
                 return self.constant(tensor.dtype(), value);
@@ -152,6 +153,7 @@ impl<'a> NestBuilder<'a> {
         }
         let scalar = match (graph.op(id), &operands[..]) {
             (Op::Size(dim), []) => Scalar::Size(*dim),
+            (Op::Training, []) => Scalar::Const(DType::Bool, 1.0),
             (Op::Unary(op), &[x]) => Scalar::Unary(*op, x),
             (Op::Cast(dtype), &[x]) => Scalar::Cast(*dtype, x),
             (Op::Binary(op), &[a, b]) => Scalar::Binary(*op, a, b),

@@ -1,7 +1,7 @@
 //! Steps that run a hand-scheduled kernel.
 
 use crate::{Affine, LoopNest, SlotId};
-use qcompile_ir::{ConvGeometry, DType, Dim, PoolGeometry, Recurrence};
+use qcompile_ir::{ConvGeometry, DType, Dim, PoolGeometry, Recurrence, ScatterOp};
 
 /// A dense value in a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -311,8 +311,12 @@ pub enum Primitive {
         /// Result.
         y: Place,
     },
-    /// Sums of f32 rows by i64 index.
-    ScatterAdd {
+    /// Rows of f32 or i64 combined by i64 index.
+    Scatter {
+        /// How.
+        op: ScatterOp,
+        /// Element type of the values.
+        dtype: DType,
         /// Rows of the result.
         rows: Dim,
         /// Elements of a row.
@@ -324,6 +328,41 @@ pub enum Primitive {
         /// `[count, width]`.
         values: Place,
         /// `[rows, width]`, overwritten.
+        y: Place,
+    },
+    /// Where the foremost elements of rows of f32 or i64 are.
+    TopK {
+        /// The largest, else the smallest.
+        largest: bool,
+        /// Element type of the operand.
+        dtype: DType,
+        /// Rows.
+        rows: Dim,
+        /// Columns.
+        cols: usize,
+        /// How many of a row.
+        k: usize,
+        /// Operand.
+        x: Place,
+        /// i64 `[rows, k]`.
+        y: Place,
+    },
+    /// 0, 1, 2, ...
+    Iota {
+        /// How many.
+        count: Dim,
+        /// i64 `[count]`.
+        y: Place,
+    },
+    /// Random numbers in [0, 1).
+    Random {
+        /// Which sequences.
+        seed: u64,
+        /// How many.
+        count: Dim,
+        /// i64, one number.
+        step: Place,
+        /// f32 `[count]`.
         y: Place,
     },
     /// A recurrent layer.
@@ -367,7 +406,10 @@ impl Primitive {
             Primitive::CrossEntropy { .. } => "cross_entropy",
             Primitive::CrossEntropyGrad { .. } => "cross_entropy_grad",
             Primitive::Gather { .. } => "gather",
-            Primitive::ScatterAdd { .. } => "scatter_add",
+            Primitive::Scatter { op, .. } => op.name(),
+            Primitive::TopK { .. } => "top_k",
+            Primitive::Iota { .. } => "iota",
+            Primitive::Random { .. } => "random",
             Primitive::Recurrent(recurrent) if recurrent.gradient => "recurrence_grad",
             Primitive::Recurrent(_) => "recurrence",
         }

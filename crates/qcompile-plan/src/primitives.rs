@@ -79,14 +79,33 @@ pub(crate) fn primitive(
                 y,
             }
         }
-        Op::ScatterAdd { rows } => Primitive::ScatterAdd {
-            rows: (*rows).into(),
+        Op::Scatter { op, rows } => Primitive::Scatter {
+            op: *op,
+            dtype: graph.ty(id).dtype,
+            rows: *rows,
             width: product(&graph.ty(id).shape.0[1..]),
             count: product(&graph.ty(graph.operand(id, 0)).shape.0),
             indices: dense(0),
             values: dense(1),
             y,
         },
+        Op::TopK { k, largest } => {
+            let x = graph.ty(graph.operand(id, 0));
+            let (cols, rows) = split_last(&x.shape.0);
+            Primitive::TopK {
+                largest: *largest,
+                dtype: x.dtype,
+                rows,
+                cols: cols.scale,
+                k: *k,
+                x: dense(0),
+                y,
+            }
+        }
+        Op::Iota(dim) => Primitive::Iota { count: *dim, y },
+        Op::Random { seed, shape } => {
+            Primitive::Random { seed: *seed, count: product(&shape.0), step: dense(0), y }
+        }
         Op::Recurrence(recurrence) => recurrent(lowering, id, recurrence, None, y),
         Op::RecurrenceGrad { recurrence, cell } => {
             recurrent(lowering, id, recurrence, Some(*cell), y)

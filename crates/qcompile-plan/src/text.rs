@@ -213,8 +213,16 @@ fn write_primitive(f: &mut fmt::Formatter<'_>, primitive: &Primitive) -> fmt::Re
             write!(f, " {table_rows} rows of {row_bytes} bytes, {count} times")?;
             write!(f, " {table}, {indices} -> {y}")?;
         }
-        Primitive::ScatterAdd { rows, width, count, indices, values, y } => {
+        Primitive::Scatter { rows, width, count, indices, values, y, .. } => {
             write!(f, " {} {count} times {indices}, {values} -> {y}", List(&[*rows, *width]))?;
+        }
+        Primitive::TopK { largest, rows, cols, k, x, y, .. } => {
+            let which = if *largest { "largest" } else { "smallest" };
+            write!(f, " {k} {which} of {} {x} -> {y}", List(&[*rows, (*cols).into()]))?;
+        }
+        Primitive::Iota { count, y } => write!(f, " {count} -> {y}")?,
+        Primitive::Random { seed, count, step, y } => {
+            write!(f, " seed {seed} {count} times {step} -> {y}")?;
         }
         Primitive::Recurrent(recurrent) => {
             let crate::Recurrent { recurrence, steps, batch, hidden, y, .. } = recurrent;

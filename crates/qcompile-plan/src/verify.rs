@@ -267,6 +267,14 @@ fn product(dims: &[Dim]) -> Result<Extent, String> {
         .ok_or_else(|| "a size is quadratic in N".to_owned())
 }
 
+/// The kernels of indices take f32 and i64.
+fn of_kernels(dtype: DType) -> Checked {
+    match dtype {
+        DType::F32 | DType::I64 => Ok(()),
+        _ => Err(format!("a kernel does not take {dtype}")),
+    }
+}
+
 fn check_primitive(plan: &Plan, primitive: &Primitive) -> Checked {
     match primitive {
         Primitive::Matmul(matmul, epilogue) => check_matmul(plan, matmul, epilogue.as_ref()),
@@ -304,11 +312,30 @@ fn check_primitive(plan: &Plan, primitive: &Primitive) -> Checked {
             dense(plan, *table, DType::I8, bytes(*table_rows)?)?;
             dense(plan, *y, DType::I8, bytes(*count)?)
         }
-        Primitive::ScatterAdd { rows, width, count, indices, values, y } => {
+        Primitive::Scatter { dtype, rows, width, count, indices, values, y, .. } => {
             writable(plan, y.slot)?;
+            of_kernels(*dtype)?;
             dense(plan, *indices, DType::I64, product(&[*count])?)?;
-            dense(plan, *values, DType::F32, product(&[*count, *width])?)?;
-            dense(plan, *y, DType::F32, product(&[*rows, *width])?)
+            dense(plan, *values, *dtype, product(&[*count, *width])?)?;
+            dense(plan, *y, *dtype, product(&[*rows, *width])?)
+        }
+        Primitive::TopK { dtype, rows, cols, k, x, y, .. } => {
+            writable(plan, y.slot)?;
+            of_kernels(*dtype)?;
+            if k > cols {
+                return Err(format!("{k} of {cols} columns"));
+            }
+            dense(plan, *x, *dtype, product(&[*rows, (*cols).into()])?)?;
+            dense(plan, *y, DType::I64, product(&[*rows, (*k).into()])?)
+        }
+        Primitive::Iota { count, y } => {
+            writable(plan, y.slot)?;
+            dense(plan, *y, DType::I64, product(&[*count])?)
+        }
+        Primitive::Random { count, step, y, .. } => {
+            writable(plan, y.slot)?;
+            dense(plan, *step, DType::I64, product(&[])?)?;
+            dense(plan, *y, DType::F32, product(&[*count])?)
         }
         Primitive::Recurrent(recurrent) => check_recurrent(plan, recurrent),
     }

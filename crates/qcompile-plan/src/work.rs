@@ -73,7 +73,10 @@ impl Primitive {
             | Primitive::CrossEntropy { .. }
             | Primitive::CrossEntropyGrad { .. }
             | Primitive::Gather { .. }
-            | Primitive::ScatterAdd { .. } => 0.0,
+            | Primitive::Scatter { .. }
+            | Primitive::TopK { .. }
+            | Primitive::Iota { .. }
+            | Primitive::Random { .. } => 0.0,
         }
     }
 

@@ -75,6 +75,8 @@ pub(crate) struct Call<'a> {
     pub(crate) regions: &'a [Region],
     /// This worker's samples.
     pub(crate) batch: usize,
+    /// The first of them among those of all workers.
+    pub(crate) first: usize,
     /// The exchange with the other workers; none for a worker alone.
     pub(crate) exchange: Option<(&'a Group, usize, &'a [f32])>,
 }
@@ -220,6 +222,7 @@ impl Replica {
         Frame {
             slots: self.slots.as_ptr(),
             batch,
+            first: 0,
             threads,
             ranks,
             scratch: self.scratch.at(0),
@@ -254,6 +257,7 @@ impl Replica {
         }
         let team = team.unwrap_or(&mut self.team);
         let barrier = team.barrier();
+        frame.first = call.first;
         frame.threads = team.threads();
         frame.barrier = &raw const *barrier;
         let program = &form.code.program;

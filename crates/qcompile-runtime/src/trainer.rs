@@ -286,7 +286,7 @@ impl Trainer {
         let shares = Shares::of(inputs.batch, 1);
         let mut replica = lock(&self.replicas[0]);
         shares.load(0, &mut replica, &forms, form, &inputs)?;
-        let call = Call { regions, batch: inputs.batch, exchange: None };
+        let call = Call { regions, batch: inputs.batch, first: 0, exchange: None };
         // The threads of all workers, where each has one only.
         let team = (self.replicas.len() > 1).then_some(&mut self.workers);
         replica.run(&forms[form], &call, team, &Times::default())?;
@@ -446,7 +446,8 @@ impl Shares {
 
     fn call<'a>(&'a self, regions: &'a [Region], rank: usize, group: &'a Group) -> Call<'a> {
         let exchange = (self.ranks > 1).then_some((group, rank, &self.weights[..]));
-        Call { regions, batch: self.batch(rank), exchange }
+        let (first, end) = self.range(rank);
+        Call { regions, batch: end - first, first, exchange }
     }
 }
 
@@ -458,7 +459,7 @@ fn bad_index(plan: &Plan, (step, position): (usize, usize), begin: usize) -> Run
             Primitive::CrossEntropy { label: place, .. }
             | Primitive::CrossEntropyGrad { label: place, .. }
             | Primitive::Gather { indices: place, .. }
-            | Primitive::ScatterAdd { indices: place, .. },
+            | Primitive::Scatter { indices: place, .. },
         ) => Some(place.slot),
         _ => None,
     };

@@ -2,6 +2,7 @@
 //!
 //! Equal input gives equal texts: no time, no path, no measured number stands here.
 
+use crate::data::Dtype;
 use crate::error::{Code, Error, Result};
 use qcompile_ir::Graph;
 use qcompile_passes::quantize::Decision;
@@ -19,10 +20,18 @@ pub struct Port {
 }
 
 impl Port {
-    /// Whether the model declares float64 here, where the graph has f32.
+    /// The element type that files have here, where the graph carries it in another one: 16- and 32-bit integers
+    /// without sign, int16 and uint64 in wider integers, float64 in f32.
     #[must_use]
-    pub fn is_double(&self) -> bool {
-        self.dtype == "float64"
+    pub fn carried(&self) -> Option<Dtype> {
+        Some(match self.dtype.as_str() {
+            "float64" => Dtype::F64,
+            "uint16" => Dtype::U16,
+            "int16" => Dtype::I16,
+            "uint32" => Dtype::U32,
+            "uint64" => Dtype::U64,
+            _ => return None,
+        })
     }
 }
 

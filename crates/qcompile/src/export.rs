@@ -185,7 +185,7 @@ impl Exported {
     /// If the archive cannot be made.
     pub fn npz(&self) -> Result<Vec<u8>> {
         let array = |(name, tensor): (&String, &Tensor)| -> Result<(String, Array)> {
-            Ok((name.clone(), to_array(tensor, false)?))
+            Ok((name.clone(), to_array(tensor, None)?))
         };
         npz::write(&self.weights().map(array).collect::<Result<BTreeMap<_, _>>>()?)
     }

@@ -3,11 +3,20 @@
 use crate::error::{Code, Error};
 use qcompile_codegen::CodegenError;
 use qcompile_ir::GraphError;
-use qcompile_onnx::{ExportError, ImportError};
+use qcompile_onnx::{ExportError, ImportError, Problem};
 use qcompile_passes::PassError;
 use qcompile_plan::{FileError, PlanError};
 use qcompile_runtime::RuntimeError;
 use std::collections::BTreeSet;
+
+fn with_problems(error: Error, problems: Vec<Problem>) -> Error {
+    problems.into_iter().fold(error, |error, problem| {
+        error.at(match problem.place {
+            Some(place) => format!("{place}: {}", problem.reason),
+            None => problem.reason,
+        })
+    })
+}
 
 impl From<ImportError> for Error {
     fn from(error: ImportError) -> Error {
@@ -17,7 +26,7 @@ impl From<ImportError> for Error {
                 format!("the model has {found} {what}, the limit is {limit}"),
             ),
             ImportError::Malformed { .. } => Error::new(Code::ModelFormat, error.to_string()),
-            ImportError::Unsupported(nodes) => {
+            ImportError::Unsupported(nodes, problems) => {
                 let count = nodes.len();
                 let plural = if count == 1 { "node is" } else { "nodes are" };
                 let error =
@@ -29,32 +38,28 @@ impl From<ImportError> for Error {
                         "if `{name}` is the same in every step: --constant {name}=VALUE[,VALUE...]"
                     ))
                 });
-                nodes.into_iter().fold(error, |error, node| {
+                let error = nodes.into_iter().fold(error, |error, node| {
                     let domain = if node.domain.is_empty() { "" } else { "." };
                     let op = format!("{}{domain}{}", node.domain, node.op);
                     error.at(format!(
                         "node `{}` ({op}, opset {}): {}",
                         node.node, node.opset, node.reason
                     ))
-                })
+                });
+                with_problems(error, problems)
             }
             ImportError::MissingDims(dims) => {
                 let error =
                     Error::new(Code::ModelShape, "sizes of symbolic dimensions are missing");
+                let mut names = BTreeSet::new();
                 dims.into_iter().fold(error, |error, dim| {
-                    error
-                        .at(format!("input `{}`, axis {}", dim.input, dim.axis))
-                        .help(format!("--dim {}=SIZE", dim.name))
+                    let error = error.at(format!("input `{}`, axis {}", dim.input, dim.axis));
+                    let flag = format!("--dim {}=SIZE", dim.name);
+                    if names.insert(dim.name) { error.help(flag) } else { error }
                 })
             }
             ImportError::InvalidModel(problems) => {
-                let error = Error::new(Code::ModelFormat, "the model is invalid");
-                problems.into_iter().fold(error, |error, problem| {
-                    error.at(match problem.place {
-                        Some(place) => format!("{place}: {}", problem.reason),
-                        None => problem.reason,
-                    })
-                })
+                with_problems(Error::new(Code::ModelFormat, "the model is invalid"), problems)
             }
             ImportError::NoMatch { option, value, nearest } => {
                 let error =

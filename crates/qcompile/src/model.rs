@@ -5,7 +5,7 @@ use crate::cli::BatchNormMode;
 use crate::error::{Code, Error, Result};
 use crate::options::Options;
 use crate::street::{Draft, read_dump};
-use qcompile_onnx::{BatchNorm, ImportError, ImportOptions};
+use qcompile_onnx::{BatchNorm, ImportError, ImportOptions, Survey};
 use qcompile_plan::Plan;
 use qcompile_runtime::{Trainer, TrainerOptions, Values, checkpoint};
 use std::fs::File;
@@ -187,29 +187,8 @@ pub fn import(
     folder: Option<&Path>,
     options: &Options,
 ) -> std::result::Result<Draft, ImportError> {
-    let beside = Beside {
-        folder: folder.map(|folder| {
-            if folder.as_os_str().is_empty() { PathBuf::from(".") } else { folder.to_owned() }
-        }),
-    };
-    let external = |location: &str, offset: u64, length: u64| beside.read(location, offset, length);
-    let import = qcompile_onnx::import(
-        bytes,
-        &ImportOptions {
-            dims: options.dims.clone(),
-            shapes: options.shapes.clone(),
-            values: options.constants.clone(),
-            external: &external,
-            train: options.train.clone(),
-            freeze: options.freeze.clone(),
-            batch_norm: match options.batch_norm {
-                BatchNormMode::Model => BatchNorm::Model,
-                BatchNormMode::Train => BatchNorm::Train,
-                BatchNormMode::Frozen => BatchNorm::Frozen,
-            },
-            ..ImportOptions::default()
-        },
-    )?;
+    let import =
+        with_import_options(folder, options, |options| qcompile_onnx::import(bytes, options))?;
     let port = |port: qcompile_onnx::Port| Port { name: port.name, dtype: port.onnx_dtype };
     let about = About {
         inputs: import.inputs.into_iter().map(port).collect(),
@@ -220,13 +199,53 @@ pub fn import(
     Ok(Draft::new(import.graph, about))
 }
 
+/// What becomes of every node of a model.
+///
+/// # Errors
+/// For what is no model, and options that do not fit it.
+pub fn survey(
+    bytes: &[u8],
+    folder: Option<&Path>,
+    options: &Options,
+) -> std::result::Result<Survey, ImportError> {
+    with_import_options(folder, options, |options| qcompile_onnx::survey(bytes, options))
+}
+
+/// Calls `import` with the options of an import from a folder.
+fn with_import_options<T>(
+    folder: Option<&Path>,
+    options: &Options,
+    import: impl FnOnce(&ImportOptions) -> T,
+) -> T {
+    let beside = Beside {
+        folder: folder.map(|folder| {
+            if folder.as_os_str().is_empty() { PathBuf::from(".") } else { folder.to_owned() }
+        }),
+    };
+    let external = |location: &str, offset: u64, length: u64| beside.read(location, offset, length);
+    import(&ImportOptions {
+        dims: options.dims.clone(),
+        shapes: options.shapes.clone(),
+        values: options.constants.clone(),
+        external: &external,
+        train: options.train.clone(),
+        freeze: options.freeze.clone(),
+        batch_norm: match options.batch_norm {
+            BatchNormMode::Model => BatchNorm::Model,
+            BatchNormMode::Train => BatchNorm::Train,
+            BatchNormMode::Frozen => BatchNorm::Frozen,
+        },
+        ..ImportOptions::default()
+    })
+}
+
 /// The graph of a model or of a `.qir` dump, as far as it has come.
 ///
 /// # Errors
 /// Of the import or of the text; a plan or checkpoint is refused.
 pub fn draft(target: &Target, path: &Path, options: &Options) -> Result<Draft> {
     let draft = match target {
-        Target::Model(bytes) => Ok(import(bytes, path.parent(), options)?),
+        Target::Model(bytes) => import(bytes, path.parent(), options).map_err(Error::from),
         Target::Graph(text) => read_dump(text, path),
         Target::Plan(_) | Target::Checkpoint(..) => {
             let cause = format!("this is a {}, and a model is wanted", target.kind());

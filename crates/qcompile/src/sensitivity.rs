@@ -8,7 +8,7 @@ use crate::street::Draft;
 use crate::subgraph::part;
 use crate::synthetic;
 use crate::terminal::{Progress, Show};
-use crate::wants::{Wants, batch};
+use crate::wants::Wants;
 use qcompile_ir::{Graph, Name, Op, Region, Tensor};
 use qcompile_passes::quantize::{self, PrecisionChoice};
 use qcompile_passes::sensitivity::{self, Evaluate, LayerScore, Metric, Scores};
@@ -63,7 +63,7 @@ impl Calibration {
         let rows: Vec<usize> = batches.epoch(0, 0).flatten().take(taken).collect();
         for rows in rows.chunks(size) {
             if rows.len() == size || wants.fixed_batch.is_none() {
-                calibration.batches.push((batch(&binding, rows)?, rows.len()));
+                calibration.batches.push((wants.batch(&binding, rows)?, rows.len()));
             }
         }
         if calibration.batches.is_empty() {

@@ -55,7 +55,7 @@ fn learn(
                 }
             }
         }
-        ImportError::Unsupported(nodes) => {
+        ImportError::Unsupported(nodes, _) => {
             for name in nodes.iter().flat_map(|node| &node.needs) {
                 if let Some(array) = arrays.remove(name) {
                     options.constants.insert(name.clone(), to_tensor(name, array)?);

@@ -108,7 +108,7 @@ fn bound(graph: &Graph, input: NodeId) -> usize {
                 Op::CrossEntropy | Op::CrossEntropyGrad if position == 1 => {
                     graph.ty(first).shape.0.last().map(|classes| classes.size(1))
                 }
-                Op::ScatterAdd { rows } if position == 0 => Some(*rows),
+                Op::Scatter { rows, .. } if position == 0 => Some(rows.size(1)),
                 Op::Reshape(_)
                 | Op::Transpose(_)
                 | Op::Broadcast(_)

@@ -1,7 +1,7 @@
 //! Arrays of files as tensors of graphs, and back.
 //!
-//! A graph has fewer element types than files: float64 becomes f32 on the way in, and where the model declares
-//! float64, f32 becomes float64 on the way out.
+//! A graph has fewer element types than files: float64 becomes f32 on the way in, int16, uint16, uint32 and uint64
+//! wider integers, and on the way out they become again what the model declares, wrapped as numpy does.
 
 use crate::data::{Array, Dtype, InputType};
 use crate::error::{Code, Error, Result};
@@ -22,21 +22,6 @@ pub const fn file_type(dtype: DType) -> Dtype {
     }
 }
 
-/// The element type of the graph that holds exactly this one, if there is one.
-const fn graph_type(dtype: Dtype) -> Option<DType> {
-    Some(match dtype {
-        Dtype::F32 => DType::F32,
-        Dtype::Bf16 => DType::BF16,
-        Dtype::F16 => DType::F16,
-        Dtype::I8 => DType::I8,
-        Dtype::U8 => DType::U8,
-        Dtype::I32 => DType::I32,
-        Dtype::I64 => DType::I64,
-        Dtype::Bool => DType::Bool,
-        _ => return None,
-    })
-}
-
 /// What an input takes from a file. An axis of several N is as open as one of N.
 #[must_use]
 pub fn input_type(ty: &TensorType) -> InputType {
@@ -44,25 +29,44 @@ pub fn input_type(ty: &TensorType) -> InputType {
     InputType { dtype: file_type(ty.dtype), shape }
 }
 
-/// An array as a tensor: float64 is rounded to f32, every other type is kept.
+/// An array as a tensor: float64 is rounded to f32, integers that graphs do not have become wider (of uint64 the bits
+/// stay), every other type is kept.
 ///
 /// # Errors
-/// [`Code::DataType`] for a type that graphs do not have.
+/// [`Code::DataShape`] if it is too large.
 pub fn to_tensor(name: &str, array: Array) -> Result<Tensor> {
-    if array.dtype == Dtype::F64 {
-        let (doubles, _) = array.bytes.as_chunks::<8>();
-        let values = doubles.iter().map(|&double| f64::from_le_bytes(double));
-        #[allow(clippy::cast_possible_truncation, reason = "the graph computes in f32")]
-        let bytes = values.flat_map(|value| (value as f32).to_le_bytes()).collect();
-        return tensor(name, DType::F32, array.shape, bytes);
-    }
-    match graph_type(array.dtype) {
-        Some(dtype) => tensor(name, dtype, array.shape, array.bytes),
-        None => {
-            let cause = format!("array `{name}` is {}, which no input takes", array.dtype);
-            Err(Error::new(Code::DataType, cause))
+    let Array { dtype, shape, bytes } = array;
+    #[allow(clippy::cast_possible_truncation, reason = "the graph computes in f32")]
+    let (dtype, bytes) = match dtype {
+        Dtype::F64 => (DType::F32, each(&bytes, |b| (f64::from_le_bytes(b) as f32).to_le_bytes())),
+        Dtype::I16 => {
+            (DType::I32, each(&bytes, |b| i32::from(i16::from_le_bytes(b)).to_le_bytes()))
         }
-    }
+        Dtype::U16 => {
+            (DType::I32, each(&bytes, |b| i32::from(u16::from_le_bytes(b)).to_le_bytes()))
+        }
+        Dtype::U32 => {
+            (DType::I64, each(&bytes, |b| i64::from(u32::from_le_bytes(b)).to_le_bytes()))
+        }
+        Dtype::F32 => (DType::F32, bytes),
+        Dtype::Bf16 => (DType::BF16, bytes),
+        Dtype::F16 => (DType::F16, bytes),
+        Dtype::I8 => (DType::I8, bytes),
+        Dtype::U8 => (DType::U8, bytes),
+        Dtype::I32 => (DType::I32, bytes),
+        Dtype::I64 | Dtype::U64 => (DType::I64, bytes),
+        Dtype::Bool => (DType::Bool, bytes),
+    };
+    tensor(name, dtype, shape, bytes)
+}
+
+/// Each element converted.
+fn each<const FROM: usize, const TO: usize>(
+    bytes: &[u8],
+    convert: impl Fn([u8; FROM]) -> [u8; TO],
+) -> Vec<u8> {
+    let (elements, _) = bytes.as_chunks::<FROM>();
+    elements.iter().flat_map(|&element| convert(element)).collect()
 }
 
 fn tensor(name: &str, dtype: DType, shape: Vec<usize>, bytes: Vec<u8>) -> Result<Tensor> {
@@ -70,16 +74,23 @@ fn tensor(name: &str, dtype: DType, shape: Vec<usize>, bytes: Vec<u8>) -> Result
     made.ok_or_else(|| Error::new(Code::DataShape, format!("array `{name}` is too large")))
 }
 
-/// A tensor as an array, as float64 where `double` says that the model declares it so.
+/// A tensor as an array, of the type that it is `carried` for, if it is.
 ///
 /// # Errors
 /// Only by a defect.
-pub fn to_array(tensor: &Tensor, double: bool) -> Result<Array> {
-    let shape = tensor.shape().to_vec();
-    if double && tensor.dtype() == DType::F32 {
-        return Array::from_f64(shape, &tensor.to_f64());
+pub fn to_array(tensor: &Tensor, carried: Option<Dtype>) -> Result<Array> {
+    let (shape, bytes) = (tensor.shape().to_vec(), tensor.bytes());
+    match (carried, tensor.dtype()) {
+        (Some(Dtype::F64), DType::F32) => Array::from_f64(shape, &tensor.to_f64()),
+        (Some(dtype @ (Dtype::I16 | Dtype::U16)), DType::I32) => {
+            Array::new(dtype, shape, each(bytes, |[a, b, _, _]| [a, b]))
+        }
+        (Some(Dtype::U32), DType::I64) => {
+            Array::new(Dtype::U32, shape, each(bytes, |[a, b, c, d, ..]: [u8; 8]| [a, b, c, d]))
+        }
+        (Some(Dtype::U64), DType::I64) => Array::new(Dtype::U64, shape, bytes.to_vec()),
+        (_, dtype) => Array::new(file_type(dtype), shape, bytes.to_vec()),
     }
-    Array::new(file_type(tensor.dtype()), shape, tensor.bytes().to_vec())
 }
 
 #[cfg(test)]
@@ -90,15 +101,31 @@ mod tests {
     fn types_survive_the_way_in_and_out() {
         for dtype in DType::ALL {
             let tensor = Tensor::zeros(dtype, &[2, 0, 3]);
-            let array = to_array(&tensor, false).unwrap();
+            let array = to_array(&tensor, None).unwrap();
             assert_eq!(to_tensor("x", array).unwrap(), tensor);
         }
         let doubles = Array::from_f64(vec![2], &[0.5, 1e-3]).unwrap();
         let tensor = to_tensor("x", doubles).unwrap();
         assert_eq!(tensor.dtype(), DType::F32);
-        let back = to_array(&tensor, true).unwrap();
+        let back = to_array(&tensor, Some(Dtype::F64)).unwrap();
         assert_eq!(back.to_f64().unwrap(), [0.5, f64::from(1e-3_f32)]);
-        let odd = Array::new(Dtype::U16, vec![1], vec![0, 0]).unwrap();
-        assert_eq!(to_tensor("x", odd).unwrap_err().code(), Code::DataType);
+    }
+
+    #[test]
+    fn carried_integers_come_back() {
+        for (dtype, carrier, bytes) in [
+            (Dtype::U16, DType::I32, vec![0xff, 0xff, 1, 0]),
+            (Dtype::I16, DType::I32, vec![0xff, 0xff, 1, 0x80]),
+            (Dtype::U32, DType::I64, vec![0xff, 0xff, 0xff, 0xff, 1, 0, 0, 0]),
+            (Dtype::U64, DType::I64, vec![0xff; 16]),
+        ] {
+            let array = Array::new(dtype, vec![2], bytes).unwrap();
+            let tensor = to_tensor("x", array.clone()).unwrap();
+            assert_eq!(tensor.dtype(), carrier);
+            assert_eq!(to_array(&tensor, Some(dtype)).unwrap(), array);
+        }
+        let sum = Tensor::from_i64(&[1], &[(1 << 32) + 5]).unwrap();
+        let wrapped = to_array(&sum, Some(Dtype::U32)).unwrap();
+        assert_eq!(wrapped.bytes, [5, 0, 0, 0]);
     }
 }

@@ -17,6 +17,9 @@ pub struct Wants {
     pub target: Option<Target>,
     /// The only batch size that the model takes, if it takes only one.
     pub fixed_batch: Option<usize>,
+    /// Whether the first axes of the model's arrays are not all alike, so that none of them is samples: a sample is
+    /// then all arrays of one step, and the data set has an axis of samples before theirs.
+    pub whole: bool,
 }
 
 /// The loss of this word.
@@ -47,15 +50,32 @@ impl Wants {
         let missing = |what: &str| Error::new(Code::PlanFormat, format!("the graph has no {what}"));
         let mut inputs = Vec::with_capacity(about.inputs.len());
         let mut symbolic = false;
-        let mut first = None;
+        let mut firsts = Vec::new();
         for port in &about.inputs {
             let ty = input(graph, &port.name)
                 .ok_or_else(|| missing(&format!("input `{}`", port.name)))?;
             symbolic |= ty.shape.batch_axis().is_some();
-            first = first.or_else(|| ty.shape.0.first()?.as_fixed());
+            firsts.push(ty.shape.0.first().and_then(|dim| dim.as_fixed()));
             inputs.push((port.name.clone(), input_type(ty)));
         }
-        let fixed_batch = if symbolic { None } else { Some(first.unwrap_or(1)) };
+        let values = matches!(loss_kind(&about.loss), Some(LossKind::Mse | LossKind::Bce));
+        if let Some(label) = input(graph, LABEL).filter(|_| values) {
+            firsts.push(label.shape.0.first().and_then(|dim| dim.as_fixed()));
+        }
+        let whole = !symbolic && firsts.iter().any(|first| *first != firsts[0]);
+        let fixed_batch = match firsts.first() {
+            _ if symbolic => None,
+            Some(&Some(first)) if !whole => Some(first),
+            _ => Some(1),
+        };
+        let sample = |mut ty: InputType| {
+            if whole {
+                ty.shape.insert(0, None);
+            }
+            ty
+        };
+        let inputs: Vec<(String, InputType)> =
+            inputs.into_iter().map(|(name, ty)| (name, sample(ty))).collect();
         let target = match loss_kind(&about.loss) {
             None => return Err(missing("loss")),
             Some(LossKind::Output) => None,
@@ -76,10 +96,10 @@ impl Wants {
             }
             Some(LossKind::Mse | LossKind::Bce) => {
                 let label = input(graph, LABEL).ok_or_else(|| missing("input `label`"))?;
-                Some(Target::Values(input_type(label)))
+                Some(Target::Values(sample(input_type(label))))
             }
         };
-        Ok(Wants { inputs, target, fixed_batch })
+        Ok(Wants { inputs, target, fixed_batch, whole })
     }
 
     /// Finds the arrays of a data set for the inputs.
@@ -106,19 +126,24 @@ impl Wants {
             (None, asked) => Ok(asked.unwrap_or(usual)),
         }
     }
-}
 
-/// The samples `rows` as the step takes them.
-///
-/// # Errors
-/// Of [`Binding::batch`].
-pub fn batch(binding: &Binding<'_>, rows: &[usize]) -> Result<Values> {
-    let arrays = binding.batch(rows)?;
-    arrays
-        .into_iter()
-        .map(|(name, array)| {
-            let tensor = to_tensor(&name, array)?;
-            Ok((name, tensor))
-        })
-        .collect()
+    /// The samples `rows` as the step takes them.
+    ///
+    /// # Errors
+    /// Of [`Binding::batch`].
+    pub fn batch(&self, binding: &Binding<'_>, rows: &[usize]) -> Result<Values> {
+        let arrays = binding.batch(rows)?;
+        let classes = matches!(self.target, Some(Target::Classes { .. }));
+        arrays
+            .into_iter()
+            .map(|(name, mut array)| {
+                // Classes come as rows, whatever their shape was.
+                if self.whole && !(classes && name == LABEL) {
+                    array.shape.remove(0);
+                }
+                let tensor = to_tensor(&name, array)?;
+                Ok((name, tensor))
+            })
+            .collect()
+    }
 }

@@ -196,7 +196,7 @@ impl Straight {
             UnaryOp::Relu => self.larger(x, float(0.0)),
             UnaryOp::Sigmoid => self.sigmoid(x),
             UnaryOp::Tanh => self.tanh(x),
-            UnaryOp::Sin | UnaryOp::Cos => return None,
+            UnaryOp::Sin | UnaryOp::Cos | UnaryOp::Atan => return None,
             UnaryOp::Floor => self.one(asm::ROUND, x, Some(9)),
             UnaryOp::Ceil => self.one(asm::ROUND, x, Some(10)),
             UnaryOp::Round => self.one(asm::ROUND, x, Some(8)),
@@ -238,7 +238,8 @@ impl Straight {
             | UnaryOp::Sigmoid
             | UnaryOp::Tanh
             | UnaryOp::Sin
-            | UnaryOp::Cos => return None,
+            | UnaryOp::Cos
+            | UnaryOp::Atan => return None,
         })
     }
 

@@ -26,6 +26,7 @@ fn unary_float(op: UnaryOp, x: f64) -> f64 {
         UnaryOp::Tanh => x.tanh(),
         UnaryOp::Sin => x.sin(),
         UnaryOp::Cos => x.cos(),
+        UnaryOp::Atan => x.atan(),
         UnaryOp::Floor => x.floor(),
         UnaryOp::Ceil => x.ceil(),
         UnaryOp::Round => x.round_ties_even(),
@@ -55,6 +56,7 @@ fn unary_int(op: UnaryOp, dtype: DType, x: i64) -> i64 {
         | UnaryOp::Tanh
         | UnaryOp::Sin
         | UnaryOp::Cos
+        | UnaryOp::Atan
         | UnaryOp::Floor
         | UnaryOp::Ceil
         | UnaryOp::Round => x,
@@ -90,7 +92,7 @@ fn binary_float(op: BinaryOp, a: f64, b: f64) -> f64 {
         BinaryOp::Max => maximum(a, b),
         BinaryOp::Min => minimum(a, b),
         BinaryOp::Pow => a.powf(b),
-        // `and` and `or` take bool, so they do not come here.
+        // `and` and `or` take no floats, so they do not come here.
         BinaryOp::And | BinaryOp::Or => f64::NAN,
     }
 }

@@ -19,7 +19,9 @@ mod contract;
 mod differences;
 mod elementwise;
 mod erf;
+mod indexing;
 mod quantized;
+mod random;
 mod rearrange;
 mod recurrence;
 mod rows;
@@ -30,6 +32,7 @@ pub use value::{Data, Value, Values};
 
 use crate::{CollectiveOp, Graph, Node, NodeId, Op, Tensor};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use thiserror::Error;
 
 /// How results are kept.
@@ -210,9 +213,8 @@ impl<'a> Evaluator<'a> {
             let mut value = if node.op.is_leaf() {
                 self.leaf(node, shape, &self.ranks[rank])?
             } else {
-                let data =
-                    compute(node, &shape, &values, self.ranks[rank].batch, self.options.rounding)
-                        .map_err(|reason| EvalError::Node {
+                let data = compute(node, &shape, &values, self.range(rank), self.options.rounding)
+                    .map_err(|reason| EvalError::Node {
                         name: node.name.as_str().to_owned(),
                         reason,
                     })?;
@@ -230,6 +232,12 @@ impl<'a> Evaluator<'a> {
             values[id.index()] = Some(result);
         }
         Ok(())
+    }
+
+    /// The samples of a rank among those of all.
+    fn range(&self, rank: usize) -> Range<usize> {
+        let begin: usize = self.ranks[..rank].iter().map(|rank| rank.batch).sum();
+        begin..begin + self.ranks[rank].batch
     }
 
     fn leaf(&self, node: &Node, shape: Vec<usize>, rank: &Rank<'_>) -> Result<Value, EvalError> {
@@ -335,7 +343,7 @@ fn compute(
     node: &Node,
     shape: &[usize],
     operands: &[&Value],
-    batch: usize,
+    samples: Range<usize>,
     rounding: Rounding,
 ) -> Result<Data, String> {
     let dtype = node.ty.dtype;
@@ -345,7 +353,15 @@ fn compute(
     let (x, y, z) = (|| a.ok_or_else(missing), || b.ok_or_else(missing), || c.ok_or_else(missing));
     Ok(match &node.op {
         Op::Input(_) | Op::Param(_) | Op::State(_) | Op::Const(_) => return Err(missing()),
-        Op::Size(dim) => Data::Float(vec![dim.size(batch) as f64]),
+        Op::Size(dim) => Data::Float(vec![dim.size(samples.len()) as f64]),
+        Op::Training => Data::Int(vec![1]),
+        Op::Iota(_) => Data::Int((0..).take(shape[0]).collect()),
+        Op::Random { seed, .. } => {
+            let step = x()?.data.ints().first().copied().unwrap_or(0);
+            let each = node.ty.shape.elements().filter(|all| all.batch).map_or(0, |all| all.scale);
+            let first = (samples.start as u64).wrapping_mul(each as u64);
+            random::uniform(*seed, step, first, shape.iter().product())
+        }
         Op::Unary(op) => elementwise::unary(*op, dtype, &x()?.data),
         Op::Cast(_) => elementwise::cast(dtype, rounding, &x()?.data),
         Op::Binary(op) => elementwise::binary(*op, &x()?.data, &y()?.data),
@@ -370,8 +386,9 @@ fn compute(
             rearrange::pad(*axis, *low, *interior, f64::from(*value), dtype, x()?, shape)
         }
         Op::Concat { axis } => rearrange::concat(*axis, operands, shape),
-        Op::Gather => rearrange::gather(x()?, y()?)?,
-        Op::ScatterAdd { rows } => rearrange::scatter_add(*rows, x()?, y()?, shape)?,
+        Op::Gather => indexing::gather(x()?, y()?)?,
+        Op::Scatter { op, .. } => indexing::scatter(*op, x()?, y()?, shape)?,
+        Op::TopK { k, largest } => indexing::top_k(*k, *largest, x()?),
         Op::Attention { scale, causal } => attention::attention(*scale, *causal, operands, shape),
         Op::AttentionGrad { of, scale, causal } => {
             attention::gradient(*of, *scale, *causal, operands, shape)

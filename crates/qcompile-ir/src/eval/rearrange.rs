@@ -1,10 +1,10 @@
-//! Ops that move elements: transpose, broadcast, slice, pad, concat, gather, scatter.
+//! Ops that move elements: transpose, broadcast, slice, pad, concat.
 
 use super::{Data, Value};
 use crate::DType;
 
 /// The elements at these positions; `None` takes `fill`.
-fn pick(data: &Data, positions: impl Iterator<Item = Option<usize>>, fill: f64) -> Data {
+pub(super) fn pick(data: &Data, positions: impl Iterator<Item = Option<usize>>, fill: f64) -> Data {
     match data {
         Data::Float(values) => {
             Data::Float(positions.map(|at| at.map_or(fill, |at| values[at])).collect())
@@ -40,7 +40,7 @@ pub(super) fn positions(shape: &[usize], strides: &[usize]) -> impl Iterator<Ite
 }
 
 /// Products of the sizes before and after an axis.
-fn around(shape: &[usize], axis: usize) -> (usize, usize) {
+pub(super) fn around(shape: &[usize], axis: usize) -> (usize, usize) {
     (shape[..axis].iter().product(), shape[axis + 1..].iter().product())
 }
 
@@ -119,41 +119,4 @@ pub(super) fn concat(axis: usize, operands: &[&Value], shape: &[usize]) -> Data 
         }
     }
     if matches!(operands[0].data, Data::Float(_)) { Data::Float(floats) } else { Data::Int(ints) }
-}
-
-/// The row of an index that may count from the end.
-fn row(index: i64, rows: usize, place: usize) -> Result<usize, String> {
-    let counted = if index < 0 { index.checked_add_unsigned(rows as u64) } else { Some(index) };
-    counted
-        .and_then(|row| usize::try_from(row).ok())
-        .filter(|&row| row < rows)
-        .ok_or_else(|| format!("index {index} at place {place} is out of range for {rows} rows"))
-}
-
-pub(super) fn gather(table: &Value, indices: &Value) -> Result<Data, String> {
-    let (_, width) = around(&table.shape, 0);
-    let mut places = Vec::with_capacity(indices.data.len() * width);
-    for (place, &index) in indices.data.ints().iter().enumerate() {
-        let row = row(index, table.shape[0], place)?;
-        places.extend((0..width).map(|i| Some(row * width + i)));
-    }
-    Ok(pick(&table.data, places.into_iter(), 0.0))
-}
-
-pub(super) fn scatter_add(
-    rows: usize,
-    indices: &Value,
-    values: &Value,
-    shape: &[usize],
-) -> Result<Data, String> {
-    let (_, width) = around(shape, 0);
-    let mut sums = vec![0.0; rows * width];
-    let values = values.data.floats();
-    for (place, &index) in indices.data.ints().iter().enumerate() {
-        let row = row(index, rows, place)?;
-        for i in 0..width {
-            sums[row * width + i] += values[place * width + i];
-        }
-    }
-    Ok(Data::Float(sums))
 }

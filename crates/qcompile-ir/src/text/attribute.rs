@@ -3,7 +3,8 @@
 use super::literal;
 use crate::{
     Activation, ActivationOp, AttentionOperand, BinaryOp, Cell, CollectiveOp, CompareOp,
-    ConvGeometry, DType, Dim, Op, PoolGeometry, Recurrence, ReduceOp, TensorType, UnaryOp,
+    ConvGeometry, DType, Dim, Op, PoolGeometry, Recurrence, ReduceOp, ScatterOp, TensorType,
+    UnaryOp,
 };
 use std::fmt::Write as _;
 
@@ -24,7 +25,8 @@ pub(super) fn print(op: &Op) -> String {
         text.push_str(&part);
     };
     match op {
-        Op::Size(dim) => push(dim.to_string()),
+        Op::Size(dim) | Op::Iota(dim) => push(dim.to_string()),
+        Op::Random { seed, .. } => push(format!("seed={seed}")),
         Op::Reduce { axes, .. } => push(format!("axes={axes:?}")),
         Op::Matmul { transpose_a, transpose_b } => {
             for (name, set) in [("transpose_a", transpose_a), ("transpose_b", transpose_b)] {
@@ -64,7 +66,13 @@ pub(super) fn print(op: &Op) -> String {
             }
         }
         Op::Concat { axis } => push(format!("axis={axis}")),
-        Op::ScatterAdd { rows } => push(format!("rows={rows}")),
+        Op::Scatter { rows, .. } => push(format!("rows={rows}")),
+        Op::TopK { k, largest } => {
+            push(format!("k={k}"));
+            if !largest {
+                push("smallest".to_owned());
+            }
+        }
         Op::Attention { scale, causal } | Op::AttentionGrad { scale, causal, .. } => {
             if let Op::AttentionGrad { of, .. } = op {
                 push(of.name().to_owned());
@@ -90,6 +98,7 @@ pub(super) fn print(op: &Op) -> String {
         | Op::Param(_)
         | Op::State(_)
         | Op::Const(_)
+        | Op::Training
         | Op::Unary(_)
         | Op::Cast(_)
         | Op::Binary(_)
@@ -165,6 +174,9 @@ pub(super) fn op(
     let mut take = Attributes(attributes);
     let op = match mnemonic {
         "size" => Op::Size(take.parsed("the dimension", dim)?),
+        "training" => Op::Training,
+        "iota" => Op::Iota(take.parsed("the dimension", dim)?),
+        "random" => Op::Random { seed: take.number("seed")? as u64, shape: ty.shape.clone() },
         "cast" => Op::Cast(ty.dtype),
         "select" => Op::Select,
         "matmul" => Op::Matmul {
@@ -196,7 +208,10 @@ pub(super) fn op(
         },
         "concat" => Op::Concat { axis: take.number("axis")? },
         "gather" => Op::Gather,
-        "scatter_add" => Op::ScatterAdd { rows: take.number("rows")? },
+        "scatter_add" => Op::Scatter { op: ScatterOp::Add, rows: take.dim("rows")? },
+        "scatter_mul" => Op::Scatter { op: ScatterOp::Mul, rows: take.dim("rows")? },
+        "scatter_max" => Op::Scatter { op: ScatterOp::Max, rows: take.dim("rows")? },
+        "top_k" => Op::TopK { k: take.number("k")?, largest: !take.flag("smallest") },
         "attention" => {
             let (scale, causal) = take.attention()?;
             Op::Attention { scale, causal }
@@ -317,6 +332,13 @@ impl<'a> Attributes<'a> {
 
     fn number(&mut self, key: &str) -> Result<usize, String> {
         self.optional(key)?.ok_or_else(|| format!("expected {key}=..."))
+    }
+
+    fn dim(&mut self, key: &str) -> Result<Dim, String> {
+        match self.words(key).as_deref() {
+            Some([word]) => dim(word).ok_or_else(|| format!("{key} takes a dimension")),
+            _ => Err(format!("expected {key}=...")),
+        }
     }
 
     fn number_or(&mut self, key: &str, default: usize) -> Result<usize, String> {

@@ -550,16 +550,18 @@ fn rows(bench: &Bench) {
         error: null_mut(),
     };
     report("gather", count * width, KernelId::Gather, &args);
-    let args = ScatterAddArgs {
-        values: picked.as_ptr(),
+    let args = ScatterArgs {
+        values: picked.as_ptr().cast(),
         indices: indices.as_ptr(),
-        out: sums.as_mut_ptr(),
+        out: sums.as_mut_ptr().cast(),
         rows,
         width,
         count,
+        combine: Combine::Add,
+        integers: 0,
         error: null_mut(),
     };
-    report("scatter", count * width, KernelId::ScatterAdd, &args);
+    report("scatter", count * width, KernelId::Scatter, &args);
 }
 
 /// An argument block that can be timed.

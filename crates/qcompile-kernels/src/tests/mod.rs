@@ -5,6 +5,7 @@ mod bf16;
 mod check;
 mod convolution;
 mod emulated;
+mod indexing;
 mod matrix;
 mod recurrent;
 mod rows;

@@ -1,7 +1,7 @@
 use super::check::{ALONE, Guarded, Random, assert_close, run, tables};
 use crate::KernelId;
 use crate::args::{
-    CrossEntropyArgs, CrossEntropyGradArgs, GatherArgs, ScatterAddArgs, SoftmaxArgs,
+    Combine, CrossEntropyArgs, CrossEntropyGradArgs, GatherArgs, ScatterArgs, SoftmaxArgs,
 };
 use std::ptr::null_mut;
 
@@ -150,16 +150,18 @@ fn gather_and_scatter() {
             run(table, KernelId::Gather, &args, 2);
             assert_eq!(out, gathered);
             let mut sums = vec![7.0_f32; rows * width];
-            let scatter_args = ScatterAddArgs {
-                values: values.as_ptr(),
+            let scatter_args = ScatterArgs {
+                values: values.as_ptr().cast(),
                 indices: indices.as_ptr(),
-                out: sums.as_mut_ptr(),
+                out: sums.as_mut_ptr().cast(),
                 rows,
                 width,
                 count,
+                combine: Combine::Add,
+                integers: 0,
                 error: &raw mut error,
             };
-            run(table, KernelId::ScatterAdd, &scatter_args, 3);
+            run(table, KernelId::Scatter, &scatter_args, 3);
             assert_eq!(sums, scattered);
             assert_eq!(error, 0);
             if count > 2 {
@@ -266,28 +268,30 @@ fn bad_indices_are_skipped_and_the_first_is_reported() {
     for table in tables() {
         for pieces in [1, ALONE] {
             let (mut sums, mut error) = (Guarded::new(4), 0);
-            let mut args = ScatterAddArgs {
-                values: values.as_ptr(),
+            let mut args = ScatterArgs {
+                values: values.as_ptr().cast(),
                 indices: indices.as_ptr(),
-                out: sums.as_mut_ptr(),
+                out: sums.as_mut_ptr().cast(),
                 rows: 2,
                 width: 2,
                 count: 5,
+                combine: Combine::Add,
+                integers: 0,
                 error: &raw mut error,
             };
-            run(table, KernelId::ScatterAdd, &args, pieces);
+            run(table, KernelId::Scatter, &args, pieces);
             // Positions 0 and 3 name row 1; -3, 2 and 7 are out of range.
             assert_eq!(sums.checked("scatter"), [0.0, 0.0, 1.0 + 7.0, 2.0 + 8.0]);
             assert_eq!(error, 2);
             // An earlier report of a later position gives way, and one of an earlier position stays.
-            (error, args.out) = (4, sums.as_mut_ptr());
-            run(table, KernelId::ScatterAdd, &args, pieces);
+            (error, args.out) = (4, sums.as_mut_ptr().cast());
+            run(table, KernelId::Scatter, &args, pieces);
             assert_eq!(error, 2);
             error = 1;
-            run(table, KernelId::ScatterAdd, &args, pieces);
+            run(table, KernelId::Scatter, &args, pieces);
             assert_eq!(error, 1);
             args.error = null_mut();
-            run(table, KernelId::ScatterAdd, &args, pieces);
+            run(table, KernelId::Scatter, &args, pieces);
         }
         // A table without rows has no row to give.
         let (mut out, mut error) = ([7_u8; 5], 0);
@@ -365,16 +369,18 @@ fn splits_do_not_change_a_bit() {
         }
         let results = [1, 4, ALONE].map(|pieces| {
             let mut sums = Guarded::new(7 * cols);
-            let args = ScatterAddArgs {
-                values: x.as_ptr(),
+            let args = ScatterArgs {
+                values: x.as_ptr().cast(),
                 indices: indices.as_ptr(),
-                out: sums.as_mut_ptr(),
+                out: sums.as_mut_ptr().cast(),
                 rows: 7,
                 width: cols,
                 count: rows,
+                combine: Combine::Add,
+                integers: 0,
                 error: null_mut(),
             };
-            run(table, KernelId::ScatterAdd, &args, pieces);
+            run(table, KernelId::Scatter, &args, pieces);
             sums.checked("split")
         });
         assert_eq!(results[0], results[1]);

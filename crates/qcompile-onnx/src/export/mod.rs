@@ -15,7 +15,7 @@ mod view;
 mod writer;
 
 use crate::Port;
-use crate::tensor::{DOUBLE, dtype_name, onnx_number};
+use crate::tensor::{dtype, dtype_name, number_of, onnx_number};
 use onnx_protobuf::Message;
 use patterns::Pattern;
 use qcompile_ir::{DType, Dim, Graph, NodeId, Op, Tensor, TensorType};
@@ -215,13 +215,11 @@ impl<'a> Exporter<'a> {
             self.writer.claim_input(&port.name);
             let Some(id) = id else { continue };
             let mut name = port.name.clone();
-            if elements == DOUBLE {
-                name = self.one(
-                    "Cast",
-                    vec![name],
-                    &format!("{}.float32", port.name),
-                    vec![("to", Attribute::Int(1))],
-                );
+            let own = onnx_number(ty.dtype);
+            if elements != own {
+                let wanted = format!("{}.{}", port.name, dtype_name(own));
+                let to = vec![("to", Attribute::Int(i64::from(own)))];
+                name = self.one("Cast", vec![name], &wanted, to);
             }
             self.place_leaf(id, name);
         }
@@ -276,9 +274,11 @@ impl<'a> Exporter<'a> {
         let mut values = Vec::with_capacity(outputs.len());
         for Output { port, id } in outputs {
             let mut value = self.natural(*id)?.name;
-            if elements(port, self.graph.ty(*id)) == DOUBLE {
-                let wanted = format!("{}.float64", port.name);
-                let to = vec![("to", Attribute::Int(i64::from(DOUBLE)))];
+            let ty = self.graph.ty(*id);
+            let declared = elements(port, ty);
+            if declared != onnx_number(ty.dtype) {
+                let wanted = format!("{}.{}", port.name, dtype_name(declared));
+                let to = vec![("to", Attribute::Int(i64::from(declared)))];
                 value = self.one("Cast", vec![value], &wanted, to);
             }
             values.push(value);
@@ -339,7 +339,7 @@ impl<'a> Exporter<'a> {
             ("Add" | "Sub" | "Mul" | "Div", DType::I8 | DType::U8) => 14,
             ("Where", DType::BF16) => 16,
             ("Conv" | "ConvTranspose" | "MaxPool" | "AveragePool", DType::BF16)
-            | ("Sin" | "Cos" | "Round", DType::BF16) => 22,
+            | ("Sin" | "Cos" | "Atan" | "Round", DType::BF16) => 22,
             _ => return Ok(()),
         };
         self.require(id, needs, format!("{operator} of {}", dtype_name(onnx_number(dtype))))
@@ -357,11 +357,9 @@ impl<'a> Exporter<'a> {
     }
 }
 
-/// The ONNX element type of a port: float64 where the model has it and the graph f32.
+/// The ONNX element type of a port: the declared one where the graph's carries it, as f32 does float64.
 fn elements(port: &Port, ty: &TensorType) -> i32 {
-    if port.onnx_dtype == dtype_name(DOUBLE) && ty.dtype == DType::F32 {
-        DOUBLE
-    } else {
-        onnx_number(ty.dtype)
-    }
+    let carried = |number: &i32| dtype(*number).is_ok_and(|dtype| dtype == ty.dtype);
+    let declared = number_of(&port.onnx_dtype).filter(carried);
+    declared.unwrap_or_else(|| onnx_number(ty.dtype))
 }

@@ -6,7 +6,7 @@ use crate::error::Obstacle;
 use crate::known::{Element, FOLD_LIMIT, Known, from_f64, wrapped};
 use crate::node::{OnnxNode, dims_from};
 use crate::tensor;
-use qcompile_ir::{DType, Op, Tensor};
+use qcompile_ir::{DType, Dim, Op, Tensor};
 use std::sync::Arc;
 
 /// Floats beyond this number are no shape arithmetic: they stay a tensor.
@@ -25,9 +25,7 @@ pub(crate) fn add_tensor(draft: &mut Draft, tensor: Arc<Tensor>) -> Result<Value
 pub(super) fn constant(draft: &mut Draft, node: &mut OnnxNode) -> Results {
     let attributes = &mut node.attributes;
     if let Some(proto) = attributes.take_tensor("value")? {
-        if tensor::is_narrowed(proto.data_type) {
-            draft.warnings.push(format!("{}: float64 is kept as float32", node.base));
-        }
+        draft.note_type(proto.data_type);
         let tensor = tensor::decode(proto, node.external)?;
         return Ok(vec![add_tensor(draft, Arc::new(tensor))?]);
     }
@@ -44,6 +42,10 @@ pub(super) fn constant(draft: &mut Draft, node: &mut OnnxNode) -> Results {
         )
     } else if let Some(values) = attributes.ints("value_ints")? {
         Known::ints(values.iter().map(|&value| Element::Int(value)).collect())
+    } else if let Some(proto) = attributes.take_sparse("sparse_value")? {
+        draft.note_type(proto.values.data_type);
+        let tensor = tensor::decode_sparse(proto, node.external)?;
+        return Ok(vec![add_tensor(draft, Arc::new(tensor))?]);
     } else {
         return Err(Obstacle::unsupported("a constant that is neither a tensor nor numbers"));
     };
@@ -81,6 +83,15 @@ pub(super) fn range(draft: &mut Draft, node: &OnnxNode) -> Results {
         }
         bounds.push(known.get(0));
     }
+    if let [Element::Int(0), Element::Batch(limit), Element::Int(delta)] = bounds[..]
+        && delta > 0
+        && limit % delta == 0
+    {
+        let count = Dim { scale: usize::try_from(limit / delta).unwrap_or(0), batch: true };
+        let (numbers, delta) = (draft.iota(count)?, draft.integer(delta));
+        let numbers = draft.mul(numbers, delta)?;
+        return Ok(vec![draft.cast(numbers, dtype)?]);
+    }
     let too_large = || Obstacle::unsupported(format!("a range of more than {FOLD_LIMIT} elements"));
     let elements: Vec<Element> = match bounds[..] {
         [Element::Int(start), Element::Int(limit), Element::Int(delta)] if delta != 0 => {
@@ -112,4 +123,22 @@ pub(super) fn range(draft: &mut Draft, node: &OnnxNode) -> Results {
         _ => return Err(Obstacle::invalid("a range with step 0")),
     };
     Ok(vec![draft.add_known(Known::new(dtype, vec![elements.len()], elements))])
+}
+
+/// A matrix with ones on a diagonal.
+pub(super) fn eye_like(draft: &mut Draft, node: &OnnxNode) -> Results {
+    let x = node.input(0)?;
+    let diagonal = node.attributes.int("k", 0)?;
+    let dtype = match node.attributes.optional_int("dtype")? {
+        None => draft.dtype(x),
+        Some(number) => tensor::dtype(i32::try_from(number).unwrap_or(0))?,
+    };
+    let &[rows, columns] = draft.dims(x) else {
+        return Err(Obstacle::invalid(format!("{} is no matrix", draft.ty(x))));
+    };
+    let (row, column) = (draft.iota_along(rows, 0, 2)?, draft.iota_along(columns, 1, 2)?);
+    let diagonal = draft.integer(diagonal);
+    let border = draft.add(row, diagonal)?;
+    let ones = draft.compare(qcompile_ir::CompareOp::Equal, border, column)?;
+    Ok(vec![draft.cast(ones, dtype)?])
 }

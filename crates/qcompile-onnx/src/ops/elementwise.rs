@@ -3,6 +3,7 @@
 use super::Results;
 use crate::draft::{Draft, ValueId};
 use crate::error::Obstacle;
+use crate::known::{Element, Known};
 use crate::node::OnnxNode;
 use crate::tensor;
 use qcompile_ir::{BinaryOp, CompareOp, DType, UnaryOp};
@@ -10,7 +11,7 @@ use qcompile_ir::{BinaryOp, CompareOp, DType, UnaryOp};
 type Value = Result<ValueId, Obstacle>;
 
 /// Rejects what is not a float where IR functions would say so less clearly.
-fn float_input(draft: &Draft, node: &OnnxNode, at: usize) -> Value {
+pub(super) fn float_input(draft: &Draft, node: &OnnxNode, at: usize) -> Value {
     let x = node.input(at)?;
     if draft.dtype(x).is_float() {
         Ok(x)
@@ -58,11 +59,6 @@ pub(super) fn compare(draft: &mut Draft, node: &OnnxNode, op: CompareOp, swapped
     Ok(vec![draft.compare(op, a, b)?])
 }
 
-pub(super) fn xor(draft: &mut Draft, node: &OnnxNode) -> Results {
-    let equal = draft.compare(CompareOp::Equal, node.input(0)?, node.input(1)?)?;
-    Ok(vec![draft.unary(UnaryOp::Not, equal)?])
-}
-
 pub(super) fn where_(draft: &mut Draft, node: &OnnxNode) -> Results {
     Ok(vec![draft.select(node.input(0)?, node.input(1)?, node.input(2)?)?])
 }
@@ -81,10 +77,32 @@ pub(super) fn cast(draft: &mut Draft, node: &OnnxNode) -> Results {
     node.attributes.string("round_mode", "up")?;
     let to = i32::try_from(to)
         .map_err(|_| Obstacle::invalid(format!("there is no element type {to}")))?;
-    if tensor::is_narrowed(to) {
-        draft.warnings.push(format!("{}: float64 is computed in float32", node.base));
-    }
-    Ok(vec![draft.cast(node.input(0)?, tensor::dtype(to)?)?])
+    draft.note_type(to);
+    let x = draft.cast(node.input(0)?, tensor::dtype(to)?)?;
+    Ok(vec![match tensor::range(to) {
+        Some((lowest, count)) => wrapped(draft, x, lowest, count)?,
+        None => x,
+    }])
+}
+
+/// Integers wrapped to the `count` values from `lowest` on.
+fn wrapped(draft: &mut Draft, x: ValueId, lowest: i64, count: i64) -> Result<ValueId, Obstacle> {
+    let dtype = draft.dtype(x);
+    let number = |value: i64| Known::new(dtype, Vec::new(), vec![Element::Int(value)]);
+    let (first, all, zero) = (
+        draft.add_known(number(lowest)),
+        draft.add_known(number(count)),
+        draft.add_known(number(0)),
+    );
+    // Division rounds towards zero, so what is left over has the sign of the dividend.
+    let from_lowest = draft.sub(x, first)?;
+    let times = draft.binary(BinaryOp::Div, from_lowest, all)?;
+    let whole = draft.mul(times, all)?;
+    let left = draft.sub(from_lowest, whole)?;
+    let raised = draft.add(left, all)?;
+    let negative = draft.compare(CompareOp::Less, left, zero)?;
+    let left = draft.select(negative, raised, left)?;
+    draft.add(left, first)
 }
 
 pub(super) fn cast_like(draft: &mut Draft, node: &OnnxNode) -> Results {
@@ -95,31 +113,6 @@ pub(super) fn cast_like(draft: &mut Draft, node: &OnnxNode) -> Results {
 }
 
 /// Identity: the masks of training are not drawn at import.
-pub(super) fn dropout(draft: &mut Draft, node: &OnnxNode) -> Results {
-    let x = node.input(0)?;
-    node.attributes.int("seed", 0)?;
-    let ratio_attribute = node.attributes.float("ratio", 0.5)?;
-    let training = match node.constant(draft, 2)? {
-        Some(known) => known.len() == Some(1) && known.get(0).as_int() == Some(1),
-        None => false,
-    };
-    let ratio = if node.opset >= 12 {
-        node.number_input(draft, 1)?.unwrap_or(0.5)
-    } else {
-        ratio_attribute
-    };
-    if training && ratio != 0.0 {
-        return Err(Obstacle::unsupported(format!("training mode with ratio {ratio}")));
-    }
-    let mut results = vec![x];
-    if node.wants(1) {
-        let all = draft.scalar(DType::Bool, 1.0);
-        let dims = draft.dims(x).to_vec();
-        results.push(draft.broadcast(all, &dims)?);
-    }
-    Ok(results)
-}
-
 pub(super) fn clip(draft: &mut Draft, node: &OnnxNode) -> Results {
     let mut x = node.input(0)?;
     if node.opset < 11 {
@@ -185,6 +178,62 @@ pub(super) fn pow(draft: &mut Draft, node: &OnnxNode) -> Results {
     Ok(vec![draft.binary(BinaryOp::Pow, x, exponent)?])
 }
 
+/// What remains of a division: with the sign of the dividend if `fmod` is 1, else with that of the divisor.
+pub(super) fn remainder(draft: &mut Draft, node: &OnnxNode) -> Results {
+    let (a, b) = (node.input(0)?, node.input(1)?);
+    let dtype = draft.dtype(a);
+    let fmod = node.attributes.flag("fmod", false)?;
+    if !dtype.is_float() {
+        let quotient = draft.binary(BinaryOp::Div, a, b)?;
+        let whole = draft.mul(quotient, b)?;
+        let remainder = draft.sub(a, whole)?;
+        return Ok(vec![if fmod { remainder } else { with_sign_of(draft, remainder, b)? }]);
+    }
+    if !fmod && node.opset < 28 {
+        return Err(Obstacle::invalid(format!("fmod is 0 for {dtype} elements")));
+    }
+    let (a, b) = (draft.cast(a, DType::F32)?, draft.cast(b, DType::F32)?);
+    let remainder = float_remainder(draft, a, b)?;
+    let remainder = if fmod { remainder } else { with_sign_of(draft, remainder, b)? };
+    Ok(vec![draft.cast(remainder, dtype)?])
+}
+
+/// `remainder`, plus the divisor where it is of the other sign and not 0.
+fn with_sign_of(draft: &mut Draft, remainder: ValueId, divisor: ValueId) -> Value {
+    let zero = draft.scalar(draft.dtype(remainder), 0.0);
+    let signs = (draft.unary(UnaryOp::Sign, remainder)?, draft.unary(UnaryOp::Sign, divisor)?);
+    let signs = draft.mul(signs.0, signs.1)?;
+    let opposite = draft.compare(CompareOp::Less, signs, zero)?;
+    let shifted = draft.add(remainder, divisor)?;
+    draft.select(opposite, shifted, remainder)
+}
+
+/// `a - q · b` with the quotient cut to an integer. Where its rounding made it one too large, the difference has the
+/// wrong sign.
+fn float_remainder(draft: &mut Draft, a: ValueId, b: ValueId) -> Value {
+    let [a, b] = draft.broadcast_pair(a, b)?;
+    let ratio = draft.binary(BinaryOp::Div, a, b)?;
+    let ratio = draft.unary(UnaryOp::StopGradient, ratio)?;
+    let (magnitude, sign) = (draft.unary(UnaryOp::Abs, ratio)?, draft.unary(UnaryOp::Sign, ratio)?);
+    let whole = draft.unary(UnaryOp::Floor, magnitude)?;
+    let less = |draft: &mut Draft, whole: ValueId| {
+        let quotient = draft.mul(whole, sign)?;
+        let product = draft.mul(quotient, b)?;
+        draft.sub(a, product)
+    };
+    let difference = less(draft, whole)?;
+    let zero = draft.scalar(DType::F32, 0.0);
+    let signs = (draft.unary(UnaryOp::Sign, difference)?, draft.unary(UnaryOp::Sign, a)?);
+    let signs = draft.mul(signs.0, signs.1)?;
+    let beyond = draft.compare(CompareOp::Less, signs, zero)?;
+    let fewer = draft.binary_scalar(BinaryOp::Sub, whole, 1.0)?;
+    let whole = draft.select(beyond, fewer, whole)?;
+    let difference = less(draft, whole)?;
+    // A divisor that is infinite leaves the dividend.
+    let null = draft.compare(CompareOp::Equal, whole, zero)?;
+    draft.select(null, a, difference)
+}
+
 /// `positive` where x > 0, else `negative`.
 fn where_positive(draft: &mut Draft, x: ValueId, positive: ValueId, negative: ValueId) -> Value {
     let zero = draft.scalar(draft.dtype(x), 0.0);
@@ -195,8 +244,12 @@ fn where_positive(draft: &mut Draft, x: ValueId, positive: ValueId, negative: Va
 pub(super) fn leaky_relu(draft: &mut Draft, node: &OnnxNode) -> Results {
     let x = float_input(draft, node, 0)?;
     let alpha = node.attributes.float("alpha", 0.01)?;
+    Ok(vec![leaky_relu_of(draft, x, alpha)?])
+}
+
+pub(super) fn leaky_relu_of(draft: &mut Draft, x: ValueId, alpha: f64) -> Value {
     let scaled = draft.binary_scalar(BinaryOp::Mul, x, alpha)?;
-    Ok(vec![where_positive(draft, x, x, scaled)?])
+    where_positive(draft, x, x, scaled)
 }
 
 pub(super) fn prelu(draft: &mut Draft, node: &OnnxNode) -> Results {
@@ -239,6 +292,33 @@ pub(super) fn celu(draft: &mut Draft, node: &OnnxNode) -> Results {
     Ok(vec![where_positive(draft, x, x, negative)?])
 }
 
+/// `x + bias` below `-lambd`, `x - bias` above `lambd`, else 0.
+pub(super) fn shrink(draft: &mut Draft, node: &OnnxNode) -> Results {
+    let given = node.input(0)?;
+    let dtype = draft.dtype(given);
+    let bias = node.attributes.float("bias", 0.0)?;
+    let lambda = node.attributes.float("lambd", 0.5)?;
+    let x = if dtype.is_float() { given } else { draft.cast(given, DType::F32)? };
+    let wide = draft.dtype(x);
+    let [zero, low, high] = [0.0, -lambda, lambda].map(|value| draft.scalar(wide, value));
+    let below = draft.compare(CompareOp::Less, x, low)?;
+    let above = draft.compare(CompareOp::Less, high, x)?;
+    let raised = draft.binary_scalar(BinaryOp::Add, x, bias)?;
+    let lowered = draft.binary_scalar(BinaryOp::Sub, x, bias)?;
+    let rest = draft.select(above, lowered, zero)?;
+    let y = draft.select(below, raised, rest)?;
+    Ok(vec![draft.cast(y, dtype)?])
+}
+
+/// `x · sigmoid(alpha · x)`.
+pub(super) fn swish(draft: &mut Draft, node: &OnnxNode, alpha: f32) -> Results {
+    let x = float_input(draft, node, 0)?;
+    let alpha = node.attributes.float("alpha", alpha)?;
+    let scaled = draft.binary_scalar(BinaryOp::Mul, x, alpha)?;
+    let gate = draft.unary(UnaryOp::Sigmoid, scaled)?;
+    Ok(vec![draft.mul(x, gate)?])
+}
+
 pub(super) fn thresholded_relu(draft: &mut Draft, node: &OnnxNode) -> Results {
     let x = float_input(draft, node, 0)?;
     let alpha = draft.scalar(draft.dtype(x), node.attributes.float("alpha", 1.0)?);
@@ -248,7 +328,7 @@ pub(super) fn thresholded_relu(draft: &mut Draft, node: &OnnxNode) -> Results {
 }
 
 /// `max(0, min(1, alpha·x + beta))`.
-fn hard_gate(draft: &mut Draft, x: ValueId, alpha: f64, beta: f64) -> Value {
+pub(super) fn hard_gate(draft: &mut Draft, x: ValueId, alpha: f64, beta: f64) -> Value {
     let scaled = draft.binary_scalar(BinaryOp::Mul, x, alpha)?;
     let shifted = draft.binary_scalar(BinaryOp::Add, scaled, beta)?;
     let below = draft.binary_scalar(BinaryOp::Min, shifted, 1.0)?;
@@ -274,7 +354,9 @@ fn softplus_of(draft: &mut Draft, x: ValueId) -> Value {
     let exp = draft.unary(UnaryOp::Exp, negated)?;
     let sum = draft.binary_scalar(BinaryOp::Add, exp, 1.0)?;
     let log = draft.unary(UnaryOp::Log, sum)?;
-    let positive = draft.unary(UnaryOp::Relu, x)?;
+    // (x + │x│) / 2 rather than relu(x): at 0, where │x│ and relu have corners, the slopes add up to 1/2.
+    let twice = draft.add(x, magnitude)?;
+    let positive = draft.binary_scalar(BinaryOp::Mul, twice, 0.5)?;
     draft.add(positive, log)
 }
 
@@ -299,7 +381,13 @@ pub(super) fn softsign(draft: &mut Draft, node: &OnnxNode) -> Results {
 
 pub(super) fn gelu(draft: &mut Draft, node: &OnnxNode) -> Results {
     let x = float_input(draft, node, 0)?;
-    let gate = match node.attributes.string("approximate", "none")?.as_str() {
+    let approximate = node.attributes.string("approximate", "none")?;
+    Ok(vec![gelu_of(draft, x, &approximate)?])
+}
+
+/// `x / 2 · (1 + erf(x / √2))`, or with `tanh` its approximation.
+pub(super) fn gelu_of(draft: &mut Draft, x: ValueId, approximate: &str) -> Value {
+    let gate = match approximate {
         "none" => {
             let scaled = draft.binary_scalar(BinaryOp::Mul, x, std::f64::consts::FRAC_1_SQRT_2)?;
             draft.unary(UnaryOp::Erf, scaled)?
@@ -317,5 +405,5 @@ pub(super) fn gelu(draft: &mut Draft, node: &OnnxNode) -> Results {
     };
     let sum = draft.binary_scalar(BinaryOp::Add, gate, 1.0)?;
     let half = draft.binary_scalar(BinaryOp::Mul, x, 0.5)?;
-    Ok(vec![draft.mul(half, sum)?])
+    draft.mul(half, sum)
 }

@@ -8,13 +8,13 @@ use crate::node::{OnnxNode, axis_of};
 use qcompile_ir::{DType, Dim, Op, Shape, Tensor};
 use std::sync::Arc;
 
-type Value = Result<ValueId, Obstacle>;
+pub(super) type Value = Result<ValueId, Obstacle>;
 
 /// Elements of an index or mask constant made here.
 const INDEX_LIMIT: usize = 1 << 24;
 
 /// The rows of `x` along `axis` at `indices`, which replace the axis.
-fn take(draft: &mut Draft, x: ValueId, axis: usize, indices: ValueId) -> Value {
+pub(super) fn take(draft: &mut Draft, x: ValueId, axis: usize, indices: ValueId) -> Value {
     let moved = draft.move_axis(x, axis, 0)?;
     let count = draft.rank(indices);
     let indices = draft.cast(indices, DType::I64)?;
@@ -27,7 +27,12 @@ fn take(draft: &mut Draft, x: ValueId, axis: usize, indices: ValueId) -> Value {
 }
 
 /// [`take`] with constant indices.
-fn take_constant(draft: &mut Draft, x: ValueId, axis: usize, indices: Vec<i64>) -> Value {
+pub(super) fn take_constant(
+    draft: &mut Draft,
+    x: ValueId,
+    axis: usize,
+    indices: Vec<i64>,
+) -> Value {
     let indices = Tensor::from_i64(&[indices.len()], &indices)
         .ok_or_else(|| Obstacle::invalid("too many indices"))?;
     let indices = super::constant::add_tensor(draft, Arc::new(indices))?;
@@ -40,8 +45,8 @@ pub(super) fn gather(draft: &mut Draft, node: &OnnxNode) -> Results {
         return Err(Obstacle::invalid("the data is a scalar"));
     }
     let axis = axis_of(node.attributes.int("axis", 0)?, draft.rank(x))?;
-    let fixed = draft.dims(x)[axis].as_fixed();
-    if let (Some(known), Some(size)) = (draft.known(indices), fixed) {
+    let size = fixed_axis(draft, x, axis, "gathers along")?;
+    if let Some(known) = draft.known(indices) {
         let count = known.len().unwrap_or(0);
         for at in 0..count.min(known.elements.len()) {
             if let Some(index) = known.get(at).as_int() {
@@ -56,6 +61,18 @@ pub(super) fn gather(draft: &mut Draft, node: &OnnxNode) -> Results {
         }
     }
     Ok(vec![take(draft, x, axis, indices)?])
+}
+
+/// The size of an axis that must not depend on the batch size, which is what the operator does to it.
+pub(super) fn fixed_axis(
+    draft: &Draft,
+    x: ValueId,
+    axis: usize,
+    does: &str,
+) -> Result<usize, Obstacle> {
+    draft.dims(x)[axis].as_fixed().ok_or_else(|| {
+        Obstacle::unsupported(format!("{does} axis {axis}, which depends on the batch size"))
+    })
 }
 
 fn check_index(index: i64, size: usize) -> Result<usize, Obstacle> {
@@ -87,13 +104,16 @@ pub(super) fn slice(draft: &mut Draft, node: &OnnxNode) -> Results {
     Ok(vec![x])
 }
 
+/// No axis is as long: an end from here on is the end of the axis. Exporters write this number, or 2^31 - 1 and more.
+const WHOLE_AXIS: i64 = 1_000_000_000;
+
 fn slice_axis(draft: &mut Draft, x: ValueId, axis: usize, [start, end, step]: [i64; 3]) -> Value {
     if step == 0 {
         return Err(Obstacle::invalid("a slice with step 0"));
     }
     let Some(size) = draft.dims(x)[axis].as_fixed() else {
         // All of the batch is the only part of it that has a fixed meaning here.
-        if start == 0 && step == 1 && end >= i64::from(i32::MAX) {
+        if start == 0 && step == 1 && end >= WHOLE_AXIS {
             return Ok(x);
         }
         return Err(Obstacle::unsupported(format!(
@@ -124,7 +144,7 @@ fn slice_axis(draft: &mut Draft, x: ValueId, axis: usize, [start, end, step]: [i
     take_constant(draft, x, axis, indices)
 }
 
-fn bounded(elements: usize) -> Result<(), Obstacle> {
+pub(super) fn bounded(elements: usize) -> Result<(), Obstacle> {
     if elements < INDEX_LIMIT {
         Ok(())
     } else {
@@ -143,9 +163,7 @@ pub(super) fn split(draft: &mut Draft, node: &OnnxNode) -> Results {
             "num_outputs is {asked}, but there are {parts} outputs"
         )));
     }
-    let size = draft.dims(x)[axis].as_fixed().ok_or_else(|| {
-        Obstacle::unsupported(format!("splits axis {axis}, which depends on the batch size"))
-    })?;
+    let size = fixed_axis(draft, x, axis, "splits")?;
     let given = if node.opset < 13 {
         node.attributes.ints("split")?.map(<[i64]>::to_vec)
     } else {
@@ -176,100 +194,6 @@ pub(super) fn split(draft: &mut Draft, node: &OnnxNode) -> Results {
         start += length;
     }
     Ok(results)
-}
-
-pub(super) fn pad(draft: &mut Draft, node: &OnnxNode) -> Results {
-    let mut x = node.input(0)?;
-    let rank = draft.rank(x);
-    let mode = node.attributes.string("mode", "constant")?;
-    let (pads, value, axes) = if node.opset < 11 {
-        let value = node.attributes.float("value", 0.0)?;
-        (node.attributes.ints("pads")?.map(<[i64]>::to_vec), value, None)
-    } else {
-        let value = match node.constant(draft, 2)? {
-            Some(known) if known.len() == Some(0) => 0.0,
-            _ => node.number_input(draft, 2)?.unwrap_or(0.0),
-        };
-        (node.ints_input(draft, 1)?, value, node.ints_input(draft, 3)?)
-    };
-    let pads = pads.ok_or_else(|| Obstacle::invalid("pads are missing"))?;
-    let axes = match axes {
-        None => (0..rank).collect(),
-        Some(axes) => {
-            crate::node::axes_of(&axes, rank)?;
-            axes.iter().map(|&axis| axis_of(axis, rank)).collect::<Result<Vec<_>, _>>()?
-        }
-    };
-    if pads.len() != axes.len() * 2 {
-        return Err(Obstacle::invalid(format!("{} pads for {} axes", pads.len(), axes.len())));
-    }
-    for (at, &axis) in axes.iter().enumerate() {
-        let ends = [pads[at], pads[at + axes.len()]];
-        if ends == [0, 0] {
-            continue;
-        }
-        let Some(size) = draft.dims(x)[axis].as_fixed() else {
-            return Err(Obstacle::unsupported(format!(
-                "pads axis {axis}, which depends on the batch size"
-            )));
-        };
-        x = match mode.as_str() {
-            "constant" => pad_constant(draft, x, axis, size, ends, value)?,
-            "reflect" | "edge" | "wrap" => {
-                let indices = border_indices(&mode, size, ends)?;
-                take_constant(draft, x, axis, indices)?
-            }
-            other => return Err(Obstacle::invalid(format!("attribute mode is `{other}`"))),
-        };
-    }
-    Ok(vec![x])
-}
-
-fn pad_constant(
-    draft: &mut Draft,
-    x: ValueId,
-    axis: usize,
-    size: usize,
-    ends: [i64; 2],
-    value: f64,
-) -> Value {
-    // Negative padding cuts, before anything is added.
-    let cut = ends.map(|end| usize::try_from(end.min(0).unsigned_abs()).unwrap_or(usize::MAX));
-    let kept = size.checked_sub(cut[0]).and_then(|left| left.checked_sub(cut[1]));
-    let kept =
-        kept.ok_or_else(|| Obstacle::invalid(format!("pads {ends:?} cut more than {size}")))?;
-    let x = draft.slice(x, axis, cut[0], cut[0] + kept)?;
-    let [low, high] = ends.map(|end| usize::try_from(end.max(0)).unwrap_or(usize::MAX));
-    if [low, high] == [0, 0] {
-        return Ok(x);
-    }
-    #[allow(clippy::cast_possible_truncation, reason = "rounding to the element type")]
-    let value = value as f32;
-    draft.emit(Op::Pad { axis, low, high, interior: 0, value }, &[x])
-}
-
-/// Where each element of an axis padded from its own elements comes from.
-fn border_indices(mode: &str, size: usize, [low, high]: [i64; 2]) -> Result<Vec<i64>, Obstacle> {
-    let size = i64::try_from(size).map_err(|_| Obstacle::invalid("an axis beyond 2^63"))?;
-    let end = size.checked_add(high).ok_or_else(|| Obstacle::invalid("pads overflow"))?;
-    let count = end.checked_add(low).and_then(|count| usize::try_from(count).ok());
-    bounded(count.ok_or_else(|| Obstacle::invalid("pads cut more than there is"))?)?;
-    if size == 0 {
-        return Err(Obstacle::invalid("pads an empty axis from itself"));
-    }
-    let start = low.checked_neg().ok_or_else(|| Obstacle::invalid("pads overflow"))?;
-    Ok((start..end)
-        .map(|at| match mode {
-            "edge" => at.clamp(0, size - 1),
-            "wrap" => at.rem_euclid(size),
-            _ if size == 1 => 0,
-            _ => {
-                let period = 2 * (size - 1);
-                let at = at.rem_euclid(period);
-                if at < size { at } else { period - at }
-            }
-        })
-        .collect())
 }
 
 pub(super) fn trilu(draft: &mut Draft, node: &OnnxNode) -> Results {
@@ -307,17 +231,4 @@ pub(super) fn trilu(draft: &mut Draft, node: &OnnxNode) -> Results {
     let dims: Vec<Dim> = draft.dims(x).to_vec();
     let zero = draft.emit(Op::Broadcast(Shape(dims)), &[zero])?;
     Ok(vec![draft.select(mask, x, zero)?])
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn borders_repeat_reflect_and_wrap() {
-        let of = |mode| border_indices(mode, 3, [2, 2]).expect("fits");
-        assert_eq!(of("edge"), [0, 0, 0, 1, 2, 2, 2]);
-        assert_eq!(of("reflect"), [2, 1, 0, 1, 2, 1, 0]);
-        assert_eq!(of("wrap"), [1, 2, 0, 1, 2, 0, 1]);
-    }
 }

@@ -6,7 +6,7 @@ use crate::build::broadcast_dims;
 use crate::draft::{Draft, ValueId};
 use crate::error::Obstacle;
 use crate::node::OnnxNode;
-use qcompile_ir::{BinaryOp, Dim, Op};
+use qcompile_ir::{BinaryOp, Dim, Op, ReduceOp, Shape};
 
 const PLAIN: Op = Op::Matmul { transpose_a: false, transpose_b: false };
 
@@ -23,7 +23,10 @@ pub(super) fn gemm(draft: &mut Draft, node: &OnnxNode) -> Results {
             draft.ty(b)
         )));
     }
-    let mut result = draft.emit(Op::Matmul { transpose_a, transpose_b }, &[a, b])?;
+    if !draft.dtype(a).is_float() {
+        return Err(Obstacle::unsupported(format!("a product of {} elements", draft.dtype(a))));
+    }
+    let mut result = draft.emit_wide(Op::Matmul { transpose_a, transpose_b }, &[a, b])?;
     if alpha != 1.0 {
         result = draft.binary_scalar(BinaryOp::Mul, result, alpha)?;
     }
@@ -45,9 +48,17 @@ pub(super) fn gemm(draft: &mut Draft, node: &OnnxNode) -> Results {
 
 pub(super) fn matmul(draft: &mut Draft, node: &OnnxNode) -> Results {
     let (a, b) = (node.input(0)?, node.input(1)?);
-    if !draft.dtype(a).is_float() {
-        return Err(Obstacle::unsupported(format!("a product of {} elements", draft.dtype(a))));
-    }
+    let product = if draft.dtype(a).is_float() { product } else { elementwise_product };
+    Ok(vec![numpy_product(draft, a, b, product)?])
+}
+
+/// A product of matrices as numpy has it of values of any rank.
+pub(super) fn numpy_product(
+    draft: &mut Draft,
+    a: ValueId,
+    b: ValueId,
+    product: fn(&mut Draft, ValueId, ValueId) -> Result<ValueId, Obstacle>,
+) -> Result<ValueId, Obstacle> {
     let (rank_a, rank_b) = (draft.rank(a), draft.rank(b));
     if rank_a == 0 || rank_b == 0 {
         return Err(Obstacle::invalid("an operand is a scalar"));
@@ -64,7 +75,32 @@ pub(super) fn matmul(draft: &mut Draft, node: &OnnxNode) -> Results {
     if rank_b == 1 {
         vanishing.push(rank - 1);
     }
-    Ok(vec![draft.squeeze(product, &vanishing)?])
+    draft.squeeze(product, &vanishing)
+}
+
+/// Most factors of the elements of a product of integers.
+const FACTOR_LIMIT: usize = 1 << 26;
+
+/// The product of matrices of integers, as a sum of products of elements.
+fn elementwise_product(draft: &mut Draft, a: ValueId, b: ValueId) -> Result<ValueId, Obstacle> {
+    let (rank_a, rank_b) = (draft.rank(a), draft.rank(b));
+    if draft.dims(a)[rank_a - 1] != draft.dims(b)[rank_b - 2] || draft.dtype(a) != draft.dtype(b) {
+        return Err(Obstacle::invalid(format!("{} and {} do not fit", draft.ty(a), draft.ty(b))));
+    }
+    let a = with_axis(draft, a, rank_a, true)?;
+    let b = with_axis(draft, b, rank_b - 2, true)?;
+    let factors = Shape(broadcast_dims(draft.dims(a), draft.dims(b))?).elements();
+    if factors.is_none_or(|count| count.scale > FACTOR_LIMIT) {
+        return Err(Obstacle::unsupported(format!(
+            "a product of integers of {} and {}",
+            draft.ty(a),
+            draft.ty(b)
+        )));
+    }
+    let factors = draft.mul(a, b)?;
+    let axis = draft.rank(factors) - 2;
+    let sum = draft.reduce(ReduceOp::Sum, factors, &[axis])?;
+    draft.squeeze(sum, &[axis])
 }
 
 fn with_axis(
@@ -82,7 +118,7 @@ fn with_axis(
 }
 
 /// The product of values of rank at least 2.
-fn product(draft: &mut Draft, a: ValueId, b: ValueId) -> Result<ValueId, Obstacle> {
+pub(super) fn product(draft: &mut Draft, a: ValueId, b: ValueId) -> Result<ValueId, Obstacle> {
     let (dims_a, dims_b) = (draft.dims(a).to_vec(), draft.dims(b).to_vec());
     let (lead_a, [m, k]) = dims_a.split_at(dims_a.len() - 2) else {
         return Err(Obstacle::invalid("an operand is no matrix"));
@@ -100,7 +136,7 @@ fn product(draft: &mut Draft, a: ValueId, b: ValueId) -> Result<ValueId, Obstacl
         // One matrix for all rows: a single two-dimensional product.
         let rows = as_matrix(draft, a, dims_a.len() - 1)?;
         let matrix = draft.reshape(b, &[*inner, *n])?;
-        let flat = draft.emit(PLAIN, &[rows, matrix])?;
+        let flat = draft.emit_wide(PLAIN, &[rows, matrix])?;
         let mut dims = dims_a;
         if let Some(last) = dims.last_mut() {
             *last = *n;
@@ -115,5 +151,5 @@ fn product(draft: &mut Draft, a: ValueId, b: ValueId) -> Result<ValueId, Obstacl
     };
     let a = draft.broadcast(a, &with([*m, *k]))?;
     let b = draft.broadcast(b, &with([*inner, *n]))?;
-    draft.emit(PLAIN, &[a, b])
+    draft.emit_wide(PLAIN, &[a, b])
 }

@@ -1,12 +1,12 @@
-//! Normalizations: compositions whose gradients are exact through `stop_gradient`.
+//! Normalizations: compositions whose gradients are exact through `stop_gradient`. Statistics are computed in f32.
 
 use super::Results;
 use super::shape::as_matrix;
-use crate::BatchNorm;
 use crate::draft::{Draft, ValueId};
 use crate::error::Obstacle;
-use crate::node::{OnnxNode, axis_of};
-use qcompile_ir::{BinaryOp, Dim, Op, Region, UnaryOp};
+use crate::node::{OnnxNode, axes_of, axis_of};
+use crate::tensor;
+use qcompile_ir::{BinaryOp, CompareOp, DType, Dim, Op, PoolGeometry, ReduceOp, Shape, UnaryOp};
 
 type Value = Result<ValueId, Obstacle>;
 
@@ -19,26 +19,32 @@ pub(super) fn softmax(draft: &mut Draft, node: &OnnxNode, op: Op) -> Results {
         if axis + 1 != rank {
             let dims = draft.dims(x).to_vec();
             let matrix = as_matrix(draft, x, axis)?;
-            let result = draft.emit(op, &[matrix])?;
+            let result = draft.emit_wide(op, &[matrix])?;
             return Ok(vec![draft.reshape(result, &dims)?]);
         }
-        return Ok(vec![draft.emit(op, &[x])?]);
+        return Ok(vec![draft.emit_wide(op, &[x])?]);
     }
     let axis = axis_of(node.attributes.int("axis", -1)?, rank)?;
-    let moved = draft.move_axis(x, axis, rank - 1)?;
-    let result = draft.emit(op, &[moved])?;
-    Ok(vec![draft.move_axis(result, rank - 1, axis)?])
+    Ok(vec![along(draft, x, axis, op)?])
+}
+
+/// An op over the last axis, over another one.
+pub(super) fn along(draft: &mut Draft, x: ValueId, axis: usize, op: Op) -> Value {
+    let last = draft.rank(x) - 1;
+    let moved = draft.move_axis(x, axis, last)?;
+    let result = draft.emit_wide(op, &[moved])?;
+    draft.move_axis(result, last, axis)
 }
 
 /// Statistics of a value over some of its axes, which stay with size 1.
-struct Moments {
-    mean: ValueId,
-    variance: ValueId,
-    centered: ValueId,
+pub(super) struct Moments {
+    pub(super) mean: ValueId,
+    pub(super) variance: ValueId,
+    pub(super) centered: ValueId,
 }
 
 impl Moments {
-    fn of(draft: &mut Draft, x: ValueId, axes: &[usize]) -> Result<Moments, Obstacle> {
+    pub(super) fn of(draft: &mut Draft, x: ValueId, axes: &[usize]) -> Result<Moments, Obstacle> {
         let mean = draft.mean(x, axes)?;
         let centered = draft.sub(x, mean)?;
         // The derivative of the variance by the mean is zero: stopping it there is exact and saves a reduction.
@@ -51,119 +57,10 @@ impl Moments {
 }
 
 /// `1 / sqrt(variance + epsilon)`.
-fn inverse_deviation(draft: &mut Draft, variance: ValueId, epsilon: f64) -> Value {
+pub(super) fn inverse_deviation(draft: &mut Draft, variance: ValueId, epsilon: f64) -> Value {
     let shifted = draft.binary_scalar(BinaryOp::Add, variance, epsilon)?;
     let deviation = draft.unary(UnaryOp::Sqrt, shifted)?;
     draft.unary(UnaryOp::Reciprocal, deviation)
-}
-
-pub(super) fn batch_normalization(draft: &mut Draft, node: &OnnxNode) -> Results {
-    let x = node.input(0)?;
-    let rank = draft.rank(x);
-    let epsilon = node.attributes.float("epsilon", 1e-5)?;
-    let momentum = node.attributes.float("momentum", 0.9)?;
-    let declared = if node.opset >= 14 {
-        node.attributes.flag("training_mode", false)?
-    } else {
-        node.outputs.len() > 1
-    };
-    if node.opset < 9 && !node.attributes.flag("spatial", true)? {
-        return Err(Obstacle::unsupported("statistics per place (spatial = 0)"));
-    }
-    if rank < 2 {
-        return Err(Obstacle::invalid(format!("{} has no channels", draft.ty(x))));
-    }
-    let channels = draft.dims(x)[1];
-    let mut operands = [x; 4];
-    for (at, operand) in operands.iter_mut().enumerate() {
-        *operand = node.input(at + 1)?;
-        if draft.dims(*operand) != [channels] {
-            return Err(Obstacle::invalid(format!(
-                "input {} is {} for {channels} channels",
-                at + 1,
-                draft.ty(*operand)
-            )));
-        }
-    }
-    let [scale, bias, mean, variance] = operands;
-    let training = match node.batch_norm {
-        BatchNorm::Model => declared,
-        BatchNorm::Train => true,
-        BatchNorm::Frozen => false,
-    };
-    if !training
-        && (1..node.outputs.len()).any(|at| node.wants(at))
-        && node.batch_norm == BatchNorm::Model
-    {
-        return Err(Obstacle::invalid("statistics as results outside training mode"));
-    }
-    let last = draft.move_axis(x, 1, rank - 1)?;
-    if training {
-        let statistics = [("running_mean", mean), ("running_var", variance)];
-        return trained(draft, node, last, [scale, bias], statistics, [epsilon, momentum]);
-    }
-    let (mean, variance) = (draft.frozen(mean)?, draft.frozen(variance)?);
-    let centered = draft.sub(last, mean)?;
-    let inverse = inverse_deviation(draft, variance, epsilon)?;
-    let factor = draft.mul(inverse, scale)?;
-    let scaled = draft.mul(centered, factor)?;
-    let shifted = draft.add(scaled, bias)?;
-    let result = draft.move_axis(shifted, rank - 1, 1)?;
-    // Frozen on request: the statistics are what they were.
-    Ok(vec![result, mean, variance])
-}
-
-/// Normalization by the statistics of the batch, of a value whose channels come last.
-fn trained(
-    draft: &mut Draft,
-    node: &OnnxNode,
-    x: ValueId,
-    [scale, bias]: [ValueId; 2],
-    statistics: [(&str, ValueId); 2],
-    [epsilon, momentum]: [f64; 2],
-) -> Results {
-    let rank = draft.rank(x);
-    let axes: Vec<usize> = (0..rank - 1).collect();
-    let moments = Moments::of(draft, x, &axes)?;
-    let inverse = inverse_deviation(draft, moments.variance, epsilon)?;
-    let channels = draft.dims(scale).to_vec();
-    let inverse = draft.reshape(inverse, &channels)?;
-    let factor = draft.mul(inverse, scale)?;
-    let scaled = draft.mul(moments.centered, factor)?;
-    let shifted = draft.add(scaled, bias)?;
-    let mut results = vec![draft.move_axis(shifted, rank - 1, 1)?];
-    for ((role, running), current) in statistics.into_iter().zip([moments.mean, moments.variance]) {
-        let state = draft.state(running, &format!("{}.{role}", node.base))?;
-        let next = updated(draft, state, current, momentum)?;
-        draft.set_next(state, next);
-        results.push(next);
-    }
-    if node.outputs.len() > 3 {
-        // Opset 7 to 13 also give the statistics of the batch.
-        let channels = draft.dims(bias).to_vec();
-        results.push(draft.reshape(moments.mean, &channels)?);
-        results.push(draft.reshape(moments.variance, &channels)?);
-    }
-    Ok(results)
-}
-
-/// `state · momentum + current · (1 - momentum)`, in the region of updates.
-fn updated(draft: &mut Draft, state: ValueId, current: ValueId, momentum: f64) -> Value {
-    let dims = draft.dims(state).to_vec();
-    let dtype = draft.dtype(state);
-    let mut factor = |value: f64| {
-        let scalar = draft.scalar(dtype, value);
-        draft.broadcast(scalar, &dims)
-    };
-    let (keep, take) = (factor(momentum)?, factor(1.0 - momentum)?);
-    let reshape = Op::Reshape(qcompile_ir::Shape(dims));
-    let mut current = draft.emit_in(Region::Update, reshape, &[current])?;
-    if draft.dtype(current) != dtype {
-        current = draft.emit_in(Region::Update, Op::Cast(dtype), &[current])?;
-    }
-    let kept = draft.emit_in(Region::Update, Op::Binary(BinaryOp::Mul), &[state, keep])?;
-    let taken = draft.emit_in(Region::Update, Op::Binary(BinaryOp::Mul), &[current, take])?;
-    draft.emit_in(Region::Update, Op::Binary(BinaryOp::Add), &[kept, taken])
 }
 
 /// The last axes from the attribute `axis` on.
@@ -172,48 +69,86 @@ fn last_axes(draft: &Draft, node: &OnnxNode, x: ValueId) -> Result<Vec<usize>, O
     Ok((axis_of(node.attributes.int("axis", -1)?, rank)?..rank).collect())
 }
 
-/// Rejects the computation of statistics in another type than float32.
-fn check_stash(node: &OnnxNode) -> Result<(), Obstacle> {
-    match node.attributes.int("stash_type", 1)? {
-        1 => Ok(()),
-        other => Err(Obstacle::unsupported(format!("stash_type {other}"))),
+/// The element type that statistics are computed in.
+fn stash_type(node: &OnnxNode) -> Result<DType, Obstacle> {
+    let number = node.attributes.int("stash_type", 1)?;
+    i32::try_from(number)
+        .map_err(|_| Obstacle::invalid(format!("attribute stash_type is {number}")))
+        .and_then(tensor::dtype)
+        .and_then(|dtype| {
+            let wrong = || Obstacle::invalid(format!("attribute stash_type is {number} ({dtype})"));
+            dtype.is_float().then_some(dtype).ok_or_else(wrong)
+        })
+}
+
+/// A value normalized over its last axes, times the scale, plus the bias, with what it was normalized by.
+pub(super) struct Normalized {
+    pub(super) y: ValueId,
+    /// None if only the mean square was divided by.
+    pub(super) mean: Option<ValueId>,
+    pub(super) inverse: ValueId,
+}
+
+/// How to normalize over last axes.
+pub(super) struct LastAxes {
+    pub(super) axes: Vec<usize>,
+    pub(super) epsilon: f64,
+    pub(super) stash: DType,
+    /// Whether the mean is subtracted first.
+    pub(super) centered: bool,
+}
+
+impl LastAxes {
+    fn read(draft: &Draft, node: &OnnxNode, centered: bool) -> Result<LastAxes, Obstacle> {
+        Ok(LastAxes {
+            axes: last_axes(draft, node, node.input(0)?)?,
+            epsilon: node.attributes.float("epsilon", 1e-5)?,
+            stash: stash_type(node)?,
+            centered,
+        })
+    }
+
+    pub(super) fn apply(
+        &self,
+        draft: &mut Draft,
+        x: ValueId,
+        scale: ValueId,
+        bias: Option<ValueId>,
+    ) -> Result<Normalized, Obstacle> {
+        let dtype = draft.dtype(scale);
+        let wide = draft.cast(x, self.stash)?;
+        let (numerator, square, mean) = if self.centered {
+            let moments = Moments::of(draft, wide, &self.axes)?;
+            (moments.centered, moments.variance, Some(moments.mean))
+        } else {
+            let squared = draft.mul(wide, wide)?;
+            (wide, draft.mean(squared, &self.axes)?, None)
+        };
+        let inverse = inverse_deviation(draft, square, self.epsilon)?;
+        let normalized = draft.mul(numerator, inverse)?;
+        let normalized = draft.cast(normalized, dtype)?;
+        let mut y = draft.mul(normalized, scale)?;
+        if let Some(bias) = bias {
+            y = draft.add(y, bias)?;
+        }
+        if draft.dims(y) != draft.dims(x) {
+            return Err(Obstacle::invalid("scale or bias do not broadcast to the input"));
+        }
+        Ok(Normalized { y, mean, inverse })
     }
 }
 
 pub(super) fn layer_normalization(draft: &mut Draft, node: &OnnxNode) -> Results {
-    let x = node.input(0)?;
-    let axes = last_axes(draft, node, x)?;
-    let epsilon = node.attributes.float("epsilon", 1e-5)?;
-    check_stash(node)?;
-    let dtype = draft.dtype(x);
-    let wide = draft.cast(x, qcompile_ir::DType::F32)?;
-    let moments = Moments::of(draft, wide, &axes)?;
-    let inverse = inverse_deviation(draft, moments.variance, epsilon)?;
-    let normalized = draft.mul(moments.centered, inverse)?;
-    let normalized = draft.cast(normalized, dtype)?;
-    let mut result = draft.mul(normalized, node.input(1)?)?;
-    if let Some(bias) = node.optional(2) {
-        result = draft.add(result, bias)?;
-    }
-    if draft.dims(result) != draft.dims(x) {
-        return Err(Obstacle::invalid("scale or bias do not broadcast to the input"));
-    }
-    Ok(vec![result, moments.mean, inverse])
+    let how = LastAxes::read(draft, node, true)?;
+    let result = how.apply(draft, node.input(0)?, node.input(1)?, node.optional(2))?;
+    Ok([Some(result.y), result.mean, Some(result.inverse)].into_iter().flatten().collect())
 }
 
+/// Also `SimplifiedLayerNormalization`, which has the inverse deviation as its second result.
 pub(super) fn rms_normalization(draft: &mut Draft, node: &OnnxNode) -> Results {
-    let x = node.input(0)?;
-    let axes = last_axes(draft, node, x)?;
-    let epsilon = node.attributes.float("epsilon", 1e-5)?;
-    check_stash(node)?;
-    let dtype = draft.dtype(x);
-    let wide = draft.cast(x, qcompile_ir::DType::F32)?;
-    let squared = draft.mul(wide, wide)?;
-    let mean = draft.mean(squared, &axes)?;
-    let inverse = inverse_deviation(draft, mean, epsilon)?;
-    let normalized = draft.mul(wide, inverse)?;
-    let normalized = draft.cast(normalized, dtype)?;
-    Ok(vec![draft.mul(normalized, node.input(1)?)?])
+    let how = LastAxes::read(draft, node, false)?;
+    let result = how.apply(draft, node.input(0)?, node.input(1)?, None)?;
+    Ok(vec![result.y, result.inverse])
 }
 
 pub(super) fn instance_normalization(draft: &mut Draft, node: &OnnxNode) -> Results {
@@ -223,17 +158,152 @@ pub(super) fn instance_normalization(draft: &mut Draft, node: &OnnxNode) -> Resu
         return Err(Obstacle::invalid(format!("{} has no spatial axes", draft.ty(x))));
     }
     let epsilon = node.attributes.float("epsilon", 1e-5)?;
+    let dtype = draft.dtype(x);
     let last = draft.move_axis(x, 1, rank - 1)?;
+    let last = draft.cast(last, DType::F32)?;
     let axes: Vec<usize> = (1..rank - 1).collect();
     let moments = Moments::of(draft, last, &axes)?;
     let inverse = inverse_deviation(draft, moments.variance, epsilon)?;
     let (scale, bias) = (node.input(1)?, node.input(2)?);
     let channels: [Dim; 1] = [draft.dims(x)[1]];
     if draft.dims(scale) != channels || draft.dims(bias) != channels {
-        return Err(Obstacle::invalid("scale and bias have one number for each channel"));
+        return Err(Obstacle::invalid(format!(
+            "scale {} and bias {} for {} channels",
+            draft.ty(scale),
+            draft.ty(bias),
+            channels[0]
+        )));
     }
+    let (scale, bias) = (draft.cast(scale, DType::F32)?, draft.cast(bias, DType::F32)?);
     let factor = draft.mul(inverse, scale)?;
     let scaled = draft.mul(moments.centered, factor)?;
     let shifted = draft.add(scaled, bias)?;
-    Ok(vec![draft.move_axis(shifted, rank - 1, 1)?])
+    let y = draft.cast(shifted, dtype)?;
+    Ok(vec![draft.move_axis(y, rank - 1, 1)?])
+}
+
+pub(super) fn group_normalization(draft: &mut Draft, node: &OnnxNode) -> Results {
+    let x = node.input(0)?;
+    let dims = draft.dims(x).to_vec();
+    let [batch, channels, ref places @ ..] = dims[..] else {
+        return Err(Obstacle::invalid(format!("{} has no channels", draft.ty(x))));
+    };
+    let fixed = channels.as_fixed().ok_or_else(|| {
+        Obstacle::unsupported("a number of channels that depends on the batch size")
+    })?;
+    let epsilon = node.attributes.float("epsilon", 1e-5)?;
+    let stash = if node.opset >= 21 { stash_type(node)? } else { DType::F32 };
+    let given = node.attributes.int("num_groups", 0)?;
+    let groups = usize::try_from(given)
+        .ok()
+        .filter(|&groups| groups > 0 && fixed % groups == 0)
+        .ok_or_else(|| Obstacle::invalid(format!("num_groups is {given} for {fixed} channels")))?;
+    let mut grouped = vec![batch, Dim::fixed(groups), Dim::fixed(fixed / groups)];
+    grouped.extend(places);
+    let wide = draft.cast(x, stash)?;
+    let wide = draft.reshape(wide, &grouped)?;
+    let axes: Vec<usize> = (2..grouped.len()).collect();
+    let moments = Moments::of(draft, wide, &axes)?;
+    let inverse = inverse_deviation(draft, moments.variance, epsilon)?;
+    let normalized = draft.mul(moments.centered, inverse)?;
+    let dtype = draft.dtype(x);
+    let mut y = draft.cast(normalized, dtype)?;
+    // One number for each group before opset 21, for each channel since.
+    let mut column = vec![Dim::ONE; grouped.len()];
+    for (at, op) in [(1, BinaryOp::Mul), (2, BinaryOp::Add)] {
+        let operand = node.input(at)?;
+        column[1] = Dim::fixed(groups);
+        column[2] = match draft.dims(operand) {
+            [count] if *count == channels => grouped[2],
+            [count] if *count == grouped[1] && node.opset < 21 => Dim::ONE,
+            _ => {
+                return Err(Obstacle::invalid(format!(
+                    "input {at} is {} for {fixed} channels in {groups} groups",
+                    draft.ty(operand)
+                )));
+            }
+        };
+        let operand = draft.reshape(operand, &column)?;
+        y = draft.binary(op, y, operand)?;
+    }
+    Ok(vec![draft.reshape(y, &dims)?])
+}
+
+/// By the sum of magnitudes or the root of the sum of squares; where that is 0, the result is.
+pub(super) fn lp_normalization(draft: &mut Draft, node: &OnnxNode) -> Results {
+    let x = node.input(0)?;
+    let axis = axis_of(node.attributes.int("axis", -1)?, draft.rank(x))?;
+    let norm = match node.attributes.int("p", 2)? {
+        1 => {
+            let magnitudes = draft.unary(UnaryOp::Abs, x)?;
+            draft.reduce(ReduceOp::Sum, magnitudes, &[axis])?
+        }
+        2 => {
+            let squares = draft.mul(x, x)?;
+            let sum = draft.reduce(ReduceOp::Sum, squares, &[axis])?;
+            draft.root(sum)?
+        }
+        other => return Err(Obstacle::invalid(format!("attribute p is {other}, not 1 or 2"))),
+    };
+    let dtype = draft.dtype(x);
+    let (zero, one) = (draft.scalar(dtype, 0.0), draft.scalar(dtype, 1.0));
+    let null = draft.compare(CompareOp::Equal, norm, zero)?;
+    let divisor = draft.select(null, one, norm)?;
+    Ok(vec![draft.binary(BinaryOp::Div, x, divisor)?])
+}
+
+/// `x / (bias + alpha / size · Σ x²)^beta`, where the sum is over channels near by: an average over a window of the
+/// channels as heights, with everything after them as channels.
+pub(super) fn lrn(draft: &mut Draft, node: &OnnxNode) -> Results {
+    let x = node.input(0)?;
+    let alpha = node.attributes.float("alpha", 1e-4)?;
+    let beta = node.attributes.float("beta", 0.75)?;
+    let bias = node.attributes.float("bias", 1.0)?;
+    let given = node.attributes.int("size", 0)?;
+    let size = usize::try_from(given)
+        .ok()
+        .filter(|&size| size > 0)
+        .ok_or_else(|| Obstacle::invalid(format!("attribute size is {given}")))?;
+    let dims = draft.dims(x).to_vec();
+    let [batch, channels, ref places @ ..] = dims[..] else {
+        return Err(Obstacle::invalid(format!("{} has no channels", draft.ty(x))));
+    };
+    let places = Shape(places.to_vec()).elements().and_then(Dim::as_fixed);
+    let (Some(count), Some(places)) = (channels.as_fixed(), places) else {
+        return Err(Obstacle::unsupported("channels or places that depend on the batch size"));
+    };
+    // No window reaches further than all channels.
+    let reach = |half: usize| half.min(count.saturating_sub(1));
+    let (low, high) = (reach((size - 1) / 2), reach(size / 2));
+    let square = draft.mul(x, x)?;
+    let rows = draft.reshape(square, &[batch, channels, Dim::ONE, Dim::fixed(places)])?;
+    let window = PoolGeometry {
+        input: [count, 1],
+        kernel: [low + high + 1, 1],
+        strides: [1, 1],
+        pads: [low, 0, high, 0],
+        dilations: [1, 1],
+        count_include_pad: true,
+    };
+    let average = draft.emit_wide(Op::AveragePool2d(window), &[rows])?;
+    let average = draft.reshape(average, &dims)?;
+    #[allow(clippy::cast_precision_loss, reason = "numbers of channels")]
+    let factor = alpha * window.kernel[0] as f64 / size as f64;
+    let scaled = draft.binary_scalar(BinaryOp::Mul, average, factor)?;
+    let shifted = draft.binary_scalar(BinaryOp::Add, scaled, bias)?;
+    let power = draft.binary_scalar(BinaryOp::Pow, shifted, beta)?;
+    Ok(vec![draft.binary(BinaryOp::Div, x, power)?])
+}
+
+/// `(x - mean) / (deviation + 1e-9)`.
+pub(super) fn mean_variance_normalization(draft: &mut Draft, node: &OnnxNode) -> Results {
+    let x = node.input(0)?;
+    let axes = axes_of(node.attributes.ints("axes")?.unwrap_or(&[0, 2, 3]), draft.rank(x))?;
+    let dtype = draft.dtype(x);
+    let wide = draft.cast(x, DType::F32)?;
+    let moments = Moments::of(draft, wide, &axes)?;
+    let deviation = draft.root(moments.variance)?;
+    let divisor = draft.binary_scalar(BinaryOp::Add, deviation, 1e-9)?;
+    let y = draft.binary(BinaryOp::Div, moments.centered, divisor)?;
+    Ok(vec![draft.cast(y, dtype)?])
 }

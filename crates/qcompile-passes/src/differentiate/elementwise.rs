@@ -63,6 +63,13 @@ pub(super) fn unary(b: &mut Builder<'_>, site: &Site, op: UnaryOp) -> Gradient {
             let product = b.binary("product", BinaryOp::Mul, dy, sin)?;
             b.unary("", UnaryOp::Neg, product)
         }
+        UnaryOp::Atan => {
+            // d atan(x) / dx = 1 / (1 + x²)
+            let square = b.binary("square", BinaryOp::Mul, x, x)?;
+            let one = b.splat_like("one", x, 1.0)?;
+            let below = b.binary("below", BinaryOp::Add, square, one)?;
+            b.binary("", BinaryOp::Div, dy, below)
+        }
         UnaryOp::Floor
         | UnaryOp::Ceil
         | UnaryOp::Round

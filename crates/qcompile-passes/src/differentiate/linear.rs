@@ -33,6 +33,21 @@ pub(super) fn conv2d(b: &mut Builder<'_>, site: &Site, geometry: ConvGeometry) -
     }
 }
 
+/// The gradient of the input is linear in `dy` and in the weight; so its own gradients are the convolution and the
+/// gradient of the weight, with the gradient in the place of the input.
+pub(super) fn conv2d_grad_input(
+    b: &mut Builder<'_>,
+    site: &Site,
+    geometry: ConvGeometry,
+) -> Gradient {
+    let (dy, weight) = (site.operands[0], site.operands[1]);
+    if site.position == 0 {
+        b.add("", Op::Conv2d(geometry), &[site.dy, weight])
+    } else {
+        b.add("", Op::Conv2dGradWeight(geometry), &[site.dy, dy])
+    }
+}
+
 pub(super) fn max_pool2d(b: &mut Builder<'_>, site: &Site, geometry: PoolGeometry) -> Gradient {
     b.add("", Op::MaxPool2dGrad(geometry), &[site.x(), site.dy])
 }

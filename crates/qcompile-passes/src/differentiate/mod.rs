@@ -11,12 +11,15 @@
 //! straight-through estimation on the plain `dequantize(quantize(x, s), s)`), and before anything consumes gradients.
 
 mod elementwise;
+mod indexing;
 mod linear;
 mod normalize;
 mod quantized;
 mod recurrence;
 mod rules;
 mod shape;
+
+pub use rules::carries_gradient;
 
 use crate::PassError;
 use crate::builder::Builder;

@@ -1,6 +1,6 @@
 //! Which operands carry gradients, and which rule gives them: one arm per op.
 
-use super::{elementwise, linear, normalize, quantized, recurrence, shape};
+use super::{elementwise, indexing, linear, normalize, quantized, recurrence, shape};
 use crate::PassError;
 use crate::builder::Builder;
 use qcompile_ir::{BinaryOp, Graph, NodeId, Op, Region, UnaryOp};
@@ -25,9 +25,18 @@ impl Site {
 }
 
 /// Whether operand `position` of `id` can have a gradient other than zero through it.
-pub(super) fn carries_gradient(graph: &Graph, id: NodeId, position: usize) -> bool {
+#[must_use]
+pub fn carries_gradient(graph: &Graph, id: NodeId, position: usize) -> bool {
     match graph.op(id) {
-        Op::Input(_) | Op::Param(_) | Op::State(_) | Op::Const(_) | Op::Size(_) => false,
+        Op::Input(_)
+        | Op::Param(_)
+        | Op::State(_)
+        | Op::Const(_)
+        | Op::Size(_)
+        | Op::Training
+        | Op::Iota(_)
+        | Op::Random { .. }
+        | Op::TopK { .. } => false,
         Op::Unary(op) => match op {
             UnaryOp::Floor
             | UnaryOp::Ceil
@@ -46,7 +55,8 @@ pub(super) fn carries_gradient(graph: &Graph, id: NodeId, position: usize) -> bo
             | UnaryOp::Sigmoid
             | UnaryOp::Tanh
             | UnaryOp::Sin
-            | UnaryOp::Cos => graph.ty(id).dtype.is_float(),
+            | UnaryOp::Cos
+            | UnaryOp::Atan => graph.ty(id).dtype.is_float(),
         },
         Op::Cast(dtype) => {
             dtype.is_float() && graph.ty(graph.operand(id, position)).dtype.is_float()
@@ -62,12 +72,12 @@ pub(super) fn carries_gradient(graph: &Graph, id: NodeId, position: usize) -> bo
             | BinaryOp::Pow => graph.ty(id).dtype.is_float(),
         },
         Op::Compare(_) => false,
-        Op::Select | Op::ScatterAdd { .. } => position > 0,
-        Op::Gather
-        | Op::CrossEntropy
-        | Op::Quantize { .. }
-        | Op::Dequantize { .. }
-        | Op::MaxPool2dGrad(_) => position == 0,
+        Op::Select => position > 0,
+        Op::Scatter { .. } => position > 0 && graph.ty(id).dtype.is_float(),
+        Op::Gather => position == 0 && graph.ty(id).dtype.is_float(),
+        Op::CrossEntropy | Op::Quantize { .. } | Op::Dequantize { .. } | Op::MaxPool2dGrad(_) => {
+            position == 0
+        }
         Op::CrossEntropyGrad => position != 1,
         Op::StraightThrough { .. } => position < 2,
         Op::Recurrence(layer) => layer.operands().lengths != Some(position),
@@ -124,6 +134,7 @@ pub(super) fn gradient(
             linear::matmul(b, &site, transpose_a, transpose_b)
         }
         Op::Conv2d(geometry) => linear::conv2d(b, &site, geometry),
+        Op::Conv2dGradInput(geometry) => linear::conv2d_grad_input(b, &site, geometry),
         Op::MaxPool2d(geometry) => linear::max_pool2d(b, &site, geometry),
         Op::AveragePool2d(geometry) => linear::average_pool2d(b, &site, geometry),
         Op::Reshape(_) => shape::reshape(b, &site),
@@ -132,8 +143,8 @@ pub(super) fn gradient(
         Op::Slice { axis, start, step, .. } => shape::slice(b, &site, axis, start, step),
         Op::Pad { axis, low, interior, .. } => shape::pad(b, &site, axis, low, interior),
         Op::Concat { axis } => shape::concat(b, &site, axis),
-        Op::Gather => shape::gather(b, &site),
-        Op::ScatterAdd { .. } => shape::scatter_add(b, &site),
+        Op::Gather => indexing::gather(b, &site),
+        Op::Scatter { op, rows } => indexing::scatter(b, &site, op, rows),
         Op::Recurrence(layer) => recurrence::gradient(b, &site, &layer),
         Op::Quantize { dtype, axis } => quantized::quantize(b, &site, dtype, axis),
         Op::Dequantize { axis } => quantized::dequantize(b, &site, axis),
@@ -143,8 +154,11 @@ pub(super) fn gradient(
         | Op::State(_)
         | Op::Const(_)
         | Op::Size(_)
+        | Op::Training
+        | Op::Iota(_)
+        | Op::Random { .. }
+        | Op::TopK { .. }
         | Op::Compare(_)
-        | Op::Conv2dGradInput(_)
         | Op::Conv2dGradWeight(_)
         | Op::MaxPool2dGrad(_)
         | Op::AveragePool2dGrad(_)

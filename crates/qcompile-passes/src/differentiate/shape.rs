@@ -75,12 +75,3 @@ pub(super) fn concat(b: &mut Builder<'_>, site: &Site, axis: usize) -> Gradient 
     let end = start + size(b, site.x(), axis);
     b.add("", Op::Slice { axis, start, end, step: 1 }, &[site.dy])
 }
-
-pub(super) fn gather(b: &mut Builder<'_>, site: &Site) -> Gradient {
-    let rows = size(b, site.x(), 0);
-    b.add("", Op::ScatterAdd { rows }, &[site.operands[1], site.dy])
-}
-
-pub(super) fn scatter_add(b: &mut Builder<'_>, site: &Site) -> Gradient {
-    b.add("", Op::Gather, &[site.dy, site.operands[0]])
-}

@@ -39,6 +39,7 @@ fn folded(graph: &Graph, id: NodeId) -> Result<Option<Tensor>, PassError> {
     let constant = |id: &NodeId| matches!(graph.op(*id), Op::Const(_));
     if op.is_leaf()
         || matches!(op, Op::Broadcast(_) | Op::AllReduce(_))
+        || graph.ty(id).shape.batch_axis().is_some()
         || operands.is_empty()
         || !operands.iter().all(constant)
         || graph.ty(id).shape.elements().is_none_or(|elements| elements.scale > MOST_ELEMENTS)

@@ -114,13 +114,20 @@ fn equal(graph: &Graph, id: NodeId, options: &Options) -> Option<Equal> {
         }
         Op::Unary(op) => unary(graph, id, *op, options),
         Op::Binary(op) => binary(graph, id, *op),
-        Op::Compare(_) | Op::Select => hoisted(graph, id),
+        Op::Compare(_) => hoisted(graph, id),
+        Op::Select => match splat(graph, operands[0]) {
+            Some(condition) => value(if condition == 0.0 { 2 } else { 1 }),
+            None => hoisted(graph, id),
+        },
         Op::Cast(_) => hoisted(graph, id),
         Op::Input(_)
         | Op::Param(_)
         | Op::State(_)
         | Op::Const(_)
         | Op::Size(_)
+        | Op::Training
+        | Op::Iota(_)
+        | Op::Random { .. }
         | Op::Matmul { .. }
         | Op::Conv2d(_)
         | Op::Conv2dGradInput(_)
@@ -132,7 +139,8 @@ fn equal(graph: &Graph, id: NodeId, options: &Options) -> Option<Equal> {
         | Op::Slice { .. }
         | Op::Pad { .. }
         | Op::Gather
-        | Op::ScatterAdd { .. }
+        | Op::Scatter { .. }
+        | Op::TopK { .. }
         | Op::Attention { .. }
         | Op::AttentionGrad { .. }
         | Op::Recurrence(_)
@@ -206,7 +214,22 @@ fn binary(graph: &Graph, id: NodeId, op: BinaryOp) -> Option<Equal> {
     let neutral = match op {
         BinaryOp::Add | BinaryOp::Sub => 0.0,
         BinaryOp::Mul | BinaryOp::Div | BinaryOp::Pow => 1.0,
-        BinaryOp::Max | BinaryOp::Min | BinaryOp::And | BinaryOp::Or => {
+        BinaryOp::And | BinaryOp::Or => {
+            return match (splat(graph, a), splat(graph, b)) {
+                _ if a == b => Some(Equal::Value(a)),
+                // `or` of true and `and` of false are that; else the other decides.
+                (Some(known), _) => {
+                    let decides = (known != 0.0) == (op == BinaryOp::Or);
+                    Some(Equal::Value(if decides { a } else { b }))
+                }
+                (None, Some(known)) => {
+                    let decides = (known != 0.0) == (op == BinaryOp::Or);
+                    Some(Equal::Value(if decides { b } else { a }))
+                }
+                (None, None) => hoisted(graph, id),
+            };
+        }
+        BinaryOp::Max | BinaryOp::Min => {
             return if a == b { Some(Equal::Value(a)) } else { hoisted(graph, id) };
         }
     };

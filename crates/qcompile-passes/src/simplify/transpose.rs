@@ -110,6 +110,9 @@ fn above(op: &Op, operands: usize, permutation: &[usize]) -> Option<(Op, usize)>
         | Op::State(_)
         | Op::Const(_)
         | Op::Size(_)
+        | Op::Training
+        | Op::Iota(_)
+        | Op::Random { .. }
         | Op::Matmul { .. }
         | Op::Conv2d(_)
         | Op::Conv2dGradInput(_)
@@ -122,7 +125,8 @@ fn above(op: &Op, operands: usize, permutation: &[usize]) -> Option<(Op, usize)>
         | Op::Transpose(_)
         | Op::Broadcast(_)
         | Op::Gather
-        | Op::ScatterAdd { .. }
+        | Op::Scatter { .. }
+        | Op::TopK { .. }
         | Op::Attention { .. }
         | Op::AttentionGrad { .. }
         | Op::Recurrence(_)

@@ -197,6 +197,9 @@ pub struct InspectCommand {
     /// List every node (of a plan: every step).
     #[arg(long)]
     pub nodes: bool,
+    /// Of a model: whether each node can be imported, differentiated and quantized, and why not.
+    #[arg(long, conflicts_with = "nodes")]
+    pub capability: bool,
     /// The import.
     #[command(flatten)]
     pub import: ImportArgs,

@@ -19,6 +19,9 @@ use std::sync::Arc;
 
 pub(super) fn run(command: &InspectCommand) -> Result<()> {
     let target = open(&command.file)?;
+    if command.capability {
+        return super::capability::run(command, &target);
+    }
     let report = match &target {
         Target::Model(_) | Target::Graph(_) => {
             let options = Options::default().with_import(&command.import);
@@ -151,7 +154,8 @@ impl Report {
         let mut values = Vec::new();
         for (at, port) in ports.iter().enumerate() {
             let ty = ty(&port.name).unwrap_or_else(|| "not used".to_owned());
-            let declared = if port.is_double() { " (declared float64)" } else { "" };
+            let declared =
+                port.carried().map_or_else(String::new, |_| format!(" (declared {})", port.dtype));
             let label = if at == 0 { name } else { "" };
             let text = crate::error::escaped(&format!("{} : {ty}{declared}", port.name));
             self.text.push_str(&format!(" {label:<17} {text}\n"));

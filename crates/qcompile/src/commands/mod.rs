@@ -1,6 +1,7 @@
 //! The commands: each reads its files, does its work through the library, and answers on stdout.
 
 mod bench;
+mod capability;
 mod compile;
 mod doctor;
 mod eval;

@@ -15,6 +15,7 @@ use crate::terminal::{Show, say_verb};
 use crate::wants::loss_kind;
 use qcompile_ir::{DType, Graph, NodeId, Op, Region, Tensor};
 use qcompile_passes::differentiate::{self, GRADIENT_SUFFIX};
+use qcompile_passes::evaluation;
 use qcompile_passes::quantize::PrecisionChoice;
 use qcompile_plan::{BuildOptions, Plan, build};
 use qcompile_runtime::{Trainer, TrainerOptions, Values};
@@ -135,7 +136,11 @@ fn forward_of(graph: &Graph, about: &About) -> Result<Graph> {
     if outputs.is_empty() {
         return Err(Error::new(Code::ModelUnsupported, "the model has no output"));
     }
-    Ok(part(graph, &outputs)?)
+    let mut graph = part(graph, &outputs)?;
+    if evaluation::still(&mut graph)? {
+        qcompile_passes::simplify::run(&mut graph, &Default::default())?;
+    }
+    Ok(graph)
 }
 
 fn loss_of(graph: &Graph) -> Result<(String, NodeId)> {
@@ -209,9 +214,10 @@ fn take_inputs(
         };
         let ty = graph.ty(id);
         let mut want = input_type(ty);
-        if port.is_double() {
-            want.dtype = Dtype::F64;
+        if let Some(dtype) = port.carried() {
+            want.dtype = dtype;
         }
+        let array = as_declared(array, want.dtype);
         let array = if *name == LABEL && backward { flat_label(array, ty)? } else { array };
         check_exact(name, &array, &want)?;
         let tensor = to_tensor(name, array)?;
@@ -224,6 +230,14 @@ fn take_inputs(
         say_verb(show, "Note", &format!("array `{name}` is not used"));
     }
     Ok(values)
+}
+
+/// bf16 as programs without that type write it: the bits as uint16.
+fn as_declared(array: Array, wanted: Dtype) -> Array {
+    match (array.dtype, wanted) {
+        (Dtype::U16, Dtype::Bf16) => Array { dtype: Dtype::Bf16, ..array },
+        _ => array,
+    }
 }
 
 /// Class labels of any shape and integer type are rows; other labels are taken as they are.
@@ -299,7 +313,7 @@ fn outputs(mut results: Values, about: &About) -> Result<BTreeMap<String, Array>
         let value = results.remove(&port.name).ok_or_else(|| {
             Error::new(Code::Internal, format!("the plan returned no output `{}`", port.name))
         })?;
-        arrays.insert(port.name.clone(), to_array(&value, port.is_double())?);
+        arrays.insert(port.name.clone(), to_array(&value, port.carried())?);
     }
     Ok(arrays)
 }
@@ -315,7 +329,7 @@ fn gradients(results: Values) -> Result<BTreeMap<String, Array>> {
             Some(parameter) => parameter.to_owned(),
             None => name,
         };
-        arrays.insert(key, to_array(&value, false)?);
+        arrays.insert(key, to_array(&value, None)?);
     }
     Ok(arrays)
 }

@@ -49,7 +49,7 @@ pub fn write_dump(draft: &Draft, path: Option<&Path>) -> Result<()> {
     if !tensors.is_empty() {
         let arrays = tensors
             .iter()
-            .map(|(digest, tensor)| Ok((format!("{digest:016x}"), to_array(tensor, false)?)))
+            .map(|(digest, tensor)| Ok((format!("{digest:016x}"), to_array(tensor, None)?)))
             .collect::<Result<BTreeMap<_, _>>>()?;
         write_atomically(&tensors_path(path), &npz::write(&arrays)?)?;
     }

@@ -5,7 +5,7 @@ use crate::data::{Batches, Binding, LABEL};
 use crate::error::{Code, Error, Result};
 use crate::synthetic::quiet;
 use crate::terminal::{Progress, Show};
-use crate::wants::{Wants, batch, loss_kind};
+use crate::wants::{Wants, loss_kind};
 use qcompile_ir::Tensor;
 use qcompile_passes::attach_loss::LossKind;
 use qcompile_runtime::{Trainer, Values};
@@ -52,7 +52,7 @@ pub fn evaluate(
     let mut progress = Progress::start(show, "Evaluating", batches.steps() as u64);
     let (mut loss, mut total, mut samples) = (0.0, Counts::default(), 0);
     for (step, rows) in batches.epoch(0, 0).enumerate() {
-        let mut inputs = batch(binding, &rows)?;
+        let mut inputs = wants.batch(binding, &rows)?;
         // The plan of a training step has inputs for its optimizer, which evaluation does not look at.
         for (name, value) in quiet() {
             if trainer.plan().inputs().iter().any(|input| input.name == name) {

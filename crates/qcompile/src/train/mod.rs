@@ -10,7 +10,7 @@ pub use rate::{Rate, Schedule};
 
 use crate::data::{Batches, Binding};
 use crate::error::{Code, Error, Result};
-use crate::wants::{Wants, batch};
+use crate::wants::Wants;
 use qcompile_ir::{DType, Tensor};
 use qcompile_runtime::Trainer;
 use std::time::{Duration, Instant};
@@ -53,6 +53,7 @@ pub struct Run<'d> {
     /// The trainer.
     pub trainer: Trainer,
     binding: Binding<'d>,
+    wants: Wants,
     batches: Batches,
     rate: Rate,
     schedule: Schedule,
@@ -96,7 +97,16 @@ impl<'d> Run<'d> {
         }
         let schedule = Schedule::new(settings, batches.steps() as u64);
         let progress = progress.unwrap_or_else(|| Progress::new(settings.clone()));
-        Ok(Run { trainer, binding, batches, rate: settings.rate.clone(), schedule, progress })
+        let wants = wants.clone();
+        Ok(Run {
+            trainer,
+            binding,
+            wants,
+            batches,
+            rate: settings.rate.clone(),
+            schedule,
+            progress,
+        })
     }
 
     /// Number of steps in an epoch.
@@ -168,7 +178,7 @@ impl<'d> Run<'d> {
     }
 
     fn step(&mut self, rows: &[usize]) -> Result<StepLog> {
-        let mut inputs = batch(&self.binding, rows)?;
+        let mut inputs = self.wants.batch(&self.binding, rows)?;
         let lr = self.schedule.rate(self.progress.steps);
         for (name, value) in self.rate.inputs(lr, self.progress.updates + 1) {
             if self.trainer.plan().inputs().iter().any(|input| input.name == name) {
