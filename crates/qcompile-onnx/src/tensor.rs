@@ -45,6 +45,11 @@ pub(crate) fn dtype_name(number: i32) -> String {
         .map_or_else(|| format!("element type {number}"), |&name| name.to_owned())
 }
 
+/// The number of an ONNX element type by its name.
+pub(crate) fn number_of(name: &str) -> Option<i32> {
+    NAMES.iter().position(|&known| known == name).and_then(|at| i32::try_from(at).ok())
+}
+
 /// The number of an element type of the graph in ONNX.
 pub(crate) fn onnx_number(dtype: DType) -> i32 {
     match dtype {
@@ -57,11 +62,6 @@ pub(crate) fn onnx_number(dtype: DType) -> i32 {
         DType::F16 => 10,
         DType::BF16 => 16,
     }
-}
-
-/// The number of an ONNX element type by its name.
-pub(crate) fn dtype_number(name: &str) -> Option<i32> {
-    NAMES.iter().position(|&other| other == name).and_then(|number| i32::try_from(number).ok())
 }
 
 /// The ONNX name of an element type of the graph.

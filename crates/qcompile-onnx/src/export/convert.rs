@@ -1,7 +1,7 @@
 //! One arm for each op of the graph.
 
 use super::{Exporter, Result};
-use qcompile_ir::{NodeId, Op};
+use qcompile_ir::{DType, NodeId, Op};
 use std::sync::Arc;
 
 impl Exporter<'_> {
@@ -20,6 +20,13 @@ impl Exporter<'_> {
                 Ok(())
             }
             Op::Size(dim) => self.size(id, *dim),
+            Op::Iota(dim) => self.iota(id, *dim),
+            Op::Training => {
+                // A model that goes out is not in training.
+                let name = self.scalar(DType::Bool, 0.0, self.name(id));
+                self.place_natural(id, name);
+                Ok(())
+            }
             Op::Unary(op) => self.unary(id, *op, operands[0]),
             Op::Cast(to) => self.cast(id, *to, operands[0]),
             Op::Binary(op) => self.binary(id, *op, &operands),
@@ -57,7 +64,6 @@ impl Exporter<'_> {
             Op::Gather => self.gather(id, &operands),
             Op::Scatter { op, rows } => self.scatter(id, *op, *rows, &operands),
             Op::TopK { k, largest } => self.top_k(id, *k, *largest, operands[0]),
-            Op::Iota(dim) => self.iota(id, *dim),
             Op::Attention { scale, causal } => self.attention(id, *scale, *causal, &operands),
             Op::Softmax => self.rows(id, "Softmax", operands[0]),
             Op::LogSoftmax => self.rows(id, "LogSoftmax", operands[0]),
@@ -72,10 +78,7 @@ impl Exporter<'_> {
             | Op::CrossEntropyGrad
             | Op::RecurrenceGrad { .. }
             | Op::StraightThrough { .. } => self.unsupported(id, "it is part of a gradient"),
-            Op::Training => self.unsupported(id, "it is of a step that trains"),
-            Op::Random { .. } => {
-                self.unsupported(id, "ONNX says nothing of which numbers are drawn")
-            }
+            Op::Random { .. } => self.unsupported(id, "ONNX's random numbers are others"),
             Op::AllReduce(_) => self.unsupported(id, "a model runs on one machine"),
         }
     }

@@ -1,7 +1,7 @@
 //! Elementwise ops, reductions, and what runs over rows.
 
 use super::view::Placed;
-use super::writer::{Attribute, ints};
+use super::writer::{Attribute, int, ints};
 use super::{Exporter, Result};
 use crate::tensor::onnx_number;
 use qcompile_ir::{BinaryOp, CompareOp, DType, Dim, NodeId, Op, ReduceOp, UnaryOp};
@@ -116,9 +116,14 @@ impl Exporter<'_> {
             BinaryOp::Max => "Max",
             BinaryOp::Min => "Min",
             BinaryOp::Pow => "Pow",
-            BinaryOp::And => "And",
-            BinaryOp::Or => "Or",
+            BinaryOp::And if self.dtype(id) == DType::Bool => "And",
+            BinaryOp::Or if self.dtype(id) == DType::Bool => "Or",
+            BinaryOp::And => "BitwiseAnd",
+            BinaryOp::Or => "BitwiseOr",
         };
+        if operator.starts_with("Bitwise") {
+            self.require(id, 18, operator)?;
+        }
         self.require_type(id, operator, self.dtype(id))?;
         self.elementwise(id, operator, operands, vec![])
     }
@@ -213,9 +218,35 @@ impl Exporter<'_> {
         let tensor = self.arranged(x, &order, &[last])?;
         let first = order.len() - tensor.dims.len();
         let place = order.iter().position(|&axis| axis == last).unwrap_or(first) - first;
-        let axis = vec![("axis", Attribute::Int(super::writer::int(place)))];
+        let axis = vec![("axis", Attribute::Int(int(place)))];
         let name = self.one(operator, vec![tensor.name], self.name(id), axis);
         self.place(id, Placed { name, dims: tensor.dims }, &order);
+        Ok(())
+    }
+
+    /// Where the foremost elements of each row are.
+    pub(super) fn top_k(&mut self, id: NodeId, k: usize, largest: bool, x: NodeId) -> Result<()> {
+        let Some(last) = self.dims(x).len().checked_sub(1) else {
+            return self.unsupported(id, "a row of a scalar");
+        };
+        let mut order = self.shared_order(&[x]);
+        if !order.contains(&last) {
+            order.push(last);
+        }
+        let exact = order.clone();
+        let mut tensor = self.arranged(x, &order, &exact)?;
+        let place = order.iter().position(|&axis| axis == last).unwrap_or(0);
+        let count = self.integers(&[int(k)]);
+        let mut attributes = vec![("axis", Attribute::Int(int(place)))];
+        if !largest {
+            attributes.push(("largest", Attribute::Int(0)));
+        }
+        let values = format!("{}.values", self.name(id));
+        let wanted = [values.as_str(), self.name(id)];
+        let results = self.writer.node("TopK", vec![tensor.name, count], &wanted, attributes);
+        tensor.name = results.into_iter().nth(1).unwrap_or_default();
+        tensor.dims[place] = Dim::fixed(k);
+        self.place(id, tensor, &order);
         Ok(())
     }
 
@@ -299,7 +330,7 @@ impl Exporter<'_> {
 /// The attribute for an axis of the value, where the scale has one.
 fn quantized_axis(order: &[usize], axis: Option<usize>) -> Vec<(&'static str, Attribute)> {
     let place = axis.and_then(|axis| order.iter().position(|&other| other == axis));
-    place.map(|place| ("axis", Attribute::Int(super::writer::int(place)))).into_iter().collect()
+    place.map(|place| ("axis", Attribute::Int(int(place)))).into_iter().collect()
 }
 
 /// The dimensions of a result under numpy's broadcasting.

@@ -7,7 +7,6 @@
 
 mod convert;
 mod elementwise;
-mod indexing;
 mod moves;
 mod patterns;
 mod products;
@@ -16,7 +15,7 @@ mod view;
 mod writer;
 
 use crate::Port;
-use crate::tensor::{dtype, dtype_name, dtype_number, onnx_number};
+use crate::tensor::{dtype, dtype_name, number_of, onnx_number};
 use onnx_protobuf::Message;
 use patterns::Pattern;
 use qcompile_ir::{DType, Dim, Graph, NodeId, Op, Tensor, TensorType};
@@ -216,10 +215,10 @@ impl<'a> Exporter<'a> {
             self.writer.claim_input(&port.name);
             let Some(id) = id else { continue };
             let mut name = port.name.clone();
-            let carried = onnx_number(ty.dtype);
-            if elements != carried {
-                let wanted = format!("{}.{}", port.name, dtype_name(carried));
-                let to = vec![("to", Attribute::Int(i64::from(carried)))];
+            let own = onnx_number(ty.dtype);
+            if elements != own {
+                let wanted = format!("{}.{}", port.name, dtype_name(own));
+                let to = vec![("to", Attribute::Int(i64::from(own)))];
                 name = self.one("Cast", vec![name], &wanted, to);
             }
             self.place_leaf(id, name);
@@ -276,10 +275,10 @@ impl<'a> Exporter<'a> {
         for Output { port, id } in outputs {
             let mut value = self.natural(*id)?.name;
             let ty = self.graph.ty(*id);
-            let elements = elements(port, ty);
-            if elements != onnx_number(ty.dtype) {
-                let wanted = format!("{}.{}", port.name, dtype_name(elements));
-                let to = vec![("to", Attribute::Int(i64::from(elements)))];
+            let declared = elements(port, ty);
+            if declared != onnx_number(ty.dtype) {
+                let wanted = format!("{}.{}", port.name, dtype_name(declared));
+                let to = vec![("to", Attribute::Int(i64::from(declared)))];
                 value = self.one("Cast", vec![value], &wanted, to);
             }
             values.push(value);
@@ -340,7 +339,7 @@ impl<'a> Exporter<'a> {
             ("Add" | "Sub" | "Mul" | "Div", DType::I8 | DType::U8) => 14,
             ("Where", DType::BF16) => 16,
             ("Conv" | "ConvTranspose" | "MaxPool" | "AveragePool", DType::BF16)
-            | ("Sin" | "Cos" | "Round", DType::BF16) => 22,
+            | ("Sin" | "Cos" | "Atan" | "Round", DType::BF16) => 22,
             _ => return Ok(()),
         };
         self.require(id, needs, format!("{operator} of {}", dtype_name(onnx_number(dtype))))
@@ -358,9 +357,9 @@ impl<'a> Exporter<'a> {
     }
 }
 
-/// The ONNX element type of a port: what the model declares, if the graph carries it in a type of its own.
+/// The ONNX element type of a port: the declared one where the graph's carries it, as f32 does float64.
 fn elements(port: &Port, ty: &TensorType) -> i32 {
-    dtype_number(&port.onnx_dtype)
-        .filter(|&number| dtype(number).is_ok_and(|dtype| dtype == ty.dtype))
-        .unwrap_or_else(|| onnx_number(ty.dtype))
+    let carried = |number: &i32| dtype(*number).is_ok_and(|dtype| dtype == ty.dtype);
+    let declared = number_of(&port.onnx_dtype).filter(carried);
+    declared.unwrap_or_else(|| onnx_number(ty.dtype))
 }

@@ -3,7 +3,7 @@
 use super::view::Placed;
 use super::writer::{Attribute, int, ints};
 use super::{Exporter, Result};
-use qcompile_ir::{DType, Dim, NodeId};
+use qcompile_ir::{DType, Dim, NodeId, ScatterOp, Tensor};
 
 /// A part along one axis: start, end and step.
 #[derive(Clone)]
@@ -205,10 +205,71 @@ impl Exporter<'_> {
         Ok(())
     }
 
-    /// Whether indices are int64 is known: this is for those that ONNX wants as int32.
+    /// Rows that combine the values of their index, from what nothing comes to.
+    pub(super) fn scatter(
+        &mut self,
+        id: NodeId,
+        op: ScatterOp,
+        rows: Dim,
+        operands: &[NodeId],
+    ) -> Result<()> {
+        let dtype = self.dtype(id);
+        let (reduction, needs, nothing) = match op {
+            ScatterOp::Add => ("add", 16, Tensor::zeros(dtype, &[])),
+            ScatterOp::Mul => ("mul", 16, Tensor::scalar(dtype, 1.0)),
+            ScatterOp::Max => ("max", 18, Tensor::scalar(dtype, smallest(dtype))),
+        };
+        self.require(id, needs, format!("ScatterND with reduction `{reduction}`"))?;
+        let (indices, values) = (operands[0], operands[1]);
+        let mut dims = self.dims(indices).to_vec();
+        dims.push(Dim::ONE);
+        let index = self.natural(indices)?;
+        let index = self.reshaped_tensor(indices, &index, &dims)?;
+        let values = self.natural(values)?;
+        let mut sizes = vec![rows];
+        sizes.extend_from_slice(&self.dims(id)[1..]);
+        let Some(sizes) = self.sizes(&sizes) else {
+            return self.unsupported(id, "no input has the batch size");
+        };
+        let nothing = self.writer.constant("nothing", &nothing);
+        let wanted = format!("{}.start", self.name(id));
+        let start = self.one("Expand", vec![nothing, sizes], &wanted, vec![]);
+        let reduction = vec![("reduction", Attribute::Text(reduction))];
+        let inputs = vec![start, index.name, values.name];
+        let name = self.one("ScatterND", inputs, self.name(id), reduction);
+        self.place_natural(id, name);
+        Ok(())
+    }
+
+    /// 0, 1, 2, ...
+    pub(super) fn iota(&mut self, id: NodeId, dim: Dim) -> Result<()> {
+        let Some(sizes) = self.sizes(&[dim]) else {
+            return self.unsupported(id, "no input has the batch size");
+        };
+        let size = Placed { name: sizes, dims: vec![Dim::ONE] };
+        let limit = self.reshaped_tensor(id, &size, &[])?.name;
+        let start = self.scalar(DType::I64, 0.0, "first");
+        let step = self.scalar(DType::I64, 1.0, "step");
+        let name = self.one("Range", vec![start, limit, step], self.name(id), vec![]);
+        self.place_natural(id, name);
+        Ok(())
+    }
+
+    /// What the graph has as int64 and ONNX wants as int32.
     pub(super) fn as_i32(&mut self, name: String) -> String {
         let number = i64::from(crate::tensor::onnx_number(DType::I32));
         let wanted = format!("{name}.int32");
         self.one("Cast", vec![name], &wanted, vec![("to", Attribute::Int(number))])
+    }
+}
+
+/// The smallest value of an element type.
+fn smallest(dtype: DType) -> f64 {
+    match dtype {
+        DType::F32 | DType::BF16 | DType::F16 => f64::NEG_INFINITY,
+        DType::I8 => -128.0,
+        DType::I32 => -2.0_f64.powi(31),
+        DType::I64 => -2.0_f64.powi(63),
+        DType::U8 | DType::Bool => 0.0,
     }
 }
