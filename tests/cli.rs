@@ -10,9 +10,17 @@ use std::process::{Command, Stdio};
 fn help_says_what_there_is() {
     let place = Place::new();
     let mut text = place.run("--help").stdout;
-    for command in
-        ["run", "train", "eval", "sensitivity", "inspect", "bench", "doctor", "completions"]
-    {
+    for command in [
+        "run",
+        "train",
+        "eval",
+        "sensitivity",
+        "inspect",
+        "export",
+        "bench",
+        "doctor",
+        "completions",
+    ] {
         text.push_str(&format!(
             "\n=== {command}\n{}",
             place.run(&format!("{command} --help")).stdout

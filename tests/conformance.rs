@@ -1,5 +1,6 @@
 //! ONNX's own test cases: `conformance.zip`, which `tests/peers/conformance.py --write` makes, holds the small ones with
 //! their inputs, the outputs that ONNX wants, and gradients by differences of ONNX's reference evaluator in float64.
+//! `operators.zip`, which `tests/peers/operators.py --write` makes, holds further cases in the same form.
 
 use crate::command::Place;
 use crate::support::root;
@@ -10,18 +11,21 @@ use std::path::Path;
 
 type Arrays = BTreeMap<String, Array>;
 
-/// The files of each case in the archive.
+/// The files of each case in the archives.
 fn cases() -> BTreeMap<String, BTreeMap<String, Vec<u8>>> {
-    let file = std::fs::File::open(root().join("tests/conformance.zip")).expect("committed");
-    let mut archive = zip::ZipArchive::new(file).expect("well-formed");
     let mut cases: BTreeMap<String, BTreeMap<String, Vec<u8>>> = BTreeMap::new();
-    for at in 0..archive.len() {
-        let mut entry = archive.by_index(at).expect("well-formed");
-        let (case, name) = entry.name().rsplit_once('/').expect("CASE/FILE").into();
-        let (case, name) = (case.to_owned(), name.to_owned());
-        let mut bytes = Vec::new();
-        entry.read_to_end(&mut bytes).expect("well-formed");
-        cases.entry(case).or_default().insert(name, bytes);
+    for archive in ["conformance", "operators"] {
+        let path = root().join(format!("tests/{archive}.zip"));
+        let file = std::fs::File::open(path).expect("committed");
+        let mut archive = zip::ZipArchive::new(file).expect("well-formed");
+        for at in 0..archive.len() {
+            let mut entry = archive.by_index(at).expect("well-formed");
+            let (case, name) = entry.name().rsplit_once('/').expect("CASE/FILE");
+            let (case, name) = (case.to_owned(), name.to_owned());
+            let mut bytes = Vec::new();
+            entry.read_to_end(&mut bytes).expect("well-formed");
+            cases.entry(case).or_default().insert(name, bytes);
+        }
     }
     cases
 }
@@ -81,8 +85,10 @@ fn backward(files: &BTreeMap<String, Vec<u8>>) -> Result<(), String> {
     for (name, wanted) in &wanted {
         let wanted = values(wanted);
         let got = got.get(name).map_or(vec![0.0; wanted.len()], values);
-        let differs =
-            |(a, b): (&f64, &f64)| !b.is_nan() && !((a - b).abs() <= 1e-3 * largest + 1e-5);
+        let differs = |(a, b): (&f64, &f64)| {
+            let error = (a - b).abs();
+            !b.is_nan() && (error.is_nan() || error > 1e-3 * largest + 1e-5)
+        };
         if let Some(at) = got.iter().zip(&wanted).position(differs) {
             let (got, wanted) = (got[at], wanted[at]);
             return Err(format!("gradient of {name} is {got} at {at}, not {wanted}"));

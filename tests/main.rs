@@ -3,7 +3,9 @@
 mod cli;
 mod command;
 mod conformance;
+mod dropout;
 mod evaluation;
+mod export;
 mod filetests;
 mod hostile;
 mod models;

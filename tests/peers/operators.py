@@ -1,13 +1,18 @@
 """Compares single operators, their values and their gradients, with ONNX's reference evaluator in f64.
 
     python tests/peers/operators.py [--qcompile PATH] [WORD ...]
+    python tests/peers/operators.py --write tests/operators.zip
 
 Runs the generated cases whose names contain a WORD. Each output must agree to 2e-5 of its largest magnitude, integers
 exactly; each gradient of a weighted sum of the outputs must agree with central differences to 2e-3 of its largest
 magnitude. Operators that the reference lacks are compared with what is written here.
+--write keeps the cases that pass for the test suite of the workspace instead.
 """
 
+import io
 import math
+import pathlib
+import zipfile
 
 import peer
 
@@ -33,10 +38,12 @@ class Case:
     """One operator over operands; None stands for one that is left out. `fixed` numbers operands that have no
     gradient; `listed` the outputs that are summed, by default all."""
 
-    def __init__(self, name, op, operands, *, opset=21, domain="", outputs=1, listed=None, fixed=(), gradient=True, reference=None, **attributes):
+    def __init__(self, name, op, operands, *, opset=21, domain="", outputs=1, listed=None, fixed=(), gradient=True, reference=None, nodes=None, derivative=None, **attributes):
         self.name, self.op, self.operands, self.opset, self.domain = f"{op} {name}".strip(), op, operands, opset, domain
         self.outputs, self.fixed, self.gradient, self.reference, self.attributes = outputs, fixed, gradient, reference, attributes
         self.listed = range(outputs) if listed is None else listed
+        # Several nodes in place of one, and gradients that are not those of what is computed.
+        self.several, self.derivative = nodes, derivative
 
     def trained(self, at):
         operand = self.operands[at]
@@ -48,7 +55,8 @@ class Case:
 
     def model(self, weightings):
         """Outputs `total`, if anything is weighted, and the operator's."""
-        nodes, weights, inputs = [self.node()], [], []
+        nodes, weights, inputs = self.several or [self.node()], [], []
+        nodes = list(nodes)
         for at, operand in enumerate(self.operands):
             if operand is not None:
                 weights.append(numpy_helper.from_array(operand, f"x{at}"))
@@ -88,6 +96,9 @@ class Case:
     def differences(self, weightings):
         """Central differences of the weighted sum by each operand that is trained."""
         operands = self.wide()
+        if self.derivative is not None:
+            yield from self.derivative(operands, weightings).items()
+            return
 
         def total():
             results = self.evaluate(operands)
@@ -147,6 +158,32 @@ def check(work, case):
                     yield f"{name} has no gradient"
             elif not distance(file[name], gradient) <= GRADIENT_LIMIT:
                 yield f"the gradient of {name} differs by {distance(file[name], gradient):.1e}"
+
+
+def packed(arrays):
+    """The bytes of an npz."""
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    return content.getvalue()
+
+
+def files(case):
+    """The model with its inputs and outputs, and with its loss and gradients, by file name."""
+    wanted = {}
+    for at, value in enumerate(case.evaluate(case.wide())):
+        value = np.asarray(value)
+        with np.errstate(over="ignore"):
+            wanted[at] = value.astype(np.float32) if value.dtype == np.float64 else value
+    made = {"model.onnx": case.model({}).SerializeToString(deterministic=True)}
+    made["in.npz"] = packed({"unused": np.zeros(1, np.float32)})
+    made["out.npz"] = packed({f"y{at}": value for at, value in wanted.items()})
+    if any(case.trained(at) for at in range(len(case.operands))):
+        floats = [at for at, value in wanted.items() if at in case.listed and value.dtype.kind == "f"]
+        weightings = {at: random.uniform(0.5, 1.5, wanted[at].shape).astype(np.float32) for at in floats}
+        made["loss.onnx"] = case.model(weightings).SerializeToString(deterministic=True)
+        made["rest.npz"] = packed({f"w{at}": weighting for at, weighting in weightings.items()})
+        made["gradients.npz"] = packed({name: np.float32(array) for name, array in case.differences(weightings)})
+    return made
 
 
 def functions():
@@ -342,6 +379,11 @@ def quantized():
         yield Case(f"{name}", "DequantizeLinear", [q, np.float32(0.02), dtype(7)], fixed=(1,))
         yield Case(f"{name} by axis", "DequantizeLinear", [q, draw(4, low=0.01, high=0.05), random.integers(0, 9, 4).astype(dtype)], fixed=(1,), axis=0)
         yield Case(f"{name} in blocks", "DequantizeLinear", [q, draw(4, 3, low=0.01, high=0.05), random.integers(0, 9, (4, 3)).astype(dtype)], fixed=(1,), axis=1, block_size=2)
+        pair = [helper.make_node("QuantizeLinear", ["x0", "x1", "x2"], ["q"]), helper.make_node("DequantizeLinear", ["q", "x1", "x2"], ["y0"])]
+        low, high = np.iinfo(dtype).min - 7, np.iinfo(dtype).max - 7
+        yield Case(f"{name}, and back", "QuantizeLinear", [x, np.float32(0.013), dtype(7)], fixed=(1,), nodes=pair, reference=lambda x, s, z, low=low, high=high: np.clip(np.round(x / s), low, high) * s, derivative=lambda v, w, low=low, high=high: {"x0": w[0] * ((v[0] / v[1] > low - 0.5) & (v[0] / v[1] < high + 0.5))})
+    dynamic = [helper.make_node("DynamicQuantizeLinear", ["x0"], ["q", "s", "z"]), helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y0"])]
+    yield Case("and back", "DynamicQuantizeLinear", [x], nodes=dynamic, reference=dynamically, derivative=lambda v, w: {"x0": w[0]})
     yield Case("int32", "DequantizeLinear", [random.integers(-999, 999, (4, 6)).astype(np.int32), np.float32(0.02)], fixed=(1,))
     yield Case("without zero point", "QuantizeLinear", [x, np.float32(0.02)], gradient=False, output_dtype=TensorProto.INT8)
     yield Case("in blocks", "QuantizeLinear", [x, draw(4, 2, low=0.01, high=0.05), np.zeros((4, 2), np.int8)], gradient=False, axis=1, block_size=3)
@@ -361,6 +403,13 @@ def quantized():
         scales = draw(4, low=0.001, high=0.06)
         bias = random.integers(-999, 999, 4).astype(np.int32)
         yield Case(f"{channels} {group}", "QLinearConv", [x, one, np.uint8(7), w, scales, np.zeros(4, np.int8), np.float32(3), np.uint8(100), bias], gradient=False, group=group, pads=[1, 0, 1, 1], strides=[1, 2], reference=lambda x, xs, p, w, ws, wp, ys, yp, b, group=group: np.clip(np.round((convolved(x.astype(np.int64) - p, w.astype(np.int64), group) + b.reshape(-1, 1, 1)) * np.float32(np.float32(xs) * ws.astype(np.float32) / np.float32(ys)).reshape(-1, 1, 1)) + float(yp), 0, 255).astype(np.uint8))
+
+
+def dynamically(x):
+    """Quantized and back."""
+    scale = (x.max() - x.min()) / 255
+    zero = np.round(-x.min() / scale)
+    return (np.clip(np.round(x / scale) + zero, 0, 255) - zero) * scale
 
 
 def convolved(x, w, group):
@@ -432,22 +481,34 @@ FAMILIES = (functions, arithmetic, reductions, normalizations, losses, quantized
 
 def main():
     parser = peer.arguments(__doc__.splitlines()[0], ())
+    parser.add_argument("--write", type=pathlib.Path, metavar="FILE", help="keep the cases that pass, for the test suite")
     values = parser.parse_args()
     values.qcompile = values.qcompile.resolve()
     work = peer.Workspace(values)
-    failures, count = [], 0
+    failures, count, kept = [], 0, {}
     for family in FAMILIES:
         for case in family():
             if values.names and not any(word in case.name for word in values.names):
                 continue
             count += 1
             try:
-                failures += [f"{case.name}: {text}" for text in check(work, case)]
+                found = [f"{case.name}: {text}" for text in check(work, case)]
+                failures += found
+                if values.write and not found:
+                    kept[case.name] = files(case)
             except peer.Failure as failure:
                 failures.append(f"{case.name}: {failure}")
             except Exception as error:
                 failures.append(f"{case.name}: the reference fails: {type(error).__name__}: {str(error)[:200]}")
     print(f"{count} cases")
+    if values.write:
+        with zipfile.ZipFile(values.write, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+            for name, contents in kept.items():
+                for file, content in contents.items():
+                    # A fixed date, so that the same cases make the same bytes.
+                    entry = zipfile.ZipInfo(f"{name.replace('/', '-')}/{file}", (2020, 1, 1, 0, 0, 0))
+                    archive.writestr(entry, content, zipfile.ZIP_DEFLATED)
+        print(f"{len(kept)} of them in {values.write}")
     peer.finish(failures)
 
 

@@ -106,7 +106,8 @@ impl Body {
             .map(|tensor| (tensor.name.clone(), Weight::Dense(Box::new(tensor))))
             .collect();
         weights.extend(graph.sparse_initializer.into_iter().map(|tensor| {
-            let name = tensor.values.as_ref().map_or_else(String::new, |tensor| tensor.name.clone());
+            let name =
+                tensor.values.as_ref().map_or_else(String::new, |tensor| tensor.name.clone());
             (name, Weight::Sparse(Box::new(tensor)))
         }));
         let mut nodes = functions.expand(graph.node, prefix, opsets)?;

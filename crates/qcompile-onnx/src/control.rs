@@ -47,11 +47,14 @@ impl Importer<'_> {
         name: &str,
         opsets: &Rc<Opsets>,
     ) -> Result<Vec<ValueId>> {
-        let condition =
-            node.constant(&self.draft, 0)?.ok_or_else(|| Obstacle::invalid("input 0 is missing"))?;
+        let condition = node
+            .constant(&self.draft, 0)?
+            .ok_or_else(|| Obstacle::invalid("input 0 is missing"))?;
         let taken = truth(&condition, "the condition")?;
-        let branches =
-            [node.attributes.take_graph("then_branch")?, node.attributes.take_graph("else_branch")?];
+        let branches = [
+            node.attributes.take_graph("then_branch")?,
+            node.attributes.take_graph("else_branch")?,
+        ];
         let [then_branch, else_branch] = branches;
         let graph = if taken { then_branch } else { else_branch };
         let block = self.open(graph, name, opsets)?;
@@ -297,7 +300,8 @@ impl Importer<'_> {
         declared: Option<&Result<Known>>,
     ) -> Result<ValueId> {
         let Some(&first) = values.first() else {
-            let none = || Obstacle::unsupported("results of no iteration whose type is not declared");
+            let none =
+                || Obstacle::unsupported("results of no iteration whose type is not declared");
             let mut empty = declared.and_then(|ty| ty.as_ref().ok()).ok_or_else(none)?.clone();
             let axis = axis_of(axis, empty.shape.len() + 1)?;
             empty.shape.insert(axis, 0);

@@ -27,8 +27,7 @@ pub fn import(bytes: &[u8], options: &ImportOptions) -> Result<Import, ImportErr
     let mut functions = Functions::new(model.functions, options.limits.nodes)
         .map_err(|problem| ImportError::InvalidModel(vec![problem]))?;
     let graph = model.graph.into_option().ok_or_else(no_graph)?;
-    let body =
-        Body::new(graph, "", &opsets, &mut functions).map_err(ImportError::InvalidModel)?;
+    let body = Body::new(graph, "", &opsets, &mut functions).map_err(ImportError::InvalidModel)?;
     if body.outputs.is_empty() {
         let reason = "the model has no outputs".to_owned();
         return Err(ImportError::InvalidModel(vec![Problem { place: None, reason }]));
@@ -53,9 +52,8 @@ pub(crate) fn read(
     let model = ModelProto::parse_from_bytes(bytes)
         .map_err(|error| ImportError::Malformed { offset: None, reason: error.to_string() })?;
     let opsets = model.opset_import.iter();
-    let opsets = opsets
-        .map(|opset| (plain_domain(&opset.domain).to_owned(), opset.version))
-        .collect();
+    let opsets =
+        opsets.map(|opset| (plain_domain(&opset.domain).to_owned(), opset.version)).collect();
     Ok((model, Rc::new(opsets)))
 }
 
@@ -187,9 +185,9 @@ impl<'a> Importer<'a> {
 
     /// Whether a name is defined around a subgraph, imported or not.
     pub(crate) fn knows(&self, name: &str) -> bool {
-        self.scopes.iter().any(|scope| {
-            scope.values.contains_key(name) || scope.weights.contains_key(name)
-        })
+        self.scopes
+            .iter()
+            .any(|scope| scope.values.contains_key(name) || scope.weights.contains_key(name))
     }
 
     /// A value by its ONNX name, from the innermost graph that has it. An initializer becomes a value when it is
@@ -284,10 +282,24 @@ impl<'a> Importer<'a> {
             Err(Obstacle::Unsupported(reason)) => {
                 let reason = self.with_batch(reason);
                 let needs = Vec::new();
-                self.unsupported.push(UnsupportedNode { node: name, op, domain, opset, reason, needs });
+                self.unsupported.push(UnsupportedNode {
+                    node: name,
+                    op,
+                    domain,
+                    opset,
+                    reason,
+                    needs,
+                });
             }
             Err(Obstacle::Unknown(reason, needs)) => {
-                self.unsupported.push(UnsupportedNode { node: name, op, domain, opset, reason, needs });
+                self.unsupported.push(UnsupportedNode {
+                    node: name,
+                    op,
+                    domain,
+                    opset,
+                    reason,
+                    needs,
+                });
             }
             Err(Obstacle::Invalid(reason)) => {
                 let dot = if domain.is_empty() { "" } else { "." };

@@ -1,8 +1,8 @@
-//! `model.onnx` to [`Graph`].
+//! `model.onnx` to [`Graph`], and back.
 //!
 //! [`import`] scans the bytes against [`Limits`], decodes them, orders the nodes, and imports each through one
 //! function per operator. Shapes are computed at compile time, with the batch size N inside them; everything that
-//! is not supported is reported at once.
+//! is not supported is reported at once. [`export`](export()) writes a forward graph as a model.
 #![forbid(unsafe_code)]
 
 mod bind;
@@ -12,6 +12,7 @@ mod control;
 mod dims;
 mod draft;
 mod error;
+mod export;
 mod fold;
 mod function;
 mod import;
@@ -28,6 +29,7 @@ mod tensor;
 mod tests;
 
 pub use error::{ImportError, MissingDim, Problem, UnsupportedNode};
+pub use export::{EXPORT_OPSETS, Export, ExportError, ExportOptions, export};
 pub use import::import;
 pub use scan::{Census, Limits, scan};
 pub use survey::{STAND_IN, Survey, SurveyedNode, Verdict, survey};

@@ -10,10 +10,7 @@ use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 ///
 /// # Errors
 /// Values defined twice or not at all, and cycles.
-pub(crate) fn order(
-    body: &Body,
-    outer: &dyn Fn(&str) -> bool,
-) -> Result<Vec<usize>, Vec<Problem>> {
+pub(crate) fn order(body: &Body, outer: &dyn Fn(&str) -> bool) -> Result<Vec<usize>, Vec<Problem>> {
     let mut problems = Vec::new();
     let place = |index: usize| {
         let node = &body.nodes[index];
@@ -58,10 +55,7 @@ pub(crate) fn order(
         } else {
             continue;
         };
-        problems.push(Problem {
-            place: Some(format!("output {name}")),
-            reason: reason.to_owned(),
-        });
+        problems.push(Problem { place: Some(format!("output {name}")), reason: reason.to_owned() });
     }
     let ordered = sort(&users, before.iter().map(Vec::len).collect());
     if ordered.len() < body.nodes.len() {

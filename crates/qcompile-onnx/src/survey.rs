@@ -1,12 +1,12 @@
 //! What becomes of every node of a model, whether or not the whole can be imported.
 
+use crate::ImportOptions;
 use crate::body::{Body, BodyNode};
 use crate::draft::ValueId;
 use crate::error::{ImportError, Obstacle, Problem};
 use crate::function::Functions;
 use crate::import::{Importer, Inputs, Scope, no_graph, read, take_node};
 use crate::order::order;
-use crate::ImportOptions;
 use qcompile_ir::{Graph, NodeId};
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -2,8 +2,8 @@
 
 use crate::External;
 use crate::error::Obstacle;
-use onnx_protobuf::{SparseTensorProto, TensorProto};
 use onnx_protobuf::tensor_proto::DataLocation;
+use onnx_protobuf::{SparseTensorProto, TensorProto};
 use qcompile_ir::{DType, Tensor};
 
 /// Names of ONNX element types by number.
@@ -45,9 +45,14 @@ pub(crate) fn dtype_name(number: i32) -> String {
         .map_or_else(|| format!("element type {number}"), |&name| name.to_owned())
 }
 
-/// The ONNX name of an element type of the graph.
-pub(crate) fn onnx_name(dtype: DType) -> String {
-    let number = match dtype {
+/// The number of an ONNX element type by its name.
+pub(crate) fn number_of(name: &str) -> Option<i32> {
+    NAMES.iter().position(|&known| known == name).and_then(|at| i32::try_from(at).ok())
+}
+
+/// The number of an element type of the graph in ONNX.
+pub(crate) fn onnx_number(dtype: DType) -> i32 {
+    match dtype {
         DType::F32 => 1,
         DType::U8 => 2,
         DType::I8 => 3,
@@ -56,8 +61,12 @@ pub(crate) fn onnx_name(dtype: DType) -> String {
         DType::Bool => 9,
         DType::F16 => 10,
         DType::BF16 => 16,
-    };
-    dtype_name(number)
+    }
+}
+
+/// The ONNX name of an element type of the graph.
+pub(crate) fn onnx_name(dtype: DType) -> String {
+    dtype_name(onnx_number(dtype))
 }
 
 const UINT16: i32 = 4;
@@ -221,8 +230,9 @@ pub(crate) fn decode_sparse(
 fn typed_bytes(proto: &TensorProto, dtype: DType) -> Result<Vec<u8>, Obstacle> {
     let wide = &proto.int32_data;
     let number = proto.data_type;
-    let out_of_range =
-        |value: &dyn std::fmt::Display| Obstacle::invalid(format!("{value} does not fit {}", dtype_name(number)));
+    let out_of_range = |value: &dyn std::fmt::Display| {
+        Obstacle::invalid(format!("{value} does not fit {}", dtype_name(number)))
+    };
     Ok(match number {
         UINT16 | INT16 => {
             let mut bytes = Vec::with_capacity(wide.len() * 2);
@@ -349,8 +359,12 @@ mod tests {
             let float_data = (1..=count).map(|value| value as f32).collect();
             let values =
                 TensorProto { data_type: 1, dims: vec![count], float_data, ..Default::default() };
-            let indices =
-                TensorProto { data_type: 7, dims: shape, int64_data: indices, ..Default::default() };
+            let indices = TensorProto {
+                data_type: 7,
+                dims: shape,
+                int64_data: indices,
+                ..Default::default()
+            };
             let proto = SparseTensorProto {
                 dims,
                 values: Some(values).into(),

@@ -3,7 +3,7 @@
 use crate::error::{Code, Error};
 use qcompile_codegen::CodegenError;
 use qcompile_ir::GraphError;
-use qcompile_onnx::{ImportError, Problem};
+use qcompile_onnx::{ExportError, ImportError, Problem};
 use qcompile_passes::PassError;
 use qcompile_plan::{FileError, PlanError};
 use qcompile_runtime::RuntimeError;
@@ -70,6 +70,21 @@ impl From<ImportError> for Error {
                     error.help(format!("nearest: {}", nearest.join(", ")))
                 }
             }
+        }
+    }
+}
+
+impl From<ExportError> for Error {
+    fn from(error: ExportError) -> Error {
+        let text = error.to_string();
+        match error {
+            ExportError::OpsetRange { .. } => Error::usage(text),
+            ExportError::Opset { needs, .. } => Error::new(Code::ModelUnsupported, text)
+                .help(format!("--opset {needs} or newer writes it")),
+            ExportError::Unsupported { .. } => Error::new(Code::ModelUnsupported, text),
+            ExportError::NoPort { .. } => Error::new(Code::PlanMismatch, text),
+            ExportError::TooLarge { .. } => Error::new(Code::Limit, text)
+                .help("--format safetensors and npz hold the weights whatever their size"),
         }
     }
 }

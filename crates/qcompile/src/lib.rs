@@ -44,6 +44,7 @@ pub mod compile;
 mod cost;
 pub mod data;
 pub mod error;
+pub mod export;
 mod faults;
 mod machine;
 pub mod model;

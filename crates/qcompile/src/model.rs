@@ -7,6 +7,7 @@ use crate::options::Options;
 use crate::street::{Draft, read_dump};
 use qcompile_onnx::{BatchNorm, ImportError, ImportOptions, Survey};
 use qcompile_plan::Plan;
+use qcompile_runtime::{Trainer, TrainerOptions, Values, checkpoint};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Component, Path, PathBuf};
@@ -92,6 +93,18 @@ fn is_graph_text(bytes: &[u8]) -> bool {
         .is_some_and(|line| line.starts_with(b"graph @"))
 }
 
+/// The parameters and states in the bytes of a checkpoint of this plan.
+///
+/// # Errors
+/// Where they do not fit the plan.
+pub fn checkpoint_values(plan: &Arc<Plan>, state: &[u8]) -> Result<Values> {
+    let mut trainer = Trainer::new(Arc::clone(plan), &TrainerOptions::default())?;
+    checkpoint::restore(&mut trainer, state)?;
+    let mut values = trainer.parameters();
+    values.extend(trainer.states());
+    Ok(values)
+}
+
 fn read_checkpoint(path: &Path) -> Result<Target> {
     let plan = path.join(CHECKPOINT_PLAN);
     if !plan.is_file() {
@@ -174,9 +187,8 @@ pub fn import(
     folder: Option<&Path>,
     options: &Options,
 ) -> std::result::Result<Draft, ImportError> {
-    let import = with_import_options(folder, options, |options| {
-        qcompile_onnx::import(bytes, options)
-    })?;
+    let import =
+        with_import_options(folder, options, |options| qcompile_onnx::import(bytes, options))?;
     let port = |port: qcompile_onnx::Port| Port { name: port.name, dtype: port.onnx_dtype };
     let about = About {
         inputs: import.inputs.into_iter().map(port).collect(),

@@ -4,61 +4,38 @@ use super::Results;
 use super::shape::as_matrix;
 use crate::draft::{Draft, ValueId};
 use crate::error::Obstacle;
-use crate::known::{Element, FOLD_LIMIT, Known};
 use crate::node::{OnnxNode, axis_of};
-use qcompile_ir::{BinaryOp, CompareOp, DType, Dim, Op, ReduceOp, Tensor};
-use std::sync::Arc;
+use qcompile_ir::{BinaryOp, CompareOp, DType, Op, ReduceOp};
 
 type Value = Result<ValueId, Obstacle>;
 
-/// Most elements of an axis whose positions are written out.
-const POSITION_LIMIT: usize = 1 << 24;
-
-/// 0, 1, 2, ... along an axis of `x`, of size 1 along the others.
+/// The numbers of an axis of `x`, which has size 1 along the others.
 pub(super) fn positions(draft: &mut Draft, x: ValueId, axis: usize, dtype: DType) -> Value {
-    let count = draft.dims(x)[axis].as_fixed().ok_or_else(|| {
-        Obstacle::unsupported(format!(
-            "positions along axis {axis}, which depends on the batch size"
-        ))
-    })?;
-    if count > POSITION_LIMIT {
-        return Err(Obstacle::unsupported(format!("positions along an axis of {count}")));
-    }
-    let mut dims = vec![Dim::ONE; draft.rank(x)];
-    dims[axis] = Dim::fixed(count);
-    let numbers = (0..).take(count);
-    let row = if count <= FOLD_LIMIT {
-        draft.add_known(Known::new(dtype, vec![count], numbers.map(Element::Int).collect()))
-    } else {
-        let tensor = Tensor::from_i64(&[count], &numbers.collect::<Vec<i64>>())
-            .ok_or_else(|| Obstacle::unsupported(format!("positions along an axis of {count}")))?;
-        let row = draft.emit(Op::Const(Arc::new(tensor)), &[])?;
-        draft.cast(row, dtype)?
-    };
-    draft.reshape(row, &dims)
+    let (dim, rank) = (draft.dims(x)[axis], draft.rank(x));
+    let numbers = draft.iota_along(dim, axis, rank)?;
+    draft.cast(numbers, dtype)
 }
 
 /// The position of the largest element along an axis, the first or the last of equal ones; i32, the axis stays with
 /// size 1. Where there is a NaN, an end of the axis.
 pub(super) fn arg_max_of(draft: &mut Draft, x: ValueId, axis: usize, last: bool) -> Value {
-    let positions = positions(draft, x, axis, DType::I32)?;
-    let size = draft.dims(x)[axis].as_fixed().unwrap_or_default();
-    if size == 0 {
+    let dim = draft.dims(x)[axis];
+    if dim.scale == 0 {
         return Err(Obstacle::invalid(format!("axis {axis} of {} is empty", draft.ty(x))));
+    }
+    if dim.as_fixed().is_some_and(|size| i32::try_from(size).is_err()) {
+        return Err(Obstacle::unsupported(format!("positions along an axis of {dim}")));
+    }
+    let mut positions = positions(draft, x, axis, DType::I32)?;
+    if !last {
+        positions = draft.reversed(positions)?;
     }
     let max = draft.reduce(ReduceOp::Max, x, &[axis])?;
     let less = draft.compare(CompareOp::Less, x, max)?;
-    let minus = draft.scalar(DType::I32, -1.0);
-    if last {
-        let chosen = draft.select(less, minus, positions)?;
-        return draft.reduce(ReduceOp::Max, chosen, &[axis]);
-    }
-    #[allow(clippy::cast_precision_loss, reason = "positions are bounded")]
-    let end = draft.scalar(DType::I32, (size - 1) as f64);
-    let from_end = draft.sub(end, positions)?;
-    let chosen = draft.select(less, minus, from_end)?;
+    let never = draft.scalar(DType::I32, f64::from(i32::MIN));
+    let chosen = draft.select(less, never, positions)?;
     let chosen = draft.reduce(ReduceOp::Max, chosen, &[axis])?;
-    draft.sub(end, chosen)
+    if last { Ok(chosen) } else { draft.reversed(chosen) }
 }
 
 /// `smallest`: of the smallest element.

@@ -121,11 +121,12 @@ pub(super) fn linear_classifier(draft: &mut Draft, node: &OnnxNode) -> Results {
             labels.len()
         )));
     }
+    let pair = (classes, labels.len()) == (1, 2);
     let scores = linear(draft, node, classes)?;
     let table = Tensor::from_i64(&[labels.len()], &labels)
         .ok_or_else(|| Obstacle::invalid("too many labels"))?;
     let table = add_tensor(draft, Arc::new(table))?;
-    let index = if classes == 1 && labels.len() == 2 {
+    let index = if pair {
         let zero = draft.scalar(DType::F32, 0.0);
         let positive = draft.compare(CompareOp::Less, zero, scores)?;
         draft.cast(positive, DType::I64)?
@@ -135,8 +136,13 @@ pub(super) fn linear_classifier(draft: &mut Draft, node: &OnnxNode) -> Results {
     };
     let index = draft.squeeze(index, &[1])?;
     let label = draft.emit(Op::Gather, &[table, index])?;
+    let transform = node.attributes.string("post_transform", "NONE")?;
+    if pair && transform.starts_with("SOFTMAX") {
+        let text = format!("post_transform {transform} of one score for two classes");
+        return Err(Obstacle::unsupported(text));
+    }
     let mut scores = transformed(draft, node, scores)?;
-    if classes == 1 && labels.len() == 2 {
+    if pair {
         let one = draft.scalar(DType::F32, 1.0);
         let other = draft.sub(one, scores)?;
         scores = draft.emit(Op::Concat { axis: 1 }, &[other, scores])?;

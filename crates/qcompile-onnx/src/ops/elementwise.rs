@@ -89,8 +89,11 @@ pub(super) fn cast(draft: &mut Draft, node: &OnnxNode) -> Results {
 fn wrapped(draft: &mut Draft, x: ValueId, lowest: i64, count: i64) -> Result<ValueId, Obstacle> {
     let dtype = draft.dtype(x);
     let number = |value: i64| Known::new(dtype, Vec::new(), vec![Element::Int(value)]);
-    let (first, all, zero) =
-        (draft.add_known(number(lowest)), draft.add_known(number(count)), draft.add_known(number(0)));
+    let (first, all, zero) = (
+        draft.add_known(number(lowest)),
+        draft.add_known(number(count)),
+        draft.add_known(number(0)),
+    );
     // Division rounds towards zero, so what is left over has the sign of the dividend.
     let from_lowest = draft.sub(x, first)?;
     let times = draft.binary(BinaryOp::Div, from_lowest, all)?;

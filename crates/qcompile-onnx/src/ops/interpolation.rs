@@ -70,7 +70,7 @@ impl Interpolation {
     fn periodic(&self) -> Option<Periodic> {
         let output = self.output();
         (1..=NODE_LIMIT / self.width.max(1))
-            .filter(|&count| output >= count && output % count == 0)
+            .filter(|&count| output >= count && output.is_multiple_of(count))
             .find_map(|count| self.with_phases(count))
     }
 

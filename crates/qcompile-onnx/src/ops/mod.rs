@@ -13,6 +13,7 @@ mod elementwise;
 mod gate;
 mod indexing;
 mod interpolation;
+mod legacy;
 mod linear;
 mod logical;
 mod loss;
@@ -41,7 +42,7 @@ use qcompile_ir::{BinaryOp, CompareOp, UnaryOp};
 pub(crate) type Results = Result<Vec<ValueId>, Obstacle>;
 
 /// The opset versions of ONNX's own operators that are understood.
-pub(crate) const OPSETS: std::ops::RangeInclusive<i64> = 7..=28;
+pub(crate) const OPSETS: std::ops::RangeInclusive<i64> = 1..=28;
 
 /// Imports one node. The only place that knows operators by name.
 pub(crate) fn convert(draft: &mut Draft, node: &mut OnnxNode, domain: &str) -> Results {
@@ -66,6 +67,9 @@ fn convert_onnx(draft: &mut Draft, node: &mut OnnxNode) -> Results {
             OPSETS.start(),
             OPSETS.end()
         )));
+    }
+    if node.opset < 7 {
+        legacy::modernize(draft, node)?;
     }
     match node.op {
         "Abs" => elementwise::unary(draft, node, UnaryOp::Abs),

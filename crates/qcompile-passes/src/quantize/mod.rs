@@ -16,6 +16,7 @@ mod extract;
 mod insert;
 mod language;
 mod layer;
+mod remove;
 mod rules;
 mod split;
 #[cfg(test)]
@@ -26,6 +27,7 @@ pub use decide::{Decision, LayerCost, Operations, Options, PrecisionChoice, deci
 pub(crate) use insert::{Inserted, forward as insert_forward};
 pub(crate) use layer::parameter;
 pub use layer::{Layer, layers};
+pub use remove::remove;
 pub use rules::rule_names;
 pub use window::{Moves, optimise};
 

@@ -71,6 +71,18 @@ pub struct ImportArgs {
     pub constant: Vec<(String, Tensor)>,
 }
 
+impl ImportArgs {
+    /// Whether any flag was given.
+    #[must_use]
+    pub fn is_given(&self) -> bool {
+        !self.freeze.is_empty()
+            || !self.train.is_empty()
+            || !self.dim.is_empty()
+            || !self.constant.is_empty()
+            || self.batch_norm.is_some()
+    }
+}
+
 /// What BatchNormalization does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum BatchNormMode {

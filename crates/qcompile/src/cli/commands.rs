@@ -1,9 +1,9 @@
 //! The commands and their flags.
 
 use super::args::{CompileArgs, Emit, ImportArgs, RateArgs};
-use super::words::{above_zero, loss, metric, pass, positive, run_precision};
+use super::words::{above_zero, loss, metric, opset, pass, positive, run_precision};
 use super::{Machine, Talk};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use qcompile_passes::attach_loss::LossKind;
 use qcompile_passes::quantize::PrecisionChoice;
 use qcompile_passes::sensitivity::Metric;
@@ -231,6 +231,51 @@ pub struct BenchCommand {
     /// How much is said.
     #[command(flatten)]
     pub talk: Talk,
+}
+
+/// `qcompile export`.
+#[derive(Debug, Args)]
+pub struct ExportCommand {
+    /// The plan (.qplan), the folder that `train --checkpoint` wrote, or a model (.onnx, .qir).
+    pub target: PathBuf,
+    /// What is written [default: by the ending of --output].
+    #[arg(long, value_name = "FORMAT", value_enum)]
+    pub format: Option<ExportFormat>,
+    /// Where it goes.
+    #[arg(short, long, value_name = "FILE")]
+    pub output: PathBuf,
+    /// The opset of an ONNX model, 13 to 23 [default: 17].
+    #[arg(long, value_name = "VERSION", value_parser = opset)]
+    pub opset: Option<u32>,
+    /// The import.
+    #[command(flatten)]
+    pub import: ImportArgs,
+    /// How much is said.
+    #[command(flatten)]
+    pub talk: Talk,
+}
+
+/// What `qcompile export` writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ExportFormat {
+    /// The model with its trained weights.
+    Onnx,
+    /// Parameters and running statistics by their ONNX names.
+    Safetensors,
+    /// The same for numpy.
+    Npz,
+}
+
+impl ExportFormat {
+    /// The word on the command line, which is the ending of such files.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            ExportFormat::Onnx => "onnx",
+            ExportFormat::Safetensors => "safetensors",
+            ExportFormat::Npz => "npz",
+        }
+    }
 }
 
 /// `qcompile doctor`.

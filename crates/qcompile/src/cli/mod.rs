@@ -8,8 +8,8 @@ pub use args::{
     BatchNormMode, CompileArgs, Emit, ImportArgs, PrecisionArgs, RateArgs, ScheduleKind,
 };
 pub use commands::{
-    BenchCommand, CompileCommand, CompletionsCommand, DoctorCommand, EvalCommand, InspectCommand,
-    RunCommand, SensitivityCommand, TrainCommand,
+    BenchCommand, CompileCommand, CompletionsCommand, DoctorCommand, EvalCommand, ExportCommand,
+    ExportFormat, InspectCommand, RunCommand, SensitivityCommand, TrainCommand,
 };
 
 use crate::options::Options;
@@ -50,6 +50,8 @@ pub enum Command {
     Sensitivity(SensitivityCommand),
     /// Show what a model, graph, plan or checkpoint holds.
     Inspect(InspectCommand),
+    /// Write the model with its trained weights, or the weights alone.
+    Export(ExportCommand),
     /// Measure the time of a training step.
     Bench(BenchCommand),
     /// Show what this machine offers, and check that it computes correctly.

@@ -144,3 +144,12 @@ pub(super) fn operations(text: &str) -> Result<Operations, String> {
     }
     Ok(operations)
 }
+
+/// An opset that can be written.
+pub(super) fn opset(word: &str) -> Result<u32, String> {
+    let range = qcompile_onnx::EXPORT_OPSETS;
+    word.parse()
+        .ok()
+        .filter(|opset| range.contains(opset))
+        .ok_or_else(|| format!("`{word}` is no opset from {} to {}", range.start(), range.end()))
+}

@@ -173,7 +173,9 @@ fn report(survey: &Survey, found: &[Capability]) -> Result<()> {
     ));
     for name in &survey.missing {
         let name = escaped(name);
-        text.push_str(&format!(" note: {STAND_IN} stands for the size that --dim {name}=SIZE gives\n"));
+        text.push_str(&format!(
+            " note: {STAND_IN} stands for the size that --dim {name}=SIZE gives\n"
+        ));
     }
     for problem in &survey.problems {
         let place = problem.place.as_ref().map_or_else(String::new, |place| format!("{place}: "));

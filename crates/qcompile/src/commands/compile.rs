@@ -1,6 +1,6 @@
 //! `qcompile MODEL.onnx`.
 
-use super::{beside, in_data, print_json, timings_path};
+use super::{beside, in_data, print_json, refuse_overwriting, timings_path};
 use crate::cli::{Cli, CompileCommand, Emit};
 use crate::compile::{Compiled, finish};
 use crate::error::{Code, Error, Result};
@@ -106,18 +106,6 @@ fn output_path(command: &CompileCommand, model: &Path) -> Option<PathBuf> {
         None if text => None,
         None => Some(beside(model, ".qplan")),
     }
-}
-
-fn refuse_overwriting(output: &Path, model: &Path) -> Result<()> {
-    let same = match (output.canonicalize(), model.canonicalize()) {
-        (Ok(output), Ok(model)) => output == model,
-        _ => false,
-    };
-    if same {
-        let cause = "the output would overwrite the model";
-        return Err(Error::usage(cause).at(output.display().to_string()));
-    }
-    Ok(())
 }
 
 fn imported(model: &Path, draft: &Draft) -> String {

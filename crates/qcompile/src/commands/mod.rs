@@ -5,6 +5,7 @@ mod capability;
 mod compile;
 mod doctor;
 mod eval;
+mod export;
 mod inspect;
 mod run;
 mod sensitivity;
@@ -92,6 +93,7 @@ fn run(cli: Cli) -> Result<()> {
         Some(Command::Eval(command)) => eval::run(command),
         Some(Command::Sensitivity(command)) => sensitivity::run(command),
         Some(Command::Inspect(command)) => inspect::run(command),
+        Some(Command::Export(command)) => export::run(command),
         Some(Command::Bench(command)) => bench::run(command),
         Some(Command::Doctor(command)) => doctor::run(command),
         Some(Command::Completions(command)) => {
@@ -143,6 +145,19 @@ fn beside(target: &Path, ending: &str) -> PathBuf {
     let mut name = target.file_stem().unwrap_or(target.as_os_str()).to_owned();
     name.push(ending);
     PathBuf::from(name)
+}
+
+/// Refuses to write over the file that is read.
+fn refuse_overwriting(output: &Path, model: &Path) -> Result<()> {
+    let same = match (output.canonicalize(), model.canonicalize()) {
+        (Ok(output), Ok(model)) => output == model,
+        _ => false,
+    };
+    if same {
+        let cause = "the output would overwrite the model";
+        return Err(Error::usage(cause).at(output.display().to_string()));
+    }
+    Ok(())
 }
 
 /// A JSON value as a line on stdout, or as an indented document.

@@ -4,7 +4,7 @@ use crate::about::{About, Port};
 use crate::cli::RunCommand;
 use crate::data::{Array, Dtype, LABEL, Limits, check_exact, npz, read_arrays};
 use crate::error::{Code, Error, Result};
-use crate::model::{Target, open};
+use crate::model::{Target, checkpoint_values, open};
 use crate::options::Options;
 use crate::output::{check_writable, write_atomically};
 use crate::street::{Draft, Pass, Street};
@@ -18,7 +18,7 @@ use qcompile_passes::differentiate::{self, GRADIENT_SUFFIX};
 use qcompile_passes::evaluation;
 use qcompile_passes::quantize::PrecisionChoice;
 use qcompile_plan::{BuildOptions, Plan, build};
-use qcompile_runtime::{Trainer, TrainerOptions, Values, checkpoint};
+use qcompile_runtime::{Trainer, TrainerOptions, Values};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -110,24 +110,14 @@ fn of_plan(
         let cause = "a plan has its precision: --precision is for models";
         return Err(at(Error::new(Code::PlanMismatch, cause)));
     }
-    let import = &command.import;
-    let imports = !import.freeze.is_empty()
-        || !import.train.is_empty()
-        || !import.dim.is_empty()
-        || !import.constant.is_empty()
-        || import.batch_norm.is_some();
-    if imports {
+    if command.import.is_given() {
         let cause = "a plan is imported already: --freeze, --train, --dim, --constant and --batch-norm are for models";
         return Err(at(Error::new(Code::PlanMismatch, cause)));
     }
     let about = About::of_plan(plan).map_err(at)?;
     let mut graph = plan.graph().clone();
     if let Some(state) = state {
-        let mut trainer = Trainer::new(Arc::clone(plan), &TrainerOptions::default())?;
-        checkpoint::restore(&mut trainer, state).map_err(|e| at(e.into()))?;
-        let mut values = trainer.parameters();
-        values.extend(trainer.states());
-        graph = with_values(&graph, &values)?;
+        graph = with_values(&graph, &checkpoint_values(plan, state).map_err(at)?)?;
     }
     if backward {
         return gradient_part(&graph, about, command).map_err(at);
@@ -146,7 +136,15 @@ fn forward_of(graph: &Graph, about: &About) -> Result<Graph> {
     if outputs.is_empty() {
         return Err(Error::new(Code::ModelUnsupported, "the model has no output"));
     }
-    let mut graph = part(graph, &outputs)?;
+    // The batch size of a result may come from an input whose values nothing uses.
+    let sized = |id: &NodeId| graph.ty(*id).shape.batch_axis().is_some();
+    let inputs = about.inputs.iter().filter_map(|port| graph.find(&port.name)).filter(sized);
+    let kept = inputs.map(|id| (String::new(), id));
+    let wanted: Vec<(String, NodeId)> = outputs.iter().cloned().chain(kept).collect();
+    let mut graph = part(graph, &wanted)?;
+    let mut found = graph.outputs().to_vec();
+    found.truncate(outputs.len());
+    graph.set_outputs(found);
     if evaluation::still(&mut graph)? {
         qcompile_passes::simplify::run(&mut graph, &Default::default())?;
     }

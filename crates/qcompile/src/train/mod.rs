@@ -98,7 +98,15 @@ impl<'d> Run<'d> {
         let schedule = Schedule::new(settings, batches.steps() as u64);
         let progress = progress.unwrap_or_else(|| Progress::new(settings.clone()));
         let wants = wants.clone();
-        Ok(Run { trainer, binding, wants, batches, rate: settings.rate.clone(), schedule, progress })
+        Ok(Run {
+            trainer,
+            binding,
+            wants,
+            batches,
+            rate: settings.rate.clone(),
+            schedule,
+            progress,
+        })
     }
 
     /// Number of steps in an epoch.
