@@ -22,6 +22,8 @@ mod node;
 mod ops;
 mod order;
 mod pattern;
+#[cfg(test)]
+mod refusal_tests;
 mod scan;
 mod survey;
 mod tensor;

@@ -11,13 +11,13 @@ use onnx_protobuf::{
 use qcompile_ir::Op;
 use std::collections::BTreeMap;
 
-const FLOAT: i32 = 1;
+pub(crate) const FLOAT: i32 = 1;
 const UINT16: i32 = 4;
-const INT64: i32 = 7;
+pub(crate) const INT64: i32 = 7;
 const BOOL: i32 = 9;
 
 /// A node; attributes as `name: value` are added by [`with`].
-fn node(op: &str, name: &str, inputs: &[&str], outputs: &[&str]) -> NodeProto {
+pub(crate) fn node(op: &str, name: &str, inputs: &[&str], outputs: &[&str]) -> NodeProto {
     let names = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
     NodeProto {
         op_type: op.to_owned(),
@@ -28,19 +28,27 @@ fn node(op: &str, name: &str, inputs: &[&str], outputs: &[&str]) -> NodeProto {
     }
 }
 
-fn with(mut node: NodeProto, name: &str, attribute: AttributeProto) -> NodeProto {
+pub(crate) fn with(mut node: NodeProto, name: &str, attribute: AttributeProto) -> NodeProto {
     node.attribute.push(AttributeProto { name: name.to_owned(), ..attribute });
     node
 }
 
-fn int(value: i64) -> AttributeProto {
+pub(crate) fn int(value: i64) -> AttributeProto {
     AttributeProto { i: value, type_: AttributeType::INT.into(), ..Default::default() }
 }
 
-fn ints(values: &[i64]) -> AttributeProto {
+pub(crate) fn ints(values: &[i64]) -> AttributeProto {
     AttributeProto {
         ints: values.to_vec(),
         type_: AttributeType::INTS.into(),
+        ..Default::default()
+    }
+}
+
+pub(crate) fn text(value: &str) -> AttributeProto {
+    AttributeProto {
+        s: value.as_bytes().to_vec(),
+        type_: AttributeType::STRING.into(),
         ..Default::default()
     }
 }
@@ -58,7 +66,7 @@ fn reference(name: &str, type_: AttributeType) -> AttributeProto {
 }
 
 /// A tensor of these numbers.
-fn tensor(name: &str, data_type: i32, dims: &[i64], values: &[i64]) -> TensorProto {
+pub(crate) fn tensor(name: &str, data_type: i32, dims: &[i64], values: &[i64]) -> TensorProto {
     let mut proto =
         TensorProto { name: name.to_owned(), data_type, dims: dims.to_vec(), ..Default::default() };
     match data_type {
@@ -79,7 +87,7 @@ fn constant(output: &str, value: TensorProto) -> NodeProto {
 }
 
 /// A value whose dimensions are numbers or names.
-fn value(name: &str, elem_type: i32, dims: &[&str]) -> ValueInfoProto {
+pub(crate) fn value(name: &str, elem_type: i32, dims: &[&str]) -> ValueInfoProto {
     let dim = |text: &&str| {
         let value = match text.parse() {
             Ok(size) => dimension::Value::DimValue(size),
@@ -93,17 +101,24 @@ fn value(name: &str, elem_type: i32, dims: &[&str]) -> ValueInfoProto {
     ValueInfoProto { name: name.to_owned(), type_: Some(ty).into(), ..Default::default() }
 }
 
-fn floats(name: &str, dims: &[&str]) -> ValueInfoProto {
+pub(crate) fn floats(name: &str, dims: &[&str]) -> ValueInfoProto {
     value(name, FLOAT, dims)
 }
 
-fn body(
+pub(crate) fn body(
     nodes: Vec<NodeProto>,
     initializer: Vec<TensorProto>,
     input: Vec<ValueInfoProto>,
     output: Vec<ValueInfoProto>,
 ) -> GraphProto {
-    GraphProto { name: "g".to_owned(), node: nodes, initializer, input, output, ..Default::default() }
+    GraphProto {
+        name: "g".to_owned(),
+        node: nodes,
+        initializer,
+        input,
+        output,
+        ..Default::default()
+    }
 }
 
 fn opset(domain: &str, version: i64) -> OperatorSetIdProto {
@@ -125,8 +140,14 @@ fn load(graph: GraphProto, functions: Vec<FunctionProto>) -> Import {
     import(&model(graph, functions), &ImportOptions::default()).expect("sound")
 }
 
-fn error(graph: GraphProto, functions: Vec<FunctionProto>) -> String {
-    import(&model(graph, functions), &ImportOptions::default()).expect_err("unsound").to_string()
+/// What the import says; none if nothing is wrong.
+pub(crate) fn error(graph: GraphProto, functions: Vec<FunctionProto>) -> Option<String> {
+    let imported = import(&model(graph, functions), &ImportOptions::default());
+    imported.err().map(|error| error.to_string())
+}
+
+fn refusal(graph: GraphProto, functions: Vec<FunctionProto>) -> String {
+    error(graph, functions).expect("unsound")
 }
 
 /// How often each op that is no leaf occurs.
@@ -144,12 +165,7 @@ fn names(import: &Import) -> Vec<&str> {
     graph.ids().map(|id| graph.node(id).name.as_str()).collect()
 }
 
-fn function(
-    name: &str,
-    inputs: &[&str],
-    outputs: &[&str],
-    nodes: Vec<NodeProto>,
-) -> FunctionProto {
+fn function(name: &str, inputs: &[&str], outputs: &[&str], nodes: Vec<NodeProto>) -> FunctionProto {
     FunctionProto {
         name: name.to_owned(),
         domain: "own".to_owned(),
@@ -172,15 +188,17 @@ fn functions_are_expanded_under_the_name_of_their_call() {
         "perm",
         reference("order", AttributeType::INTS),
     );
-    let mut inner = function("Inner", &["a"], &["b"], vec![
-        leaky,
-        node("Relu", "", &["turned"], &["b"]),
-    ]);
+    let mut inner =
+        function("Inner", &["a"], &["b"], vec![leaky, node("Relu", "", &["turned"], &["b"])]);
     inner.attribute.push("order".to_owned());
     let forwarded =
         with(call("Inner", "in", &["a"], &["h"]), "order", reference("order", AttributeType::INTS));
-    let mut outer =
-        function("Outer", &["a", "unused"], &["b", "a"], vec![forwarded, node("Neg", "", &["h"], &["b"])]);
+    let mut outer = function(
+        "Outer",
+        &["a", "unused"],
+        &["b", "a"],
+        vec![forwarded, node("Neg", "", &["h"], &["b"])],
+    );
     outer.attribute.push("order".to_owned());
     let nodes = vec![
         with(call("Outer", "first", &["x"], &["y", "same"]), "order", ints(&[1, 0])),
@@ -205,9 +223,9 @@ fn functions_without_an_end_are_refused() {
     let one = function("One", &["a"], &["b"], vec![call("Two", "two", &["a"], &["b"])]);
     let two = function("Two", &["a"], &["b"], vec![call("One", "one", &["a"], &["b"])]);
     let graph = body(vec![call("One", "c", &["x"], &["y"])], vec![], input(), output());
-    let message = error(graph.clone(), vec![one.clone(), two]);
+    let message = refusal(graph.clone(), vec![one.clone(), two]);
     assert!(message.contains("c/two/one (One): the function calls itself"), "{message}");
-    assert!(error(graph, vec![one.clone(), one]).contains("defined twice"));
+    assert!(refusal(graph, vec![one.clone(), one]).contains("defined twice"));
     // Each level calls the one below twice: 2^40 nodes.
     let mut levels = vec![function("L0", &["a"], &["b"], vec![node("Relu", "", &["a"], &["b"])])];
     for level in 1..40 {
@@ -216,7 +234,7 @@ fn functions_without_an_end_are_refused() {
         levels.push(function(&format!("L{level}"), &["a"], &["b"], calls));
     }
     let graph = body(vec![call("L39", "c", &["x"], &["y"])], vec![], input(), output());
-    assert!(error(graph, levels).contains("too large with its functions"));
+    assert!(refusal(graph, levels).contains("too large with its functions"));
 }
 
 fn branch(nodes: Vec<NodeProto>, output: &str) -> GraphProto {
@@ -226,7 +244,10 @@ fn branch(nodes: Vec<NodeProto>, output: &str) -> GraphProto {
 #[test]
 fn the_branch_that_is_taken_is_imported() {
     for (condition, op) in [(1, "relu"), (0, "neg")] {
-        let then = branch(vec![node("Add", "", &["x", "own"], &["s"]), node("Relu", "", &["s"], &["t"])], "t");
+        let then = branch(
+            vec![node("Add", "", &["x", "own"], &["s"]), node("Relu", "", &["s"], &["t"])],
+            "t",
+        );
         let other = branch(vec![node("Neg", "", &["x"], &["e"])], "e");
         let choice = node("If", "choice", &["c"], &["y"]);
         let choice = with(with(choice, "then_branch", graph(then)), "else_branch", graph(other));
@@ -277,10 +298,8 @@ fn loops_are_unrolled_and_share_their_weights() {
     assert_eq!(import.outputs[1].ty.to_string(), "f32[3, 2]");
     assert!(names(&import).contains(&"turn/2/v_out"), "{:?}", names(&import));
     // Until i + 1 is no longer below 4.
-    let ending = [
-        constant("four", tensor("", INT64, &[], &[3])),
-        node("Less", "", &["i", "four"], &["go"]),
-    ];
+    let ending =
+        [constant("four", tensor("", INT64, &[], &[3])), node("Less", "", &["i", "four"], &["go"])];
     assert_eq!(ops(&load(repeated(None, &ending, "go"), vec![]))["mul"], 4);
     let none = load(repeated(Some(0), &[], "c_in"), vec![]);
     assert_eq!(none.outputs[1].ty.to_string(), "f32[0, 2]");
@@ -301,7 +320,7 @@ fn loops_are_unrolled_and_share_their_weights() {
         ),
         (repeated(Some(3), &[], "nowhere"), "output nowhere: is not defined"),
     ] {
-        let message = error(graph, vec![]);
+        let message = refusal(graph, vec![]);
         assert!(message.contains(wanted), "{message}");
     }
 }
@@ -315,7 +334,8 @@ fn scans_go_over_any_axis_in_either_direction() {
             vec![floats("s", &["2"]), floats("part", &["2"])],
             vec![floats("s_out", &["2"]), floats("o", &["2"])],
         );
-        let scan = with(node("Scan", "scan", &["start", "x"], &["last", "all"]), "body", graph(inner));
+        let scan =
+            with(node("Scan", "scan", &["start", "x"], &["last", "all"]), "body", graph(inner));
         let scan = with(scan, "num_scan_inputs", int(states));
         let scan = with(scan, "scan_input_axes", ints(&[-1]));
         let scan = with(scan, "scan_output_axes", ints(&[1]));
@@ -344,7 +364,7 @@ fn scans_go_over_any_axis_in_either_direction() {
         (step(0, 9), "num_scan_inputs is Ok(Some(9))"),
         (step(0, -1), "num_scan_inputs"),
     ] {
-        let message = error(graph_of(scan), vec![]);
+        let message = refusal(graph_of(scan), vec![]);
         assert!(message.contains(wanted), "{message}");
     }
 }
@@ -438,7 +458,7 @@ fn a_batch_that_hinders_can_be_given_a_size() {
         vec![floats("x", &["steps", "3"])],
         vec![floats("y", &["?", "3"]), floats("z", &["?", "3"])],
     );
-    let message = error(graph, vec![]);
+    let message = refusal(graph, vec![]);
     assert!(message.contains("--dim steps=SIZE"), "{message}");
 }
 
@@ -458,7 +478,7 @@ fn everything_wrong_is_in_one_report_and_in_the_survey() {
         vec![floats("y", &["2", "3"]), floats("c", &["2", "3"])],
     );
     let bytes = model(graph.clone(), vec![]);
-    let message = error(graph, vec![]);
+    let message = refusal(graph, vec![]);
     for part in ["odd: Frobnicate (opset 17)", "turn (Transpose, opset 17)", "Sequence_4"] {
         assert!(message.contains(part), "no {part} in {message}");
     }
