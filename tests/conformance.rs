@@ -77,7 +77,7 @@ fn forward(files: &BTreeMap<String, Vec<u8>>) -> Result<(), String> {
 
 /// What is wrong with the gradients: an error above 1e-3 of the largest of the case (and 1e-5).
 fn backward(files: &BTreeMap<String, Vec<u8>>) -> Result<(), String> {
-    let line = "run loss.onnx -q --loss output --inputs rest.npz --gradients got.npz";
+    let line = "run loss.onnx -q --train * --loss output --inputs rest.npz --gradients got.npz";
     let [got, wanted] = run(files, line, "gradients.npz")?;
     let known = |array: &Array| values(array).into_iter().filter(|value| !value.is_nan());
     let largest =

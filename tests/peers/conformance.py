@@ -196,7 +196,7 @@ def derive(program, case):
         path = pathlib.Path(folder)
         onnx.save(model, path / "model.onnx")
         np.savez(path / "in.npz", **inputs)
-        command = [program, "run", "model.onnx", "-q", "--loss", "output", "--inputs", "in.npz", "--gradients", "out.npz"]
+        command = [program, "run", "model.onnx", "-q", "--train", "*", "--loss", "output", "--inputs", "in.npz", "--gradients", "out.npz"]
         done = subprocess.run(command, cwd=path, capture_output=True, text=True, timeout=SECONDS)
         if done.returncode:
             return "refused", done.stderr.strip()

@@ -150,7 +150,7 @@ def check(work, case):
                 yield f"output {at} differs by {distance(got, value):.1e}"
     if not weightings:
         return
-    work.run("run", "model.onnx", "-q", "--loss", "output", "--inputs", "in.npz", "--gradients", "gradients.npz")
+    work.run("run", "model.onnx", "-q", "--train", "*", "--loss", "output", "--inputs", "in.npz", "--gradients", "gradients.npz")
     with np.load(work.path / "gradients.npz") as file:
         for name, gradient in case.differences(weightings):
             if name not in file.files:

@@ -179,7 +179,7 @@ def check(work, case, random):
     np.savez(work.path / "in.npz", weighting=weighting)
     words = ("run", "model.onnx", "--precision", "f32", "--inputs", "in.npz")
     work.run(*words, "--outputs", "out.npz")
-    work.run(*words, "--loss", "output", "--gradients", "g.npz")
+    work.run(*words, "--train", "*", "--loss", "output", "--gradients", "g.npz")
     with np.load(work.path / "out.npz") as file:
         got = [file[name] for name in case.node.output]
     error = 0.0
