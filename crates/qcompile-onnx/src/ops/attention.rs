@@ -233,7 +233,8 @@ impl Mask {
         let hidden = draft.scalar(DType::F32, f64::NEG_INFINITY);
         let zero = draft.scalar(DType::F32, 0.0);
         let sees = match (self.bias, self.visible) {
-            (None, _) if !self.blind_places => return Ok(()),
+            (None, None) => return Ok(()),
+            (None, Some(_)) if !self.blind_places => return Ok(()),
             (Some(bias), None) => bias,
             (bias, Some(visible)) => draft.select(visible, bias.unwrap_or(zero), hidden)?,
         };
