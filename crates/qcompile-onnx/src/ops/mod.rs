@@ -30,6 +30,8 @@ mod resize;
 mod shape;
 mod trigonometric;
 mod window;
+#[cfg(test)]
+mod window_tests;
 
 pub(crate) use constant::add_tensor;
 
