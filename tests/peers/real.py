@@ -53,6 +53,17 @@ def image(*shape):
     return lambda random: random.random(shape, np.float32) * 2 - 1
 
 
+def writing(height, width, size):
+    """The word TEXT in black on white, as detectors of text normalise it."""
+    letters = {"T": (31, 4, 4, 4, 4, 4, 4), "E": (31, 16, 16, 30, 16, 16, 31), "X": (17, 17, 10, 4, 10, 17, 17)}
+    glyphs = [[[row >> bit & 1 for bit in range(5, -1, -1)] for row in letters[letter]] for letter in "TEXT"]
+    word = np.kron(np.concatenate(glyphs, 1), np.ones((size, size)))
+    page = np.ones((height, width))
+    top, left = (height - word.shape[0]) // 2, (width - word.shape[1]) // 2
+    page[top : top + word.shape[0], left : left + word.shape[1]] -= word
+    return lambda random: np.broadcast_to((page - 0.45) / 0.225, (1, 3, height, width)).astype(np.float32)
+
+
 MODELS = {
     "encoder": Model("romanizer/encoder.onnx", {"src": integers(30, np.int64, 2, 7), "src_mask": ones(2, 7)}, ["src_len=7"]),
     "decoder": Model(
@@ -69,9 +80,9 @@ MODELS = {
     ),
     "detector": Model(
         "rapidocr/ch_PP-OCRv4_det_infer.onnx",
-        {"x": image(1, 3, 64, 96)},
+        {"x": writing(64, 96, 3)},
         ["p2o.DynamicDimension.1=64", "p2o.DynamicDimension.2=96"],
-        1e-4,
+        1e-5,
     ),
     "silero": Model(
         "silero/silero_vad_16k_sequence.onnx",
@@ -79,7 +90,7 @@ MODELS = {
         ["sequence_length=8"],
         1e-4,
     ),
-    "surfaces": Model("surfaces/gradient_boosting_regressor.onnx", {"input": floats(4, 4)}),
+    "surfaces": Model("surfaces/gradient_boosting_regressor.onnx", {"input": floats(4, 4)}, rate=1e-4),
 }
 
 
