@@ -223,7 +223,8 @@ fn every_operator_is_documented() {
     for file in ["mod.rs", "microsoft.rs"] {
         let source = read(&root().join("crates/qcompile-onnx/src/ops").join(file));
         // Arms of the matches over operators, which are the only ones at this depth.
-        let arms = source.lines().filter(|line| line.starts_with("        \"") && line.contains("=>"));
+        let arms =
+            source.lines().filter(|line| line.starts_with("        \"") && line.contains("=>"));
         let names: BTreeSet<&str> = arms
             .filter_map(|line| line.split("=>").next())
             .flat_map(|arm| arm.split('"').skip(1).step_by(2))
