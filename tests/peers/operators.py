@@ -461,7 +461,7 @@ def others():
         lists = tensors + [draw(*value.shape, low=0.5) for _ in range(2) for value in tensors]
         attributes = {"alpha": 0.9, "beta": 0.5, "mode": mode, "norm_coefficient": 0.01}
         for steps in (0, 3):
-            yield Case(f"{mode} {steps}", "Momentum", [rate, np.int64(steps), *lists], domain=training, outputs=4, reference=momentum(mode), **attributes)
+            yield Case(f"{mode} {steps}", "Momentum", [rate, np.int64(steps), *lists], domain=training, outputs=4, fixed=(0,), reference=momentum(mode), **attributes)
 
 
 def momentum(mode):
