@@ -318,7 +318,7 @@ fn loops_are_unrolled_and_share_their_weights() {
             ),
             "the condition after iteration 0 is not known",
         ),
-        (repeated(Some(3), &[], "nowhere"), "output nowhere: is not defined"),
+        (repeated(Some(3), &[], "nowhere"), "turn (Loop): input `nowhere` is not defined"),
     ] {
         let message = refusal(graph, vec![]);
         assert!(message.contains(wanted), "{message}");
