@@ -424,7 +424,8 @@ impl Drawing {
             3 if !self.wanted.smooth => {
                 let last = self.graph.ty(x).shape.0.last()?.as_fixed()?;
                 let k = self.random.below(last + 1);
-                self.add(Op::TopK { k, largest: self.random.chance(50) }, &[x], region)
+                let largest = self.random.chance(50);
+                self.add(Op::TopK { k, largest }, &[x], region)
             }
             _ => self.generated(region),
         }
