@@ -1,6 +1,7 @@
 //! ONNX's own test cases: `conformance.zip`, which `tests/peers/conformance.py --write` makes, holds the small ones with
 //! their inputs, the outputs that ONNX wants, and gradients by differences of ONNX's reference evaluator in float64.
-//! `operators.zip`, which `tests/peers/operators.py --write` makes, holds further cases in the same form.
+//! `operators.zip` and `indexing.zip`, which `tests/peers/operators.py --write` and `tests/peers/indexing.py --write`
+//! make, hold further cases in the same form.
 
 use crate::command::Place;
 use crate::support::root;
@@ -14,7 +15,7 @@ type Arrays = BTreeMap<String, Array>;
 /// The files of each case in the archives.
 fn cases() -> BTreeMap<String, BTreeMap<String, Vec<u8>>> {
     let mut cases: BTreeMap<String, BTreeMap<String, Vec<u8>>> = BTreeMap::new();
-    for archive in ["conformance", "operators"] {
+    for archive in ["conformance", "indexing", "operators"] {
         let path = root().join(format!("tests/{archive}.zip"));
         let file = std::fs::File::open(path).expect("committed");
         let mut archive = zip::ZipArchive::new(file).expect("well-formed");

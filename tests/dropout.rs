@@ -1,7 +1,9 @@
 //! Dropout: what is drawn, what its gradient is, and that every way to run a step draws the same.
 
+use crate::command::Place;
 use crate::support::{Random, inputs};
 use crate::training::{Recipe, forward, losses, plan, trainer};
+use qcompile::data::Array;
 use qcompile_ir::{DType, Region, Tensor};
 use qcompile_kernels::Tier;
 use qcompile_passes::{differentiate, evaluation};
@@ -137,4 +139,19 @@ fn nothing_is_dropped_where_nothing_trains() {
     evaluation::run(&mut graph).expect("evaluates");
     qcompile_passes::simplify::run(&mut graph, &Default::default()).expect("simplifies");
     assert!(!graph.to_string().contains("random"), "{graph}");
+}
+
+#[test]
+fn a_seed_decides_what_is_dropped() {
+    let place = Place::new();
+    let x = Array::from_f32(vec![8, COLUMNS], &[1.0; 8 * COLUMNS]).expect("768 numbers");
+    place.write_npz("data.npz", &[("x", x.clone()), ("label", x)]);
+    place.run("@/../tests/dropout.onnx -o d.qplan --loss mse --optimizer sgd --precision f32 -q");
+    let loss = |seed: u64, options: &str| {
+        let train = "train d.qplan -q --json --log-every 1 --data data.npz --epochs 1 --batch-size 8 --lr 0";
+        let done = place.run(&format!("{train} --seed {seed} {options} -o out{seed}.qplan"));
+        done.lines()[0]["loss"].as_f64().expect("a loss")
+    };
+    assert_eq!(loss(1, "").to_bits(), loss(1, "--threads 1").to_bits());
+    assert_ne!(loss(1, "").to_bits(), loss(2, "").to_bits());
 }

@@ -30,6 +30,8 @@ mod resize;
 mod shape;
 mod trigonometric;
 mod window;
+#[cfg(test)]
+mod window_tests;
 
 pub(crate) use constant::add_tensor;
 
@@ -228,6 +230,7 @@ fn convert_onnx(draft: &mut Draft, node: &mut OnnxNode) -> Results {
         "TopK" => elements::top_k(draft, node),
         "Transpose" => shape::transpose(draft, node),
         "Trilu" => indexing::trilu(draft, node),
+        "Unique" => elements::unique(),
         "Unsqueeze" => shape::unsqueeze(draft, node),
         "Upsample" if node.opset < 10 => resize::upsample(draft, node),
         "Where" => elementwise::where_(draft, node),
