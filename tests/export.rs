@@ -77,11 +77,15 @@ fn check_close(place: &str, got: &[f64], wanted: &[f64], tolerance: f64) {
 fn check_comes_back(place: &str, graph: &Graph, opset: u32) -> Result<(), ExportError> {
     let given = inputs(graph, BATCH, 2, &mut Random::new(7));
     let Some(wanted) = evaluated(graph, &given) else { return Ok(()) };
+    let (ins, outs) = ports(graph);
+    if ins.iter().flat_map(|port| &port.ty.shape.0).any(|dim| dim.batch && dim.scale != 1) {
+        // A symbol of ONNX is one size, and no multiple of another.
+        return Ok(());
+    }
     let written = exported(graph, opset)?;
     assert_eq!(exported(graph, opset).as_ref(), Ok(&written), "{place}: equal bytes");
     let back = import(&written.bytes, &ImportOptions::default())
         .unwrap_or_else(|error| panic!("{place}, opset {opset}: {error}\n{graph}"));
-    let (ins, outs) = ports(graph);
     assert_eq!(
         back.inputs.iter().map(|port| &port.ty).collect::<Vec<_>>(),
         ins.iter().map(|port| &port.ty).collect::<Vec<_>>(),
@@ -120,8 +124,12 @@ fn every_op_comes_back() {
             }
         }
     }
-    let cells = "value states (slice) has no form in ONNX: ONNX gives h after each step and c after the last";
-    assert_eq!(refused, BTreeSet::from([cells.to_owned()]));
+    let expected = [
+        "value numbers (random) has no form in ONNX: ONNX's random numbers are others",
+        "value states (slice) has no form in ONNX: ONNX gives h after each step and c after the last",
+        "value y (scatter_max) needs ScatterND with reduction `max`, which ONNX has from opset 18 on; asked for is 17",
+    ];
+    assert_eq!(refused, BTreeSet::from(expected.map(str::to_owned)));
 }
 
 #[test]
@@ -235,7 +243,7 @@ fn patterns_are_found_where_they_are() {
         ("a mean", mean_alone.clone(), 17, &["Expand", "ReduceMean"]),
         (
             "of another count",
-            mean_alone.replace("[] = 4", "[] = 5").replace("%four", "%one"),
+            mean_alone.replace("broadcast %four", "broadcast %one"),
             17,
             &["Div", "Expand", "ReduceSum"],
         ),
