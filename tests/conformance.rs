@@ -1,6 +1,7 @@
 //! ONNX's own test cases: `conformance.zip`, which `tests/peers/conformance.py --write` makes, holds the small ones with
 //! their inputs, the outputs that ONNX wants, and gradients by differences of ONNX's reference evaluator in float64.
-//! `operators.zip`, which `tests/peers/operators.py --write` makes, holds further cases in the same form.
+//! `operators.zip` and `indexing.zip`, which `tests/peers/operators.py --write` and `tests/peers/indexing.py --write`
+//! make, hold further cases in the same form.
 
 use crate::command::Place;
 use crate::support::root;
@@ -14,7 +15,7 @@ type Arrays = BTreeMap<String, Array>;
 /// The files of each case in the archives.
 fn cases() -> BTreeMap<String, BTreeMap<String, Vec<u8>>> {
     let mut cases: BTreeMap<String, BTreeMap<String, Vec<u8>>> = BTreeMap::new();
-    for archive in ["conformance", "operators"] {
+    for archive in ["conformance", "indexing", "operators"] {
         let path = root().join(format!("tests/{archive}.zip"));
         let file = std::fs::File::open(path).expect("committed");
         let mut archive = zip::ZipArchive::new(file).expect("well-formed");
@@ -77,7 +78,7 @@ fn forward(files: &BTreeMap<String, Vec<u8>>) -> Result<(), String> {
 
 /// What is wrong with the gradients: an error above 1e-3 of the largest of the case (and 1e-5).
 fn backward(files: &BTreeMap<String, Vec<u8>>) -> Result<(), String> {
-    let line = "run loss.onnx -q --loss output --inputs rest.npz --gradients got.npz";
+    let line = "run loss.onnx -q --train * --loss output --inputs rest.npz --gradients got.npz";
     let [got, wanted] = run(files, line, "gradients.npz")?;
     let known = |array: &Array| values(array).into_iter().filter(|value| !value.is_nan());
     let largest =

@@ -3,6 +3,7 @@
 mod cli;
 mod command;
 mod conformance;
+mod dropout;
 mod evaluation;
 mod export;
 mod filetests;

@@ -218,6 +218,26 @@ fn every_op_is_documented() {
 }
 
 #[test]
+fn every_operator_is_documented() {
+    let docs = read(&root().join("docs/onnx.md"));
+    for file in ["mod.rs", "microsoft.rs"] {
+        let source = read(&root().join("crates/qcompile-onnx/src/ops").join(file));
+        // Arms of the matches over operators, which are the only ones at this depth.
+        let arms =
+            source.lines().filter(|line| line.starts_with("        \"") && line.contains("=>"));
+        let names: BTreeSet<&str> = arms
+            .filter_map(|line| line.split("=>").next())
+            .flat_map(|arm| arm.split('"').skip(1).step_by(2))
+            .filter(|name| name.starts_with(char::is_uppercase))
+            .collect();
+        assert!(names.len() > 5, "{file} names {names:?}");
+        for name in names {
+            assert!(docs.contains(&format!("`{name}`")), "docs/onnx.md does not name {name}");
+        }
+    }
+}
+
+#[test]
 fn the_documentation_that_the_readme_names_is_there() {
     let readme = read(&root().join("README.md"));
     for target in readme.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {

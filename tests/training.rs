@@ -16,10 +16,10 @@ use std::sync::Arc;
 
 type Values = BTreeMap<String, Tensor>;
 
-struct Recipe {
-    optimizer: Optimizer,
-    precision: PrecisionChoice,
-    synchronize: bool,
+pub(crate) struct Recipe {
+    pub(crate) optimizer: Optimizer,
+    pub(crate) precision: PrecisionChoice,
+    pub(crate) synchronize: bool,
 }
 
 impl Default for Recipe {
@@ -32,7 +32,7 @@ impl Default for Recipe {
     }
 }
 
-fn forward(model: &str) -> Graph {
+pub(crate) fn forward(model: &str) -> Graph {
     let bytes = std::fs::read(root().join("models").join(model)).expect("committed");
     let options = ImportOptions { batch_norm: BatchNorm::Train, ..ImportOptions::default() };
     let mut graph = import(&bytes, &options).expect("imports").graph;
@@ -43,7 +43,7 @@ fn forward(model: &str) -> Graph {
     graph
 }
 
-fn plan(model: &str, recipe: &Recipe) -> Arc<Plan> {
+pub(crate) fn plan(model: &str, recipe: &Recipe) -> Arc<Plan> {
     let mut graph = forward(model);
     if recipe.synchronize {
         distribute::synchronize_statistics(&mut graph).expect("synchronizes");
@@ -66,7 +66,7 @@ fn plan(model: &str, recipe: &Recipe) -> Arc<Plan> {
     Arc::new(plan)
 }
 
-fn trainer(plan: &Arc<Plan>, workers: usize, threads: usize) -> Trainer {
+pub(crate) fn trainer(plan: &Arc<Plan>, workers: usize, threads: usize) -> Trainer {
     let options = TrainerOptions { threads, workers, tier: None };
     let mut trainer = Trainer::new(Arc::clone(plan), &options).expect("compiles");
     let rates = [
@@ -93,7 +93,7 @@ fn batch(model: &str, size: usize, seed: u64) -> Values {
     inputs(&forward(model), size, 4, &mut Random::new(seed))
 }
 
-fn losses(trainer: &mut Trainer, batches: &[Values]) -> Vec<f32> {
+pub(crate) fn losses(trainer: &mut Trainer, batches: &[Values]) -> Vec<f32> {
     batches
         .iter()
         .map(|batch| {

@@ -72,6 +72,16 @@ pub(crate) enum Weight {
     Sparse(Box<SparseTensorProto>),
 }
 
+impl Weight {
+    /// Whether it has no axis.
+    pub(crate) fn is_scalar(&self) -> bool {
+        match self {
+            Weight::Dense(proto) => proto.dims.is_empty(),
+            Weight::Sparse(proto) => proto.dims.is_empty(),
+        }
+    }
+}
+
 /// A graph, or a subgraph of a node.
 pub(crate) struct Body {
     pub(crate) name: String,

@@ -97,6 +97,8 @@ pub(crate) struct Importer<'a> {
     pub(crate) prefix: String,
     /// Nodes so far, as often as they were imported.
     pub(crate) imported: usize,
+    /// Initializers that are taken as numbers and not trained.
+    scalars: Vec<String>,
     /// What `--dim` calls the dimensions that stand for the batch.
     batch: Vec<String>,
     unsupported: Vec<UnsupportedNode>,
@@ -119,6 +121,7 @@ impl<'a> Importer<'a> {
             scopes: vec![Scope::new(Vec::new())],
             prefix: String::new(),
             imported: 0,
+            scalars: Vec::new(),
             batch: Vec::new(),
             unsupported: Vec::new(),
             problems: Vec::new(),
@@ -228,6 +231,9 @@ impl<'a> Importer<'a> {
             return ops::add_tensor(&mut self.draft, tensor);
         }
         let trained = self.trainable.contains(name);
+        if tensor.shape().is_empty() && !trained && self.options.train.is_empty() {
+            self.scalars.push(name.to_owned());
+        }
         self.draft.emit(if trained { Op::Param(tensor) } else { Op::Const(tensor) }, &[])
     }
 
@@ -440,7 +446,16 @@ impl<'a> Importer<'a> {
         if !self.unsupported.is_empty() || !self.problems.is_empty() {
             return Err(self.error());
         }
-        let warnings = self.draft.take_warnings();
+        let mut warnings = self.draft.take_warnings();
+        if let Some(first) = self.scalars.first() {
+            let others = match self.scalars.len() - 1 {
+                0 => String::new(),
+                count => format!(" and {count} more"),
+            };
+            warnings.push(format!(
+                "initializers without an axis are constants, not trained unless --train names them: {first}{others}"
+            ));
+        }
         let graph = self.draft.assemble(name, &inputs.ids, &output_ids)?;
         let parameters = graph
             .leaves(|op| matches!(op, Op::Param(_)))

@@ -68,13 +68,12 @@ impl Draft {
     pub(crate) fn places(&mut self, lead: &[Dim], size: usize, numbers: ValueId) -> Value {
         let rows = self.iota(product(lead)?)?;
         let mut rows = self.reshape(rows, lead)?;
-        for axis in 0..lead.len() {
+        for (axis, &all) in lead.iter().enumerate() {
             let taken = self.dims(numbers)[axis];
-            if taken != lead[axis] {
-                let (Some(end), Some(_)) = (taken.as_fixed(), lead[axis].as_fixed()) else {
+            if taken != all {
+                let (Some(end), Some(_)) = (taken.as_fixed(), all.as_fixed()) else {
                     return Err(Obstacle::unsupported(format!(
-                        "indices of {taken} for an axis of {}",
-                        lead[axis]
+                        "indices of {taken} for an axis of {all}"
                     )));
                 };
                 rows = self.slice(rows, axis, 0, end)?;

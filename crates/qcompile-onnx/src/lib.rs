@@ -22,9 +22,13 @@ mod node;
 mod ops;
 mod order;
 mod pattern;
+#[cfg(test)]
+mod refusal_tests;
 mod scan;
 mod survey;
 mod tensor;
+#[cfg(test)]
+mod tests;
 
 pub use error::{ImportError, MissingDim, Problem, UnsupportedNode};
 pub use export::{EXPORT_OPSETS, Export, ExportError, ExportOptions, export};

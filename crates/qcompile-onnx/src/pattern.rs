@@ -60,7 +60,8 @@ const PASSING: [&str; 7] =
     ["Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Flatten"];
 
 /// Names of the initializers to be trained, if floats: those that `train` matches (all, if it is empty) and `freeze`
-/// does not. The nodes of `body` count in the order of the file, with those of their subgraphs.
+/// does not. The nodes of `body` count in the order of the file, with those of their subgraphs. An initializer without
+/// an axis is a number that an exporter wrote so, as in `x * 0.5`: it is trained only if `train` has its own name.
 pub(crate) fn trainable(
     body: &Body,
     train: &[String],
@@ -74,6 +75,8 @@ pub(crate) fn trainable(
         inner(&node.proto, &node.name, &mut initializers, &mut nodes);
     }
     let nodes = &nodes;
+    let scalars: BTreeSet<&str> =
+        body.weights.iter().filter(|(_, w)| w.is_scalar()).map(|(name, _)| name.as_str()).collect();
     // Which initializer a value is, perhaps under another shape.
     let mut source: BTreeMap<&str, &str> = initializers.iter().map(|&name| (name, name)).collect();
     for (node, _) in nodes {
@@ -102,6 +105,7 @@ pub(crate) fn trainable(
                 if hit {
                     found = true;
                     let weights = node.input.iter().filter_map(|input| source.get(input.as_str()));
+                    let weights = weights.filter(|name| !scalars.contains(*name));
                     selected.extend(weights.map(|&name| name.to_owned()));
                 }
             }
@@ -118,7 +122,7 @@ pub(crate) fn trainable(
         Ok(selected)
     };
     let mut trained = if train.is_empty() {
-        initializers.iter().map(|&name| name.to_owned()).collect()
+        initializers.difference(&scalars).map(|&name| name.to_owned()).collect()
     } else {
         select("train", train)?
     };

@@ -343,10 +343,16 @@ fn replace(graph: &mut Graph, id: NodeId, pattern: Pattern) -> Result<(), PassEr
     let rank = shape.rank();
     let part = |part: &str| format!("{}.{part}", name.as_str());
     let mut operands = Vec::with_capacity(4);
+    let shared = shared_heads(graph, [pattern.operands[1].0, pattern.operands[2].0]);
     for ((operand, turned), suffix) in pattern.operands.into_iter().zip(["q", "k", "v"]) {
         // Constant factors of queries and keys are in the scale.
-        let plain =
-            if suffix == "v" { operand } else { Unscaled::of(graph, operand).moved(graph)? };
+        let plain = match (suffix, &shared) {
+            ("k", Some([(one, shape), _])) | ("v", Some([_, (one, shape)])) => {
+                graph.add(Op::Reshape(shape.clone()), &[*one], part(suffix), region)?
+            }
+            ("v", None) => operand,
+            _ => Unscaled::of(graph, operand).moved(graph)?,
+        };
         operands.push(by_length(graph, (plain, turned), &part(suffix), region)?);
     }
     if let Some(mask) = pattern.mask {
@@ -363,6 +369,25 @@ fn replace(graph: &mut Graph, id: NodeId, pattern: Pattern) -> Result<(), PassEr
     graph.replace_uses(id, back)?;
     graph.swap_names(id, attention);
     Ok(())
+}
+
+/// Keys and values before each head was repeated for those that share it, and their shapes as they are then.
+fn shared_heads(graph: &Graph, operands: [NodeId; 2]) -> Option<[(NodeId, Shape); 2]> {
+    let single = |id: NodeId| {
+        let Op::Reshape(whole) = graph.op(id) else { return None };
+        let many = graph.operand(id, 0);
+        let Op::Broadcast(spread) = graph.op(many) else { return None };
+        let one = graph.operand(many, 0);
+        let [batch, heads, Dim::ONE, rows, columns] = graph.ty(one).shape.0[..] else {
+            return None;
+        };
+        let repeats = *spread.0.get(2)?;
+        let fits = spread.0 == [batch, heads, repeats, rows, columns]
+            && whole.0 == [batch, heads.times(repeats)?, rows, columns];
+        fits.then(|| (one, Shape(vec![batch, heads, rows, columns])))
+    };
+    let [k, v] = [single(operands[0])?, single(operands[1])?];
+    (k.1.0[1] == v.1.0[1]).then_some([k, v])
 }
 
 /// The mask as f32 of four dims.

@@ -16,7 +16,9 @@ fn refused(reason: impl std::fmt::Display) -> RuntimeError {
     RuntimeError::Checkpoint(reason.to_string())
 }
 
-fn foreign(dtype: DType) -> Dtype {
+/// The element type of a safetensors file for one of the graph.
+#[must_use]
+pub const fn file_type(dtype: DType) -> Dtype {
     match dtype {
         DType::F32 => Dtype::F32,
         DType::BF16 => Dtype::BF16,
@@ -53,7 +55,7 @@ pub fn encode(trainer: &Trainer, progress: &str) -> Result<Vec<u8>, RuntimeError
     let values = kept(trainer);
     let mut views = BTreeMap::new();
     for (name, tensor) in &values {
-        let dtype = foreign(tensor.dtype());
+        let dtype = file_type(tensor.dtype());
         let view = TensorView::new(dtype, tensor.shape().to_vec(), tensor.bytes());
         views.insert(name.clone(), view.map_err(refused)?);
     }
@@ -82,7 +84,7 @@ pub fn restore(trainer: &mut Trainer, bytes: &[u8]) -> Result<String, RuntimeErr
     let mut values = Values::new();
     for (name, old) in kept(trainer) {
         let view = tensors.tensor(&name).map_err(|_| refused(format!("it has no `{name}`")))?;
-        if view.dtype() != foreign(old.dtype()) || view.shape() != old.shape() {
+        if view.dtype() != file_type(old.dtype()) || view.shape() != old.shape() {
             return Err(refused(format!(
                 "`{name}` is {:?} {:?}, the plan has {}",
                 view.dtype(),

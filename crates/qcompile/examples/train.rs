@@ -6,7 +6,7 @@
 
 use qcompile::data::{Batches, Dataset, Limits};
 use qcompile::train::evaluate;
-use qcompile::wants::{Wants, batch};
+use qcompile::wants::Wants;
 use qcompile::{
     DType, LossKind, Optimizer, Options, Tensor, Trainer, TrainerOptions, compile, terminal::Show,
 };
@@ -49,7 +49,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     for epoch in 0..EPOCHS {
         let mut loss = 0.0;
         for rows in batches.epoch(epoch, 0) {
-            loss += trainer.step(&batch(&samples, &rows)?)?.loss / batches.steps() as f32;
+            loss += trainer.step(&wants.batch(&samples, &rows)?)?.loss / batches.steps() as f32;
         }
         writeln!(out, "epoch {}: loss {loss:.4}", epoch + 1)?;
     }

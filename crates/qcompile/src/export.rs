@@ -8,10 +8,10 @@ use crate::options::Options;
 use crate::street::evaluation_form;
 use crate::subgraph::with_values;
 use crate::tensors::to_array;
-use qcompile_ir::{DType, Graph, Op, Tensor};
+use qcompile_ir::{Graph, Op, Tensor};
 use qcompile_onnx::{Export, ExportOptions};
 use qcompile_passes::{quantize, simplify};
-use qcompile_runtime::Values;
+use qcompile_runtime::{Values, checkpoint};
 use safetensors::tensor::TensorView;
 use serde_json::json;
 use std::collections::{BTreeMap, HashMap};
@@ -165,7 +165,8 @@ impl Exported {
         let mut views = BTreeMap::new();
         for (name, tensor) in self.weights() {
             let shape = tensor.shape().to_vec();
-            let view = TensorView::new(foreign(tensor.dtype()), shape, tensor.bytes());
+            let view =
+                TensorView::new(checkpoint::file_type(tensor.dtype()), shape, tensor.bytes());
             views.insert(name.clone(), view.map_err(refused)?);
         }
         let states: Vec<&String> = self.states.keys().collect();
@@ -188,20 +189,5 @@ impl Exported {
             Ok((name.clone(), to_array(tensor, None)?))
         };
         npz::write(&self.weights().map(array).collect::<Result<BTreeMap<_, _>>>()?)
-    }
-}
-
-/// The element type of a safetensors file for one of the graph.
-fn foreign(dtype: DType) -> safetensors::Dtype {
-    use safetensors::Dtype;
-    match dtype {
-        DType::F32 => Dtype::F32,
-        DType::BF16 => Dtype::BF16,
-        DType::F16 => Dtype::F16,
-        DType::I8 => Dtype::I8,
-        DType::U8 => Dtype::U8,
-        DType::I32 => Dtype::I32,
-        DType::I64 => Dtype::I64,
-        DType::Bool => Dtype::BOOL,
     }
 }

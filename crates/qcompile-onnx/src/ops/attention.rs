@@ -181,6 +181,8 @@ fn repeated_heads(draft: &mut Draft, x: ValueId, q: ValueId) -> Value {
 struct Mask {
     /// Whether a key is seen, by places alone: bool `[queries, keys]`.
     visible: Option<ValueId>,
+    /// Whether some query sees nothing by its place.
+    blind_places: bool,
     /// What is added to the scores, as large as it is before it is repeated.
     bias: Option<ValueId>,
     /// The bias, but 0 for queries that see nothing: those are left out of the result instead.
@@ -207,7 +209,8 @@ impl Mask {
         }
         if lengths.is_none() && !window.is_open() {
             let offset = i64::try_from(before).unwrap_or(i64::MAX);
-            mask.visible = Some(by_place(draft, window, offset, [queries, keys_fixed])?);
+            let (visible, blind) = by_place(draft, window, offset, [queries, keys_fixed])?;
+            (mask.visible, mask.blind_places) = (Some(visible), blind);
         }
         if let Some(lengths) = lengths {
             if draft.dims(lengths) != [dims[0]] {
@@ -231,6 +234,7 @@ impl Mask {
         let zero = draft.scalar(DType::F32, 0.0);
         let sees = match (self.bias, self.visible) {
             (None, None) => return Ok(()),
+            (None, Some(_)) if !self.blind_places => return Ok(()),
             (Some(bias), None) => bias,
             (bias, Some(visible)) => draft.select(visible, bias.unwrap_or(zero), hidden)?,
         };
@@ -240,10 +244,6 @@ impl Mask {
         if let Some(known) = draft.known(blind)
             && known.elements.iter().all(|element| element.as_int() == Some(0))
         {
-            return Ok(());
-        }
-        // By places alone a query is seldom blind, and then whatever its keys are.
-        if self.bias.is_none() && draft.known(blind).is_none() {
             return Ok(());
         }
         self.blind = Some(blind);
@@ -260,7 +260,9 @@ impl Mask {
         }
         let Some(visible) = self.visible else { return Ok(scores) };
         let mut visible = visible;
-        if let Some(blind) = self.blind {
+        if let Some(blind) = self.blind
+            && self.blind_places
+        {
             visible = draft.binary(BinaryOp::Or, visible, blind)?;
         }
         let hidden = draft.scalar(DType::F32, f64::NEG_INFINITY);
@@ -312,8 +314,13 @@ fn bias(draft: &mut Draft, given: ValueId, keys: usize, scores: &[Dim]) -> Value
     if broadcast_dims(&dims, scores)? == scores { Ok(bias) } else { Err(wrong(draft)) }
 }
 
-/// Whether each query sees each key, by their places: a constant.
-fn by_place(draft: &mut Draft, window: Window, offset: i64, [rows, keys]: [usize; 2]) -> Value {
+/// Whether each query sees each key, by their places: a constant. And whether some query sees none.
+fn by_place(
+    draft: &mut Draft,
+    window: Window,
+    offset: i64,
+    [rows, keys]: [usize; 2],
+) -> Result<(ValueId, bool), Obstacle> {
     let count = rows.saturating_mul(keys);
     bounded(count)?;
     let signed = |at: usize| i64::try_from(at).unwrap_or(i64::MAX);
@@ -321,9 +328,11 @@ fn by_place(draft: &mut Draft, window: Window, offset: i64, [rows, keys]: [usize
         let own = signed(at / keys).saturating_add(offset);
         u8::from(window.shows(signed(at % keys).saturating_sub(own)))
     });
-    let mask = Tensor::from_bytes(DType::Bool, vec![rows, keys], shown.collect());
+    let shown: Vec<u8> = shown.collect();
+    let blind = keys > 0 && shown.chunks(keys).any(|row| row.iter().all(|&seen| seen == 0));
+    let mask = Tensor::from_bytes(DType::Bool, vec![rows, keys], shown);
     let mask = mask.ok_or_else(|| Obstacle::invalid("the mask is too large"))?;
-    super::constant::add_tensor(draft, Arc::new(mask))
+    Ok((super::constant::add_tensor(draft, Arc::new(mask))?, blind))
 }
 
 /// Whether each query of each sequence sees each key, where sequences end at a length: `[batch, 1, queries, keys]`.

@@ -62,7 +62,7 @@ fn mode(node: &OnnxNode, since: i64) -> Result<String, Obstacle> {
 }
 
 fn divided(size: usize, by: Option<usize>, what: &str) -> Result<usize, Obstacle> {
-    let by = by.filter(|&by| size % by == 0);
+    let by = by.filter(|&by| size.is_multiple_of(by));
     by.map(|by| size / by)
         .ok_or_else(|| Obstacle::invalid(format!("{what} of {size} are not whole blocks")))
 }

@@ -268,6 +268,11 @@ pub(super) fn compress(draft: &mut Draft, node: &OnnxNode) -> Results {
     Ok(vec![take_constant(draft, x, axis, kept)?])
 }
 
+/// Refused: how many elements are different is a size.
+pub(super) fn unique() -> Results {
+    Err(Obstacle::unsupported("a result whose size depends on values"))
+}
+
 /// Where a known value is not zero: one row for each axis, one column for each place.
 pub(super) fn non_zero(draft: &mut Draft, node: &OnnxNode) -> Results {
     let x = node.constant(draft, 0)?.ok_or_else(|| Obstacle::invalid("input 0 is missing"))?;

@@ -54,7 +54,9 @@ pub(super) fn gather(draft: &mut Draft, node: &OnnxNode) -> Results {
             }
         }
         // One row is a slice, whose gradient is a pad.
-        if let (true, Some(index)) = (known.shape.is_empty(), known.get(0).as_int()) {
+        if known.shape.is_empty()
+            && let Some(index) = known.get(0).as_int()
+        {
             let index = check_index(index, size)?;
             let row = draft.slice(x, axis, index, index + 1)?;
             return Ok(vec![draft.squeeze(row, &[axis])?]);

@@ -2,13 +2,16 @@
 
 use crate::draft::{Draft, ValueId};
 use crate::error::Obstacle;
-use qcompile_ir::{BinaryOp, Dim, Op, Tensor};
+use qcompile_ir::{BinaryOp, DType, Dim, Op, Tensor};
 use std::sync::Arc;
 
 type Value = Result<ValueId, Obstacle>;
 
-/// Weights, and elements of a matrix of them, that one axis may have.
-pub(super) const WEIGHT_LIMIT: usize = 1 << 26;
+/// Weights that one axis may have.
+pub(super) const WEIGHT_LIMIT: usize = 1 << 24;
+
+/// Elements of a matrix of weights. Beyond, elements are gathered.
+const MATRIX_LIMIT: usize = 1 << 20;
 
 /// Nodes that an axis may be put together from.
 const NODE_LIMIT: usize = 64;
@@ -64,13 +67,41 @@ impl Interpolation {
             let indices = indices.map(|index| i64::try_from(index).unwrap_or(i64::MAX)).collect();
             return super::indexing::take_constant(draft, x, axis, indices);
         }
+        let size = self.input.saturating_mul(self.output());
+        if size > MATRIX_LIMIT && self.width <= NODE_LIMIT {
+            return self.gather(draft, x, axis);
+        }
         self.multiply(draft, x, axis)
+    }
+
+    /// As a sum of elements at indices, times weights.
+    fn gather(&self, draft: &mut Draft, x: ValueId, axis: usize) -> Value {
+        let mut shape = vec![1; draft.rank(x)];
+        shape[axis] = self.output();
+        let mut sum = None;
+        for tap in 0..self.width {
+            let index = |first: &i64| {
+                let index = first.saturating_add_unsigned(tap as u64);
+                i64::try_from(self.clamped(index)).unwrap_or(i64::MAX)
+            };
+            let indices = self.first.iter().map(index).collect();
+            let part = super::indexing::take_constant(draft, x, axis, indices)?;
+            let weights = self.weights.iter().skip(tap).step_by(self.width);
+            let weights: Vec<f64> = weights.map(|&weight| f64::from(weight)).collect();
+            let weights = constant(draft, &shape, &weights)?;
+            let part = draft.mul(part, weights)?;
+            sum = Some(match sum {
+                None => part,
+                Some(sum) => draft.add(sum, part)?,
+            });
+        }
+        sum.ok_or_else(|| Obstacle::invalid("an element made from nothing"))
     }
 
     fn periodic(&self) -> Option<Periodic> {
         let output = self.output();
         (1..=NODE_LIMIT / self.width.max(1))
-            .filter(|&count| output >= count && output % count == 0)
+            .filter(|&count| output >= count && output.is_multiple_of(count))
             .find_map(|count| self.with_phases(count))
     }
 
@@ -106,9 +137,7 @@ impl Interpolation {
                 matrix[at * input + self.clamped(index)] += f64::from(weight);
             }
         }
-        let matrix = Tensor::from_f64(qcompile_ir::DType::F32, &[output, input], &matrix)
-            .ok_or_else(|| Obstacle::invalid("too many weights"))?;
-        let matrix = draft.emit(Op::Const(Arc::new(matrix)), &[])?;
+        let matrix = constant(draft, &[output, input], &matrix)?;
         let (input, output) = (Dim::fixed(input), Dim::fixed(output));
         let too_large = || Obstacle::invalid("an operand beyond 2^64 elements");
         let others = |dims: &[Dim]| {
@@ -210,6 +239,13 @@ impl Periodic {
         }
         sum.ok_or_else(|| Obstacle::invalid("an element made from nothing"))
     }
+}
+
+/// An f32 constant, which no arithmetic at import looks into.
+fn constant(draft: &mut Draft, shape: &[usize], values: &[f64]) -> Value {
+    let tensor = Tensor::from_f64(DType::F32, shape, values);
+    let tensor = tensor.ok_or_else(|| Obstacle::invalid("too many weights"))?;
+    draft.emit(Op::Const(Arc::new(tensor)), &[])
 }
 
 /// `x` with copies of its first and last element along an axis before and after it.

@@ -54,9 +54,6 @@ pub(super) fn bitwise_not(draft: &mut Draft, node: &OnnxNode) -> Results {
 pub(super) fn bit_shift(draft: &mut Draft, node: &OnnxNode) -> Results {
     let [x, amount] = integers(draft, node)?;
     let dtype = draft.dtype(x);
-    if node.opset < 28 && dtype != DType::U8 {
-        return Err(Obstacle::invalid(format!("{} is not of unsigned numbers", draft.ty(x))));
-    }
     let right = match node.attributes.string("direction", "")?.as_str() {
         "LEFT" => false,
         "RIGHT" => true,

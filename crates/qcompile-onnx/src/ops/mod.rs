@@ -13,6 +13,7 @@ mod elementwise;
 mod gate;
 mod indexing;
 mod interpolation;
+mod legacy;
 mod linear;
 mod logical;
 mod loss;
@@ -29,6 +30,8 @@ mod resize;
 mod shape;
 mod trigonometric;
 mod window;
+#[cfg(test)]
+mod window_tests;
 
 pub(crate) use constant::add_tensor;
 
@@ -41,7 +44,7 @@ use qcompile_ir::{BinaryOp, CompareOp, UnaryOp};
 pub(crate) type Results = Result<Vec<ValueId>, Obstacle>;
 
 /// The opset versions of ONNX's own operators that are understood.
-pub(crate) const OPSETS: std::ops::RangeInclusive<i64> = 7..=28;
+pub(crate) const OPSETS: std::ops::RangeInclusive<i64> = 1..=28;
 
 /// Imports one node. The only place that knows operators by name.
 pub(crate) fn convert(draft: &mut Draft, node: &mut OnnxNode, domain: &str) -> Results {
@@ -66,6 +69,9 @@ fn convert_onnx(draft: &mut Draft, node: &mut OnnxNode) -> Results {
             OPSETS.start(),
             OPSETS.end()
         )));
+    }
+    if node.opset < 7 {
+        legacy::modernize(draft, node)?;
     }
     match node.op {
         "Abs" => elementwise::unary(draft, node, UnaryOp::Abs),
@@ -224,6 +230,7 @@ fn convert_onnx(draft: &mut Draft, node: &mut OnnxNode) -> Results {
         "TopK" => elements::top_k(draft, node),
         "Transpose" => shape::transpose(draft, node),
         "Trilu" => indexing::trilu(draft, node),
+        "Unique" => elements::unique(),
         "Unsqueeze" => shape::unsqueeze(draft, node),
         "Upsample" if node.opset < 10 => resize::upsample(draft, node),
         "Where" => elementwise::where_(draft, node),

@@ -16,15 +16,54 @@ const EXACT_TERMS: usize = 256;
 /// Most parts that a convolution is taken apart into.
 const MOST_PARTS: usize = 1024;
 
-/// The element type that an attribute names; none for 0, its default.
-fn type_attribute(node: &OnnxNode, name: &str) -> Result<Option<DType>, Obstacle> {
+/// The number of the element type that an attribute names; none for 0, its default.
+fn type_number(node: &OnnxNode, name: &str) -> Result<Option<i32>, Obstacle> {
     let number = node.attributes.int(name, 0)?;
     if number == 0 {
         return Ok(None);
     }
     let number = i32::try_from(number)
         .map_err(|_| Obstacle::invalid(format!("attribute {name} is {number}")))?;
-    tensor::dtype(number).map(Some)
+    Ok(Some(number))
+}
+
+/// The element type that an attribute names; none for 0, its default.
+fn type_attribute(node: &OnnxNode, name: &str) -> Result<Option<DType>, Obstacle> {
+    type_number(node, name)?.map(tensor::dtype).transpose()
+}
+
+/// Integers that values are rounded to: their element type in the graph, the smallest and the largest.
+#[derive(Clone, Copy)]
+struct Integers {
+    dtype: DType,
+    low: f64,
+    high: f64,
+}
+
+impl Integers {
+    const U8: Integers = Integers { dtype: DType::U8, low: 0.0, high: 255.0 };
+
+    /// Those of the element type of a zero point.
+    fn of(dtype: DType) -> Result<Integers, Obstacle> {
+        match dtype {
+            DType::I8 => Ok(Integers { dtype, low: -128.0, high: 127.0 }),
+            DType::U8 => Ok(Integers::U8),
+            other => Err(Obstacle::unsupported(format!("quantization to {other}"))),
+        }
+    }
+
+    /// Those of an ONNX element type, which may be of 16 bits.
+    fn numbered(number: i32) -> Result<Integers, Obstacle> {
+        let dtype = tensor::dtype(number)?;
+        match tensor::range(number) {
+            Some((low, count)) if count <= 1 << 16 => {
+                #[allow(clippy::cast_precision_loss, reason = "numbers of 16 bits")]
+                let (low, count) = (low as f64, count as f64);
+                Ok(Integers { dtype, low, high: low + count - 1.0 })
+            }
+            _ => Integers::of(dtype),
+        }
+    }
 }
 
 /// A scale or zero point as `x` needs it: one for all, one for each index of an axis, or one for each block along it.
@@ -71,15 +110,10 @@ fn aligned(draft: &mut Draft, node: &OnnxNode, parameter: ValueId) -> Value {
     draft.slice(joined, axis, 0, length)
 }
 
-/// `ratio + zero`, rounded and held within the range of an integer type. What rounds into the range has the gradient of
-/// the ratio.
-fn rounded(draft: &mut Draft, ratio: ValueId, zero: Option<ValueId>, to: DType) -> Value {
-    let (low, high) = match to {
-        DType::I8 => (-128.0, 127.0),
-        DType::U8 => (0.0, 255.0),
-        other => return Err(Obstacle::unsupported(format!("quantization to {other}"))),
-    };
-    let (mut low, mut high) = (draft.scalar(DType::F32, low), draft.scalar(DType::F32, high));
+/// `ratio + zero`, rounded and held within the range of integers. What rounds into the range has the gradient of the
+/// ratio.
+fn rounded(draft: &mut Draft, ratio: ValueId, zero: Option<ValueId>, to: Integers) -> Value {
+    let (mut low, mut high) = (draft.scalar(DType::F32, to.low), draft.scalar(DType::F32, to.high));
     if let Some(zero) = zero {
         low = draft.sub(low, zero)?;
         high = draft.sub(high, zero)?;
@@ -96,7 +130,7 @@ fn rounded(draft: &mut Draft, ratio: ValueId, zero: Option<ValueId>, to: DType) 
     if let Some(zero) = zero {
         through = draft.add(through, zero)?;
     }
-    let integer = draft.cast(through, to)?;
+    let integer = draft.cast(through, to.dtype)?;
     draft.set_exact_float(integer, through);
     Ok(integer)
 }
@@ -119,17 +153,23 @@ pub(super) fn quantize_linear(draft: &mut Draft, node: &OnnxNode) -> Results {
     let scale = draft.frozen(node.input(1)?)?;
     let scale = aligned(draft, node, scale)?;
     let precision = type_attribute(node, "precision")?.unwrap_or(draft.dtype(scale));
-    let declared = type_attribute(node, "output_dtype")?;
-    let (zero, to) = match node.optional(2) {
-        None => (None, declared.unwrap_or(DType::U8)),
-        Some(zero) => {
-            let to = draft.dtype(zero);
-            if let Some(other) = declared.filter(|declared| *declared != to) {
-                let text = format!("output_dtype is {other}, but the zero point {to}");
-                return Err(Obstacle::invalid(text));
-            }
+    let declared = type_number(node, "output_dtype")?;
+    let zero = node.optional(2);
+    let to = match (declared, zero) {
+        (Some(number), _) => Integers::numbered(number)?,
+        (None, Some(zero)) => Integers::of(draft.dtype(zero))?,
+        (None, None) => Integers::U8,
+    };
+    let zero = match zero {
+        None => None,
+        Some(zero) if draft.dtype(zero) == to.dtype => {
             let zero = draft.cast(zero, DType::F32)?;
-            (Some(aligned(draft, node, zero)?), to)
+            Some(aligned(draft, node, zero)?)
+        }
+        Some(zero) => {
+            let text =
+                format!("output_dtype is {}, but the zero point {}", to.dtype, draft.ty(zero));
+            return Err(Obstacle::invalid(text));
         }
     };
     let (x, scale) = (draft.cast(x, precision)?, draft.cast(scale, precision)?);
@@ -184,10 +224,10 @@ pub(super) fn dynamic_quantize_linear(draft: &mut Draft, node: &OnnxNode) -> Res
     let null = draft.compare(CompareOp::Equal, scale, zero)?;
     let scale = draft.select(null, one, scale)?;
     let point = draft.binary(BinaryOp::Div, below, scale)?;
-    let point = rounded(draft, point, None, DType::U8)?;
+    let point = rounded(draft, point, None, Integers::U8)?;
     let shift = draft.cast(point, DType::F32)?;
     let ratio = draft.binary(BinaryOp::Div, x, scale)?;
-    let y = rounded(draft, ratio, Some(shift), DType::U8)?;
+    let y = rounded(draft, ratio, Some(shift), Integers::U8)?;
     Ok(vec![y, scale, point])
 }
 
@@ -265,7 +305,7 @@ pub(super) fn matmul_integer(draft: &mut Draft, node: &OnnxNode) -> Results {
 
 /// `sum · scale`, rounded to the type of a zero point.
 fn requantized(draft: &mut Draft, sum: ValueId, scale: ValueId, zero: ValueId) -> Value {
-    let to = draft.dtype(zero);
+    let to = Integers::of(draft.dtype(zero))?;
     let sum = draft.cast(sum, DType::F32)?;
     let dims = draft.dims(sum).to_vec();
     let zero = draft.cast(zero, DType::F32)?;

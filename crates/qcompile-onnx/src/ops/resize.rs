@@ -9,6 +9,9 @@ use crate::known::{Element, Known};
 use crate::node::{OnnxNode, axis_of, dims_from};
 use qcompile_ir::DType;
 
+/// Size of an axis that is resized.
+const SIZE_LIMIT: usize = 1 << 22;
+
 /// What one is divided into where positions are rounded.
 const TICKS: f64 = 1_048_576.0;
 
@@ -139,10 +142,16 @@ impl Resize {
         }
     }
 
-    /// Whether a position is filled with the extrapolation value.
-    fn is_outside(&self, axis: &Axis, position: f64) -> bool {
-        self.coordinates == Coordinates::CropAndResize
-            && !(0.0..=float(axis.input - 1)).contains(&position)
+    /// Which elements are filled with the extrapolation value; empty if none are.
+    fn outside(&self, axis: &Axis) -> Vec<Element> {
+        if self.coordinates != Coordinates::CropAndResize {
+            return Vec::new();
+        }
+        let inside = 0.0..=float(axis.input - 1);
+        (0..axis.output)
+            .map(|at| !inside.contains(&self.position(axis, float(at))))
+            .map(|outside| Element::Int(i64::from(outside)))
+            .collect()
     }
 
     fn interpolation(&self, axis: &Axis) -> Result<Interpolation, Obstacle> {
@@ -216,10 +225,7 @@ impl Resize {
         for axis in resized {
             let at = if moves { axis.axis - 1 } else { axis.axis };
             y = self.interpolation(axis)?.apply(draft, y, at)?;
-            let mask: Vec<Element> = (0..axis.output)
-                .map(|at| self.is_outside(axis, self.position(axis, float(at))))
-                .map(|outside| Element::Int(i64::from(outside)))
-                .collect();
+            let mask = self.outside(axis);
             if mask.contains(&Element::Int(1)) {
                 let mut shape = vec![1; rank];
                 shape[at] = axis.output;
@@ -325,7 +331,7 @@ fn axis_to(axis: usize, input: usize, output: f64, scale: f64) -> Result<Axis, O
     if input == 0 || output < 1.0 {
         return Err(Obstacle::invalid(format!("axis {axis} of {input} resized to {output}")));
     }
-    if output > float(WEIGHT_LIMIT) {
+    if output > float(SIZE_LIMIT) {
         return Err(Obstacle::unsupported(format!("axis {axis} resized to {output}")));
     }
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "1 to the limit")]

@@ -208,6 +208,7 @@ pub(super) fn concat(draft: &mut Draft, node: &OnnxNode) -> Results {
     let axis = node
         .attributes
         .optional_int("axis")?
+        .or((node.opset < 4).then_some(1))
         .ok_or_else(|| Obstacle::invalid("attribute axis is missing"))?;
     let axis = axis_of(axis, draft.rank(inputs[0]))?;
     if inputs.len() == 1 {

@@ -6,12 +6,15 @@
 use crate::draft::{Draft, ValueId};
 use crate::error::Obstacle;
 use crate::node::OnnxNode;
-use qcompile_ir::{ConvGeometry, Dim, Op, PoolGeometry, ReduceOp};
+use qcompile_ir::{BinaryOp, ConvGeometry, Dim, Op, PoolGeometry, ReduceOp};
 
 type Result<T> = std::result::Result<T, Obstacle>;
 
 /// Places of a window along axes before the last two that are taken apart, one node or more for each.
 pub(super) const TAP_LIMIT: usize = 1024;
+
+/// Elements that are summed one after another: a longer sum in f32 would lose digits, and is made axis by axis.
+const RUN_LIMIT: usize = 256;
 
 /// Spatial axes that a window may have.
 const AXES_LIMIT: usize = 8;
@@ -314,7 +317,20 @@ pub(super) fn reduce_spatial(
     let axes: Vec<usize> = (1..rank - 1).collect();
     let reduced = match op {
         Some(op) => draft.emit(Op::Reduce { op, axes }, &[moved])?,
-        None => draft.mean(moved, &axes)?,
+        None => {
+            let places = axes.iter().try_fold(1_usize, |places, &axis| {
+                places.checked_mul(draft.dims(moved)[axis].as_fixed()?)
+            });
+            let sum = if places.is_some_and(|places| places <= RUN_LIMIT) {
+                draft.reduce(ReduceOp::Sum, moved, &axes)?
+            } else {
+                axes.iter()
+                    .rev()
+                    .try_fold(moved, |sum, &axis| draft.reduce(ReduceOp::Sum, sum, &[axis]))?
+            };
+            let count = draft.count(moved, &axes)?;
+            draft.binary(BinaryOp::Div, sum, count)?
+        }
     };
     draft.reshape(reduced, &dims)
 }

@@ -57,7 +57,7 @@ pub struct ImportArgs {
     /// Do not train initializers that match (`*` and `?`; `op:Conv` for all of an operator).
     #[arg(long, value_name = "PATTERN", help_heading = "Training")]
     pub freeze: Vec<String>,
-    /// Train only initializers that match.
+    /// Train only initializers that match. One without an axis is a number, and trained only if named so.
     #[arg(long, value_name = "PATTERN", help_heading = "Training")]
     pub train: Vec<String>,
     /// What BatchNormalization does [default: model].

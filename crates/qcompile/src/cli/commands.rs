@@ -101,7 +101,7 @@ pub struct TrainCommand {
     /// Rate, schedule and moments.
     #[command(flatten)]
     pub rate: RateArgs,
-    /// Seed of the order of samples.
+    /// Seed of the order of samples and of what the model draws.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
     /// Take samples in the order of the data.

@@ -136,7 +136,15 @@ fn forward_of(graph: &Graph, about: &About) -> Result<Graph> {
     if outputs.is_empty() {
         return Err(Error::new(Code::ModelUnsupported, "the model has no output"));
     }
-    let mut graph = part(graph, &outputs)?;
+    // The batch size of a result may come from an input whose values nothing uses.
+    let sized = |id: &NodeId| graph.ty(*id).shape.batch_axis().is_some();
+    let inputs = about.inputs.iter().filter_map(|port| graph.find(&port.name)).filter(sized);
+    let kept = inputs.map(|id| (String::new(), id));
+    let wanted: Vec<(String, NodeId)> = outputs.iter().cloned().chain(kept).collect();
+    let mut graph = part(graph, &wanted)?;
+    let mut found = graph.outputs().to_vec();
+    found.truncate(outputs.len());
+    graph.set_outputs(found);
     if evaluation::still(&mut graph)? {
         qcompile_passes::simplify::run(&mut graph, &Default::default())?;
     }

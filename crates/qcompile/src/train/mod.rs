@@ -11,8 +11,10 @@ pub use rate::{Rate, Schedule};
 use crate::data::{Batches, Binding};
 use crate::error::{Code, Error, Result};
 use crate::wants::Wants;
-use qcompile_ir::{DType, Tensor};
+use qcompile_ir::{DType, NodeId, Op, Tensor};
 use qcompile_runtime::Trainer;
+use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Steps in a row that may be refused for a loss or gradient that is not finite before training is given up.
@@ -61,13 +63,29 @@ pub struct Run<'d> {
     pub progress: Progress,
 }
 
+/// Lets the step that random numbers are a function of begin at 2³² times the seed, so that every seed draws others.
+fn seed_steps(trainer: &mut Trainer, seed: u64) -> Result<()> {
+    let plan = Arc::clone(trainer.plan());
+    let graph = plan.graph();
+    let steps: BTreeSet<NodeId> = graph
+        .ids()
+        .filter(|&id| matches!(graph.op(id), Op::Random { .. }))
+        .map(|id| graph.operands(id)[0])
+        .filter(|&id| matches!(graph.op(id), Op::State(_)))
+        .collect();
+    let bytes = (seed << 32).to_le_bytes().to_vec();
+    let first = Tensor::from_bytes(DType::I64, Vec::new(), bytes)
+        .ok_or_else(|| Error::new(Code::Internal, "eight bytes are no i64"))?;
+    steps.into_iter().try_for_each(|id| Ok(trainer.set(graph.node(id).name.as_str(), &first)?))
+}
+
 impl<'d> Run<'d> {
     /// A run at its beginning, or at `progress`.
     ///
     /// # Errors
     /// Usage, for a batch size that the model or the workers do not take; [`Code::DataEmpty`] where no batch is left.
     pub fn new(
-        trainer: Trainer,
+        mut trainer: Trainer,
         binding: Binding<'d>,
         wants: &Wants,
         settings: &Settings,
@@ -96,6 +114,9 @@ impl<'d> Run<'d> {
             return Err(Error::new(Code::DataEmpty, cause));
         }
         let schedule = Schedule::new(settings, batches.steps() as u64);
+        if progress.is_none() {
+            seed_steps(&mut trainer, settings.seed)?;
+        }
         let progress = progress.unwrap_or_else(|| Progress::new(settings.clone()));
         let wants = wants.clone();
         Ok(Run {

@@ -1,0 +1,175 @@
+//! Nodes that contradict ONNX: each is refused with its name, operator, opset and the value that is wrong.
+
+use crate::tests::{FLOAT, INT64, body, error, floats, int, ints, node, tensor, text, value, with};
+use onnx_protobuf::{AttributeProto, NodeProto, TensorProto};
+
+/// A node called `bad` over `x`, f32[2, 3, 8, 8], and these initializers; what its report names.
+struct Case {
+    node: NodeProto,
+    weights: Vec<TensorProto>,
+    wanted: &'static str,
+}
+
+fn case(
+    op: &str,
+    inputs: &[&str],
+    attributes: &[(&str, AttributeProto)],
+    weights: Vec<TensorProto>,
+    wanted: &'static str,
+) -> Case {
+    let bad = attributes.iter().fold(node(op, "bad", inputs, &["y"]), |node, (name, attribute)| {
+        with(node, name, attribute.clone())
+    });
+    Case { node: bad, weights, wanted }
+}
+
+fn numbers(name: &str, values: &[i64]) -> TensorProto {
+    tensor(name, INT64, &[values.len() as i64], values)
+}
+
+fn weight(dims: &[i64]) -> TensorProto {
+    let count: i64 = dims.iter().product();
+    tensor("w", FLOAT, dims, &vec![1; usize::try_from(count).expect("small")])
+}
+
+fn cases() -> Vec<Case> {
+    let huge = 1 << 62;
+    let kernel = ("kernel_shape", ints(&[3, 3]));
+    vec![
+        case("Transpose", &["x"], &[("perm", ints(&[0, 1, 2]))], vec![], "perm"),
+        case(
+            "Transpose",
+            &["x"],
+            &[("perm", ints(&[0, 1, 1, 2]))],
+            vec![],
+            "axis 1 is given twice",
+        ),
+        case("Transpose", &["x"], &[("perm", int(1))], vec![], "perm is of type"),
+        case("Concat", &["x", "x"], &[("axis", int(4))], vec![], "axis 4"),
+        case("Concat", &["x", "x"], &[("axis", int(-5))], vec![], "axis -5"),
+        case("Softmax", &["x"], &[("axis", int(9))], vec![], "axis 9"),
+        case("Gather", &["x", "i"], &[("axis", int(7))], vec![numbers("i", &[0])], "axis 7"),
+        case("Flatten", &["x"], &[("axis", int(6))], vec![], "6"),
+        case("Reshape", &["x", "s"], &[], vec![numbers("s", &[-1, -1])], "-1"),
+        case("Reshape", &["x", "s"], &[], vec![numbers("s", &[5, 7])], "7"),
+        case("Reshape", &["x", "s"], &[], vec![numbers("s", &[huge, huge])], "4611686018427387904"),
+        case("Reshape", &["x", "s"], &[], vec![numbers("s", &[-3, 2])], "-3"),
+        case("Expand", &["x", "s"], &[], vec![numbers("s", &[2, 3, 8, -8])], "-8"),
+        case("Expand", &["x", "s"], &[], vec![numbers("s", &[2, 5, 8, 8])], "5"),
+        case("Unsqueeze", &["x", "s"], &[], vec![numbers("s", &[0, 0])], "0"),
+        case("Squeeze", &["x", "s"], &[], vec![numbers("s", &[1])], "1"),
+        case(
+            "Slice",
+            &["x", "s", "e", "a", "t"],
+            &[],
+            vec![numbers("s", &[0]), numbers("e", &[2]), numbers("a", &[0]), numbers("t", &[0])],
+            "step 0",
+        ),
+        case(
+            "Slice",
+            &["x", "s", "e", "a"],
+            &[],
+            vec![numbers("s", &[0]), numbers("e", &[2]), numbers("a", &[8])],
+            "axis 8",
+        ),
+        case(
+            "Slice",
+            &["x", "s", "e"],
+            &[],
+            vec![numbers("s", &[0, 0]), numbers("e", &[2])],
+            "differ in length",
+        ),
+        case("Split", &["x", "s"], &[("axis", int(2))], vec![numbers("s", &[3, 3])], "3"),
+        case("Pad", &["x", "p"], &[], vec![numbers("p", &[1, 1])], "pads"),
+        case("Pad", &["x", "p"], &[("mode", text("odd"))], vec![numbers("p", &[1; 8])], "odd"),
+        case("Conv", &["x", "w"], &[], vec![weight(&[4, 2, 3, 3])], "do not fit"),
+        case("Conv", &["x", "w"], &[("group", int(0))], vec![weight(&[4, 3, 3, 3])], "0"),
+        case("Conv", &["x", "w"], &[("group", int(2))], vec![weight(&[4, 3, 3, 3])], "2"),
+        case("Conv", &["x", "w"], &[("pads", ints(&[1, 1]))], vec![weight(&[4, 3, 3, 3])], "pads"),
+        case("Conv", &["x", "w"], &[("strides", ints(&[0, 1]))], vec![weight(&[4, 3, 3, 3])], "0"),
+        case("Conv", &["x", "w"], &[("dilations", ints(&[1]))], vec![weight(&[4, 3, 3, 3])], "1"),
+        case(
+            "Conv",
+            &["x", "w"],
+            &[("auto_pad", text("SOMEHOW"))],
+            vec![weight(&[4, 3, 3, 3])],
+            "SOMEHOW",
+        ),
+        case("Conv", &["x", "w"], &[], vec![weight(&[4, 3, 3])], "3"),
+        case(
+            "Conv",
+            &["x", "w"],
+            &[("kernel_shape", ints(&[5, 5]))],
+            vec![weight(&[4, 3, 3, 3])],
+            "5",
+        ),
+        case("MaxPool", &["x"], &[("kernel_shape", ints(&[3]))], vec![], "3"),
+        case("MaxPool", &["x"], &[("kernel_shape", ints(&[-3, 3]))], vec![], "-3"),
+        case(
+            "MaxPool",
+            &["x"],
+            &[("kernel_shape", ints(&[huge, 3]))],
+            vec![],
+            "4611686018427387904",
+        ),
+        case("MaxPool", &["x"], &[kernel.clone(), ("pads", ints(&[1; 3]))], vec![], "pads"),
+        case("AveragePool", &["x"], &[kernel, ("ceil_mode", int(7))], vec![], "7"),
+        case("AveragePool", &["x"], &[], vec![], "kernel_shape"),
+        case("MatMul", &["x", "w"], &[], vec![weight(&[7, 2])], "do not fit"),
+        case("Gemm", &["w", "w"], &[("transA", int(3))], vec![weight(&[2, 2])], "3"),
+        case("Add", &["x", "i"], &[], vec![numbers("i", &[1])], "i64"),
+        case("Add", &["x", "w"], &[], vec![weight(&[5])], "do not broadcast"),
+        case("Add", &["x"], &[], vec![], "input 1 is missing"),
+        case("Cast", &["x"], &[("to", int(99))], vec![], "99"),
+        case("Cast", &["x"], &[("to", int(huge))], vec![], "4611686018427387904"),
+        case("Cast", &["x"], &[("to", int(8))], vec![], "string"),
+        case("Cast", &["x"], &[], vec![], "to is missing"),
+        case("Relu", &["x"], &[("alpha", int(1))], vec![], "alpha"),
+        case("LeakyRelu", &["x"], &[("alpha", int(1))], vec![], "alpha is of type"),
+        case("BatchNormalization", &["x", "w", "w", "w", "w"], &[], vec![weight(&[5])], "5"),
+        case("ReduceMean", &["x"], &[("axes", ints(&[4]))], vec![], "axis 4"),
+        case("ReduceMean", &["x"], &[("axes", ints(&[1, 1]))], vec![], "twice"),
+        case("ReduceMean", &["x"], &[("keepdims", int(2))], vec![], "2"),
+        case("Range", &["i", "l", "d"], &[], range(0, 9, 0), "step 0"),
+        case("Range", &["i", "l", "d"], &[], range(0, huge, 1), "range"),
+        case("ConstantOfShape", &["s"], &[], vec![numbers("s", &[-2])], "-2"),
+        case("Tile", &["x", "s"], &[], vec![numbers("s", &[1, 1, 1, -1])], "-1"),
+        case(
+            "Tile",
+            &["x", "s"],
+            &[],
+            vec![numbers("s", &[huge, 1, 1, huge])],
+            "4611686018427387904",
+        ),
+    ]
+}
+
+fn range(start: i64, limit: i64, delta: i64) -> Vec<TensorProto> {
+    let bounds = [("i", start), ("l", limit), ("d", delta)];
+    bounds.map(|(name, value)| tensor(name, INT64, &[], &[value])).to_vec()
+}
+
+#[test]
+fn each_contradiction_is_named_with_its_node() {
+    let mut wrong = Vec::new();
+    for Case { node, weights, wanted } in cases() {
+        let op = node.op_type.clone();
+        let attributes: Vec<String> = node.attribute.iter().map(|a| a.name.clone()).collect();
+        let graph = body(
+            vec![node],
+            weights,
+            vec![floats("x", &["2", "3", "8", "8"])],
+            vec![value("y", 0, &[])],
+        );
+        match error(graph, vec![]) {
+            None => wrong.push(format!("{op} {attributes:?} is accepted, not: {wanted}")),
+            Some(message) => {
+                let named = message.contains("bad") && message.contains(&op);
+                if !named || !message.contains("opset 17") || !message.contains(wanted) {
+                    wrong.push(format!("{op}: no {wanted} in: {message}"));
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
