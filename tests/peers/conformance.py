@@ -186,11 +186,8 @@ def run(program, case):
         return ("wrong", wrong) if wrong else ("pass", "")
 
 
-def derive(program, case):
-    """The outcome for the gradients and what was said; None where there is none to compare with."""
-    made = gradient_case(case)
-    if made is None:
-        return None
+def derive(program, made):
+    """The outcome for the gradients of a case and what was said."""
     model, inputs, wanted = made
     with tempfile.TemporaryDirectory(prefix="conformance.") as folder:
         path = pathlib.Path(folder)
@@ -219,17 +216,19 @@ def packed(arrays):
     return buffer.getvalue()
 
 
+def small(case):
+    """Whether it is kept for the test suite."""
+    arrays = [*case.inputs.values(), *case.outputs.values()]
+    return case.model.ByteSize() + sum(array.nbytes for array in arrays) <= KEPT
+
+
 def write(path, cases):
     """The archive of the test suite: for each case the model, its inputs and outputs, and its gradients."""
-    count, derived = 0, 0
+    derived = 0
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-        for case in sorted(cases, key=lambda case: (case.family, case.name)):
+        for case, made in sorted(cases, key=lambda pair: (pair[0].family, pair[0].name)):
             model = case.model.SerializeToString(deterministic=True)
-            size = len(model) + sum(a.nbytes for a in [*case.inputs.values(), *case.outputs.values()])
-            if size > KEPT:
-                continue
             files = {"model.onnx": model, "in.npz": packed(case.inputs), "out.npz": packed(case.outputs)}
-            made = gradient_case(case)
             if made is not None:
                 model, inputs, gradients = made
                 files["loss.onnx"] = model.SerializeToString(deterministic=True)
@@ -238,8 +237,7 @@ def write(path, cases):
             for name, content in files.items():
                 # A fixed date, so that the same cases make the same bytes.
                 archive.writestr(zipfile.ZipInfo(f"{case.family}/{case.name}/{name}", (2020, 1, 1, 0, 0, 0)), content, zipfile.ZIP_DEFLATED)
-            count += 1
-    print(f"{count} cases, {derived} of them with gradients, in {path}")
+    print(f"{len(cases)} cases, {derived} of them with gradients, in {path}")
 
 
 def crashes(program, case):
@@ -306,13 +304,17 @@ def main():
     print(f"of the operators that are meant to be taken: {passed} of {len(wanted)} pass ({passed / max(len(wanted), 1):.1%})")
     print(f"of all: {everything} of {len(numeric)}")
     good = [case for case, (outcome, _) in zip(numeric, outcomes) if outcome == "pass" and case.wanted()]
+    if values.gradients or values.write:
+        good = good if values.gradients else list(filter(small, good))
+        with concurrent.futures.ProcessPoolExecutor(2) as pool:
+            good = list(zip(good, pool.map(gradient_case, good)))
     if values.gradients:
-        derived = [(case, outcome) for case in good if (outcome := derive(program, case)) is not None]
+        derived = [(case, derive(program, made)) for case, made in good if made is not None]
         right = sum(outcome == "pass" for _, (outcome, _) in derived)
         print(f"gradients: {right} of {len(derived)} agree with differences in float64")
         failures += [f"{case.name}: {outcome}: {' '.join(said.split())[:200]}" for case, (outcome, said) in derived if outcome != "pass"]
     if values.write:
-        write(values.write, good)
+        write(values.write, [(case, made) for case, made in good if small(case)])
     if values.onnxruntime:
         verdicts = [runtime_passes(case) for case in numeric]
         theirs = sum(good for case, good in zip(numeric, verdicts) if case.wanted())

@@ -58,7 +58,8 @@ fn wrong_usage(error: &clap::Error) -> Error {
     let names: Vec<&str> = names.get_subcommands().map(clap::Command::get_name).collect();
     let words = std::env::args().skip(1);
     let first = words.into_iter().find(|word| !word.starts_with('-')).unwrap_or_default();
-    if error.kind() == ErrorKind::ArgumentConflict && !Path::new(&first).exists() {
+    let command = names.contains(&first.as_str());
+    if error.kind() == ErrorKind::ArgumentConflict && !command && !Path::new(&first).exists() {
         // clap takes the first word for a model.
         return Error::usage(format!("there is neither a command nor a file `{first}`"))
             .did_you_mean(&first, names.iter().copied())
