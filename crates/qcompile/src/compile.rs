@@ -261,5 +261,7 @@ fn measure_steps(compiled: &[&Compiled], options: &Options) -> Result<Vec<Measur
     let trainer = TrainerOptions { threads: options.threads, workers: 1, tier: options.tier };
     let plans: Vec<Arc<Plan>> = compiled.iter().map(|one| Arc::clone(&one.plan)).collect();
     let batch = plans.first().map_or(options.batch_size, |plan| plan.batch_size());
-    measure(&plans, batch, &trainer, MEASURE)
+    // One time is enough to be told, and too few to be compared.
+    let least = if plans.len() > 1 { 3 } else { 1 };
+    measure(&plans, batch, &trainer, MEASURE, least)
 }

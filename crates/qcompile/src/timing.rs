@@ -104,7 +104,7 @@ impl Runner {
     }
 }
 
-/// Measures the steps of these plans in turns for about `duration` in all, each at least three times.
+/// Measures the steps of these plans in turns for about `duration` in all, each at least `least` times.
 ///
 /// # Errors
 /// Of running them.
@@ -113,8 +113,8 @@ pub fn measure(
     batch: usize,
     options: &TrainerOptions,
     duration: Duration,
+    least: usize,
 ) -> Result<Vec<Measured>> {
-    const LEAST: usize = 3;
     let made = plans.iter().map(|plan| Runner::new(plan, batch, options));
     let mut runners = made.collect::<Result<Vec<Runner>>>()?;
     // The first step touches all memory.
@@ -123,7 +123,7 @@ pub fn measure(
     }
     let begin = Instant::now();
     let mut rounds = 0;
-    while rounds < LEAST || begin.elapsed() < duration {
+    while rounds < least.max(1) || begin.elapsed() < duration {
         for runner in &mut runners {
             runner.run()?;
         }

@@ -28,7 +28,7 @@ pub(super) fn run(command: &BenchCommand) -> Result<()> {
     let wants = Wants::of(first.graph(), &about).map_err(|error| at_path(error, &command.plan))?;
     let batch = wants.batch_size(command.batch_size, first.batch_size())?;
     let duration = Duration::from_secs_f64(command.duration.min(86_400.0));
-    let measured = measure(&plans, batch, &options, duration)?;
+    let measured = measure(&plans, batch, &options, duration, LEAST)?;
     let steps =
         if command.profile { profile(&plans[0], batch, &options, ROUNDS)? } else { Vec::new() };
     if command.talk.json {
@@ -50,6 +50,8 @@ pub(super) fn run(command: &BenchCommand) -> Result<()> {
 
 /// Steps that are measured kernel by kernel.
 const ROUNDS: usize = 5;
+/// Steps that are measured at least.
+const LEAST: usize = 3;
 /// Kernels that the table of the slowest has.
 const SLOWEST: usize = 25;
 
