@@ -97,7 +97,7 @@ fn correlate(
     if axes <= 2 {
         let x = with_height(draft, x)?;
         let weight = plane_weight(draft, weight)?;
-        let y = draft.emit(Op::Conv2d(conv_geometry(plane(spans), groups)), &[x, weight])?;
+        let y = draft.emit_wide(Op::Conv2d(conv_geometry(plane(spans), groups)), &[x, weight])?;
         return without_height(draft, y, axes);
     }
     let x = padded(draft, x, 1, [first.pads[0], first.high()], 0.0)?;
@@ -237,7 +237,7 @@ fn spread(
         let weight = plane_weight(draft, weight)?;
         let spans: Vec<Span> = axes.iter().map(|axis| axis.span).collect();
         let op = Op::Conv2dGradInput(conv_geometry(plane(&spans), groups));
-        let y = draft.emit(op, &[x, weight])?;
+        let y = draft.emit_wide(op, &[x, weight])?;
         let mut y = without_height(draft, y, axes.len())?;
         for (at, axis) in axes.iter().enumerate() {
             y = padded(draft, y, at + 1, [0, axis.zeros], 0.0)?;

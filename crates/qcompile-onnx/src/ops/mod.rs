@@ -27,6 +27,7 @@ mod random;
 mod recurrent;
 mod reduce;
 mod resize;
+mod sampling;
 mod shape;
 mod trigonometric;
 mod window;
@@ -78,6 +79,7 @@ fn convert_onnx(draft: &mut Draft, node: &mut OnnxNode) -> Results {
         "Acos" => trigonometric::function(draft, node, trigonometric::acos),
         "Acosh" => trigonometric::function(draft, node, trigonometric::acosh),
         "Add" => elementwise::binary(draft, node, BinaryOp::Add),
+        "AffineGrid" => sampling::affine_grid(draft, node),
         "And" => logical::logical(draft, node, BinaryOp::And),
         "ArgMax" => arg::arg_max(draft, node, false),
         "ArgMin" => arg::arg_max(draft, node, true),
@@ -94,6 +96,7 @@ fn convert_onnx(draft: &mut Draft, node: &mut OnnxNode) -> Results {
         "BitwiseNot" => logical::bitwise_not(draft, node),
         "BitwiseOr" => logical::bitwise(draft, node, BinaryOp::Or),
         "BitwiseXor" => logical::bitwise_xor(draft, node),
+        "BlackmanWindow" => sampling::cosine_window(draft, node, [0.42, 0.5, 0.08]),
         "Cast" => elementwise::cast(draft, node),
         "CastLike" => elementwise::cast_like(draft, node),
         "Ceil" => elementwise::unary(draft, node, UnaryOp::Ceil),
@@ -137,6 +140,8 @@ fn convert_onnx(draft: &mut Draft, node: &mut OnnxNode) -> Results {
         "GreaterOrEqual" => elementwise::compare(draft, node, CompareOp::LessEqual, true),
         "GroupNormalization" => norm::group_normalization(draft, node),
         "GRU" => recurrent::gru(draft, node),
+        "HammingWindow" => sampling::cosine_window(draft, node, [25.0 / 46.0, 21.0 / 46.0, 0.0]),
+        "HannWindow" => sampling::cosine_window(draft, node, [0.5, 0.5, 0.0]),
         "Hardmax" => arg::hardmax(draft, node),
         "HardSigmoid" => elementwise::hard_sigmoid(draft, node),
         "HardSwish" => elementwise::hard_swish(draft, node),
