@@ -264,12 +264,12 @@ fn a_bad_batch_changes_nothing() {
         let token = token.expect("the model takes tokens").name.clone();
         let error = trainer.step(&changed(&token, 100, 999.0)).expect_err("no such token");
         assert!(
-            matches!(&error, RuntimeError::Index { name, position: 100 } if *name == token),
+            matches!(&error, RuntimeError::Index { name, position: 100, value: Some(999), .. } if *name == token),
             "{error}"
         );
         let error = trainer.step(&changed("label", 70, 65.0)).expect_err("no such class");
         assert!(
-            matches!(&error, RuntimeError::Label { name, position: 70 } if name == "label"),
+            matches!(&error, RuntimeError::Label { name, position: 70, value: Some(65), .. } if name == "label"),
             "{error}"
         );
         let mut short = good.clone();

@@ -171,7 +171,7 @@ impl Draft {
         let count = axes
             .iter()
             .try_fold(Dim::ONE, |count, &axis| count.times(dims[axis]))
-            .ok_or_else(|| Obstacle::unsupported("a count that depends on the batch size twice"))?;
+            .ok_or_else(|| Obstacle::batch("a count that depends on the batch size twice"))?;
         let count = Known::new(DType::I64, Vec::new(), vec![count.into()]);
         let (count, dtype) = (self.add_known(count), self.dtype(x));
         self.cast(count, dtype)

@@ -164,9 +164,9 @@ impl Importer<'_> {
         let mut length = None;
         for (&id, &axis) in scanned.iter().zip(&axes) {
             let dim = self.draft.dims(id)[axis];
-            let size = dim.as_fixed().ok_or_else(|| {
-                Obstacle::unsupported("scans over the axis that is taken as the batch")
-            })?;
+            let size = dim
+                .as_fixed()
+                .ok_or_else(|| Obstacle::batch("scans over the axis that is taken as the batch"))?;
             if *length.get_or_insert(size) != size {
                 return Err(Obstacle::invalid(format!("scans over {size} and {length:?} steps")));
             }

@@ -116,7 +116,7 @@ pub(crate) fn resolve(
                 reason,
                 needs: Vec::new(),
             }),
-            Err(Obstacle::Operand | Obstacle::Unknown(..)) => {}
+            Err(Obstacle::Operand | Obstacle::Batch(_) | Obstacle::Unknown(..)) => {}
         }
     }
     if !unsupported.is_empty() {

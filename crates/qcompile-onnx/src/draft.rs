@@ -199,21 +199,6 @@ impl Draft {
         ValueId(self.values.len() - 1)
     }
 
-    /// That `what` depends on the batch size where it must be a number, and how to make it one.
-    pub(crate) fn depends_on_batch(&self, what: &str) -> Obstacle {
-        let source = self.values.iter().find_map(|value| match (&value.content, &value.name) {
-            (Content::Op(Op::Input(ty), _), Some(name)) => Some((name, ty.shape.batch_axis()?)),
-            _ => None,
-        });
-        Obstacle::unsupported(match source {
-            Some((name, axis)) => format!(
-                "{what} depends on the batch size, which is axis {axis} of input {name}: give it \
-                 by --dim {name}.{axis}=SIZE"
-            ),
-            None => format!("{what} depends on the batch size"),
-        })
-    }
-
     /// A value known at compile time.
     pub(crate) fn add_known(&mut self, known: Known) -> ValueId {
         let ty = known.ty();
@@ -241,7 +226,7 @@ impl Draft {
             let text = error.to_string();
             // Only a model whose batch is fixed could do this.
             if text.contains("batch size") {
-                Obstacle::Unsupported(text)
+                Obstacle::Batch(text)
             } else {
                 Obstacle::Invalid(text)
             }

@@ -1,6 +1,6 @@
 //! Why a model was not imported, by what the caller can do about it.
 
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 use thiserror::Error;
 
 /// One node that cannot be imported.
@@ -16,8 +16,26 @@ pub struct UnsupportedNode {
     pub opset: i64,
     /// What is not supported.
     pub reason: String,
-    /// Inputs of the model that it could be imported with, were their values known.
-    pub needs: Vec<String>,
+    /// What it could perhaps be imported with.
+    pub needs: Vec<Need>,
+}
+
+/// What an import could be told. Displays as the flag that tells it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Need {
+    /// The size of this symbolic dimension.
+    Size(String),
+    /// The value of this input.
+    Value(String),
+}
+
+impl fmt::Display for Need {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Need::Size(name) => write!(f, "--dim {name}=SIZE"),
+            Need::Value(name) => write!(f, "--constant {name}=VALUE[,VALUE...]"),
+        }
+    }
 }
 
 /// One contradiction in a model.
@@ -95,6 +113,9 @@ fn list_unsupported(nodes: &[UnsupportedNode]) -> String {
             "\n  {}: {}{domain}{} (opset {}): {}",
             node.node, node.domain, node.op, node.opset, node.reason
         );
+        for need in &node.needs {
+            let _ = write!(text, "; perhaps with {need}");
+        }
     }
     text
 }
@@ -128,6 +149,8 @@ fn list_problems(problems: &[Problem]) -> String {
 pub(crate) enum Obstacle {
     /// Valid ONNX that is not supported.
     Unsupported(String),
+    /// What only a fixed batch size allows.
+    Batch(String),
     /// An operand that has to be known, and the inputs of the model that it depends on.
     Unknown(String, Vec<String>),
     /// Not valid ONNX.
@@ -139,6 +162,10 @@ pub(crate) enum Obstacle {
 impl Obstacle {
     pub(crate) fn unsupported(reason: impl Into<String>) -> Obstacle {
         Obstacle::Unsupported(reason.into())
+    }
+
+    pub(crate) fn batch(reason: impl Into<String>) -> Obstacle {
+        Obstacle::Batch(reason.into())
     }
 
     pub(crate) fn invalid(reason: impl Into<String>) -> Obstacle {

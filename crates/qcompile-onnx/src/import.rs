@@ -4,7 +4,7 @@ use crate::bind::{bind, check_names};
 use crate::body::{Body, BodyNode, Opsets, Weight};
 use crate::dims::{Resolved, declared_element_type, resolve};
 use crate::draft::{Draft, ValueId};
-use crate::error::{ImportError, Obstacle, Problem, UnsupportedNode};
+use crate::error::{ImportError, Need, Obstacle, Problem, UnsupportedNode};
 use crate::function::{Functions, plain_domain};
 use crate::node::{Attributes, OnnxNode};
 use crate::order::order;
@@ -269,55 +269,54 @@ impl<'a> Importer<'a> {
             self.convert(&mut proto, inputs, (&domain, opset), (&base, &name), &node.opsets)
         };
         let op = proto.op_type.clone();
+        let needs = result.as_ref().err().map_or_else(Vec::new, |obstacle| self.needs(obstacle));
         if let Some(outcomes) = &mut self.survey {
             let results = result.as_ref().map_or_else(|_| Vec::new(), Clone::clone);
-            let verdict = Verdict::of(&result, poisoned);
+            let verdict = Verdict::of(&result, poisoned, &needs);
             let (name, op, domain) = (name.clone(), op.clone(), domain.clone());
             outcomes.push(Outcome { name, op, domain, opset, verdict, operands, results });
         }
         match result {
             Ok(_) => return true,
             Err(Obstacle::Invalid(_)) if poisoned => {}
-            Err(Obstacle::Operand) => {}
-            Err(Obstacle::Unsupported(reason)) => {
-                let reason = self.with_batch(reason);
-                let needs = Vec::new();
-                self.unsupported.push(UnsupportedNode {
-                    node: name,
-                    op,
-                    domain,
-                    opset,
-                    reason,
-                    needs,
-                });
-            }
-            Err(Obstacle::Unknown(reason, needs)) => {
-                self.unsupported.push(UnsupportedNode {
-                    node: name,
-                    op,
-                    domain,
-                    opset,
-                    reason,
-                    needs,
-                });
-            }
-            Err(Obstacle::Invalid(reason)) => {
+            Err(obstacle) => {
                 let dot = if domain.is_empty() { "" } else { "." };
-                let place = Some(format!("{name} ({domain}{dot}{op}, opset {opset})"));
-                self.problems.push(Problem { place, reason });
+                let place = format!("{name} ({domain}{dot}{op}, opset {opset})");
+                self.report_obstacle(obstacle, needs, place, [name, op, domain], opset);
             }
         }
         false
     }
 
-    /// Says how to get rid of the batch where it is what hinders.
-    fn with_batch(&self, reason: String) -> String {
-        if self.batch.is_empty() || !reason.contains("batch") {
-            return reason;
+    /// Notes an obstacle: as a problem of `place`, or as a node (its name, operator and domain) that is not supported.
+    fn report_obstacle(
+        &mut self,
+        obstacle: Obstacle,
+        needs: Vec<Need>,
+        place: String,
+        [node, op, domain]: [String; 3],
+        opset: i64,
+    ) {
+        match obstacle {
+            Obstacle::Operand => {}
+            Obstacle::Invalid(reason) => {
+                self.problems.push(Problem { place: Some(place), reason });
+            }
+            Obstacle::Unsupported(reason)
+            | Obstacle::Batch(reason)
+            | Obstacle::Unknown(reason, _) => {
+                self.unsupported.push(UnsupportedNode { node, op, domain, opset, reason, needs });
+            }
         }
-        let flags: Vec<String> =
-            self.batch.iter().map(|name| format!("--dim {name}=SIZE")).collect();
-        format!("{reason}; a fixed size is given by {}", flags.join(" "))
+    }
+
+    /// What could get an obstacle out of the way.
+    fn needs(&self, obstacle: &Obstacle) -> Vec<Need> {
+        match obstacle {
+            Obstacle::Batch(_) => self.batch.iter().cloned().map(Need::Size).collect(),
+            Obstacle::Unknown(_, inputs) => inputs.iter().cloned().map(Need::Value).collect(),
+            _ => Vec::new(),
+        }
     }
 
     /// The results of a node; each has its ONNX name then.
@@ -374,22 +373,9 @@ impl<'a> Importer<'a> {
     }
 
     pub(crate) fn report_value(&mut self, kind: &str, name: &str, obstacle: Obstacle) {
-        match obstacle {
-            Obstacle::Unsupported(reason) | Obstacle::Unknown(reason, _) => {
-                self.unsupported.push(UnsupportedNode {
-                    node: name.to_owned(),
-                    op: kind.to_owned(),
-                    domain: String::new(),
-                    opset: 0,
-                    reason,
-                    needs: Vec::new(),
-                });
-            }
-            Obstacle::Invalid(reason) => {
-                self.problems.push(Problem { place: Some(format!("{kind} {name}")), reason });
-            }
-            Obstacle::Operand => {}
-        }
+        let node = [name.to_owned(), kind.to_owned(), String::new()];
+        let needs = self.needs(&obstacle);
+        self.report_obstacle(obstacle, needs, format!("{kind} {name}"), node, 0);
     }
 
     /// Adds faults of a graph.

@@ -10,7 +10,7 @@ type Value = Result<ValueId, Obstacle>;
 /// The product of dimensions.
 pub(crate) fn product(dims: &[Dim]) -> Result<Dim, Obstacle> {
     Shape(dims.to_vec()).elements().ok_or_else(|| {
-        Obstacle::unsupported(format!(
+        Obstacle::batch(format!(
             "{} has too many elements, or depends on the batch size twice",
             Shape(dims.to_vec())
         ))

@@ -30,7 +30,7 @@ mod tensor;
 #[cfg(test)]
 mod tests;
 
-pub use error::{ImportError, MissingDim, Problem, UnsupportedNode};
+pub use error::{ImportError, MissingDim, Need, Problem, UnsupportedNode};
 pub use export::{EXPORT_OPSETS, Export, ExportError, ExportOptions, export};
 pub use import::import;
 pub use scan::{Census, Limits, scan};

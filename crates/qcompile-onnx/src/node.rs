@@ -85,7 +85,7 @@ impl OnnxNode<'_> {
         };
         let ints: Option<Vec<i64>> = elements.iter().map(|element| element.as_int()).collect();
         ints.map(Some)
-            .ok_or_else(|| Obstacle::unsupported(format!("input {at} depends on the batch size")))
+            .ok_or_else(|| Obstacle::batch(format!("input {at} depends on the batch size")))
     }
 
     /// Operand `at` as one number known at compile time.
@@ -100,7 +100,7 @@ impl OnnxNode<'_> {
             .get(0)
             .as_f64()
             .map(Some)
-            .ok_or_else(|| Obstacle::unsupported(format!("input {at} depends on the batch size")))
+            .ok_or_else(|| Obstacle::batch(format!("input {at} depends on the batch size")))
     }
 }
 

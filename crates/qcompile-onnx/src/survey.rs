@@ -3,7 +3,7 @@
 use crate::ImportOptions;
 use crate::body::{Body, BodyNode};
 use crate::draft::ValueId;
-use crate::error::{ImportError, Obstacle, Problem};
+use crate::error::{ImportError, Need, Obstacle, Problem};
 use crate::function::Functions;
 use crate::import::{Importer, Inputs, Scope, no_graph, read, take_node};
 use crate::order::order;
@@ -24,7 +24,12 @@ pub enum Verdict {
 }
 
 impl Verdict {
-    pub(crate) fn of(result: &Result<Vec<ValueId>, Obstacle>, poisoned: bool) -> Verdict {
+    /// With the flags that could help in its reason.
+    pub(crate) fn of(
+        result: &Result<Vec<ValueId>, Obstacle>,
+        poisoned: bool,
+        needs: &[Need],
+    ) -> Verdict {
         match result {
             Ok(_) => Verdict::Imported,
             Err(Obstacle::Operand) => Verdict::Blocked,
@@ -32,8 +37,13 @@ impl Verdict {
             Err(
                 Obstacle::Invalid(reason)
                 | Obstacle::Unsupported(reason)
+                | Obstacle::Batch(reason)
                 | Obstacle::Unknown(reason, _),
-            ) => Verdict::Refused(reason.clone()),
+            ) => Verdict::Refused(
+                needs
+                    .iter()
+                    .fold(reason.clone(), |reason, need| format!("{reason}; perhaps with {need}")),
+            ),
         }
     }
 }

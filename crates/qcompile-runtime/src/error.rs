@@ -15,20 +15,30 @@ pub enum RuntimeError {
         reason: String,
     },
     /// A label is no class.
-    #[error("`{name}`: the label at position {position} is no class of the model")]
+    #[error("`{name}`: the label{} at position {position} is none of the model's {classes} classes", written(*value))]
     Label {
         /// The input that holds the labels, or the step that took them.
         name: String,
         /// Which row.
         position: usize,
+        /// The label, if an input holds it.
+        value: Option<i64>,
+        /// Number of classes.
+        classes: usize,
     },
     /// An index is out of the range of its table.
-    #[error("`{name}`: the index at position {position} is out of range")]
+    #[error("`{name}`: the index{} at position {position} is none of the {rows} rows of node `{node}`", written(*value))]
     Index {
         /// The input that holds the indices, or the step that took them.
         name: String,
         /// Which index.
         position: usize,
+        /// The index, if an input holds it.
+        value: Option<i64>,
+        /// Number of rows of the table.
+        rows: usize,
+        /// The node of the model that the step came from, or the step.
+        node: String,
     },
     /// The plan cannot do what was asked of it.
     #[error("the plan has no {0}")]
@@ -61,4 +71,9 @@ pub enum RuntimeError {
     /// A checkpoint is damaged or belongs to another plan.
     #[error("checkpoint: {0}")]
     Checkpoint(String),
+}
+
+/// A value between words, if it is known.
+fn written(value: Option<i64>) -> String {
+    value.map_or_else(String::new, |value| format!(" {value}"))
 }

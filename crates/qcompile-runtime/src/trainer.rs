@@ -5,7 +5,7 @@ use crate::arena::physical_memory;
 use crate::collective::Group;
 use crate::inputs::Inputs;
 use crate::replica::{Call, Code, Form, Replica};
-use qcompile_ir::{Region, Tensor};
+use qcompile_ir::{Dim, Region, Tensor};
 use qcompile_kernels::Tier;
 use qcompile_kernels::pool::Team;
 use qcompile_plan::{Binding, Kernel, Plan, Primitive, SlotId};
@@ -203,7 +203,7 @@ impl Trainer {
         // All ranks agree before anything is updated.
         for (rank, replica) in replicas.iter().enumerate() {
             if let Some(error) = lock(replica).error() {
-                return Err(bad_index(&plan, error, shares.begin(rank)));
+                return Err(bad_index(&plan, &inputs, error, shares.begin(rank)));
             }
         }
         all_ranks(workers, replicas, |rank, replica| {
@@ -291,7 +291,7 @@ impl Trainer {
         let team = (self.replicas.len() > 1).then_some(&mut self.workers);
         replica.run(&forms[form], &call, team, &Times::default())?;
         if let Some(error) = replica.error() {
-            return Err(bad_index(plan, error, 0));
+            return Err(bad_index(plan, &inputs, error, 0));
         }
         let computed = plan.outputs().iter().zip(plan.graph().outputs()).filter(|(_, (_, id))| {
             let node = plan.graph().node(*id);
@@ -452,30 +452,38 @@ impl Shares {
 }
 
 /// The error of a step that met a bad label or index at `position` of a part that begins at sample `begin`.
-fn bad_index(plan: &Plan, (step, position): (usize, usize), begin: usize) -> RuntimeError {
+fn bad_index(
+    plan: &Plan,
+    inputs: &Inputs<'_>,
+    (step, position): (usize, usize),
+    begin: usize,
+) -> RuntimeError {
     let step = &plan.steps()[step];
-    let place = match &step.kernel {
+    let (place, labels, rows) = match &step.kernel {
         Kernel::Primitive(
-            Primitive::CrossEntropy { label: place, .. }
-            | Primitive::CrossEntropyGrad { label: place, .. }
-            | Primitive::Gather { indices: place, .. }
-            | Primitive::Scatter { indices: place, .. },
-        ) => Some(place.slot),
-        _ => None,
+            Primitive::CrossEntropy { label, cols, .. }
+            | Primitive::CrossEntropyGrad { label, cols, .. },
+        ) => (Some(label.slot), true, *cols),
+        Kernel::Primitive(Primitive::Gather { indices, table_rows: rows, .. })
+        | Kernel::Primitive(Primitive::Scatter { indices, rows, .. }) => {
+            (Some(indices.slot), false, *rows)
+        }
+        _ => (None, false, Dim::ONE),
     };
-    let input = plan.inputs().iter().find(|input| Some::<SlotId>(input.slot) == place);
-    let name = input.map_or_else(|| step.name.clone(), |input| input.name.clone());
+    let rows = rows.size(inputs.batch);
+    let found = plan.inputs().iter().position(|input| Some::<SlotId>(input.slot) == place);
+    let input = found.map(|index| (&plan.inputs()[index], inputs.tensors[index]));
+    let name = input.map_or_else(|| step.name.clone(), |(input, _)| input.name.clone());
     let per_sample = input
-        .and_then(|input| input.ty.shape.elements())
+        .and_then(|(input, _)| input.ty.shape.elements())
         .map_or(0, |elements| if elements.batch { elements.scale } else { 0 });
     let position = begin.saturating_mul(per_sample).saturating_add(position);
-    let labels = matches!(
-        step.kernel,
-        Kernel::Primitive(Primitive::CrossEntropy { .. } | Primitive::CrossEntropyGrad { .. })
-    );
+    let value = input.and_then(|(_, tensor)| tensor.to_i64().get(position).copied());
     if labels {
-        RuntimeError::Label { name, position }
-    } else {
-        RuntimeError::Index { name, position }
+        return RuntimeError::Label { name, position, value, classes: rows };
     }
+    let graph = plan.graph();
+    let origin = graph.find(&step.name).and_then(|id| graph.node(id).note.origin.clone());
+    let node = origin.unwrap_or_else(|| step.name.clone());
+    RuntimeError::Index { name, position, value, rows, node }
 }

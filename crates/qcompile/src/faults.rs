@@ -3,7 +3,7 @@
 use crate::error::{Code, Error};
 use qcompile_codegen::CodegenError;
 use qcompile_ir::GraphError;
-use qcompile_onnx::{ExportError, ImportError, Problem};
+use qcompile_onnx::{ExportError, ImportError, Need, Problem};
 use qcompile_passes::PassError;
 use qcompile_plan::{FileError, PlanError};
 use qcompile_runtime::RuntimeError;
@@ -31,12 +31,15 @@ impl From<ImportError> for Error {
                 let plural = if count == 1 { "node is" } else { "nodes are" };
                 let error =
                     Error::new(Code::ModelUnsupported, format!("{count} {plural} not supported"));
-                let needs: BTreeSet<String> =
+                let needs: BTreeSet<Need> =
                     nodes.iter().flat_map(|node| node.needs.iter().cloned()).collect();
-                let error = needs.iter().fold(error, |error, name| {
-                    error.help(format!(
-                        "if `{name}` is the same in every step: --constant {name}=VALUE[,VALUE...]"
-                    ))
+                let error = needs.iter().fold(error, |error, need| {
+                    error.help(match need {
+                        Need::Size(name) => format!("a fixed `{name}` is given by {need}"),
+                        Need::Value(name) => {
+                            format!("if `{name}` is the same in every step: {need}")
+                        }
+                    })
                 });
                 let error = nodes.into_iter().fold(error, |error, node| {
                     let domain = if node.domain.is_empty() { "" } else { "." };

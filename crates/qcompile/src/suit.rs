@@ -6,7 +6,7 @@ use crate::model::{Target, at_path, draft, import};
 use crate::options::Options;
 use crate::street::Draft;
 use crate::tensors::to_tensor;
-use qcompile_onnx::ImportError;
+use qcompile_onnx::{ImportError, Need};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -56,8 +56,10 @@ fn learn(
             }
         }
         ImportError::Unsupported(nodes, _) => {
-            for name in nodes.iter().flat_map(|node| &node.needs) {
-                if let Some(array) = arrays.remove(name) {
+            for need in nodes.iter().flat_map(|node| &node.needs) {
+                if let Need::Value(name) = need
+                    && let Some(array) = arrays.remove(name)
+                {
                     options.constants.insert(name.clone(), to_tensor(name, array)?);
                     learned = true;
                 }

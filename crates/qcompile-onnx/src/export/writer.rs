@@ -116,24 +116,34 @@ impl Writer {
             .iter()
             .map(|name| if name.is_empty() { String::new() } else { self.claim(name) })
             .collect();
+        self.push(op, inputs, outputs.clone(), attributes);
+        outputs
+    }
+
+    /// Adds a node whose results have names that were claimed.
+    fn push(
+        &mut self,
+        op: &'static str,
+        input: Vec<String>,
+        output: Vec<String>,
+        attributes: Vec<(&'static str, Attribute)>,
+    ) {
         let count = self.counts.entry(op).or_default();
         let name = format!("{op}_{count}");
         *count += 1;
         self.nodes.push(NodeProto {
             op_type: op.to_owned(),
             name,
-            input: inputs,
-            output: outputs.clone(),
+            input,
+            output,
             attribute: attributes.into_iter().map(attribute).collect(),
             ..NodeProto::default()
         });
-        outputs
     }
 
     /// Adds a copy of a value under a name that was claimed.
     pub(super) fn identity(&mut self, value: String, name: &str) {
-        let placeholder = self.node("Identity", vec![value], &[name], Vec::new()).remove(0);
-        self.rename(&placeholder, name);
+        self.push("Identity", vec![value], vec![name.to_owned()], Vec::new());
     }
 
     /// Lets the result of a node have another name, which was claimed. False if no node has this result.

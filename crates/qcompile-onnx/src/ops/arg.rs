@@ -90,7 +90,7 @@ pub(super) fn cumulative(
     let exclusive = node.attributes.flag("exclusive", false)?;
     let reverse = node.attributes.flag("reverse", false)?;
     let size = draft.dims(x)[axis].as_fixed().ok_or_else(|| {
-        Obstacle::unsupported(format!("runs along axis {axis}, which depends on the batch size"))
+        Obstacle::batch(format!("runs along axis {axis}, which depends on the batch size"))
     })?;
     let shifted = |draft: &mut Draft, x: ValueId, by: usize| {
         let (start, low, high) = if reverse { (by, 0, by) } else { (0, by, 0) };

@@ -29,7 +29,7 @@ impl Blocks {
         let (Some(channels), Some(height), Some(width)) =
             (channels.as_fixed(), height.as_fixed(), width.as_fixed())
         else {
-            return Err(Obstacle::unsupported("images whose size is the batch size"));
+            return Err(Obstacle::batch("images whose size is the batch size"));
         };
         Ok(Blocks { x, n, sizes: [channels, height, width], block })
     }

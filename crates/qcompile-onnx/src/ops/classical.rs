@@ -55,7 +55,7 @@ fn linear(draft: &mut Draft, node: &OnnxNode, targets: usize) -> Value {
         _ => return Err(Obstacle::invalid(format!("{} is not [rows, features]", draft.ty(x)))),
     };
     let features = features
-        .ok_or_else(|| Obstacle::unsupported("features whose number depends on the batch size"))?;
+        .ok_or_else(|| Obstacle::batch("features whose number depends on the batch size"))?;
     let coefficients = floats(draft, node, "coefficients", &[targets, features])?;
     let product = Op::Matmul { transpose_a: false, transpose_b: true };
     let mut scores = draft.emit(product, &[x, coefficients])?;

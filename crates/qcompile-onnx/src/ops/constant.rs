@@ -118,7 +118,7 @@ pub(super) fn range(draft: &mut Draft, node: &OnnxNode) -> Results {
             (0..count).map(|index| from_f64(dtype, start + f64::from(index) * delta)).collect()
         }
         _ if bounds.iter().any(|bound| matches!(bound, Element::Batch(_))) => {
-            return Err(Obstacle::unsupported("a range that depends on the batch size"));
+            return Err(Obstacle::batch("a range that depends on the batch size"));
         }
         _ => return Err(Obstacle::invalid("a range with step 0")),
     };

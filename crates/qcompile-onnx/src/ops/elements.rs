@@ -113,7 +113,7 @@ fn tuples(
     let depth = draft.dims(indices).last().copied().ok_or_else(|| wrong(draft))?;
     let depth = depth
         .as_fixed()
-        .ok_or_else(|| Obstacle::unsupported("index tuples whose length is the batch size"))?;
+        .ok_or_else(|| Obstacle::batch("index tuples whose length is the batch size"))?;
     let shared = usize::try_from(batch_dims).ok().filter(|&shared| shared < rank.min(count));
     let shared = shared.ok_or_else(|| wrong(draft))?;
     let end = shared.checked_add(depth).filter(|&end| depth > 0 && end <= rank);

@@ -73,7 +73,7 @@ pub(super) fn fixed_axis(
     does: &str,
 ) -> Result<usize, Obstacle> {
     draft.dims(x)[axis].as_fixed().ok_or_else(|| {
-        Obstacle::unsupported(format!("{does} axis {axis}, which depends on the batch size"))
+        Obstacle::batch(format!("{does} axis {axis}, which depends on the batch size"))
     })
 }
 
@@ -118,7 +118,7 @@ fn slice_axis(draft: &mut Draft, x: ValueId, axis: usize, [start, end, step]: [i
         if start == 0 && step == 1 && end >= WHOLE_AXIS {
             return Ok(x);
         }
-        return Err(Obstacle::unsupported(format!(
+        return Err(Obstacle::batch(format!(
             "slices axis {axis}, which depends on the batch size"
         )));
     };
@@ -210,7 +210,7 @@ pub(super) fn trilu(draft: &mut Draft, node: &OnnxNode) -> Results {
         return Err(Obstacle::invalid(format!("{} is no matrix", draft.ty(x))));
     };
     let (Some(rows), Some(columns)) = (rows.as_fixed(), columns.as_fixed()) else {
-        return Err(Obstacle::unsupported("a triangle that depends on the batch size"));
+        return Err(Obstacle::batch("a triangle that depends on the batch size"));
     };
     let count = rows.saturating_mul(columns);
     bounded(count)?;

@@ -188,9 +188,9 @@ pub(super) fn group_normalization(draft: &mut Draft, node: &OnnxNode) -> Results
     let [batch, channels, ref places @ ..] = dims[..] else {
         return Err(Obstacle::invalid(format!("{} has no channels", draft.ty(x))));
     };
-    let fixed = channels.as_fixed().ok_or_else(|| {
-        Obstacle::unsupported("a number of channels that depends on the batch size")
-    })?;
+    let fixed = channels
+        .as_fixed()
+        .ok_or_else(|| Obstacle::batch("a number of channels that depends on the batch size"))?;
     let epsilon = node.attributes.float("epsilon", 1e-5)?;
     let stash = if node.opset >= 21 { stash_type(node)? } else { DType::F32 };
     let given = node.attributes.int("num_groups", 0)?;
@@ -270,7 +270,7 @@ pub(super) fn lrn(draft: &mut Draft, node: &OnnxNode) -> Results {
     };
     let places = Shape(places.to_vec()).elements().and_then(Dim::as_fixed);
     let (Some(count), Some(places)) = (channels.as_fixed(), places) else {
-        return Err(Obstacle::unsupported("channels or places that depend on the batch size"));
+        return Err(Obstacle::batch("channels or places that depend on the batch size"));
     };
     // No window reaches further than all channels.
     let reach = |half: usize| half.min(count.saturating_sub(1));

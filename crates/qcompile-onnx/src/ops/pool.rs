@@ -157,7 +157,7 @@ impl Draft {
     fn add_ramp(&mut self, x: ValueId, axis: usize, first: i64, step: i64) -> Value {
         let count = self.dims(x)[axis]
             .as_fixed()
-            .ok_or_else(|| self.depends_on_batch("the index of a maximum"))?;
+            .ok_or_else(|| Obstacle::batch("the index of a maximum depends on the batch size"))?;
         if count > RAMP_LIMIT {
             return Err(Obstacle::unsupported(format!("indices along an axis of {count}")));
         }

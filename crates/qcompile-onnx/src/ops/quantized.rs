@@ -89,7 +89,7 @@ fn aligned(draft: &mut Draft, node: &OnnxNode, parameter: ValueId) -> Value {
         return draft.reshape(parameter, &column);
     }
     let length = whole[axis].as_fixed().ok_or_else(|| {
-        Obstacle::unsupported(format!("blocks along axis {axis}, which depends on the batch size"))
+        Obstacle::batch(format!("blocks along axis {axis}, which depends on the batch size"))
     })?;
     let block = usize::try_from(block)
         .map_err(|_| Obstacle::invalid(format!("attribute block_size is {block}")))?
@@ -264,7 +264,7 @@ fn integer_product(draft: &mut Draft, a: ValueId, b: ValueId) -> Value {
     let (rank_a, rank_b) = (draft.rank(a), draft.rank(b));
     let inner = draft.dims(a)[rank_a - 1];
     let Some(length) = inner.as_fixed() else {
-        return Err(Obstacle::unsupported("a sum of integers that depends on the batch size"));
+        return Err(Obstacle::batch("a sum of integers that depends on the batch size"));
     };
     if length <= EXACT_TERMS || inner != draft.dims(b)[rank_b - 2] {
         let product = product(draft, a, b)?;

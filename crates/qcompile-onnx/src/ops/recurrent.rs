@@ -195,12 +195,10 @@ fn layer(
     }
     let (steps, batch) = (draft.dims(x)[0], draft.dims(x)[1]);
     let steps = steps.as_fixed().ok_or_else(|| {
-        Obstacle::unsupported(
-            "a number of steps that is the batch size (is the batch another axis?)",
-        )
+        Obstacle::batch("a number of steps that is the batch size (is the batch another axis?)")
     })?;
     let hidden = draft.dims(r)[2].as_fixed();
-    let hidden = hidden.ok_or_else(|| Obstacle::invalid("the weights depend on the batch size"))?;
+    let hidden = hidden.ok_or_else(|| Obstacle::batch("the weights depend on the batch size"))?;
     let lengths = node.optional(4);
     let lengths = lengths.map(|lengths| draft.cast(lengths, DType::I64)).transpose()?;
     let rows = as_matrix(draft, x, 2)?;

@@ -101,9 +101,7 @@ pub(super) fn reduce_prod(draft: &mut Draft, node: &OnnxNode) -> Results {
 
 fn product_along(draft: &mut Draft, mut x: ValueId, axis: usize) -> Value {
     let mut size = draft.dims(x)[axis].as_fixed().ok_or_else(|| {
-        Obstacle::unsupported(format!(
-            "a product over axis {axis}, which depends on the batch size"
-        ))
+        Obstacle::batch(format!("a product over axis {axis}, which depends on the batch size"))
     })?;
     if size == 0 {
         let mut dims = draft.dims(x).to_vec();

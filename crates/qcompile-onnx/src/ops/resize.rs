@@ -297,9 +297,7 @@ fn floats(known: Option<Known>, what: &str) -> Result<Option<Vec<f64>>, Obstacle
         return Err(Obstacle::invalid(format!("{what} are {}", known.ty())));
     }
     let values: Option<Vec<f64>> = (0..known.shape[0]).map(|at| known.get(at).as_f64()).collect();
-    values
-        .map(Some)
-        .ok_or_else(|| Obstacle::unsupported(format!("{what} that depend on the batch size")))
+    values.map(Some).ok_or_else(|| Obstacle::batch(format!("{what} that depend on the batch size")))
 }
 
 /// The axes that scales, sizes and the region are about.
@@ -318,7 +316,8 @@ fn scaled(draft: &Draft, x: ValueId, axis: usize, scale: f64) -> Result<Option<A
     let Some(input) = draft.dims(x)[axis].as_fixed() else {
         #[allow(clippy::float_cmp, reason = "only a scale of exactly 1 changes nothing")]
         let same = scale == 1.0;
-        let refused = || draft.depends_on_batch(&format!("axis {axis}, which is resized,"));
+        let refused =
+            || Obstacle::batch(format!("axis {axis}, which is resized, depends on the batch size"));
         return if same { Ok(None) } else { Err(refused()) };
     };
     // As a product of f32, which 3 · 2.3333333 needs to be 7.
@@ -356,7 +355,9 @@ fn sized(
             continue;
         }
         let (Some(input), Some(size)) = (dim.as_fixed(), size.as_fixed()) else {
-            return Err(draft.depends_on_batch(&format!("axis {axis}, which is resized,")));
+            return Err(Obstacle::batch(format!(
+                "axis {axis}, which is resized, depends on the batch size"
+            )));
         };
         let scale = float(size) / float(input);
         resized.push(axis_to(axis, input, float(size), scale)?);
@@ -419,7 +420,11 @@ pub(super) fn resize(draft: &mut Draft, node: &OnnxNode) -> Results {
             match resized.iter_mut().find(|resized| resized.axis == axis) {
                 Some(resized) => resized.region = edges,
                 None if edges == [0.0, 1.0] => {}
-                None => return Err(draft.depends_on_batch(&format!("cropped axis {axis}"))),
+                None => {
+                    return Err(Obstacle::batch(format!(
+                        "cropped axis {axis} depends on the batch size"
+                    )));
+                }
             }
         }
     }

@@ -52,7 +52,8 @@ pub(super) fn affine_grid(draft: &mut Draft, node: &OnnxNode) -> Results {
         return Err(Obstacle::invalid(format!("{} for a size of {size:?}", draft.ty(theta))));
     }
     let fixed: Option<Vec<usize>> = size[2..].iter().map(|dim| dim.as_fixed()).collect();
-    let fixed = fixed.ok_or_else(|| draft.depends_on_batch("an axis of the image"))?;
+    let fixed =
+        fixed.ok_or_else(|| Obstacle::batch("an axis of the image depends on the batch size"))?;
     let places = fixed.iter().try_fold(axes + 1, |count, &size| count.checked_mul(size));
     let places = places.ok_or_else(|| Obstacle::invalid(format!("a size of {fixed:?}")))?;
     bounded(places)?;

@@ -50,9 +50,9 @@ pub(super) fn reshape(draft: &mut Draft, node: &OnnxNode) -> Results {
         let (from, to) = (draft.ty(x).clone(), Shape(dims));
         let text = format!("{from} does not have the elements of {to}");
         return Err(match from.shape.batch_axis() {
-            Some(_) => Obstacle::unsupported(format!(
-                "{text}; the model seems to be made for one batch size"
-            )),
+            Some(_) => {
+                Obstacle::batch(format!("{text}; the model seems to be made for one batch size"))
+            }
             None => Obstacle::invalid(text),
         });
     }
@@ -195,7 +195,7 @@ pub(super) fn tile(draft: &mut Draft, node: &OnnxNode) -> Results {
         let mut joined = dims;
         joined[axis] = repeat
             .times(joined[axis])
-            .ok_or_else(|| Obstacle::unsupported("a size that depends on the batch size twice"))?;
+            .ok_or_else(|| Obstacle::batch("a size that depends on the batch size twice"))?;
         let one = draft.reshape(x, &apart)?;
         let many = draft.broadcast(one, &repeated)?;
         x = draft.reshape(many, &joined)?;

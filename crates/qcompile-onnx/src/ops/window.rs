@@ -108,7 +108,11 @@ pub(super) fn spatial(draft: &Draft, x: ValueId) -> Result<Vec<usize>> {
             .enumerate()
             .map(|(axis, size)| {
                 size.as_fixed().ok_or_else(|| {
-                    draft.depends_on_batch(&format!("spatial axis {} of {}", axis + 2, draft.ty(x)))
+                    Obstacle::batch(format!(
+                        "spatial axis {} of {} depends on the batch size",
+                        axis + 2,
+                        draft.ty(x)
+                    ))
                 })
             })
             .collect(),

@@ -151,7 +151,7 @@ fn what_contradicts_itself_or_is_beyond_reason_is_refused_by_the_value() {
             "more than 1024 places",
         ),
         ("Conv", 11, 1, &[Input(&[2, 4]), Weight(&[4, 4])], "no spatial axes"),
-        ("Conv", 11, 1, &[Input(&[2, 4, -1]), Weight(&[4, 4, 3])], "--dim x.2=SIZE"),
+        ("Conv", 11, 1, &[Input(&[2, 4, -1]), Weight(&[4, 4, 3])], "--dim N=SIZE"),
         ("ConvTranspose", 11, 1, &[IMAGE, Weight(&[3, 4, 3, 3])], "weight f32[3, 4, 3, 3]"),
         ("ConvTranspose", 11, 1, &[IMAGE, KERNEL, Ints("pads", &[9, 9, 9, 9])], "[9, 9]"),
         ("ConvTranspose", 11, 1, &[IMAGE, KERNEL, Ints("strides", &[HUGE, 1])], "2^64"),
@@ -179,8 +179,7 @@ fn what_contradicts_itself_or_is_beyond_reason_is_refused_by_the_value() {
             12,
             2,
             &[Input(&[-1, 4, 8, 8]), Ints("kernel_shape", &[2, 2])],
-            "the index of a maximum depends on the batch size, which is axis 0 of input x: give it \
-             by --dim x.0=SIZE",
+            "the index of a maximum depends on the batch size; perhaps with --dim N=SIZE",
         ),
         ("LpPool", 18, 1, &[IMAGE, Ints("kernel_shape", &[2, 2]), Int("p", 0)], "p is 0"),
         ("GlobalLpPool", 7, 1, &[IMAGE, Int("p", -1)], "p is -1"),
@@ -204,7 +203,7 @@ fn what_contradicts_itself_or_is_beyond_reason_is_refused_by_the_value() {
             13,
             1,
             &[Input(&[-1, 4, 8, 8]), Nothing, Nothing, Indices(&[3, 4, 8, 8])],
-            "--dim x.0=SIZE",
+            "--dim N=SIZE",
         ),
         (
             "Resize",
