@@ -92,6 +92,8 @@ pub enum KernelId {
     Conv2dGradInputBf16,
     /// [`args::Conv2dGradWeightBf16Args`]
     Conv2dGradWeightBf16,
+    /// [`args::Conv2dGradWeightI8Args`]
+    Conv2dGradWeightI8,
     /// [`args::MaxPoolArgs`]
     MaxPool,
     /// [`args::MaxPoolGradArgs`]
@@ -133,7 +135,7 @@ impl KernelId {
     pub const COUNT: usize = Self::ALL.len();
 
     /// All kernels in the order of the table.
-    pub const ALL: [KernelId; 28] = [
+    pub const ALL: [KernelId; 29] = [
         KernelId::Matmul,
         KernelId::MatmulI8,
         KernelId::Conv2d,
@@ -145,6 +147,7 @@ impl KernelId {
         KernelId::Conv2dBf16,
         KernelId::Conv2dGradInputBf16,
         KernelId::Conv2dGradWeightBf16,
+        KernelId::Conv2dGradWeightI8,
         KernelId::MaxPool,
         KernelId::MaxPoolGrad,
         KernelId::AveragePool,
@@ -199,6 +202,7 @@ const fn table<S: Simd>(tier: Tier) -> Kernels {
             conv::primitive::<conv::ForwardBf16, S>(),
             conv::primitive::<conv::GradInputBf16, S>(),
             grad_weight::primitive::<S::Bf16>(),
+            grad_weight::primitive::<S::Int8>(),
             max_pool::primitive::<S>(),
             max_pool::grad_primitive::<S>(),
             average_pool::primitive::<S>(),
