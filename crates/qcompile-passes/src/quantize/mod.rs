@@ -11,6 +11,7 @@
 
 mod backward;
 mod bf16;
+mod channels;
 mod decide;
 mod extract;
 mod insert;
