@@ -47,20 +47,47 @@ pub(crate) struct Classifier {
     about: About,
 }
 
-impl Classifier {
-    /// Trains a model in f32 for some epochs.
-    pub(crate) fn train(model: &Path, pictures: &Pictures, epochs: u64) -> Result<Classifier> {
+/// How a classifier is trained: momentum, a cosine schedule.
+#[derive(Clone, Debug)]
+pub(crate) struct Training {
+    pub(crate) options: Options,
+    pub(crate) epochs: u64,
+    pub(crate) lr: f64,
+    /// Of the order of samples and of what is drawn.
+    pub(crate) seed: u64,
+}
+
+impl Training {
+    /// In f32, at the learning rate that suits the small nets here.
+    pub(crate) fn f32(epochs: u64) -> Training {
         let options = Options {
             loss: Some(LossKind::CrossEntropy),
             precision: PrecisionChoice::F32,
             batch_size: BATCH,
             ..Options::default()
         };
-        let compiled = compile(model, &options)?;
+        Training { options, epochs, lr: 0.05, seed: 0 }
+    }
+}
+
+impl Classifier {
+    /// Trains a model in f32 for some epochs.
+    pub(crate) fn train(model: &Path, pictures: &Pictures, epochs: u64) -> Result<Classifier> {
+        Classifier::train_as(model, &pictures.train, &Training::f32(epochs))
+    }
+
+    /// Trains a model.
+    pub(crate) fn train_as(
+        model: &Path,
+        pictures: &Dataset,
+        training: &Training,
+    ) -> Result<Classifier> {
+        let Training { options, epochs, lr, seed } = training;
+        let compiled = compile(model, options)?;
         let wants = Wants::of(compiled.plan.graph(), &compiled.about)?;
         let trainer = Trainer::new(Arc::clone(&compiled.plan), &TrainerOptions::default())?;
         let rate = Rate {
-            lr: 0.05,
+            lr: *lr,
             momentum: 0.9,
             beta1: 0.9,
             beta2: 0.999,
@@ -73,19 +100,19 @@ impl Classifier {
             warmup_steps: 0,
         };
         let settings = Settings {
-            epochs,
-            batch_size: BATCH,
+            epochs: *epochs,
+            batch_size: options.batch_size,
             workers: 1,
-            seed: 0,
+            seed: *seed,
             shuffle: true,
             drop_last: false,
             data: String::new(),
             plan: String::new(),
             rate,
         };
-        let binding = wants.bind(&pictures.train)?;
+        let binding = wants.bind(pictures)?;
         let mut run = Run::new(trainer, binding, &wants, &settings, None)?;
-        for _ in 0..epochs {
+        for _ in 0..*epochs {
             run.epoch(&mut |_| Ok(()))?;
         }
         Ok(Classifier { trainer: run.trainer, wants, about: compiled.about })

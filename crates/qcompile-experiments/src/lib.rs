@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod classifier;
+mod masks;
 mod multipoint;
 mod per_channel;
 mod report;
@@ -37,6 +38,7 @@ const EXPERIMENTS: &[Experiment] = &[
         "error by number of points, and adaptive against random channels",
         multipoint::run,
     ),
+    ("masks", "every combination of the four operations, in int8", masks::run),
     ("per-channel", "weights with a scale for each channel against one scale", per_channel::run),
 ];
 
