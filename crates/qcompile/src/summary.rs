@@ -8,12 +8,19 @@ use std::path::Path;
 
 /// The word for a layer as a whole.
 fn precision(decision: &LayerDecision) -> String {
-    match (decision.precision.forward.as_str(), decision.precision.grad_input.as_str()) {
+    let of = &decision.precision;
+    let mut word = match (of.forward.as_str(), of.grad_input.as_str()) {
         (forward, backward) if forward == backward => forward.to_owned(),
         (forward, "f32") => format!("{forward} forward"),
         ("f32", backward) => format!("{backward} backward"),
         (forward, backward) => format!("{forward} forward, {backward} backward"),
+    };
+    for (operation, precision) in [("mean", &of.mean), ("update", &of.update)] {
+        if precision != "f32" {
+            word.push_str(&format!(", {precision} {operation}"));
+        }
     }
+    word
 }
 
 /// The kind of a reason: what is the same for many layers.
@@ -67,6 +74,8 @@ pub(crate) fn by_layer(decisions: &[LayerDecision]) -> String {
         ("op", Align::Left),
         ("forward", Align::Left),
         ("grad input", Align::Left),
+        ("mean", Align::Left),
+        ("update", Align::Left),
         ("f32 channels", Align::Right),
         ("score", Align::Right),
         ("why", Align::Left),
@@ -77,6 +86,8 @@ pub(crate) fn by_layer(decisions: &[LayerDecision]) -> String {
             decision.op.clone(),
             decision.precision.forward.clone(),
             decision.precision.grad_input.clone(),
+            decision.precision.mean.clone(),
+            decision.precision.update.clone(),
             decision.channels_high.to_string(),
             decision.score.map_or_else(|| "-".to_owned(), |score| format!("{score:.2e}")),
             decision.reason.clone(),
@@ -143,6 +154,11 @@ pub(crate) fn text(compiled: &Compiled, verbose: bool) -> String {
     out
 }
 
+/// Bytes of what is kept between steps beside parameters.
+fn state_bytes(plan: &qcompile_plan::Plan) -> usize {
+    plan.states().iter().map(|state| qcompile_plan::plan::bytes_of(&state.ty).at(1)).sum()
+}
+
 /// The document of `--json`.
 #[must_use]
 pub(crate) fn document(compiled: &Compiled, model: &Path, plan: Option<&Path>) -> Value {
@@ -165,6 +181,7 @@ pub(crate) fn document(compiled: &Compiled, model: &Path, plan: Option<&Path>) -
         "step_ms": steps.map(|steps| median(&steps.chosen)),
         "f32_step_ms": f32.map(median),
         "peak_bytes": bytes,
+        "state_bytes": state_bytes(&compiled.plan),
         "warnings": compiled.warnings,
     })
 }

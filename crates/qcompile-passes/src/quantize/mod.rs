@@ -22,6 +22,7 @@ mod rules;
 mod split;
 #[cfg(test)]
 mod tests;
+mod weights;
 mod window;
 
 pub use decide::{Decision, LayerCost, Operations, Options, PrecisionChoice, decide};
