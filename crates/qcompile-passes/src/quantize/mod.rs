@@ -18,9 +18,11 @@ mod extract;
 mod insert;
 mod language;
 mod layer;
+mod pack;
 mod remove;
 mod rules;
 mod split;
+mod stochastic;
 #[cfg(test)]
 mod tests;
 mod window;
@@ -30,8 +32,10 @@ pub use decide::{Decision, LayerCost, Operations, Options, decide};
 pub(crate) use insert::{Inserted, forward as insert_forward};
 pub(crate) use layer::parameter;
 pub use layer::{Layer, layers};
+pub use pack::{pack4, unpack4};
 pub use remove::remove;
 pub use rules::rule_names;
+pub use stochastic::{Draws, quantize_stochastically};
 pub use window::{Moves, optimise};
 
 use crate::PassError;
