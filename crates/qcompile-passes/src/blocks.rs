@@ -63,9 +63,15 @@ mod tests {
 
     #[test]
     fn blocks_divide_their_tensor() {
-        for (elements, block) in
-            [(1024, 256), (432, 216), (640, 160), (250, 250), (40, 40), (1, 1), (2 * 10_007, 20_014)]
-        {
+        for (elements, block) in [
+            (1024, 256),
+            (432, 216),
+            (640, 160),
+            (250, 250),
+            (40, 40),
+            (1, 1),
+            (2 * 10_007, 20_014),
+        ] {
             assert_eq!((size(elements), elements % size(elements)), (block, 0));
         }
     }

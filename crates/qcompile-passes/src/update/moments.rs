@@ -67,7 +67,8 @@ impl Step {
         blocks: Option<&Shape>,
     ) -> Result<(Moment, NodeId), PassError> {
         let sizes = blocks.unwrap_or(&b.graph.ty(like).shape).as_fixed();
-        let sizes = sizes.ok_or_else(|| unsupported(format!("{name} depends on the batch size")))?;
+        let sizes =
+            sizes.ok_or_else(|| unsupported(format!("{name} depends on the batch size")))?;
         let mut state = |name: &str, dtype, sizes: &[usize]| {
             let zeros = Arc::new(Tensor::zeros(dtype, sizes));
             b.graph.add(Op::State(zeros), &[], name, Region::Forward)
