@@ -94,8 +94,12 @@ pub enum KernelId {
     Conv2dGradInputBf16,
     /// [`args::Conv2dGradWeightBf16Args`]
     Conv2dGradWeightBf16,
-    /// [`args::MaxPoolArgs`]
+    /// [`args::MaxPoolArgs`] of f32.
     MaxPool,
+    /// [`args::MaxPoolArgs`] of bf16.
+    MaxPoolBf16,
+    /// [`args::MaxPoolArgs`] of i8.
+    MaxPoolI8,
     /// [`args::MaxPoolGradArgs`]
     MaxPoolGrad,
     /// [`args::AveragePoolArgs`]
@@ -135,7 +139,7 @@ impl KernelId {
     pub const COUNT: usize = Self::ALL.len();
 
     /// All kernels in the order of the table.
-    pub const ALL: [KernelId; 28] = [
+    pub const ALL: [KernelId; 30] = [
         KernelId::Matmul,
         KernelId::MatmulI8,
         KernelId::Conv2d,
@@ -148,6 +152,8 @@ impl KernelId {
         KernelId::Conv2dGradInputBf16,
         KernelId::Conv2dGradWeightBf16,
         KernelId::MaxPool,
+        KernelId::MaxPoolBf16,
+        KernelId::MaxPoolI8,
         KernelId::MaxPoolGrad,
         KernelId::AveragePool,
         KernelId::AveragePoolGrad,
@@ -201,7 +207,9 @@ const fn table<S: Simd>(tier: Tier) -> Kernels {
             conv::primitive::<conv::ForwardBf16, S>(),
             conv::primitive::<conv::GradInputBf16, S>(),
             grad_weight::primitive::<S::Bf16>(),
-            max_pool::primitive::<S>(),
+            max_pool::primitive::<f32, S>(),
+            max_pool::primitive::<u16, S>(),
+            max_pool::primitive::<i8, S>(),
             max_pool::grad_primitive::<S>(),
             average_pool::primitive::<S>(),
             average_pool::grad_primitive::<S>(),
