@@ -6,8 +6,8 @@
 //! ```
 
 use crate::{
-    Access, Kernel, LoopNest, Matrix, Place, Plan, Primitive, Scalar, SlotId, Storage, Strided,
-    Write,
+    Access, Codes, Kernel, LoopNest, Matrix, Place, Plan, Primitive, Scalar, SlotId, Storage,
+    Strided, Write,
 };
 use qcompile_ir::Dim;
 use std::fmt;
@@ -103,7 +103,15 @@ impl fmt::Display for Plan {
                 Kernel::AllReduce { op, members } => {
                     let members: Vec<String> = members
                         .iter()
-                        .map(|(place, elements)| format!("{place}[{elements}]"))
+                        .map(|member| {
+                            let value = format!("{}[{}]", member.value, member.elements);
+                            match member.codes {
+                                Some(Codes { codes, scales, row }) => {
+                                    format!("{value} of {codes}[{row}] by {scales}")
+                                }
+                                None => value,
+                            }
+                        })
                         .collect();
                     writeln!(f, "all_reduce {} {}", op.name(), members.join(", "))?;
                 }
@@ -111,6 +119,12 @@ impl fmt::Display for Plan {
         }
         Ok(())
     }
+}
+
+/// The operands of a value, as text.
+fn operands(scalar: Scalar) -> String {
+    let operands: Vec<String> = scalar.operands().map(|x| format!("v{x}")).collect();
+    operands.join(", ")
 }
 
 fn write_nest(f: &mut fmt::Formatter<'_>, nest: &LoopNest) -> fmt::Result {
@@ -127,10 +141,10 @@ fn write_nest(f: &mut fmt::Formatter<'_>, nest: &LoopNest) -> fmt::Result {
             Scalar::Compare(op, a, b) => writeln!(f, "{} v{a}, v{b}", op.name())?,
             Scalar::Select(c, a, b) => writeln!(f, "select v{c}, v{a}, v{b}")?,
             Scalar::Cast(dtype, x) => writeln!(f, "cast {dtype} v{x}")?,
-            Scalar::Quantize(dtype, x, s) => writeln!(f, "quantize {dtype} v{x}, v{s}")?,
-            Scalar::Dequantize(q, s) => writeln!(f, "dequantize v{q}, v{s}")?,
-            Scalar::StraightThrough(dtype, x, dy, s) => {
-                writeln!(f, "straight_through {dtype} v{x}, v{dy}, v{s}")?;
+            Scalar::Quantize(dtype, ..) => writeln!(f, "quantize {dtype} {}", operands(*scalar))?,
+            Scalar::Dequantize(..) => writeln!(f, "dequantize {}", operands(*scalar))?,
+            Scalar::StraightThrough(dtype, ..) => {
+                writeln!(f, "straight_through {dtype} {}", operands(*scalar))?;
             }
         }
     }

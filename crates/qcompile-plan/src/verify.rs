@@ -12,7 +12,7 @@ use crate::{
     Access, Affine, Attention, AttentionResult, Binding, Convolution, Kernel, LoopNest, Matmul,
     Place, Plan, Pooling, Primitive, Product, Recurrent, Scalar, SlotId, Storage, Strided, Write,
 };
-use qcompile_ir::{DType, Dim, Region};
+use qcompile_ir::{DType, Dim, QuantizedRange, Region};
 use thiserror::Error;
 
 /// A step that a plan must not have.
@@ -167,9 +167,16 @@ fn check_kernel(plan: &Plan, kernel: &Kernel) -> Checked {
             Ok(())
         }
         Kernel::Primitive(primitive) => check_primitive(plan, primitive),
-        Kernel::AllReduce { members, .. } => members.iter().try_for_each(|(place, elements)| {
-            writable(plan, place.slot)?;
-            dense(plan, *place, DType::F32, Extent { fixed: *elements as i128, per_batch: 0 })
+        Kernel::AllReduce { members, .. } => members.iter().try_for_each(|member| {
+            let fixed = |elements: usize| Extent { fixed: elements as i128, per_batch: 0 };
+            writable(plan, member.value.slot)?;
+            dense(plan, member.value, DType::F32, fixed(member.elements))?;
+            let Some(codes) = member.codes else { return Ok(()) };
+            if codes.row == 0 || !member.elements.is_multiple_of(codes.row) {
+                return Err("rows of codes do not make up their value".to_owned());
+            }
+            dense(plan, codes.codes, DType::I8, fixed(member.elements))?;
+            dense(plan, codes.scales, DType::F32, fixed(member.elements / codes.row))
         }),
     }
 }
@@ -237,22 +244,30 @@ pub fn body_types(nest: &LoopNest) -> Result<Vec<DType>, String> {
                 same(a, b)?
             }
             Scalar::Cast(dtype, x) => of(x).map(|_| dtype)?,
-            Scalar::Quantize(dtype, x, scale) => {
+            Scalar::Quantize(dtype, x, scale, zero_point) => {
                 of(x)?;
-                of(scale).map(|_| dtype)?
+                quantizes(of(scale)?, zero_point.map(of).transpose()?, dtype)?
             }
-            Scalar::Dequantize(q, scale) => {
-                of(q)?;
-                of(scale)?
+            Scalar::Dequantize(q, scale, zero_point) => {
+                quantizes(of(scale)?, zero_point.map(of).transpose()?, of(q)?)?;
+                DType::F32
             }
-            Scalar::StraightThrough(_, x, dy, scale) => {
-                of(scale)?;
+            Scalar::StraightThrough(dtype, x, dy, scale, zero_point) => {
+                quantizes(of(scale)?, zero_point.map(of).transpose()?, dtype)?;
                 same(x, dy)?
             }
         };
         types.push(ty);
     }
     Ok(types)
+}
+
+/// The quantized type, if a scale and a zero point of these types fit it.
+fn quantizes(scale: DType, zero_point: Option<DType>, dtype: DType) -> Result<DType, &'static str> {
+    let fits = scale == DType::F32
+        && zero_point.is_none_or(|zero_point| zero_point == dtype)
+        && QuantizedRange::of(dtype, zero_point.is_some()).is_some();
+    if fits { Ok(dtype) } else { Err("a scale or zero point does not fit its type") }
 }
 
 fn dense(plan: &Plan, place: Place, dtype: DType, elements: Extent) -> Checked {

@@ -160,8 +160,8 @@ fn widens(x: &str, name: &str) -> impl Fn(&mut Egraph, Id, &Subst) -> bool + use
     }
 }
 
-/// Codes that are dequantized and quantized again by the same positive scale are what they were: integers within the
-/// range to which `quantize` clamps. The quotient is off by some parts in 2^24, which rounds away.
+/// Codes that are dequantized and quantized again by the same positive scale are what they were: integers of at most 8
+/// bits within the range to which `quantize` clamps. The quotient is off by some parts in 2^24, which rounds away.
 fn comes_back(q: &str, name: &str, t: &str) -> impl Fn(&mut Egraph, Id, &Subst) -> bool + use<> {
     let (q, name, t) = (var(q), var(name), var(t));
     move |egraph, _, subst| {
@@ -171,7 +171,7 @@ fn comes_back(q: &str, name: &str, t: &str) -> impl Fn(&mut Egraph, Id, &Subst) 
         };
         let same = fact(egraph, subst, t).attribute == Some(Leaf::Type(ty.dtype));
         let clamped = codes.in_range || parameters.zero_point.is_some();
-        same && !ty.dtype.is_float() && known.positive && clamped
+        same && ty.dtype.size() == 1 && !ty.dtype.is_float() && known.positive && clamped
     }
 }
 
