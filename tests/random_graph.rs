@@ -143,6 +143,7 @@ impl Drawing {
             sensitivity: self.random.chance(50).then_some(0.25),
             outliers: if self.random.chance(30) { vec![0, 2] } else { Vec::new() },
             precision: self.random.chance(50).then_some(precision),
+            stored: self.random.chance(20).then_some(DType::BF16),
         }
     }
 

@@ -1,8 +1,8 @@
 //! Groups of flags that several commands take.
 
 use super::words::{
-    above_zero, constant, dim, finite, fraction, keep, loss, metric, not_negative, operations,
-    optimizer, positive, precision,
+    above_zero, constant, dim, finite, fraction, keep, loss, metric, not_negative, on_or_off,
+    operations, optimizer, positive, precision,
 };
 use clap::{Args, ValueEnum};
 use qcompile_ir::Tensor;
@@ -109,9 +109,10 @@ impl BatchNormMode {
 /// Flags of the choice of precision.
 #[derive(Debug, Clone, Default, Args)]
 pub struct PrecisionArgs {
-    /// auto: bf16, or int8 layers, where that measures fastest and the loss allows it; f32,int8 and f32,bf16: the same
-    /// from these only; f32, bf16 or int8 throughout; mixed: int8 where the loss allows it [default: auto].
-    #[arg(long, value_name = "KIND", value_parser = precision(), help_heading = "Precision")]
+    /// What layers run in: a set of f32, bf16 and int8 with commas, of which the fastest step is measured that the loss
+    /// allows (int8 layer by layer); auto: all three; one alone: throughout; mixed and bf16+int8: int8 where the loss
+    /// allows it, else f32 or bf16 [default: auto].
+    #[arg(long, value_name = "SET", value_parser = precision(), help_heading = "Precision")]
     pub precision: Option<PrecisionChoice>,
     /// What a layer's score is [default: leave-one-out].
     #[arg(long, value_name = "METRIC", value_parser = metric(), help_heading = "Precision")]
@@ -128,9 +129,13 @@ pub struct PrecisionArgs {
     /// Keep layers as they are: f32=PATTERN.
     #[arg(long, value_name = "f32=PATTERN", value_parser = keep, help_heading = "Precision")]
     pub keep: Vec<String>,
-    /// Operations of a layer that may be of lower precision: forward, backward [default: forward,backward].
+    /// Operations of a layer that may be of lower precision: forward, backward, mean (workers exchange 8-bit gradients),
+    /// update (the optimizer keeps 8-bit state) [default: forward,backward].
     #[arg(long, value_name = "LIST", value_parser = operations, help_heading = "Precision")]
     pub quantize_ops: Option<Operations>,
+    /// off: weights of the layers whose update is of lower precision are kept in bf16 only, rounded at random [default: on].
+    #[arg(long, value_name = "on|off", value_parser = on_or_off, help_heading = "Precision")]
+    pub master_weights: Option<bool>,
     /// Scores that `qcompile sensitivity` wrote, instead of measuring.
     #[arg(long, value_name = "FILE", help_heading = "Precision")]
     pub scores: Option<PathBuf>,

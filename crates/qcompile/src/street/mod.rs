@@ -175,7 +175,7 @@ impl<'a> Street<'a> {
     }
 
     fn advance(&mut self, draft: &mut Draft, pass: Pass) -> Result<()> {
-        let Draft { graph, about, .. } = draft;
+        let Draft { graph, about, evaluation, .. } = draft;
         match pass {
             Pass::Simplify => {
                 simplify::run(graph, &simplify::Options { keep_stop_gradient: true })?
@@ -207,6 +207,11 @@ impl<'a> Street<'a> {
             }
             Pass::Distribute => distribute::run(graph)?,
             Pass::Update => {
+                if !self.options.master_weights {
+                    for graph in std::iter::once(&mut *graph).chain(evaluation) {
+                        update::store_in_bf16(graph)?;
+                    }
+                }
                 update::run(graph, &update::Options { optimizer: self.options.optimizer })?;
                 self.options.optimizer.name().clone_into(&mut about.optimizer);
                 about.options = self.options.said();
@@ -282,7 +287,8 @@ impl<'a> Street<'a> {
             cost: BTreeMap::new(),
             scores: draft.scores.clone(),
         };
-        if options.precision.is_measured() && options.precision.has_int8() {
+        let measured = options.precision.is_measured() || self.options.measure_layers;
+        if measured && options.precision.has_int8() {
             options.cost = cost::measure(&draft.graph, &options, self.options, self.show)?;
         }
         let decided = quantize::run(&mut draft.graph, &options)?;
@@ -292,8 +298,8 @@ impl<'a> Street<'a> {
         for (decision, layer) in draft.about.decisions.iter_mut().zip(&decided) {
             // A measured time would make every plan another.
             let slower =
-                options.cost.get(&layer.node).is_some_and(|cost| cost.low_ms >= cost.f32_ms);
-            if slower && !decision.precision.is_low() {
+                options.cost.get(&layer.node).is_some_and(|cost| cost.low_ms >= cost.high_ms);
+            if slower && !decision.precision.has_int8() {
                 "int8 does not measure faster".clone_into(&mut decision.reason);
             }
         }
