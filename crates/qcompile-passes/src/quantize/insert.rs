@@ -1,6 +1,6 @@
 //! Puts `quantize`, `dequantize` pairs before the operands of a product, with the scales they need.
 
-use super::layer::{Layer, unquantized};
+use super::layer::{Layer, is_quantized};
 use crate::PassError;
 use crate::builder::Builder;
 use crate::simplify::splat;
@@ -141,7 +141,7 @@ pub(crate) fn forward(
 ) -> Result<(), PassError> {
     for (position, axis) in [(0, None), (1, Some(layer.weight_axis))] {
         let operand = graph.operand(layer.node, position);
-        if unquantized(graph, operand) != operand {
+        if is_quantized(graph, operand) {
             continue;
         }
         let quantized = inserted.quantized(graph, operand, axis, Region::Forward)?;

@@ -20,6 +20,8 @@ mod language;
 mod layer;
 mod pack;
 mod pairs;
+#[cfg(test)]
+mod pairs_tests;
 mod remove;
 mod rules;
 mod split;
