@@ -1,7 +1,7 @@
 //! Products of low precision: what `dequantize`, or a cast that widens, hides from the product that follows it.
 
-use crate::fuse::has_epilogue;
 use crate::Affine;
+use crate::fuse::has_epilogue;
 use crate::view::View;
 use qcompile_ir::{DType, Graph, NodeId, Op};
 use std::collections::BTreeMap;

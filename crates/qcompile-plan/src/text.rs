@@ -6,8 +6,8 @@
 //! ```
 
 use crate::{
-    Access, Codes, Kernel, LoopNest, Matrix, Place, Plan, Primitive, Scalar, SlotId, Storage, Strided,
-    Write,
+    Access, Codes, Kernel, LoopNest, Matrix, Place, Plan, Primitive, Scalar, SlotId, Storage,
+    Strided, Write,
 };
 use qcompile_ir::Dim;
 use std::fmt;

@@ -1,8 +1,8 @@
 //! Which layers run in int8, and why.
 
 use super::PASS;
-use super::weights;
 use super::layer::{Layer, layers};
+use super::weights;
 use crate::PassError;
 use crate::sensitivity::Scores;
 use qcompile_ir::{DType, Graph, Name, Precision};
@@ -259,7 +259,7 @@ fn is_named(graph: &Graph, layer: &Layer, pattern: &str) -> bool {
 }
 
 /// Whether `text` fits a pattern of literal characters, `*` and `?`; linear in the product of the lengths.
-fn matches(pattern: &str, text: &str) -> bool {
+pub(crate) fn matches(pattern: &str, text: &str) -> bool {
     let mut fits = vec![true];
     let text: Vec<char> = text.chars().collect();
     fits.resize(text.len() + 1, false);
@@ -307,7 +307,11 @@ pub(super) fn barred(graph: &Graph, layer: &Layer, options: &Options) -> Option<
 }
 
 /// The layers that the budget of `max_loss_increase` takes, by name, with the sum up to and with each.
-pub(super) fn within_budget(graph: &Graph, layers: &[Layer], options: &Options) -> BTreeMap<Name, f32> {
+pub(super) fn within_budget(
+    graph: &Graph,
+    layers: &[Layer],
+    options: &Options,
+) -> BTreeMap<Name, f32> {
     let mut candidates: Vec<(f32, Name)> = layers
         .iter()
         .filter(|layer| barred(graph, layer, options).is_none())

@@ -24,6 +24,7 @@ mod tests;
 mod weights;
 mod window;
 
+pub(crate) use decide::matches;
 pub use decide::{Decision, LayerCost, Operations, Options, PrecisionChoice, decide};
 pub(crate) use insert::{Inserted, forward as insert_forward};
 pub(crate) use layer::parameter;

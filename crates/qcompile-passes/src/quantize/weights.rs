@@ -1,6 +1,8 @@
 //! What becomes of the gradient of a layer's weight once it is there: its mean over ranks, and the update.
 
-use super::decide::{Decision, Operations, Options, PrecisionChoice, barred, by_score, within_budget};
+use super::decide::{
+    Decision, Operations, Options, PrecisionChoice, barred, by_score, within_budget,
+};
 use super::layer::{Layer, parameter};
 use qcompile_ir::{DType, Graph, NodeId, Precision};
 use std::collections::BTreeMap;
@@ -63,8 +65,7 @@ pub(super) fn note(graph: &mut Graph, layers: &[Layer]) {
             update: precision.update,
             ..Precision::uniform(DType::F32)
         });
-        for (all, one) in
-            [(&mut known.mean, precision.mean), (&mut known.update, precision.update)]
+        for (all, one) in [(&mut known.mean, precision.mean), (&mut known.update, precision.update)]
         {
             if *all != one {
                 *all = DType::F32;

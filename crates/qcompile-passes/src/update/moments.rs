@@ -67,7 +67,8 @@ impl Step {
         blocks: Option<&Shape>,
     ) -> Result<(Moment, NodeId), PassError> {
         let sizes = blocks.unwrap_or(&b.graph.ty(like).shape).as_fixed();
-        let sizes = sizes.ok_or_else(|| unsupported(format!("{name} depends on the batch size")))?;
+        let sizes =
+            sizes.ok_or_else(|| unsupported(format!("{name} depends on the batch size")))?;
         let mut state = |name: &str, dtype, sizes: &[usize]| {
             let zeros = Arc::new(Tensor::zeros(dtype, sizes));
             b.graph.add(Op::State(zeros), &[], name, Region::Forward)
@@ -142,7 +143,7 @@ impl Builder<'_> {
         let gap = self.binary("gap", BinaryOp::Sub, above?, below)?;
         let beyond = self.binary("beyond", BinaryOp::Sub, power, below)?;
         let chance = self.binary("chance", BinaryOp::Div, beyond, gap)?;
-        let numbers = self.uniform("numbers", shape)?;
+        let numbers = self.uniform("numbers", &shape)?;
         let goes = self.compare("goes", CompareOp::Less, numbers, chance)?;
         let mut code = self.select("chosen", goes, high, low)?;
         let limit = self.splat_like("limit", code, sign.limit())?;
