@@ -144,6 +144,7 @@ pub(crate) fn read_less(graph: &Graph, order: &[NodeId], fusion: &mut Fusion) {
         // A small value may be stored for this; a large one must be read by others.
         let large = graph.ty(id).shape.elements().is_some_and(|elements| elements.batch);
         let pays = large
+            && !narrows(graph, id)
             && sources
                 .iter()
                 .all(|source| is_small(graph, *source, id) || readers.contains_key(source));

@@ -40,7 +40,7 @@ impl Copy {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Digits {
     count: usize,
-    base: usize,
+    base: u16,
 }
 
 const BYTE: Digits = Digits { count: 1, base: 256 };
@@ -83,8 +83,7 @@ impl Builder<'_> {
         let range = self.binary("saved.range", BinaryOp::Sub, high, low)?;
         let tiny = self.splat_like("saved.smallest", range, TINY)?;
         let range = self.binary("saved.width", BinaryOp::Max, range, tiny)?;
-        #[allow(clippy::cast_precision_loss, reason = "at most 256")]
-        let levels = (digits.base - 1) as f64;
+        let levels = f64::from(digits.base - 1);
         let limit = self.splat_like("saved.levels", range, levels)?;
         let step = self.binary("saved.step", BinaryOp::Div, range, limit)?;
         let [lows, steps] = [("saved.lows", low), ("saved.steps", step)]
@@ -95,7 +94,9 @@ impl Builder<'_> {
         let noisy = self.binary("saved.noisy", BinaryOp::Add, place, numbers)?;
         let whole = self.unary("saved.whole", UnaryOp::Floor, noisy)?;
         let limit = self.splat_like("saved.limit", whole, levels)?;
-        let code = self.binary("saved.code", BinaryOp::Min, whole, limit)?;
+        let code = self.binary("saved.limited", BinaryOp::Min, whole, limit)?;
+        // What is packed is read at several places: as bytes.
+        let code = self.cast("saved.code", code, DType::U8)?;
         Ok(Copy::Codes { codes: self.packed(code, digits)?, digits, low, step })
     }
 
@@ -109,8 +110,7 @@ impl Builder<'_> {
                 (BYTE, shape)
             }
         };
-        let flags = self.cast("saved.flags", mask, DType::F32)?;
-        let flags = self.reshape("saved.blocks", flags, shape)?;
+        let flags = self.reshape("saved.blocks", mask, shape)?;
         Ok(Copy::Bits { codes: self.packed(flags, digits)?, digits })
     }
 
@@ -121,10 +121,13 @@ impl Builder<'_> {
             Copy::Codes { codes, digits, low, step } => {
                 let code = self.unpacked(codes, digits)?;
                 let shape = self.shape(code);
-                let steps = self.broadcast("restored.steps", step, shape.clone())?;
-                let lows = self.broadcast("restored.lows", low, shape)?;
-                let above = self.binary("restored.above", BinaryOp::Mul, code, steps)?;
-                self.binary("restored.blocks", BinaryOp::Add, above, lows)?
+                let rows = Shape(vec![shape.0[0], Dim::ONE, Dim::ONE]);
+                let [steps, lows] = [("steps", step), ("lows", low)].map(|(name, value)| {
+                    let value = self.reshape(&format!("restored.{name}.rows"), value, rows.clone());
+                    self.broadcast(&format!("restored.{name}"), value?, shape.clone())
+                });
+                let above = self.binary("restored.above", BinaryOp::Mul, code, steps?)?;
+                self.binary("restored.blocks", BinaryOp::Add, above, lows?)?
             }
             Copy::Bits { codes, digits } => {
                 let flags = self.unpacked(codes, digits)?;
@@ -136,50 +139,60 @@ impl Builder<'_> {
         self.cast("restored", value, like.dtype)
     }
 
-    /// Whole numbers below the base, several in a byte: the first part of a row in the lowest digits.
+    /// `x[rows, columns]`, whole numbers below the base, as u8 `[rows, 1, columns of a part]`: the parts of a row share
+    /// bytes, the first in the lowest digits.
     fn packed(&mut self, x: NodeId, digits: Digits) -> Built {
-        let rows = self.shape(x).0[0];
-        let columns = self.shape(x).0[1].scale / digits.count;
-        let shape = Shape(vec![rows, Dim::fixed(digits.count), Dim::fixed(columns)]);
-        let parts = self.reshape("saved.parts", x, shape.clone())?;
-        let weights = self.powers(digits, 1)?;
-        let weights = self.broadcast("saved.weights", weights, shape)?;
-        let weighed = self.binary("saved.weighed", BinaryOp::Mul, parts, weights)?;
-        let sum = self.sum("saved.sum", weighed, vec![1])?;
-        self.cast("saved", sum, DType::U8)
+        let shape = self.shape(x);
+        let columns = shape.0[1].scale / digits.count;
+        let part = Shape(vec![shape.0[0], Dim::ONE, Dim::fixed(columns)]);
+        let mut sum: Option<NodeId> = None;
+        let mut weight = 1.0;
+        for at in 0..digits.count {
+            let (start, end) = (at * columns, (at + 1) * columns);
+            let name = |word: &str| format!("saved.part{at}.{word}");
+            let digit = match digits.count {
+                1 => x,
+                _ => self.add(&name("code"), Op::Slice { axis: 1, start, end, step: 1 }, &[x])?,
+            };
+            let wide = self.cast(&name("f32"), digit, DType::F32)?;
+            let weighed = if at == 0 { wide } else { self.scaled(&name("weighed"), wide, weight)? };
+            sum = Some(match sum {
+                Some(sum) => self.binary(&name("sum"), BinaryOp::Add, sum, weighed)?,
+                None => weighed,
+            });
+            weight *= f64::from(digits.base);
+        }
+        let sum = sum.unwrap_or(x);
+        let bytes = self.cast("saved.bytes", sum, DType::U8)?;
+        self.reshape("saved", bytes, part)
     }
 
+    /// The numbers of [`packed`](Self::packed) in f32, `[rows, parts, columns of a part]`.
     fn unpacked(&mut self, codes: NodeId, digits: Digits) -> Built {
         let mut shape = self.shape(codes);
-        let flat = Shape(vec![shape.0[0], Dim::fixed(digits.count * shape.0[2].scale)]);
         shape.0[1] = Dim::fixed(digits.count);
-        let codes = self.cast("restored.f32", codes, DType::F32)?;
-        if digits.count == 1 {
-            return self.reshape("restored.code", codes, flat);
-        }
         let bytes = self.broadcast("restored.bytes", codes, shape.clone())?;
-        let weights = self.powers(digits, -1)?;
+        let bytes = self.cast("restored.f32", bytes, DType::F32)?;
+        if digits.count == 1 {
+            return Ok(bytes);
+        }
+        let weights = self.shares(digits)?;
         let weights = self.broadcast("restored.weights", weights, shape)?;
         let shifted = self.binary("restored.shifted", BinaryOp::Mul, bytes, weights)?;
-        #[allow(clippy::cast_precision_loss, reason = "at most 256")]
-        let base = digits.base as f64;
+        let base = f64::from(digits.base);
         let upper = self.scaled("restored.upper", shifted, base.recip())?;
         let upper = self.unary("restored.upper.whole", UnaryOp::Floor, upper)?;
         let upper = self.scaled("restored.upper.shifted", upper, base)?;
         let whole = self.unary("restored.lower", UnaryOp::Floor, shifted)?;
-        let digit = self.binary("restored.digit", BinaryOp::Sub, whole, upper)?;
-        self.reshape("restored.code", digit, flat)
+        self.binary("restored.digit", BinaryOp::Sub, whole, upper)
     }
 
-    /// The powers of the base with exponents 0, `sign`, 2 `sign`, ..., `f32[count, 1]`.
-    fn powers(&mut self, digits: Digits, sign: i32) -> Built {
-        #[allow(clippy::cast_precision_loss, reason = "at most 256")]
-        let base = (digits.base as f64).powi(sign);
-        let values: Vec<f64> = std::iter::successors(Some(1.0), |power| Some(power * base))
-            .take(digits.count)
-            .collect();
-        let word = if sign < 0 { "shares" } else { "powers" };
-        let name = format!("saved.{word}.{}", digits.base);
+    /// What a byte is multiplied with to have the digits of each part before the point, `f32[count, 1]`.
+    fn shares(&mut self, digits: Digits) -> Built {
+        let share = f64::from(digits.base).recip();
+        let shares = std::iter::successors(Some(1.0), |power| Some(power * share));
+        let values: Vec<f64> = shares.take(digits.count).collect();
+        let name = format!("saved.shares.{}", digits.base);
         let tensor = Tensor::from_f64(DType::F32, &[digits.count, 1], &values).map(Arc::new);
         let tensor = tensor.ok_or_else(|| PassError::Unsupported {
             pass: super::find::PASS,

@@ -56,7 +56,7 @@ pub(super) fn is_view(graph: &Graph, id: NodeId) -> bool {
 }
 
 /// The value that views show.
-fn base(graph: &Graph, mut id: NodeId) -> NodeId {
+pub(super) fn base(graph: &Graph, mut id: NodeId) -> NodeId {
     while is_view(graph, id) {
         id = graph.operand(id, 0);
     }
@@ -210,7 +210,7 @@ fn fits(graph: &Graph, rule: &Rule, id: NodeId) -> bool {
     })
 }
 
-/// Whether a value is a sum, product or quotient of restored values and small ones.
+/// Whether a value is a sum, product or quotient of restored values or inputs, and small ones.
 fn is_made_of_restored(graph: &Graph, found: &Found, id: NodeId) -> bool {
     let arithmetic = matches!(
         graph.op(id),
@@ -218,15 +218,17 @@ fn is_made_of_restored(graph: &Graph, found: &Found, id: NodeId) -> bool {
             | Op::Binary(BinaryOp::Add | BinaryOp::Sub | BinaryOp::Mul | BinaryOp::Div)
     );
     let elements = |id: NodeId| graph.ty(id).shape.elements().map_or(0, |e| e.size(SMALL));
-    let mut restored = 0;
+    let mut large = 0;
     let operands = graph.operands(id);
     let fit = operands.iter().all(|&operand| {
         let base = base(graph, operand);
-        if found.is_read_restored(base) {
-            restored += 1;
+        // An input stays there for the whole step.
+        let there = matches!(graph.op(base), Op::Input(_)) && elements(base) == elements(id);
+        if there || found.is_read_restored(base) {
+            large += 1;
             return true;
         }
         graph.op(base).is_leaf() || elements(base) * SMALL <= elements(id)
     });
-    arithmetic && fit && restored > 0
+    arithmetic && fit && large > 0
 }

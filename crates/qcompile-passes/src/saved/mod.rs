@@ -14,7 +14,8 @@
 //! layer, a loss or another rounding reads is saved as it is. A value that is made of restored ones by sums, products
 //! and quotients is made again instead of being saved, too.
 //!
-//! *Why here*: after roundings have moved, since nothing looks through these; before the exchange, which reads gradients.
+//! *Why here*: last, because values are computed in the order in which nodes were made: a code stands right behind its
+//! value, and what is restored right before who reads it first.
 
 mod codes;
 mod find;
@@ -156,15 +157,31 @@ impl Rebuilt<'_> {
                 .into_iter()
                 .map(|(user, _)| user)
                 .filter(|user| waiting.contains(user))
-                .filter(|user| self.old.operands(*user).iter().all(|of| self.ids.contains_key(of)))
+                .filter(|user| {
+                    let computed = |of: &NodeId| self.ids.contains_key(&find::base(self.old, *of));
+                    self.old.operands(*user).iter().all(computed)
+                })
                 .collect();
             for mask in ready {
                 if waiting.remove(&mask) {
+                    for operand in self.old.operands(mask) {
+                        self.views(operand)?;
+                    }
                     self.node(mask)?;
                 }
             }
         }
         Ok(())
+    }
+
+    /// Copies a view, and what it shows it through.
+    fn views(&mut self, id: NodeId) -> Result<(), PassError> {
+        let mut chain = vec![id];
+        while let Some(&last) = chain.last().filter(|last| !self.ids.contains_key(last)) {
+            chain.push(self.old.operand(last, 0));
+        }
+        chain.pop();
+        chain.into_iter().rev().try_for_each(|view| self.node(view))
     }
 
     fn node(&mut self, id: NodeId) -> Result<(), PassError> {

@@ -42,14 +42,14 @@ pub enum Pass {
     QuantizeBackward,
     /// Moves, merges and cancels roundings.
     MoveRoundings,
-    /// Compresses what is saved for the backward pass.
-    Compress,
     /// Makes gradients and statistics means over workers.
     Distribute,
     /// Builds the optimizer.
     Update,
     /// Removes what the passes before have left over.
     Finish,
+    /// Compresses what is saved for the backward pass.
+    Compress,
 }
 
 impl Pass {
@@ -63,14 +63,14 @@ impl Pass {
         Pass::Differentiate,
         Pass::QuantizeBackward,
         Pass::MoveRoundings,
-        Pass::Compress,
         Pass::Distribute,
         Pass::Update,
         Pass::Finish,
+        Pass::Compress,
     ];
 
     /// The last pass.
-    pub const LAST: Pass = Pass::Finish;
+    pub const LAST: Pass = Pass::Compress;
 
     /// The word on the command line and in dumps.
     #[must_use]
