@@ -29,6 +29,7 @@ mod weights;
 mod window;
 
 pub use choice::PrecisionChoice;
+pub(crate) use decide::matches;
 pub use decide::{Decision, LayerCost, Operations, Options, decide};
 pub(crate) use insert::{Inserted, forward as insert_forward};
 pub(crate) use layer::parameter;
