@@ -58,6 +58,36 @@ fn bf16() {
     });
 }
 
+/// The step as the first line of the file asks for it: `; KEY=VALUE ...`.
+#[test]
+fn int8() {
+    for path in cases("int8") {
+        let name = path.file_stem().expect("a file").to_string_lossy().into_owned();
+        let options = options(&std::fs::read_to_string(&path).expect("readable"));
+        let mut graph = parse(&path);
+        let step = |graph: &mut qcompile_ir::Graph| {
+            quantize::run(graph, &options)?;
+            differentiate::run(graph)?;
+            quantize::insert_backward(graph)
+        };
+        snapshot("int8", &name, &shown(step(&mut graph).map(|_| graph)));
+    }
+}
+
+fn options(source: &str) -> quantize::Options {
+    let mut options = quantize::Options::default();
+    let words = source.lines().next().and_then(|line| line.strip_prefix("; ")).expect("options");
+    for word in words.split(' ') {
+        let (key, value) = word.split_once('=').expect("KEY=VALUE");
+        match key {
+            "precision" => options.precision = value.parse().expect("a choice"),
+            "threshold" => options.threshold = Some(value.parse().expect("a number")),
+            _ => panic!("there is no option {key}"),
+        }
+    }
+    options
+}
+
 #[test]
 fn simplify() {
     check("simplify", |mut graph| {

@@ -4,8 +4,8 @@ mod indexing;
 mod recurrence;
 
 use crate::{
-    AttentionOperand, BinaryOp, ConvGeometry, DType, Dim, Op, PoolGeometry, Shape, TensorType,
-    UnaryOp,
+    AttentionOperand, BinaryOp, ConvGeometry, DType, Dim, Op, PoolGeometry, QuantizedRange, Shape,
+    TensorType, UnaryOp,
 };
 use thiserror::Error;
 
@@ -51,10 +51,9 @@ fn infer_type(op: &Op, operands: Types) -> Result<TensorType, String> {
         Op::Input(ty) => exactly::<0>(operands).map(|[]| ty.clone()),
         Op::Param(tensor) => {
             exactly::<0>(operands)?;
-            if tensor.dtype().is_float() {
-                Ok(tensor.ty())
-            } else {
-                Err(format!("a parameter is a float tensor, not {}", tensor.ty()))
+            match tensor.dtype() {
+                DType::F32 | DType::BF16 | DType::F16 => Ok(tensor.ty()),
+                _ => Err(format!("a parameter is an f32, bf16 or f16 tensor, not {}", tensor.ty())),
             }
         }
         Op::State(tensor) | Op::Const(tensor) => exactly::<0>(operands).map(|[]| tensor.ty()),
@@ -96,12 +95,21 @@ fn infer_type(op: &Op, operands: Types) -> Result<TensorType, String> {
         Op::Conv2d(geometry) => conv2d(geometry, operands),
         Op::Conv2dGradInput(geometry) => conv2d_grad_input(geometry, operands),
         Op::Conv2dGradWeight(geometry) => conv2d_grad_weight(geometry, operands),
-        Op::MaxPool2d(geometry) | Op::AveragePool2d(geometry) => {
+        Op::MaxPool2d(geometry) => {
             let [x] = exactly(operands)?;
+            if x.dtype != DType::I8 {
+                float(x)?;
+            }
+            pooled(geometry, x)
+        }
+        Op::AveragePool2d(geometry) => {
+            let [x] = exactly(operands)?;
+            float(x)?;
             pooled(geometry, x)
         }
         Op::MaxPool2dGrad(geometry) => {
             let [x, dy] = exactly(operands)?;
+            float(x)?;
             same(&pooled(geometry, x)?, dy)?;
             Ok(x.clone())
         }
@@ -157,23 +165,21 @@ fn infer_type(op: &Op, operands: Types) -> Result<TensorType, String> {
             recurrence::recurrence_grad(data, *cell, operands)
         }
         Op::Quantize { dtype, axis } => {
-            let [x, scale] = exactly(operands)?;
-            quantized(*dtype)?;
+            let ([x, scale], zero_point) = and_zero_point(operands)?;
             float(x)?;
-            scale_fits(x, scale, *axis)?;
+            quantized(*dtype, x, scale, zero_point, *axis)?;
             Ok(TensorType::new(*dtype, x.shape.clone()))
         }
         Op::Dequantize { axis } => {
-            let [q, scale] = exactly(operands)?;
-            quantized(q.dtype)?;
-            scale_fits(q, scale, *axis)?;
+            let ([q, scale], zero_point) = and_zero_point(operands)?;
+            quantized(q.dtype, q, scale, zero_point, *axis)?;
             Ok(TensorType::f32(q.shape.clone()))
         }
         Op::StraightThrough { dtype, axis } => {
-            let [x, dy, scale] = exactly(operands)?;
-            quantized(*dtype)?;
+            let ([x, dy, scale], zero_point) = and_zero_point(operands)?;
             same(x, dy)?;
-            scale_fits(x, scale, *axis)?;
+            float(x)?;
+            quantized(*dtype, x, scale, zero_point, *axis)?;
             Ok(dy.clone())
         }
         Op::AllReduce(_) => {
@@ -199,11 +205,38 @@ fn float(x: &TensorType) -> Result<(), String> {
     if x.dtype.is_float() { Ok(()) } else { Err(format!("needs a float operand, not {x}")) }
 }
 
-fn quantized(dtype: DType) -> Result<(), String> {
-    match Op::quantized_max(dtype) {
-        Some(_) => Ok(()),
-        None => Err(format!("{dtype} is not a quantized type")),
+/// So many operands, and perhaps a zero point.
+fn and_zero_point<'a, const K: usize>(
+    operands: Types<'a>,
+) -> Result<([&'a TensorType; K], Option<&'a TensorType>), String> {
+    let (first, zero_point) = operands.split_at(operands.len().min(K));
+    match (first.try_into(), zero_point) {
+        (Ok(first), []) => Ok((first, None)),
+        (Ok(first), &[zero_point]) => Ok((first, Some(zero_point))),
+        _ => Err(format!("takes {K} or {} operands, not {}", K + 1, operands.len())),
     }
+}
+
+/// Checks the parameters by which `x` is quantized to `dtype`, or was.
+fn quantized(
+    dtype: DType,
+    x: &TensorType,
+    scale: &TensorType,
+    zero_point: Option<&TensorType>,
+    axis: Option<usize>,
+) -> Result<(), String> {
+    if QuantizedRange::of(dtype, false).is_none() {
+        return Err(format!("{dtype} is not a quantized type"));
+    }
+    scale_fits(x, scale, axis)?;
+    let Some(zero_point) = zero_point else { return Ok(()) };
+    if QuantizedRange::of(dtype, true).is_none() {
+        return Err(format!("{dtype} has no zero point"));
+    }
+    if zero_point.dtype != dtype || zero_point.shape != scale.shape {
+        return Err(format!("the zero point is {zero_point} for {dtype} with the scale {scale}"));
+    }
+    Ok(())
 }
 
 fn fixed(dim: Dim, what: &str) -> Result<usize, String> {
@@ -341,6 +374,11 @@ fn matmul(transpose_a: bool, transpose_b: bool, operands: Types) -> Result<Tenso
 /// `[n, h, w, c]` of an NHWC value whose height and width are those of the geometry.
 fn nhwc(x: &TensorType, size: [usize; 2]) -> Result<(Dim, usize), String> {
     float(x)?;
+    images(x, size)
+}
+
+/// Number of images and of channels.
+fn images(x: &TensorType, size: [usize; 2]) -> Result<(Dim, usize), String> {
     let [n, h, w, c] = x.shape.0[..] else {
         return Err(format!("{x} is not [n, height, width, channels]"));
     };
@@ -407,7 +445,7 @@ fn conv2d_grad_weight(geometry: &ConvGeometry, operands: Types) -> Result<Tensor
 }
 
 fn pooled(geometry: &PoolGeometry, x: &TensorType) -> Result<TensorType, String> {
-    let (n, channels) = nhwc(x, geometry.input)?;
+    let (n, channels) = images(x, geometry.input)?;
     let [height, width] = geometry
         .output()
         .ok_or_else(|| format!("the window does not fit the input: {geometry:?}"))?;

@@ -30,6 +30,12 @@ impl Precision {
             update: dtype,
         }
     }
+
+    /// Whether one of the three products runs in int8.
+    #[must_use]
+    pub fn has_int8(&self) -> bool {
+        [self.forward, self.grad_input, self.grad_weight].contains(&DType::I8)
+    }
 }
 
 /// What passes and people write beside a node. A graph without its notes computes the same values.
@@ -43,4 +49,7 @@ pub struct Note {
     pub outliers: Vec<u32>,
     /// The decided precision of this layer.
     pub precision: Option<Precision>,
+    /// The type in which what this layer reads and gives is stored, where that does not follow from `precision`: bf16
+    /// around an int8 product.
+    pub stored: Option<DType>,
 }

@@ -306,6 +306,21 @@ impl PoolGeometry {
     pub fn output(&self) -> Option<[usize; 2]> {
         window_output(self.input, self.kernel, self.strides, self.pads, self.dilations)
     }
+
+    /// Whether every window meets the input, none being all padding.
+    #[must_use]
+    pub fn meets_input(&self) -> bool {
+        let Some(output) = self.output() else { return false };
+        (0..2).all(|axis| {
+            (0..output[axis]).all(|out| {
+                let place = |tap: usize| out * self.strides[axis] + tap * self.dilations[axis];
+                let within = |place: usize| {
+                    place.checked_sub(self.pads[axis]).is_some_and(|at| at < self.input[axis])
+                };
+                (0..self.kernel[axis]).any(|tap| within(place(tap)))
+            })
+        })
+    }
 }
 
 fn window_output(
@@ -474,21 +489,23 @@ pub enum Op {
         /// Whether the gradient of c follows that of h.
         cell: bool,
     },
-    /// `quantize x, scale -> round(x / scale)` clamped to the symmetric range of the integer type.
+    /// `quantize x, scale (, zero_point) -> round(x / scale) + zero_point` clamped to the range of the quantized type
+    /// ([`QuantizedRange`](crate::QuantizedRange)).
     Quantize {
-        /// The integer type.
+        /// The quantized type.
         dtype: DType,
         /// The axis that a 1-D scale runs along; none for a scalar scale.
         axis: Option<usize>,
     },
-    /// `dequantize q, scale -> q · scale` in f32.
+    /// `dequantize q, scale (, zero_point) -> (q - zero_point) · scale` in f32.
     Dequantize {
         /// The axis that a 1-D scale runs along; none for a scalar scale.
         axis: Option<usize>,
     },
-    /// `straight_through x, dy, scale -> dy` where `x / scale` is within the range of the type, else 0.
+    /// `straight_through x, dy, scale (, zero_point) -> dy` where `x / scale + zero_point` rounds into the range of the
+    /// type, else 0.
     StraightThrough {
-        /// The integer type of the quantization.
+        /// The quantized type.
         dtype: DType,
         /// The axis that a 1-D scale runs along; none for a scalar scale.
         axis: Option<usize>,
@@ -552,11 +569,5 @@ impl Op {
     #[must_use]
     pub fn is_leaf(&self) -> bool {
         matches!(self, Op::Input(_) | Op::Param(_) | Op::State(_) | Op::Const(_))
-    }
-
-    /// Largest magnitude of the symmetric range of a quantized type: 127 for i8.
-    #[must_use]
-    pub fn quantized_max(dtype: DType) -> Option<f64> {
-        (dtype == DType::I8).then_some(127.0)
     }
 }

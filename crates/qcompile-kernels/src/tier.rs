@@ -14,22 +14,20 @@ pub enum Tier {
     Avx512,
     /// The same with `vdpbf16ps`: its bf16 kernels differ, all others are those of [`Tier::Avx512`].
     Avx512Bf16,
+    /// The same with AMX tiles, which multiply bf16 and int8; all other kernels are those of [`Tier::Avx512`].
+    Avx512Amx,
 }
 
 impl Tier {
     /// All tiers, weakest first.
-    pub const ALL: [Tier; 4] = [Tier::Portable, Tier::Avx2, Tier::Avx512, Tier::Avx512Bf16];
+    pub const ALL: [Tier; 5] =
+        [Tier::Portable, Tier::Avx2, Tier::Avx512, Tier::Avx512Bf16, Tier::Avx512Amx];
 
-    /// The best tier that this CPU can run.
+    /// The fastest tier that this CPU can run.
     #[must_use]
     pub fn detect() -> Tier {
-        let mut best = Tier::Portable;
-        for tier in Tier::ALL {
-            if tier.is_supported() {
-                best = tier;
-            }
-        }
-        best
+        let fast = |tier: &Tier| tier.is_supported() && (*tier != Tier::Avx512Bf16 || fast_bf16());
+        Tier::ALL.into_iter().rev().find(fast).unwrap_or(Tier::Portable)
     }
 
     /// Whether this CPU can run the tier's kernels.
@@ -52,10 +50,26 @@ impl Tier {
             Tier::Avx512Bf16 => {
                 Tier::Avx512.is_supported() && is_x86_feature_detected!("avx512bf16")
             }
+            #[cfg(target_arch = "x86_64")]
+            Tier::Avx512Amx => Tier::Avx512Bf16.is_supported() && crate::amx::is_supported(),
             #[cfg(not(target_arch = "x86_64"))]
-            Tier::Avx2 | Tier::Avx512 | Tier::Avx512Bf16 => false,
+            Tier::Avx2 | Tier::Avx512 | Tier::Avx512Bf16 | Tier::Avx512Amx => false,
         }
     }
+}
+
+/// Whether `vdpbf16ps` does more in a cycle than the fused multiply-add of f32. AMD's cores do twice as much with it;
+/// Intel's start one every two to three cycles and two of the other in each: widened operands are faster there.
+#[cfg(target_arch = "x86_64")]
+fn fast_bf16() -> bool {
+    let vendor = std::arch::x86_64::__cpuid(0);
+    let name = [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes);
+    name.as_flattened() != b"GenuineIntel"
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn fast_bf16() -> bool {
+    true
 }
 
 impl fmt::Display for Tier {
@@ -65,6 +79,7 @@ impl fmt::Display for Tier {
             Tier::Avx2 => "avx2",
             Tier::Avx512 => "avx512",
             Tier::Avx512Bf16 => "avx512_bf16",
+            Tier::Avx512Amx => "avx512_amx",
         })
     }
 }
@@ -75,7 +90,11 @@ pub struct UnknownTier(pub String);
 
 impl fmt::Display for UnknownTier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "unknown CPU tier '{}': expected portable, avx2, avx512 or avx512_bf16", self.0)
+        write!(
+            f,
+            "unknown CPU tier '{}': expected portable, avx2, avx512, avx512_bf16 or avx512_amx",
+            self.0
+        )
     }
 }
 

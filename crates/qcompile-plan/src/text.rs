@@ -121,6 +121,12 @@ impl fmt::Display for Plan {
     }
 }
 
+/// The operands of a value, as text.
+fn operands(scalar: Scalar) -> String {
+    let operands: Vec<String> = scalar.operands().map(|x| format!("v{x}")).collect();
+    operands.join(", ")
+}
+
 fn write_nest(f: &mut fmt::Formatter<'_>, nest: &LoopNest) -> fmt::Result {
     writeln!(f, "  for {}", List(&nest.dims))?;
     for (value, scalar) in nest.body.iter().enumerate() {
@@ -135,10 +141,10 @@ fn write_nest(f: &mut fmt::Formatter<'_>, nest: &LoopNest) -> fmt::Result {
             Scalar::Compare(op, a, b) => writeln!(f, "{} v{a}, v{b}", op.name())?,
             Scalar::Select(c, a, b) => writeln!(f, "select v{c}, v{a}, v{b}")?,
             Scalar::Cast(dtype, x) => writeln!(f, "cast {dtype} v{x}")?,
-            Scalar::Quantize(dtype, x, s) => writeln!(f, "quantize {dtype} v{x}, v{s}")?,
-            Scalar::Dequantize(q, s) => writeln!(f, "dequantize v{q}, v{s}")?,
-            Scalar::StraightThrough(dtype, x, dy, s) => {
-                writeln!(f, "straight_through {dtype} v{x}, v{dy}, v{s}")?;
+            Scalar::Quantize(dtype, ..) => writeln!(f, "quantize {dtype} {}", operands(*scalar))?,
+            Scalar::Dequantize(..) => writeln!(f, "dequantize {}", operands(*scalar))?,
+            Scalar::StraightThrough(dtype, ..) => {
+                writeln!(f, "straight_through {dtype} {}", operands(*scalar))?;
             }
         }
     }
@@ -277,6 +283,7 @@ fn write_attention(f: &mut fmt::Formatter<'_>, attention: &crate::Attention) -> 
 
 fn write_scales(f: &mut fmt::Formatter<'_>, operands: &crate::Operands) -> fmt::Result {
     let Some(int8) = operands.scales() else { return Ok(()) };
+    let rows = if int8.per_row { " per row" } else { "" };
     let channels = if int8.per_channel { " per channel" } else { "" };
-    write!(f, " scales {}, {}{channels}", int8.scale_a, int8.scale_b)
+    write!(f, " scales {}{rows}, {}{channels}", int8.scale_a, int8.scale_b)
 }

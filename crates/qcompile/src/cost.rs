@@ -1,5 +1,6 @@
 //! What int8 costs and saves on this CPU, measured: the time of a layer's forward product and of the gradient of its
-//! input in f32 and in int8, quantization included.
+//! input in int8, quantization included, and in what it would be otherwise: f32, or bf16 in a bf16 plan, where values are
+//! stored in bf16 in both cases.
 //!
 //! Each layer is built as a small plan of its own and run in turns in both precisions; layers of equal shape are
 //! measured once, and on one machine once for all (see [`Timings`]).
@@ -83,6 +84,7 @@ struct Small {
     result: TensorType,
     forward: bool,
     backward: bool,
+    base: DType,
     batch: usize,
 }
 
@@ -102,14 +104,15 @@ impl Small {
             result: graph.ty(layer.node).clone(),
             forward: decide.operations.forward,
             backward: backward && decide.operations.backward,
+            base: decide.precision.base(),
             batch,
         }
     }
 
     /// Equal for layers that take equally long.
     fn key(&self) -> String {
-        let Small { op, x, weight, forward, backward, batch, .. } = self;
-        format!("{op:?} {x} {weight:?} {forward} {backward} {batch}")
+        let Small { op, x, weight, forward, backward, base, batch, .. } = self;
+        format!("{op:?} {x} {weight:?} {forward} {backward} {base} {batch}")
     }
 
     /// The op that gives the gradient of the input.
@@ -126,37 +129,53 @@ impl Small {
     fn graph(&self, low: bool) -> std::result::Result<Graph, Error> {
         let mut graph = Graph::new("layer");
         self.products(&mut graph, low)?;
-        if low {
-            quantize::insert(&mut graph)?;
-            quantize::insert_backward(&mut graph)?;
-            quantize::optimise(&mut graph)?;
-        }
+        quantize::insert(&mut graph)?;
+        quantize::insert_backward(&mut graph)?;
+        quantize::optimise(&mut graph)?;
         Ok(graph)
     }
 
     fn products(&self, graph: &mut Graph, low: bool) -> std::result::Result<(), GraphError> {
         let mut random = Random::new(7);
         let weight = synthetic::normal(&self.weight, 0.05, &mut random);
-        let x = graph.add(Op::Input(self.x.clone()), &[], "x", Region::Forward)?;
         let weight = graph.add(Op::Param(Arc::new(weight)), &[], "w", Region::Forward)?;
-        let precision = low.then(|| {
-            let kind = |chosen: bool| if chosen { DType::I8 } else { DType::F32 };
-            Precision {
-                forward: kind(self.forward),
-                grad_input: kind(self.backward),
-                ..Precision::uniform(DType::F32)
+        let kind = |chosen: bool| if low && chosen { DType::I8 } else { self.base };
+        let precision = Precision {
+            forward: kind(self.forward),
+            grad_input: kind(self.backward),
+            grad_weight: self.base,
+            ..Precision::uniform(DType::F32)
+        };
+        let products = [
+            (self.forward.then(|| self.op.clone()), "x", &self.x, "y", Region::Forward),
+            (
+                self.grad_input().filter(|_| self.backward),
+                "dy",
+                &self.result,
+                "dx",
+                Region::Backward,
+            ),
+        ];
+        for (op, from, ty, to, region) in products {
+            let Some(op) = op else { continue };
+            let stored = TensorType { dtype: self.base, ..ty.clone() };
+            let mut x = graph.add(Op::Input(stored), &[], from, Region::Forward)?;
+            if self.base != DType::F32 {
+                x = graph.add(
+                    Op::Cast(DType::F32),
+                    &[x],
+                    format!("{from}.f32"),
+                    Region::Forward,
+                )?;
             }
-        });
-        if self.forward {
-            let y = graph.add(self.op.clone(), &[x, weight], "y", Region::Forward)?;
-            graph.note_mut(y).precision = precision;
-            graph.add_output("y", y);
-        }
-        if let Some(op) = self.grad_input().filter(|_| self.backward) {
-            let dy = graph.add(Op::Input(self.result.clone()), &[], "dy", Region::Forward)?;
-            let dx = graph.add(op, &[dy, weight], "dx", Region::Backward)?;
-            graph.note_mut(dx).precision = precision;
-            graph.add_output("dx", dx);
+            let mut y = graph.add(op, &[x, weight], to, region)?;
+            let note = graph.note_mut(y);
+            note.precision = Some(precision);
+            if self.base != DType::F32 {
+                note.stored = Some(self.base);
+                y = graph.add(Op::Cast(self.base), &[y], format!("{to}.stored"), region)?;
+            }
+            graph.add_output(to, y);
         }
         Small::report(graph)
     }
@@ -197,8 +216,8 @@ impl Small {
                 times.push((took.forward + took.backward).as_secs_f64() * 1e3);
             }
         }
-        let [f32_ms, low_ms] = times.map(|times| crate::timing::Quantiles::of(times).median);
-        Ok(LayerCost { f32_ms, low_ms })
+        let [high_ms, low_ms] = times.map(|times| crate::timing::Quantiles::of(times).median);
+        Ok(LayerCost { high_ms, low_ms })
     }
 }
 
@@ -212,16 +231,34 @@ mod tests {
         let x = TensorType::f32(Shape(vec![Dim::N, Dim::fixed(16)]));
         let result = TensorType::f32(Shape(vec![Dim::N, Dim::fixed(8)]));
         let op = Op::Matmul { transpose_a: false, transpose_b: true };
-        let small =
-            Small { op, x, weight: vec![8, 16], result, forward: true, backward: true, batch: 4 };
-        for low in [false, true] {
-            let graph = small.graph(low).unwrap();
-            verify(&graph).unwrap();
-            let quantized = graph.ids().filter(|&id| matches!(graph.op(id), Op::Quantize { .. }));
-            assert_eq!(quantized.count() > 2, low);
-            build(graph, &BuildOptions { batch_size: 4 }).unwrap();
+        for base in [DType::F32, DType::BF16] {
+            let small = Small {
+                op: op.clone(),
+                x: x.clone(),
+                weight: vec![8, 16],
+                result: result.clone(),
+                forward: true,
+                backward: true,
+                base,
+                batch: 4,
+            };
+            for low in [false, true] {
+                let graph = small.graph(low).unwrap();
+                verify(&graph).unwrap();
+                let count =
+                    |op: fn(&Op) -> bool| graph.ids().filter(|&id| op(graph.op(id))).count();
+                assert_eq!(count(|op| matches!(op, Op::Quantize { .. })) > 2, low);
+                let plan = build(graph, &BuildOptions { batch_size: 4 }).unwrap();
+                let text = plan.to_string();
+                let word = match (low, base) {
+                    (true, _) => "matmul_i8",
+                    (_, DType::BF16) => "matmul_bf16",
+                    _ => "matmul",
+                };
+                assert_eq!(text.matches(&format!("= {word} [")).count(), 2, "{text}");
+            }
+            let cost = small.measure(&TrainerOptions::default()).unwrap();
+            assert!(cost.high_ms > 0.0 && cost.low_ms > 0.0);
         }
-        let cost = small.measure(&TrainerOptions::default()).unwrap();
-        assert!(cost.f32_ms > 0.0 && cost.low_ms > 0.0);
     }
 }

@@ -72,6 +72,8 @@ pub struct Options {
     pub timings: Option<PathBuf>,
     /// Whether [`compile`](crate::compile()) measures the time of the whole step, for its summary.
     pub measure: bool,
+    /// Whether layers that measure no faster in int8 are kept from it, whatever the choice of precision.
+    pub measure_layers: bool,
 }
 
 impl Default for Options {
@@ -103,6 +105,7 @@ impl Default for Options {
             tier: None,
             timings: None,
             measure: false,
+            measure_layers: false,
         }
     }
 }
@@ -245,9 +248,14 @@ impl Options {
     #[must_use]
     pub fn needs_scores(&self) -> bool {
         match self.precision {
-            PrecisionChoice::F32 | PrecisionChoice::Bf16 | PrecisionChoice::F32OrBf16 => false,
             PrecisionChoice::Int8 => self.channel_threshold.is_some(),
-            PrecisionChoice::Auto | PrecisionChoice::F32OrInt8 | PrecisionChoice::Mixed => true,
+            choice => choice.has_int8(),
         }
+    }
+
+    /// Whether a threshold says what becomes int8.
+    #[must_use]
+    pub fn has_threshold(&self) -> bool {
+        self.threshold.is_some() || self.channel_threshold.is_some()
     }
 }

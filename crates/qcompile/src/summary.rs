@@ -15,6 +15,10 @@ fn precision(decision: &LayerDecision) -> String {
         ("f32", backward) => format!("{backward} backward"),
         (forward, backward) => format!("{forward} forward, {backward} backward"),
     };
+    // Beside int8 the gradient of the weight is f32 unless something is said.
+    if of.grad_weight != "f32" && word != "bf16" && word != "bf16 backward" {
+        word.push_str(&format!(", {} grad weight", of.grad_weight));
+    }
     for (operation, precision) in [("mean", &of.mean), ("update", &of.update)] {
         if precision != "f32" {
             word.push_str(&format!(", {precision} {operation}"));
@@ -74,6 +78,7 @@ pub(crate) fn by_layer(decisions: &[LayerDecision]) -> String {
         ("op", Align::Left),
         ("forward", Align::Left),
         ("grad input", Align::Left),
+        ("grad weight", Align::Left),
         ("mean", Align::Left),
         ("update", Align::Left),
         ("f32 channels", Align::Right),
@@ -86,6 +91,7 @@ pub(crate) fn by_layer(decisions: &[LayerDecision]) -> String {
             decision.op.clone(),
             decision.precision.forward.clone(),
             decision.precision.grad_input.clone(),
+            decision.precision.grad_weight.clone(),
             decision.precision.mean.clone(),
             decision.precision.update.clone(),
             decision.channels_high.to_string(),
@@ -140,6 +146,11 @@ pub(crate) fn text(compiled: &Compiled, verbose: bool) -> String {
                     let before = milliseconds(f32.step_ms.median);
                     let gain = f32.step_ms.median / chosen.step_ms.median;
                     line("step time", format!("f32 {before} -> {now}, {gain:.2}x  ({how})"));
+                    if let Some(bf16) = &steps.bf16 {
+                        let before = milliseconds(bf16.step_ms.median);
+                        let gain = bf16.step_ms.median / chosen.step_ms.median;
+                        line("", format!("bf16 {before} -> {now}, {gain:.2}x"));
+                    }
                     let before = bytes(f32.peak_bytes as u64);
                     line("memory", format!("f32 {before} -> {}", bytes(chosen.peak_bytes as u64)));
                 }
@@ -184,6 +195,7 @@ pub(crate) fn document(compiled: &Compiled, model: &Path, plan: Option<&Path>) -
         "decisions": compiled.decisions,
         "step_ms": steps.map(|steps| median(&steps.chosen)),
         "f32_step_ms": f32.map(median),
+        "bf16_step_ms": steps.and_then(|steps| steps.bf16.as_ref()).map(median),
         "peak_bytes": bytes,
         "state_bytes": state_bytes(&compiled.plan),
         "saved_bytes": compiled.plan.saved_bytes(compiled.plan.batch_size()),

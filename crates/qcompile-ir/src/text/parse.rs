@@ -525,6 +525,7 @@ impl<'l, 'a> Line<'l, 'a> {
                     }
                 },
                 "precision" => note.precision = Some(self.precision()?),
+                "stored" => note.stored = Some(self.dtype()?),
                 _ => return self.error(format!("there is no note {key:?}")),
             }
             self.sign(')')?;

@@ -80,7 +80,7 @@ fn leaf_value(f: &mut fmt::Formatter<'_>, op: &Op) -> fmt::Result {
 }
 
 fn notes(f: &mut fmt::Formatter<'_>, note: &Note) -> fmt::Result {
-    let Note { origin, sensitivity, outliers, precision } = note;
+    let Note { origin, sensitivity, outliers, precision, stored } = note;
     if let Some(origin) = origin {
         write!(f, " !origin({})", quoted(origin))?;
     }
@@ -101,6 +101,9 @@ fn notes(f: &mut fmt::Formatter<'_>, note: &Note) -> fmt::Result {
                 " !precision(forward={forward}, grad_input={grad_input}, grad_weight={grad_weight}, mean={mean}, update={update})"
             )?;
         }
+    }
+    if let Some(stored) = stored {
+        write!(f, " !stored({stored})")?;
     }
     Ok(())
 }

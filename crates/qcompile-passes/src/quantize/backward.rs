@@ -1,43 +1,70 @@
-//! Quantizes the products that give the gradients of layer inputs.
+//! Quantizes the products of the backward pass.
 
-use super::insert::Inserted;
-use super::layer::{parameter, unquantized};
+use super::insert::{Inserted, is_current_scale};
+use super::layer::{Gradient, unquantized};
 use crate::PassError;
 use crate::builder::Builder;
 use qcompile_ir::{DType, Graph, NodeId, Op, ReduceOp, Region, Shape};
 
-/// Rounds the operands of every backward `conv2d_grad_input` and `matmul` whose note says that `grad_input` is int8:
-/// the incoming gradient and the weight, both per tensor, since the product sums over the weight's output channels.
-/// The gradient of the weight is not touched and sees the unrounded gradient. Returns the number of products quantized.
+/// Lets the gradient pass where its value was rounded by the scale of its own largest magnitude: nothing is clamped then,
+/// so the gradient of the rounding is 1 everywhere.
+pub(super) fn pass_straight(graph: &mut Graph) -> Result<(), PassError> {
+    for id in graph.order() {
+        let Op::StraightThrough { axis, .. } = *graph.op(id) else { continue };
+        let [x, dy, scale] = graph.operands(id)[..] else { continue };
+        if is_current_scale(graph, scale, x, axis) {
+            graph.replace_uses(id, dy)?;
+        }
+    }
+    Ok(())
+}
+
+/// Rounds the operands of every product of the backward pass whose note says int8. Of the gradient of an input: the
+/// incoming gradient and the weight, both per tensor, since the product sums over the weight's output channels. Of the
+/// gradient of a weight: the data and the incoming gradient, both per tensor, since it sums over samples; in any other
+/// precision it sees the unrounded gradient. Returns the number of products quantized.
 pub(super) fn insert(graph: &mut Graph) -> Result<usize, PassError> {
     let mut inserted = Inserted::default();
     let mut count = 0;
     for id in graph.order() {
         let node = graph.node(id);
-        let product = matches!(node.op, Op::Conv2dGradInput(_) | Op::Matmul { .. });
-        let asked = node.note.precision.is_some_and(|note| note.grad_input == DType::I8);
-        if node.region != Region::Backward || !product || !asked || node.ty.dtype != DType::F32 {
+        let (Some(gradient), Some(precision)) = (Gradient::of(graph, id), node.note.precision)
+        else {
+            continue;
+        };
+        if gradient.precision(&precision) != DType::I8 || node.ty.dtype != DType::F32 {
             continue;
         }
-        let operands = graph.operands(id);
-        let of_weight: Vec<bool> = operands
-            .iter()
-            .map(|&operand| {
-                graph.node(operand).region == Region::Forward && parameter(graph, operand).is_some()
-            })
-            .collect();
-        let (weight, gradient) = match of_weight[..] {
-            [false, true] => (1, 0),
-            [true, false] => (0, 1),
-            _ => continue,
+        let (other, gradient, is_weight) = match gradient {
+            Gradient::Input { weight, gradient } => (weight, gradient, true),
+            Gradient::Weight { data, gradient } => (data, gradient, false),
         };
-        let quantized = quantized_weight(graph, operands[weight], &mut inserted)?;
-        graph.set_operand(id, weight, quantized)?;
-        let quantized = inserted.quantized(graph, operands[gradient], None, Region::Backward)?;
+        let operand = graph.operand(id, other);
+        let quantized = if is_weight {
+            quantized_weight(graph, operand, &mut inserted)?
+        } else {
+            quantized_data(graph, operand, &mut inserted)?
+        };
+        graph.set_operand(id, other, quantized)?;
+        let operand = graph.operand(id, gradient);
+        let quantized = inserted.quantized(graph, operand, None, Region::Backward)?;
         graph.set_operand(id, gradient, quantized)?;
         count += 1;
     }
     Ok(count)
+}
+
+/// The data below `operand` rounded per tensor, as the forward product has it where it has.
+fn quantized_data(
+    graph: &mut Graph,
+    operand: NodeId,
+    inserted: &mut Inserted,
+) -> Result<NodeId, PassError> {
+    if matches!(graph.op(operand), Op::Dequantize { axis: None }) {
+        return Ok(operand);
+    }
+    let data = unquantized(graph, operand);
+    inserted.quantized(graph, data, None, Region::Backward)
 }
 
 /// The weight below `operand` rounded per tensor. Where the forward product has a scale per channel, the largest of

@@ -1,6 +1,8 @@
 //! Which layers run in int8, and why.
 
 use super::PASS;
+use super::channels;
+use super::choice::PrecisionChoice;
 use super::layer::{Layer, layers};
 use super::weights;
 use crate::PassError;
@@ -9,77 +11,6 @@ use qcompile_ir::{DType, Graph, Name, Precision};
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::str::FromStr;
-
-/// How precision is chosen.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub enum PrecisionChoice {
-    /// What measures fastest: f32, bf16 throughout, or int8 where the score allows it and it does not measure slower.
-    #[default]
-    Auto,
-    /// The same without bf16.
-    F32OrInt8,
-    /// The same without int8.
-    F32OrBf16,
-    /// f32 everywhere.
-    F32,
-    /// bf16 in every product and between them.
-    Bf16,
-    /// int8 in every layer.
-    Int8,
-    /// int8 where the score allows it.
-    Mixed,
-}
-
-impl PrecisionChoice {
-    /// Every choice, the default first.
-    pub const ALL: [PrecisionChoice; 7] = [
-        PrecisionChoice::Auto,
-        PrecisionChoice::F32OrInt8,
-        PrecisionChoice::F32OrBf16,
-        PrecisionChoice::F32,
-        PrecisionChoice::Bf16,
-        PrecisionChoice::Int8,
-        PrecisionChoice::Mixed,
-    ];
-
-    /// The word on the command line.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            PrecisionChoice::Auto => "auto",
-            PrecisionChoice::F32OrInt8 => "f32,int8",
-            PrecisionChoice::F32OrBf16 => "f32,bf16",
-            PrecisionChoice::F32 => "f32",
-            PrecisionChoice::Bf16 => "bf16",
-            PrecisionChoice::Int8 => "int8",
-            PrecisionChoice::Mixed => "mixed",
-        }
-    }
-}
-
-impl PrecisionChoice {
-    /// Whether measured times have a say.
-    #[must_use]
-    pub const fn is_measured(self) -> bool {
-        matches!(
-            self,
-            PrecisionChoice::Auto | PrecisionChoice::F32OrInt8 | PrecisionChoice::F32OrBf16
-        )
-    }
-
-    /// Whether layers may be int8.
-    #[must_use]
-    pub const fn has_int8(self) -> bool {
-        !matches!(self, PrecisionChoice::F32 | PrecisionChoice::Bf16 | PrecisionChoice::F32OrBf16)
-    }
-}
-
-impl FromStr for PrecisionChoice {
-    type Err = ();
-    fn from_str(text: &str) -> Result<Self, ()> {
-        PrecisionChoice::ALL.into_iter().find(|choice| choice.name() == text).ok_or(())
-    }
-}
 
 /// Which operations of a layer may be quantized.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,8 +59,8 @@ impl FromStr for Operations {
 /// Measured time of a layer's quantizable operations in one step, quantization included.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LayerCost {
-    /// In f32, milliseconds.
-    pub f32_ms: f64,
+    /// In what it would be otherwise (f32, or bf16 in a plan that is bf16 but for int8 layers), milliseconds.
+    pub high_ms: f64,
     /// In low precision, milliseconds.
     pub low_ms: f64,
 }
@@ -150,7 +81,7 @@ pub struct Options {
     pub keep_f32: Vec<String>,
     /// Which operations are quantized.
     pub operations: Operations,
-    /// Measured times by layer; a layer that measures slower in int8 stays f32 under [`PrecisionChoice::Auto`].
+    /// Measured times by layer; a layer that measures no faster in int8 does not become it.
     pub cost: BTreeMap<Name, LayerCost>,
     /// Scores per layer and channel. A layer without one here has that of its note `sensitivity`.
     pub scores: Option<Scores>,
@@ -171,15 +102,16 @@ impl Default for Options {
     }
 }
 
-/// The products of a layer that may be of low precision in bf16; the mean of its gradient and its update in f32.
-pub(super) fn bf16(operations: Operations) -> Precision {
+/// The products of a layer that may be of low precision in that of the plan, f32 or bf16; the mean of its gradient and
+/// its update in f32.
+pub(super) fn high(operations: Operations, base: DType) -> Precision {
     let mut precision = Precision::uniform(DType::F32);
     if operations.forward {
-        precision.forward = DType::BF16;
+        precision.forward = base;
     }
     if operations.backward {
-        precision.grad_input = DType::BF16;
-        precision.grad_weight = DType::BF16;
+        precision.grad_input = base;
+        precision.grad_weight = base;
     }
     precision
 }
@@ -201,8 +133,8 @@ pub struct Decision {
     pub reason: String,
 }
 
-/// Decides for every layer, in graph order, and notes `sensitivity`, `precision` and `outliers`. A layer whose
-/// `precision` is noted already keeps it.
+/// Decides for every layer, in graph order, and notes `sensitivity`, `precision`, `outliers` and, where an int8 layer
+/// stands in a bf16 plan, `stored`. A layer whose `precision` is noted already keeps it.
 ///
 /// # Errors
 /// [`PassError::Unsupported`] for a pattern that no layer matches, a threshold that is not
@@ -219,6 +151,9 @@ pub fn decide(graph: &mut Graph, options: &Options) -> Result<Vec<Decision>, Pas
     weights::decide(graph, &layers, options, decided.iter_mut().map(|(decision, _)| decision));
     for (layer, (decision, outliers)) in layers.iter().zip(&decided) {
         let note = graph.note_mut(layer.node);
+        if decision.precision.has_int8() && note.precision.is_none() {
+            note.stored = Some(options.precision.base()).filter(|&base| base != DType::F32);
+        }
         note.precision = Some(decision.precision);
         note.outliers.clone_from(outliers);
     }
@@ -277,14 +212,11 @@ pub(crate) fn matches(pattern: &str, text: &str) -> bool {
     fits[text.len()]
 }
 
-/// Why the layer stays f32 whatever its score, if so.
-pub(super) fn barred(graph: &Graph, layer: &Layer, options: &Options) -> Option<String> {
+/// Why the layer is f32 in any plan, if so.
+pub(super) fn must_be_f32(graph: &Graph, layer: &Layer, options: &Options) -> Option<String> {
     let Operations { forward, backward, .. } = options.operations;
     if options.precision == PrecisionChoice::F32 {
         return Some("f32 was asked for".to_owned());
-    }
-    if options.precision == PrecisionChoice::F32OrBf16 {
-        return Some("int8 is not among the choices".to_owned());
     }
     if !forward && !backward {
         return Some("no operation is to be quantized".to_owned());
@@ -293,17 +225,21 @@ pub(super) fn barred(graph: &Graph, layer: &Layer, options: &Options) -> Option<
         return Some(format!("`{pattern}` is to stay f32"));
     }
     let dtype = graph.ty(layer.node).dtype;
-    if dtype != DType::F32 {
-        return Some(format!("its values are {dtype}"));
+    (dtype != DType::F32).then(|| format!("its values are {dtype}"))
+}
+
+/// Why the layer is not int8 whatever its score, if so.
+pub(super) fn barred(graph: &Graph, layer: &Layer, options: &Options) -> Option<String> {
+    if !options.precision.has_int8() {
+        let asked = options.precision == PrecisionChoice::Bf16;
+        let reason = if asked { "bf16 was asked for" } else { "int8 is not among the choices" };
+        return Some(reason.to_owned());
     }
-    if options.precision.is_measured() {
-        let cost = options.cost.get(&graph.node(layer.node).name)?;
-        // A time that is not a number compares as nothing, and keeps f32.
-        if cost.low_ms.partial_cmp(&cost.f32_ms) != Some(Ordering::Less) {
-            return Some(format!("int8 measures {:.3} ms, f32 {:.3} ms", cost.low_ms, cost.f32_ms));
-        }
-    }
-    None
+    let LayerCost { high_ms, low_ms } = *options.cost.get(&graph.node(layer.node).name)?;
+    // A time that is not a number compares as nothing, and bars int8.
+    let faster = low_ms.partial_cmp(&high_ms) == Some(Ordering::Less);
+    let base = options.precision.base();
+    (!faster).then(|| format!("int8 measures {low_ms:.3} ms, {base} {high_ms:.3} ms"))
 }
 
 /// The layers that the budget of `max_loss_increase` takes, by name, with the sum up to and with each.
@@ -314,6 +250,7 @@ pub(super) fn within_budget(
 ) -> BTreeMap<Name, f32> {
     let mut candidates: Vec<(f32, Name)> = layers
         .iter()
+        .filter(|layer| must_be_f32(graph, layer, options).is_none())
         .filter(|layer| barred(graph, layer, options).is_none())
         .filter_map(|layer| {
             let node = graph.node(layer.node);
@@ -382,32 +319,22 @@ fn decide_layer(
     if let Some(precision) = node.note.precision {
         return decision(precision, node.note.outliers.clone(), "the graph notes it".to_owned());
     }
-    let high = |reason| decision(Precision::uniform(DType::F32), Vec::new(), reason);
+    if let Some(reason) = must_be_f32(graph, layer, options) {
+        return decision(Precision::uniform(DType::F32), Vec::new(), reason);
+    }
+    let mut precision = high(options.operations, options.precision.base());
+    let high = |reason| decision(precision, Vec::new(), reason);
     if let Some(reason) = barred(graph, layer, options) {
         return high(reason);
-    }
-    if options.precision == PrecisionChoice::Bf16 {
-        return decision(bf16(options.operations), Vec::new(), "bf16 was asked for".to_owned());
     }
     let (low, reason) = by_score(graph, layer, options, within_budget);
     if !low {
         return high(reason);
     }
-    let outliers = outliers(graph, layer, options);
-    if !outliers.is_empty() && layer.grouped {
-        return high(format!(
-            "{} channels are sensitive, and a grouped convolution is not split",
-            outliers.len()
-        ));
-    }
-    if outliers.len() * 4 > layer.channels {
-        return high(format!(
-            "{} of {} channels are sensitive, more than a quarter",
-            outliers.len(),
-            layer.channels
-        ));
-    }
-    let mut precision = Precision::uniform(DType::F32);
+    let outliers = match channels::outliers(graph, layer, options) {
+        Ok(outliers) => outliers,
+        Err(reason) => return high(reason),
+    };
     if options.operations.forward {
         precision.forward = DType::I8;
     }
@@ -415,20 +342,6 @@ fn decide_layer(
         precision.grad_input = DType::I8;
     }
     decision(precision, outliers, reason)
-}
-
-/// Channels above the channel threshold; without one, those noted.
-fn outliers(graph: &Graph, layer: &Layer, options: &Options) -> Vec<u32> {
-    let node = graph.node(layer.node);
-    let Some(threshold) = options.channel_threshold else { return node.note.outliers.clone() };
-    let scores = options.scores.as_ref().and_then(|scores| scores.find(node.name.as_str()));
-    let Some(scores) = scores else { return Vec::new() };
-    (0_u32..)
-        .zip(&scores.channels)
-        .take(layer.channels)
-        .filter(|(_, score)| **score > threshold)
-        .map(|(channel, _)| channel)
-        .collect()
 }
 
 #[cfg(test)]

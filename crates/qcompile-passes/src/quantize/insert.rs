@@ -3,6 +3,7 @@
 use super::layer::{Layer, unquantized};
 use crate::PassError;
 use crate::builder::Builder;
+use crate::simplify::splat;
 use qcompile_ir::{BinaryOp, DType, Graph, NodeId, Op, ReduceOp, Region, Shape, UnaryOp};
 use std::collections::BTreeMap;
 
@@ -104,6 +105,31 @@ fn scale(
     let smallest = builder.scalar(DType::F32, SMALLEST_SCALE)?;
     let smallest = builder.broadcast("smallest", smallest, kept)?;
     builder.binary("scale", BinaryOp::Max, step, smallest)
+}
+
+/// Whether `scale` is the [`scale`] of `x` along `axis` itself, so that rounding by it clamps nothing.
+pub(super) fn is_current_scale(
+    graph: &Graph,
+    scale: NodeId,
+    x: NodeId,
+    axis: Option<usize>,
+) -> bool {
+    let below = |id: NodeId, op: &Op| (graph.op(id) == op).then(|| graph.operand(id, 0));
+    let amax = below(scale, &Op::Binary(BinaryOp::Max))
+        .and_then(|step| below(step, &Op::Binary(BinaryOp::Div)));
+    let Some(amax) = amax else { return false };
+    let step = graph.operand(scale, 0);
+    let limit = splat(graph, graph.operand(step, 1));
+    let peak = match graph.op(amax) {
+        Op::Reshape(_) => graph.operand(amax, 0),
+        _ => amax,
+    };
+    let Op::Reduce { op: ReduceOp::Max, axes } = graph.op(peak) else { return false };
+    let rank = graph.ty(x).shape.rank();
+    let all_but_axis = (0..rank).filter(|&at| Some(at) != axis);
+    limit == Some(I8_MAX)
+        && axes.iter().copied().eq(all_but_axis)
+        && below(graph.operand(peak, 0), &Op::Unary(UnaryOp::Abs)) == Some(x)
 }
 
 /// Rounds both operands of a layer's product: data per tensor, weight per output channel. A layer whose operands

@@ -11,26 +11,33 @@
 
 mod backward;
 mod bf16;
+mod channels;
+mod choice;
 mod decide;
 mod extract;
 mod insert;
 mod language;
 mod layer;
+mod pack;
 mod remove;
 mod rules;
 mod split;
+mod stochastic;
 #[cfg(test)]
 mod tests;
 mod weights;
 mod window;
 
+pub use choice::PrecisionChoice;
 pub(crate) use decide::matches;
-pub use decide::{Decision, LayerCost, Operations, Options, PrecisionChoice, decide};
+pub use decide::{Decision, LayerCost, Operations, Options, decide};
 pub(crate) use insert::{Inserted, forward as insert_forward};
 pub(crate) use layer::parameter;
 pub use layer::{Layer, layers};
+pub use pack::{pack4, unpack4};
 pub use remove::remove;
 pub use rules::rule_names;
+pub use stochastic::{Draws, quantize_stochastically};
 pub use window::{Moves, optimise};
 
 use crate::PassError;
@@ -45,7 +52,7 @@ const PASS: &str = "quantize";
 /// [`PassError::Unsupported`] if the options ask for what is not there; see [`decide`].
 pub fn run(graph: &mut Graph, options: &Options) -> Result<Vec<Decision>, PassError> {
     let decisions = decide(graph, options)?;
-    if options.precision == PrecisionChoice::Bf16 {
+    if options.precision.base() == DType::BF16 {
         note_other_products(graph, options.operations);
     }
     insert(graph)?;
@@ -58,7 +65,8 @@ fn note_other_products(graph: &mut Graph, operations: Operations) {
         let node = graph.node(id);
         let product = matches!(node.op, Op::Matmul { .. } | Op::Conv2d(_) | Op::Attention { .. });
         if product && node.region == Region::Forward && node.ty.dtype == DType::F32 {
-            graph.note_mut(id).precision.get_or_insert(decide::bf16(operations));
+            let precision = decide::high(operations, DType::BF16);
+            graph.note_mut(id).precision.get_or_insert(precision);
         }
     }
 }
@@ -69,34 +77,38 @@ fn note_other_products(graph: &mut Graph, operations: Operations) {
 /// # Errors
 /// [`PassError::Graph`], a defect of this pass.
 pub fn insert_backward(graph: &mut Graph) -> Result<usize, PassError> {
-    let int8 = backward::insert(graph)?;
+    backward::pass_straight(graph)?;
     let bf16 = bf16::insert_backward(graph)?;
     if bf16 > 0 {
         bf16::save_rounded(graph)?;
         bf16::store_exact(graph)?;
     }
+    let int8 = backward::insert(graph)?;
     graph.sweep();
     Ok(int8 + bf16)
 }
 
-/// Inserts forward pairs as the notes say: layers whose `precision` is int8 in the forward product, but for the
-/// channels in `outliers`; products whose `precision` is bf16.
+/// Inserts forward roundings as the notes say: products whose `precision` is bf16 or that are `stored` so, and layers
+/// whose `precision` is int8 in the forward product, but for the channels in `outliers`.
 ///
 /// # Errors
 /// [`PassError::Unsupported`] if a note asks for what cannot be done.
 pub fn insert(graph: &mut Graph) -> Result<(), PassError> {
-    let mut inserted = Inserted::default();
     for layer in layers(graph) {
         let note = &graph.node(layer.node).note;
-        let Some(precision) = note.precision else { continue };
-        let low = precision.forward == DType::I8 || precision.grad_input == DType::I8;
-        if low && !note.outliers.is_empty() {
-            split::outliers(graph, &layer, &mut inserted)?;
-        } else if precision.forward == DType::I8 {
-            insert_forward(graph, &layer, &mut inserted)?;
+        if note.precision.is_some_and(|precision| precision.has_int8()) && !note.outliers.is_empty()
+        {
+            split::outliers(graph, &layer)?;
         }
     }
     bf16::insert_forward(graph)?;
+    let mut inserted = Inserted::default();
+    for layer in layers(graph) {
+        let precision = graph.node(layer.node).note.precision;
+        if precision.is_some_and(|precision| precision.forward == DType::I8) {
+            insert_forward(graph, &layer, &mut inserted)?;
+        }
+    }
     graph.sweep();
     Ok(())
 }

@@ -1,8 +1,7 @@
 //! What becomes of the gradient of a layer's weight once it is there: its mean over ranks, and the update.
 
-use super::decide::{
-    Decision, Operations, Options, PrecisionChoice, barred, by_score, within_budget,
-};
+use super::choice::PrecisionChoice;
+use super::decide::{Decision, Operations, Options, barred, by_score, must_be_f32, within_budget};
 use super::layer::{Layer, parameter};
 use qcompile_ir::{DType, Graph, NodeId, Precision};
 use std::collections::BTreeMap;
@@ -36,7 +35,9 @@ pub(super) fn decide<'d>(
         if note.precision.is_some() {
             continue;
         }
-        let (low, reason) = match barred(graph, layer, &by_scores) {
+        let bar =
+            must_be_f32(graph, layer, &by_scores).or_else(|| barred(graph, layer, &by_scores));
+        let (low, reason) = match bar {
             Some(reason) => (false, reason),
             None if note.sensitivity.is_none() => (true, "it was asked for".to_owned()),
             None => by_score(graph, layer, &by_scores, &within),

@@ -114,9 +114,10 @@ impl BatchNormMode {
 /// Flags of the choice of precision.
 #[derive(Debug, Clone, Default, Args)]
 pub struct PrecisionArgs {
-    /// auto: bf16, or int8 layers, where that measures fastest and the loss allows it; f32,int8 and f32,bf16: the same
-    /// from these only; f32, bf16 or int8 throughout; mixed: int8 where the loss allows it [default: auto].
-    #[arg(long, value_name = "KIND", value_parser = precision(), help_heading = "Precision")]
+    /// What layers run in: a set of f32, bf16 and int8 with commas, of which the fastest step is measured that the loss
+    /// allows (int8 layer by layer); auto: all three; one alone: throughout; mixed and bf16+int8: int8 where the loss
+    /// allows it, else f32 or bf16 [default: auto].
+    #[arg(long, value_name = "SET", value_parser = precision(), help_heading = "Precision")]
     pub precision: Option<PrecisionChoice>,
     /// What a layer's score is [default: leave-one-out].
     #[arg(long, value_name = "METRIC", value_parser = metric(), help_heading = "Precision")]

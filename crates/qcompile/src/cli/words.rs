@@ -33,23 +33,11 @@ pub(super) fn metric() -> impl TypedValueParser<Value = Metric> {
 
 /// A choice, or the set to choose from in any order.
 pub(super) fn precision() -> impl TypedValueParser<Value = PrecisionChoice> {
-    let aliases = |choice: PrecisionChoice| -> &'static [&'static str] {
-        match choice {
-            PrecisionChoice::Auto => &["f32,bf16,int8", "f32,int8,bf16"],
-            PrecisionChoice::F32OrInt8 => &["int8,f32"],
-            PrecisionChoice::F32OrBf16 => &["bf16,f32"],
-            _ => &[],
-        }
+    let word = |choice: PrecisionChoice| {
+        PossibleValue::new(choice.name()).aliases(choice.aliases().iter().copied())
     };
-    let word = move |choice: PrecisionChoice| {
-        PossibleValue::new(choice.name()).aliases(aliases(choice).iter().copied())
-    };
-    PossibleValuesParser::new(PrecisionChoice::ALL.map(word)).map(move |word| {
-        let named = |choice: &PrecisionChoice| {
-            choice.name() == word || aliases(*choice).contains(&word.as_str())
-        };
-        PrecisionChoice::ALL.into_iter().find(named).unwrap_or_default()
-    })
+    PossibleValuesParser::new(PrecisionChoice::ALL.map(word))
+        .try_map(|word| word.parse().map_err(|()| format!("`{word}` is not known")))
 }
 
 pub(super) fn run_precision() -> impl TypedValueParser<Value = PrecisionChoice> {
@@ -70,6 +58,7 @@ pub(super) const fn tier_name(tier: Tier) -> &'static str {
         Tier::Avx2 => "avx2",
         Tier::Avx512 => "avx512",
         Tier::Avx512Bf16 => "avx512_bf16",
+        Tier::Avx512Amx => "avx512_amx",
     }
 }
 

@@ -299,7 +299,8 @@ impl<'a> Street<'a> {
             cost: BTreeMap::new(),
             scores: draft.scores.clone(),
         };
-        if options.precision.is_measured() && options.precision.has_int8() {
+        let measured = options.precision.is_measured() || self.options.measure_layers;
+        if measured && options.precision.has_int8() {
             options.cost = cost::measure(&draft.graph, &options, self.options, self.show)?;
         }
         let decided = quantize::run(&mut draft.graph, &options)?;
@@ -309,8 +310,8 @@ impl<'a> Street<'a> {
         for (decision, layer) in draft.about.decisions.iter_mut().zip(&decided) {
             // A measured time would make every plan another.
             let slower =
-                options.cost.get(&layer.node).is_some_and(|cost| cost.low_ms >= cost.f32_ms);
-            if slower && !decision.precision.is_low() {
+                options.cost.get(&layer.node).is_some_and(|cost| cost.low_ms >= cost.high_ms);
+            if slower && !decision.precision.has_int8() {
                 "int8 does not measure faster".clone_into(&mut decision.reason);
             }
         }
