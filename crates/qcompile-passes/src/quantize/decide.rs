@@ -3,10 +3,13 @@
 use super::PASS;
 use super::channels;
 use super::choice::PrecisionChoice;
+use super::insert::is_quantized;
 use super::layer::{Layer, layers};
 use crate::PassError;
 use crate::sensitivity::Scores;
-use qcompile_ir::{DType, Graph, Name, Precision};
+use qcompile_ir::{
+    DType, GradientRounding, Granularity, Graph, Name, Precision, Quantizer, Scaling,
+};
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::str::FromStr;
@@ -84,6 +87,15 @@ pub struct Options {
     pub cost: BTreeMap<Name, LayerCost>,
     /// Scores per layer and channel. A layer without one here has that of its note `sensitivity`.
     pub scores: Option<Scores>,
+    /// How the operands of quantized products are rounded.
+    pub quantizer: Quantizer,
+    /// The codes of activations, in the forward product and in the gradient of the weight.
+    pub activation: DType,
+    /// The codes of incoming gradients, in the products of the backward pass.
+    pub gradient: DType,
+    /// What the gradient of the weight of a quantized layer runs in; none is f32, or bf16 in a bf16 plan. [`DType::I8`] is
+    /// any codes: those of `gradient`.
+    pub grad_weight: Option<DType>,
 }
 
 impl Default for Options {
@@ -97,12 +109,71 @@ impl Default for Options {
             operations: Operations::default(),
             cost: BTreeMap::new(),
             scores: None,
+            quantizer: Quantizer::default(),
+            activation: DType::I8,
+            gradient: DType::I8,
+            grad_weight: None,
         }
     }
 }
 
-/// The products of a layer that may be of low precision in that of the plan, f32 or bf16; the mean of its gradient and
-/// its update in f32.
+impl Options {
+    /// The precision of a layer that is not quantized: that of the plan in the operations that may be of low precision.
+    #[must_use]
+    pub fn high(&self) -> Precision {
+        high(self.operations, self.precision.base())
+    }
+
+    /// The precision of a layer that is.
+    #[must_use]
+    pub fn low(&self) -> Precision {
+        let mut precision = self.high();
+        if self.operations.forward {
+            precision.forward = self.activation;
+        }
+        if self.operations.backward {
+            precision.grad_input = self.gradient;
+            precision.grad_weight = match self.grad_weight {
+                Some(DType::I8) => self.gradient,
+                Some(other) => other,
+                None => precision.grad_weight,
+            };
+        }
+        precision
+    }
+
+    /// What of the ways to round contradicts itself.
+    fn contradiction(&self) -> Option<String> {
+        let Quantizer { weight, granularity, rounding, scaling } = self.quantizer;
+        let backward = self.operations.backward;
+        let stochastic = rounding == GradientRounding::Stochastic;
+        let codes = [weight, self.activation, self.gradient];
+        if let Some(other) = codes.into_iter().find(|&dtype| !is_quantized(dtype)) {
+            return Some(format!(
+                "products of {other} codes have no kernel; int8, int4, f8e4m3 and f8e5m2 have"
+            ));
+        }
+        if stochastic && !backward {
+            return Some("stochastic rounding is of gradients, and the operation `backward` is not among those to be quantized".to_owned());
+        }
+        if stochastic && self.gradient.is_float() {
+            return Some(format!(
+                "stochastic rounding needs steps of one size, which {} has not",
+                self.gradient
+            ));
+        }
+        if self.grad_weight.is_some() && !backward {
+            return Some("the gradient of the weight is not to be quantized: the operation `backward` is left out".to_owned());
+        }
+        if scaling == Scaling::Delayed && granularity == Granularity::Row {
+            return Some("a delayed scale is one for the whole tensor: the rows of other steps are other rows".to_owned());
+        }
+        None
+    }
+}
+
+/// The precision of a plan in the operations that may be of low precision; the mean of the gradient and the update in
+/// f32.
 pub(super) fn high(operations: Operations, base: DType) -> Precision {
     let mut precision = Precision::uniform(DType::F32);
     if operations.forward {
@@ -149,8 +220,10 @@ pub fn decide(graph: &mut Graph, options: &Options) -> Result<Vec<Decision>, Pas
     let decided: Vec<(Decision, Vec<u32>)> = layers.iter().map(decide).collect();
     for (layer, (decision, outliers)) in layers.iter().zip(&decided) {
         let note = graph.note_mut(layer.node);
-        if decision.precision.has_int8() && note.precision.is_none() {
+        if decision.precision.is_quantized() && note.precision.is_none() {
             note.stored = Some(options.precision.base()).filter(|&base| base != DType::F32);
+            note.quantizer =
+                Some(options.quantizer).filter(|&quantizer| quantizer != Quantizer::default());
         }
         note.precision = Some(decision.precision);
         note.outliers.clone_from(outliers);
@@ -183,6 +256,9 @@ fn check(graph: &Graph, layers: &[Layer], options: &Options) -> Result<(), PassE
     }
     if options.channel_threshold.is_some() && options.scores.is_none() {
         return Err(refusal("a channel threshold needs the scores of the channels"));
+    }
+    if let Some(reason) = options.contradiction() {
+        return Err(refusal(reason));
     }
     for pattern in &options.keep_f32 {
         if !layers.iter().any(|layer| is_named(graph, layer, pattern)) {
@@ -323,8 +399,7 @@ fn decide_layer(
     if let Some(reason) = must_be_f32(graph, layer, options) {
         return decision(Precision::uniform(DType::F32), Vec::new(), reason);
     }
-    let mut precision = high(options.operations, options.precision.base());
-    let high = |reason| decision(precision, Vec::new(), reason);
+    let high = |reason| decision(options.high(), Vec::new(), reason);
     if let Some(reason) = barred(graph, layer, options) {
         return high(reason);
     }
@@ -336,13 +411,7 @@ fn decide_layer(
         Ok(outliers) => outliers,
         Err(reason) => return high(reason),
     };
-    if options.operations.forward {
-        precision.forward = DType::I8;
-    }
-    if options.operations.backward {
-        precision.grad_input = DType::I8;
-    }
-    decision(precision, outliers, reason)
+    decision(options.low(), outliers, reason)
 }
 
 #[cfg(test)]

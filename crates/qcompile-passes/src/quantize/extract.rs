@@ -5,8 +5,8 @@
 //! nothing to those after it: so a value with many users is paid for once. That is greedy, not optimal, and takes
 //! time linear in the values needed times the size of the e-graph.
 
-use super::insert;
 use super::language::{Facts, Leaf, Term};
+use super::scale;
 use crate::PassError;
 use egg::{EGraph, Id, Language};
 use qcompile_ir::{DType, Graph, NodeId, Op, Region, TensorType};
@@ -185,11 +185,11 @@ impl<'e> Extraction<'e> {
             Term::Amax(_) => {
                 let held = self.nodes.iter().copied().find(|&node| {
                     graph.node(node).region <= region
-                        && insert::amax_operand(graph, node).is_some_and(|x| [x] == operands[..])
+                        && scale::amax_operand(graph, node).is_some_and(|x| [x] == operands[..])
                 });
                 return match held {
                     Some(node) => Ok(Some(node)),
-                    None => insert::amax(graph, operands[0], None, region).map(Some),
+                    None => scale::amax(graph, operands[0], None, region).map(Some),
                 };
             }
             _ => {}

@@ -20,7 +20,9 @@ mod language;
 mod layer;
 mod pack;
 mod remove;
+mod rows;
 mod rules;
+mod scale;
 mod split;
 mod stochastic;
 #[cfg(test)]
@@ -94,7 +96,8 @@ pub fn insert_backward(graph: &mut Graph) -> Result<usize, PassError> {
 pub fn insert(graph: &mut Graph) -> Result<(), PassError> {
     for layer in layers(graph) {
         let note = &graph.node(layer.node).note;
-        if note.precision.is_some_and(|precision| precision.has_int8()) && !note.outliers.is_empty()
+        if note.precision.is_some_and(|precision| precision.is_quantized())
+            && !note.outliers.is_empty()
         {
             split::outliers(graph, &layer)?;
         }
@@ -103,7 +106,7 @@ pub fn insert(graph: &mut Graph) -> Result<(), PassError> {
     let mut inserted = Inserted::default();
     for layer in layers(graph) {
         let precision = graph.node(layer.node).note.precision;
-        if precision.is_some_and(|precision| precision.forward == DType::I8) {
+        if precision.is_some_and(|precision| insert::is_quantized(precision.forward)) {
             insert_forward(graph, &layer, &mut inserted)?;
         }
     }

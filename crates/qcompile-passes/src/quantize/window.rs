@@ -1,9 +1,10 @@
 //! The windows of a graph: connected parts that only move, round or scale values, each with its own e-graph.
 
 use super::extract::Extraction;
-use super::insert::amax_operand;
 use super::language::{Fact, Facts, Leaf, Term};
+use super::rows;
 use super::rules::rules;
+use super::scale::amax_operand;
 use crate::PassError;
 use egg::{EGraph, Id, Rewrite, Runner, SimpleScheduler, StopReason};
 use qcompile_ir::{BinaryOp, DType, Graph, NodeId, Op, ReduceOp, UnaryOp};
@@ -30,12 +31,16 @@ pub struct Moves {
 }
 
 /// Moves, merges and cancels `quantize`, `dequantize`, transposes and reshapes in all regions, by the rules of
-/// docs/quantization.md. All values that are used elsewhere keep their bits. Call after `differentiate`.
+/// docs/quantization.md. All values that are used elsewhere keep their bits. Then scales of rows are carried out of
+/// products. Call after `differentiate`.
 ///
 /// # Errors
 /// [`PassError::Graph`], a defect of this pass.
 pub fn optimise(graph: &mut Graph) -> Result<Moves, PassError> {
-    optimise_by(graph, &rules())
+    let moves = optimise_by(graph, &rules())?;
+    rows::carry_out(graph)?;
+    graph.sweep();
+    Ok(moves)
 }
 
 /// [`optimise`] by these rules only.
