@@ -9,6 +9,7 @@
 
 pub mod attach_loss;
 pub mod attention;
+mod blocks;
 mod builder;
 pub mod differentiate;
 pub mod distribute;
@@ -17,6 +18,7 @@ pub mod evaluation;
 pub mod quantize;
 pub mod sensitivity;
 pub mod simplify;
+mod stochastic;
 pub mod update;
 
 pub use error::PassError;

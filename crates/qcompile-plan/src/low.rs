@@ -1,5 +1,6 @@
 //! Products of low precision: what `dequantize`, or a cast that widens, hides from the product that follows it.
 
+use crate::Affine;
 use crate::fuse::has_epilogue;
 use crate::view::View;
 use qcompile_ir::{DType, Graph, NodeId, Op};
@@ -74,6 +75,31 @@ fn int8_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<LowOperand
     };
     let scales = Some(Scales { a: scale_a, b: scale_b, per_channel });
     fits.then_some(LowOperands { a, b, scales })
+}
+
+/// What an exchange sends of `id` where that is `dequantize(q[rows, row], scale[rows])`, whole: the memory of the codes
+/// and of the scales, and the codes of a row.
+pub(crate) fn exchanged_codes(
+    graph: &Graph,
+    views: &[View],
+    id: NodeId,
+) -> Option<(NodeId, NodeId, usize)> {
+    let view = &views[id.index()];
+    let (q, scale, axis) = hidden(graph, views, id)?;
+    let scale = &views[scale.index()];
+    let shape = graph.ty(view.base).shape.as_fixed()?;
+    let whole = |view: &View| view.is_dense() && view.offset == Affine::ZERO;
+    let fits = axis == Some(0)
+        && whole(view)
+        && whole(&q)
+        && whole(scale)
+        && graph.ty(scale.base).dtype == DType::F32
+        && graph.ty(id).shape.elements() == graph.ty(q.base).shape.elements()
+        && !graph.op(scale.base).is_leaf();
+    match shape[..] {
+        [_, row] if fits && row > 0 => Some((q.base, scale.base, row)),
+        _ => None,
+    }
 }
 
 /// If `id` views a `dequantize` of i8: the view of the integers, the scale and its axis.

@@ -6,8 +6,8 @@
 //! ```
 
 use crate::{
-    Access, Kernel, LoopNest, Matrix, Place, Plan, Primitive, Scalar, SlotId, Storage, Strided,
-    Write,
+    Access, Codes, Kernel, LoopNest, Matrix, Place, Plan, Primitive, Scalar, SlotId, Storage,
+    Strided, Write,
 };
 use qcompile_ir::Dim;
 use std::fmt;
@@ -103,7 +103,15 @@ impl fmt::Display for Plan {
                 Kernel::AllReduce { op, members } => {
                     let members: Vec<String> = members
                         .iter()
-                        .map(|(place, elements)| format!("{place}[{elements}]"))
+                        .map(|member| {
+                            let value = format!("{}[{}]", member.value, member.elements);
+                            match member.codes {
+                                Some(Codes { codes, scales, row }) => {
+                                    format!("{value} of {codes}[{row}] by {scales}")
+                                }
+                                None => value,
+                            }
+                        })
                         .collect();
                     writeln!(f, "all_reduce {} {}", op.name(), members.join(", "))?;
                 }

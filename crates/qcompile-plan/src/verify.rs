@@ -167,9 +167,16 @@ fn check_kernel(plan: &Plan, kernel: &Kernel) -> Checked {
             Ok(())
         }
         Kernel::Primitive(primitive) => check_primitive(plan, primitive),
-        Kernel::AllReduce { members, .. } => members.iter().try_for_each(|(place, elements)| {
-            writable(plan, place.slot)?;
-            dense(plan, *place, DType::F32, Extent { fixed: *elements as i128, per_batch: 0 })
+        Kernel::AllReduce { members, .. } => members.iter().try_for_each(|member| {
+            let fixed = |elements: usize| Extent { fixed: elements as i128, per_batch: 0 };
+            writable(plan, member.value.slot)?;
+            dense(plan, member.value, DType::F32, fixed(member.elements))?;
+            let Some(codes) = member.codes else { return Ok(()) };
+            if codes.row == 0 || !member.elements.is_multiple_of(codes.row) {
+                return Err("rows of codes do not make up their value".to_owned());
+            }
+            dense(plan, codes.codes, DType::I8, fixed(member.elements))?;
+            dense(plan, codes.scales, DType::F32, fixed(member.elements / codes.row))
         }),
     }
 }

@@ -10,7 +10,7 @@ use crate::subgraph::with_values;
 use crate::tensors::to_array;
 use qcompile_ir::{Graph, Op, Tensor};
 use qcompile_onnx::{Export, ExportOptions};
-use qcompile_passes::{quantize, simplify};
+use qcompile_passes::{quantize, simplify, update};
 use qcompile_runtime::{Values, checkpoint};
 use safetensors::tensor::TensorView;
 use serde_json::json;
@@ -75,6 +75,10 @@ impl Exported {
         if let Some(values) = values {
             graph = with_values(&graph, values)?;
             form = with_values(&form, values)?;
+        }
+        if about.options.get("master-weights").is_some_and(|word| word == "off") {
+            update::widen(&mut graph)?;
+            update::widen(&mut form)?;
         }
         let low = about.decisions.iter().filter(|decision| decision.precision.is_low()).count();
         let widened = low > 0 && quantize::remove(&mut form)?;

@@ -53,6 +53,8 @@ pub struct Options {
     pub keep_f32: Vec<String>,
     /// Operations of a layer that may be of lower precision.
     pub operations: Operations,
+    /// Whether the weights of layers whose update is of lower precision are kept in f32, else in bf16.
+    pub master_weights: bool,
     /// Scores to be read instead of measured.
     pub scores: Option<PathBuf>,
     /// The text of `--data`.
@@ -91,6 +93,7 @@ impl Default for Options {
             max_loss_increase: 0.01,
             keep_f32: Vec::new(),
             operations: Operations::default(),
+            master_weights: true,
             scores: None,
             data: None,
             samples: SAMPLES,
@@ -121,6 +124,7 @@ impl Options {
             max_loss_increase: precision.max_loss_increase.unwrap_or(standard.max_loss_increase),
             keep_f32: precision.keep.clone(),
             operations: precision.quantize_ops.unwrap_or(standard.operations),
+            master_weights: precision.master_weights.unwrap_or(standard.master_weights),
             scores: precision.scores.clone(),
             samples: precision.samples.unwrap_or(standard.samples),
             threads: machine.threads,
@@ -156,6 +160,15 @@ impl Options {
     pub fn check(&self) -> Result<()> {
         let thresholds =
             [("--threshold", self.threshold), ("--channel-threshold", self.channel_threshold)];
+        if !self.master_weights && !self.operations.update {
+            return Err(Error::usage(
+                "--master-weights off is for layers whose update is of lower precision, and --quantize-ops does not name update",
+            ));
+        }
+        if self.master_weights && self.operations.update && self.optimizer == Optimizer::Sgd {
+            return Err(Error::usage("--quantize-ops update: the optimizer sgd keeps no state")
+                .help("--master-weights off updates weights in bf16; momentum, nesterov, adam and adamw have 8-bit state"));
+        }
         let given = thresholds.into_iter().find(|(_, value)| value.is_some());
         match given {
             Some((flag, _)) if !self.precision.has_int8() => Err(Error::usage(format!(
@@ -177,10 +190,18 @@ impl Options {
         say("batch-norm", self.batch_norm.name().to_owned());
         say("sync-batch-norm", self.sync_batch_norm.to_string());
         let operations = &self.operations;
-        let words = [(operations.forward, "forward"), (operations.backward, "backward")];
+        let words = [
+            (operations.forward, "forward"),
+            (operations.backward, "backward"),
+            (operations.mean, "mean"),
+            (operations.update, "update"),
+        ];
         let words: Vec<&str> =
             words.iter().filter(|(chosen, _)| *chosen).map(|(_, word)| *word).collect();
         say("quantize-ops", words.join(","));
+        if !self.master_weights {
+            say("master-weights", "off".to_owned());
+        }
         let thresholds =
             [("threshold", self.threshold), ("channel-threshold", self.channel_threshold)];
         for (flag, value) in thresholds {

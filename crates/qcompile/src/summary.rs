@@ -8,18 +8,23 @@ use std::path::Path;
 
 /// The word for a layer as a whole.
 fn precision(decision: &LayerDecision) -> String {
-    let precision = &decision.precision;
-    let word = match (precision.forward.as_str(), precision.grad_input.as_str()) {
+    let of = &decision.precision;
+    let mut word = match (of.forward.as_str(), of.grad_input.as_str()) {
         (forward, backward) if forward == backward => forward.to_owned(),
         (forward, "f32") => format!("{forward} forward"),
         ("f32", backward) => format!("{backward} backward"),
         (forward, backward) => format!("{forward} forward, {backward} backward"),
     };
     // Beside int8 the gradient of the weight is f32 unless something is said.
-    match precision.grad_weight.as_str() {
-        weight if weight == "f32" || word == "bf16" || word == "bf16 backward" => word,
-        weight => format!("{word}, {weight} grad weight"),
+    if of.grad_weight != "f32" && word != "bf16" && word != "bf16 backward" {
+        word.push_str(&format!(", {} grad weight", of.grad_weight));
     }
+    for (operation, precision) in [("mean", &of.mean), ("update", &of.update)] {
+        if precision != "f32" {
+            word.push_str(&format!(", {precision} {operation}"));
+        }
+    }
+    word
 }
 
 /// The kind of a reason: what is the same for many layers.
@@ -74,6 +79,8 @@ pub(crate) fn by_layer(decisions: &[LayerDecision]) -> String {
         ("forward", Align::Left),
         ("grad input", Align::Left),
         ("grad weight", Align::Left),
+        ("mean", Align::Left),
+        ("update", Align::Left),
         ("f32 channels", Align::Right),
         ("score", Align::Right),
         ("why", Align::Left),
@@ -85,6 +92,8 @@ pub(crate) fn by_layer(decisions: &[LayerDecision]) -> String {
             decision.precision.forward.clone(),
             decision.precision.grad_input.clone(),
             decision.precision.grad_weight.clone(),
+            decision.precision.mean.clone(),
+            decision.precision.update.clone(),
             decision.channels_high.to_string(),
             decision.score.map_or_else(|| "-".to_owned(), |score| format!("{score:.2e}")),
             decision.reason.clone(),
@@ -156,6 +165,11 @@ pub(crate) fn text(compiled: &Compiled, verbose: bool) -> String {
     out
 }
 
+/// Bytes of what is kept between steps beside parameters.
+fn state_bytes(plan: &qcompile_plan::Plan) -> usize {
+    plan.states().iter().map(|state| qcompile_plan::plan::bytes_of(&state.ty).at(1)).sum()
+}
+
 /// The document of `--json`.
 #[must_use]
 pub(crate) fn document(compiled: &Compiled, model: &Path, plan: Option<&Path>) -> Value {
@@ -179,6 +193,7 @@ pub(crate) fn document(compiled: &Compiled, model: &Path, plan: Option<&Path>) -
         "f32_step_ms": f32.map(median),
         "bf16_step_ms": steps.and_then(|steps| steps.bf16.as_ref()).map(median),
         "peak_bytes": bytes,
+        "state_bytes": state_bytes(&compiled.plan),
         "warnings": compiled.warnings,
     })
 }

@@ -5,6 +5,7 @@ use super::channels;
 use super::choice::PrecisionChoice;
 use super::insert::is_quantized;
 use super::layer::{Layer, layers};
+use super::weights;
 use crate::PassError;
 use crate::sensitivity::Scores;
 use qcompile_ir::{
@@ -22,9 +23,9 @@ pub struct Operations {
     /// The product that gives the gradient of the layer's input; in bf16 also that of its weight, which beside int8 stays
     /// f32.
     pub backward: bool,
-    /// The mean of gradients over ranks: not available.
+    /// The mean of gradients over ranks: what they exchange.
     pub mean: bool,
-    /// The weight update: not available.
+    /// The weight update: what the optimizer keeps.
     pub update: bool,
 }
 
@@ -207,7 +208,7 @@ pub struct Decision {
 /// stands in a bf16 plan, `stored`. A layer whose `precision` is noted already keeps it.
 ///
 /// # Errors
-/// [`PassError::Unsupported`] for quantized mean or update, a pattern that no layer matches, a threshold that is not
+/// [`PassError::Unsupported`] for a pattern that no layer matches, a threshold that is not
 /// a number, and a channel threshold without channel scores.
 pub fn decide(graph: &mut Graph, options: &Options) -> Result<Vec<Decision>, PassError> {
     let layers = layers(graph);
@@ -217,7 +218,8 @@ pub fn decide(graph: &mut Graph, options: &Options) -> Result<Vec<Decision>, Pas
     }
     let within_budget = within_budget(graph, &layers, options);
     let decide = |layer: &Layer| decide_layer(graph, layer, options, &within_budget);
-    let decided: Vec<(Decision, Vec<u32>)> = layers.iter().map(decide).collect();
+    let mut decided: Vec<(Decision, Vec<u32>)> = layers.iter().map(decide).collect();
+    weights::decide(graph, &layers, options, decided.iter_mut().map(|(decision, _)| decision));
     for (layer, (decision, outliers)) in layers.iter().zip(&decided) {
         let note = graph.note_mut(layer.node);
         if decision.precision.is_quantized() && note.precision.is_none() {
@@ -228,6 +230,7 @@ pub fn decide(graph: &mut Graph, options: &Options) -> Result<Vec<Decision>, Pas
         note.precision = Some(decision.precision);
         note.outliers.clone_from(outliers);
     }
+    weights::note(graph, &layers);
     Ok(decided.into_iter().map(|(decision, _)| decision).collect())
 }
 
@@ -236,14 +239,6 @@ fn refusal(reason: impl Into<String>) -> PassError {
 }
 
 fn check(graph: &Graph, layers: &[Layer], options: &Options) -> Result<(), PassError> {
-    let Operations { mean, update, .. } = options.operations;
-    for (asked, name) in [(mean, "mean"), (update, "update")] {
-        if asked {
-            return Err(refusal(format!(
-                "the operation `{name}` cannot be quantized; forward and backward can"
-            )));
-        }
-    }
     let thresholds = [
         ("threshold", options.threshold),
         ("channel threshold", options.channel_threshold),
@@ -294,7 +289,7 @@ fn matches(pattern: &str, text: &str) -> bool {
 }
 
 /// Why the layer is f32 in any plan, if so.
-fn must_be_f32(graph: &Graph, layer: &Layer, options: &Options) -> Option<String> {
+pub(super) fn must_be_f32(graph: &Graph, layer: &Layer, options: &Options) -> Option<String> {
     let Operations { forward, backward, .. } = options.operations;
     if options.precision == PrecisionChoice::F32 {
         return Some("f32 was asked for".to_owned());
@@ -310,7 +305,7 @@ fn must_be_f32(graph: &Graph, layer: &Layer, options: &Options) -> Option<String
 }
 
 /// Why the layer is not int8 whatever its score, if so.
-fn barred(graph: &Graph, layer: &Layer, options: &Options) -> Option<String> {
+pub(super) fn barred(graph: &Graph, layer: &Layer, options: &Options) -> Option<String> {
     if !options.precision.has_int8() {
         let asked = options.precision == PrecisionChoice::Bf16;
         let reason = if asked { "bf16 was asked for" } else { "int8 is not among the choices" };
@@ -324,7 +319,11 @@ fn barred(graph: &Graph, layer: &Layer, options: &Options) -> Option<String> {
 }
 
 /// The layers that the budget of `max_loss_increase` takes, by name, with the sum up to and with each.
-fn within_budget(graph: &Graph, layers: &[Layer], options: &Options) -> BTreeMap<Name, f32> {
+pub(super) fn within_budget(
+    graph: &Graph,
+    layers: &[Layer],
+    options: &Options,
+) -> BTreeMap<Name, f32> {
     let mut candidates: Vec<(f32, Name)> = layers
         .iter()
         .filter(|layer| must_be_f32(graph, layer, options).is_none())
@@ -348,7 +347,7 @@ fn within_budget(graph: &Graph, layers: &[Layer], options: &Options) -> BTreeMap
 }
 
 /// Whether the score lets the layer be int8, and why.
-fn by_score(
+pub(super) fn by_score(
     graph: &Graph,
     layer: &Layer,
     options: &Options,

@@ -27,6 +27,7 @@ mod split;
 mod stochastic;
 #[cfg(test)]
 mod tests;
+mod weights;
 mod window;
 
 pub use choice::PrecisionChoice;

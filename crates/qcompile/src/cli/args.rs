@@ -1,8 +1,8 @@
 //! Groups of flags that several commands take.
 
 use super::words::{
-    above_zero, constant, dim, finite, fraction, keep, loss, metric, not_negative, operations,
-    optimizer, positive, precision,
+    above_zero, constant, dim, finite, fraction, keep, loss, metric, not_negative, on_or_off,
+    operations, optimizer, positive, precision,
 };
 use clap::{Args, ValueEnum};
 use qcompile_ir::Tensor;
@@ -129,9 +129,13 @@ pub struct PrecisionArgs {
     /// Keep layers as they are: f32=PATTERN.
     #[arg(long, value_name = "f32=PATTERN", value_parser = keep, help_heading = "Precision")]
     pub keep: Vec<String>,
-    /// Operations of a layer that may be of lower precision: forward, backward [default: forward,backward].
+    /// Operations of a layer that may be of lower precision: forward, backward, mean (workers exchange 8-bit gradients),
+    /// update (the optimizer keeps 8-bit state) [default: forward,backward].
     #[arg(long, value_name = "LIST", value_parser = operations, help_heading = "Precision")]
     pub quantize_ops: Option<Operations>,
+    /// off: weights of the layers whose update is of lower precision are kept in bf16 only, rounded at random [default: on].
+    #[arg(long, value_name = "on|off", value_parser = on_or_off, help_heading = "Precision")]
+    pub master_weights: Option<bool>,
     /// Scores that `qcompile sensitivity` wrote, instead of measuring.
     #[arg(long, value_name = "FILE", help_heading = "Precision")]
     pub scores: Option<PathBuf>,

@@ -127,11 +127,15 @@ pub(super) fn keep(text: &str) -> Result<String, String> {
 }
 
 pub(super) fn operations(text: &str) -> Result<Operations, String> {
-    let operations: Operations = text.parse()?;
-    if operations.mean || operations.update {
-        return Err("forward and backward can be quantized, mean and update cannot".to_owned());
+    text.parse()
+}
+
+pub(super) fn on_or_off(text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("on or off is wanted".to_owned()),
     }
-    Ok(operations)
 }
 
 /// An opset that can be written.

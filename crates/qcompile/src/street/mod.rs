@@ -175,7 +175,7 @@ impl<'a> Street<'a> {
     }
 
     fn advance(&mut self, draft: &mut Draft, pass: Pass) -> Result<()> {
-        let Draft { graph, about, .. } = draft;
+        let Draft { graph, about, evaluation, .. } = draft;
         match pass {
             Pass::Simplify => {
                 simplify::run(graph, &simplify::Options { keep_stop_gradient: true })?
@@ -207,6 +207,11 @@ impl<'a> Street<'a> {
             }
             Pass::Distribute => distribute::run(graph)?,
             Pass::Update => {
+                if !self.options.master_weights {
+                    for graph in std::iter::once(&mut *graph).chain(evaluation) {
+                        update::store_in_bf16(graph)?;
+                    }
+                }
                 update::run(graph, &update::Options { optimizer: self.options.optimizer })?;
                 self.options.optimizer.name().clone_into(&mut about.optimizer);
                 about.options = self.options.said();
