@@ -109,7 +109,8 @@ fn hidden(graph: &Graph, views: &[View], id: NodeId) -> Option<(View, NodeId, Op
     // With a zero point, the product is in f32.
     let [q, scale] = graph.operands(view.base)[..] else { return None };
     let under = &views[q.index()];
-    if graph.ty(q).dtype != DType::I8 || !under.is_dense() {
+    // Codes of i4 are a byte each, and small i8.
+    if !matches!(graph.ty(q).dtype, DType::I8 | DType::I4) || !under.is_dense() {
         return None;
     }
     let offset = view.offset.plus(under.offset)?;

@@ -3,14 +3,12 @@
 use super::PASS;
 use super::channels;
 use super::choice::PrecisionChoice;
-use super::insert::is_quantized;
 use super::layer::{Layer, layers};
+use super::numerics::Numerics;
 use super::weights;
 use crate::PassError;
 use crate::sensitivity::Scores;
-use qcompile_ir::{
-    DType, GradientRounding, Granularity, Graph, Name, Precision, Quantizer, Scaling,
-};
+use qcompile_ir::{DType, Graph, Name, Precision, Quantizer};
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::str::FromStr;
@@ -88,15 +86,8 @@ pub struct Options {
     pub cost: BTreeMap<Name, LayerCost>,
     /// Scores per layer and channel. A layer without one here has that of its note `sensitivity`.
     pub scores: Option<Scores>,
-    /// How the operands of quantized products are rounded.
-    pub quantizer: Quantizer,
-    /// The codes of activations, in the forward product and in the gradient of the weight.
-    pub activation: DType,
-    /// The codes of incoming gradients, in the products of the backward pass.
-    pub gradient: DType,
-    /// What the gradient of the weight of a quantized layer runs in; none is f32, or bf16 in a bf16 plan. [`DType::I8`] is
-    /// any codes: those of `gradient`.
-    pub grad_weight: Option<DType>,
+    /// How quantized products are rounded.
+    pub numerics: Numerics,
 }
 
 impl Default for Options {
@@ -110,10 +101,7 @@ impl Default for Options {
             operations: Operations::default(),
             cost: BTreeMap::new(),
             scores: None,
-            quantizer: Quantizer::default(),
-            activation: DType::I8,
-            gradient: DType::I8,
-            grad_weight: None,
+            numerics: Numerics::default(),
         }
     }
 }
@@ -130,46 +118,17 @@ impl Options {
     pub fn low(&self) -> Precision {
         let mut precision = self.high();
         if self.operations.forward {
-            precision.forward = self.activation;
+            precision.forward = self.numerics.types.activation;
         }
         if self.operations.backward {
-            precision.grad_input = self.gradient;
-            precision.grad_weight = match self.grad_weight {
-                Some(DType::I8) => self.gradient,
+            precision.grad_input = self.numerics.types.gradient;
+            precision.grad_weight = match self.numerics.grad_weight {
+                Some(DType::I8) => self.numerics.types.gradient,
                 Some(other) => other,
                 None => precision.grad_weight,
             };
         }
         precision
-    }
-
-    /// What of the ways to round contradicts itself.
-    fn contradiction(&self) -> Option<String> {
-        let Quantizer { weight, granularity, rounding, scaling } = self.quantizer;
-        let backward = self.operations.backward;
-        let stochastic = rounding == GradientRounding::Stochastic;
-        let codes = [weight, self.activation, self.gradient];
-        if let Some(other) = codes.into_iter().find(|&dtype| !is_quantized(dtype)) {
-            return Some(format!(
-                "products of {other} codes have no kernel; int8, int4, f8e4m3 and f8e5m2 have"
-            ));
-        }
-        if stochastic && !backward {
-            return Some("stochastic rounding is of gradients, and the operation `backward` is not among those to be quantized".to_owned());
-        }
-        if stochastic && self.gradient.is_float() {
-            return Some(format!(
-                "stochastic rounding needs steps of one size, which {} has not",
-                self.gradient
-            ));
-        }
-        if self.grad_weight.is_some() && !backward {
-            return Some("the gradient of the weight is not to be quantized: the operation `backward` is left out".to_owned());
-        }
-        if scaling == Scaling::Delayed && granularity == Granularity::Row {
-            return Some("a delayed scale is one for the whole tensor: the rows of other steps are other rows".to_owned());
-        }
-        None
     }
 }
 
@@ -225,7 +184,7 @@ pub fn decide(graph: &mut Graph, options: &Options) -> Result<Vec<Decision>, Pas
         if decision.precision.is_quantized() && note.precision.is_none() {
             note.stored = Some(options.precision.base()).filter(|&base| base != DType::F32);
             note.quantizer =
-                Some(options.quantizer).filter(|&quantizer| quantizer != Quantizer::default());
+                Some(options.numerics.quantizer()).filter(|one| *one != Quantizer::default());
         }
         note.precision = Some(decision.precision);
         note.outliers.clone_from(outliers);
@@ -252,7 +211,7 @@ fn check(graph: &Graph, layers: &[Layer], options: &Options) -> Result<(), PassE
     if options.channel_threshold.is_some() && options.scores.is_none() {
         return Err(refusal("a channel threshold needs the scores of the channels"));
     }
-    if let Some(reason) = options.contradiction() {
+    if let Some(reason) = options.numerics.contradiction(options.operations) {
         return Err(refusal(reason));
     }
     for pattern in &options.keep_f32 {

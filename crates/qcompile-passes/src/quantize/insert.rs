@@ -5,12 +5,11 @@ use super::scale;
 use super::stochastic::{Draws, quantize_stochastically};
 use crate::PassError;
 use crate::builder::Builder;
+use crate::stochastic::{digest, step};
 use qcompile_ir::{
-    BinaryOp, DType, GradientRounding, Granularity, Graph, NodeId, Op, Quantizer, Region, Scaling,
-    Tensor,
+    DType, GradientRounding, Granularity, Graph, NodeId, Op, Quantizer, Region, Scaling,
 };
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 /// What an operand is to its product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,7 +68,8 @@ impl Inserted {
         let name = graph.node(x).name.as_str().to_owned();
         let stochastic = quantizer.rounding == GradientRounding::Stochastic;
         let q = if stochastic && role == Role::Gradient {
-            let draws = Draws { seed: seed(&name), step: step(graph)? };
+            // Positive as i64.
+            let draws = Draws { seed: digest(&name) >> 1, step: step(graph)? };
             quantize_stochastically(graph, x, scale, axis, dtype, draws, region)?
         } else {
             let op = Op::Quantize { dtype, axis };
@@ -85,28 +85,6 @@ impl Inserted {
     pub(super) fn find(&self, x: NodeId, axis: Option<usize>, dtype: DType) -> Option<NodeId> {
         self.0.get(&(x, axis, dtype)).copied()
     }
-}
-
-/// What tells the random numbers of one value from another's: its name, by FNV-1a; positive as i64.
-fn seed(name: &str) -> u64 {
-    let add = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-    name.bytes().fold(0xcbf2_9ce4_8422_2325, add) >> 1
-}
-
-/// The number of the step: the state that the model's own random numbers are a function of; else a new one.
-fn step(graph: &mut Graph) -> Result<NodeId, PassError> {
-    let drawn = |id: &NodeId| matches!(graph.op(*id), Op::Random { .. });
-    let steps = graph.ids().filter(drawn).map(|id| graph.operand(id, 0));
-    if let Some(step) = steps.into_iter().find(|&id| matches!(graph.op(id), Op::State(_))) {
-        return Ok(step);
-    }
-    let zero = Op::State(Arc::new(Tensor::scalar(DType::I64, 0.0)));
-    let step = graph.add(zero, &[], "step", Region::Forward)?;
-    let mut builder = Builder::new(graph, Region::Update, "step");
-    let one = builder.scalar(DType::I64, 1.0)?;
-    let next = builder.binary("next", BinaryOp::Add, step, one)?;
-    graph.set_next(step, next)?;
-    Ok(step)
 }
 
 /// The axis of the rows of a product's left operand, if each is to have a scale: of a matrix or of images.

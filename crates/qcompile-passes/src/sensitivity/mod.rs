@@ -10,9 +10,9 @@
 mod noise;
 
 use crate::PassError;
-use crate::quantize::{Inserted, Layer, insert_forward, layers};
+use crate::quantize::{Inserted, Layer, Numerics, insert_forward, layers};
 use noise::Noise;
-use qcompile_ir::{DType, Graph, Name, Precision, Quantizer, Tensor};
+use qcompile_ir::{Graph, Name, Precision, Tensor};
 
 const PASS: &str = "sensitivity";
 
@@ -74,10 +74,8 @@ pub struct Options {
     pub metric: Metric,
     /// Number of calibration samples that the evaluator holds; repeated in [`Scores`].
     pub samples: usize,
-    /// How operands are rounded.
-    pub quantizer: Quantizer,
-    /// The codes of activations.
-    pub activation: Option<DType>,
+    /// How layers are rounded.
+    pub numerics: Numerics,
 }
 
 /// The scores of one layer.
@@ -197,8 +195,8 @@ fn with_layer_quantized(
 ) -> Result<Graph, PassError> {
     let mut variant = graph.clone();
     let note = variant.note_mut(layer.node);
-    note.quantizer = Some(options.quantizer);
-    note.precision = options.activation.map(Precision::uniform);
+    note.quantizer = Some(options.numerics.quantizer());
+    note.precision = Some(Precision::uniform(options.numerics.types.activation));
     insert_forward(&mut variant, layer, &mut Inserted::default())?;
     Ok(variant)
 }
@@ -242,7 +240,7 @@ fn weight_noise(
     Ok(noise::of_weight(
         &value(graph, evaluator, name)?,
         layer.weight_axis,
-        options.quantizer.weight,
+        options.numerics.types.weight,
     ))
 }
 
