@@ -21,7 +21,6 @@ mod layer;
 mod numerics;
 mod pack;
 mod remove;
-mod rows;
 mod rules;
 mod scale;
 mod split;
