@@ -156,7 +156,8 @@ fn hidden(graph: &Graph, views: &[View], id: NodeId) -> Option<(View, NodeId, Op
         _ => return None,
     };
     let under = &views[q.index()];
-    if graph.ty(q).dtype != DType::I8 || !under.is_dense() {
+    // Codes of i4 are a byte each, and small i8.
+    if !matches!(graph.ty(q).dtype, DType::I8 | DType::I4) || !under.is_dense() {
         return None;
     }
     let offset = view.offset.plus(under.offset)?;

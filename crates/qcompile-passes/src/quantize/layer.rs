@@ -83,7 +83,7 @@ pub(crate) fn parameter(graph: &Graph, mut id: NodeId) -> Option<NodeId> {
     }
 }
 
-/// A value as it is before int8 rounding by a computed scale: the operand of `quantize` below a `dequantize`, else itself.
+/// A value as it is before rounding to codes by a computed scale: the operand of `quantize` below a `dequantize`, else itself.
 /// What is rounded by a constant or a learned scale is the model's own, and stays.
 pub(super) fn unquantized(graph: &Graph, id: NodeId) -> NodeId {
     let (Op::Dequantize { .. }, [quantized, scale]) = (graph.op(id), &graph.operands(id)[..])
@@ -92,13 +92,13 @@ pub(super) fn unquantized(graph: &Graph, id: NodeId) -> NodeId {
     };
     let own = is_constant(graph, *scale) || learned(graph, *scale);
     match graph.op(*quantized) {
-        Op::Quantize { dtype: DType::I8, .. } if !own => graph.operand(*quantized, 0),
+        Op::Quantize { .. } if !own => graph.operand(*quantized, 0),
         _ => id,
     }
 }
 
 /// Whether a value is dequantized, perhaps under another shape.
-pub(super) fn is_quantized(graph: &Graph, mut id: NodeId) -> bool {
+pub(super) fn reads_quantized(graph: &Graph, mut id: NodeId) -> bool {
     while let Op::Reshape(_) | Op::Transpose(_) | Op::Broadcast(_) | Op::Slice { .. } = graph.op(id)
     {
         id = graph.operand(id, 0);

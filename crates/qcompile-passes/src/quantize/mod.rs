@@ -18,12 +18,14 @@ mod extract;
 mod insert;
 mod language;
 mod layer;
+mod numerics;
 mod pack;
 mod pairs;
 #[cfg(test)]
 mod pairs_tests;
 mod remove;
 mod rules;
+mod scale;
 mod split;
 mod stochastic;
 #[cfg(test)]
@@ -32,10 +34,12 @@ mod weights;
 mod window;
 
 pub use choice::PrecisionChoice;
+pub(crate) use decide::matches;
 pub use decide::{Decision, LayerCost, Operations, Options, decide};
 pub(crate) use insert::{Inserted, forward as insert_forward};
 pub(crate) use layer::parameter;
 pub use layer::{Layer, layers};
+pub use numerics::{Numerics, OperandTypes};
 pub use pack::{pack4, unpack4};
 pub use pairs::join_pairs;
 pub use remove::remove;
@@ -100,7 +104,8 @@ pub fn insert_backward(graph: &mut Graph) -> Result<usize, PassError> {
 pub fn insert(graph: &mut Graph) -> Result<(), PassError> {
     for layer in layers(graph) {
         let note = &graph.node(layer.node).note;
-        if note.precision.is_some_and(|precision| precision.has_int8()) && !note.outliers.is_empty()
+        if note.precision.is_some_and(|precision| precision.is_quantized())
+            && !note.outliers.is_empty()
         {
             split::outliers(graph, &layer)?;
         }
@@ -109,7 +114,7 @@ pub fn insert(graph: &mut Graph) -> Result<(), PassError> {
     let mut inserted = Inserted::default();
     for layer in layers(graph) {
         let precision = graph.node(layer.node).note.precision;
-        if precision.is_some_and(|precision| precision.forward == DType::I8) {
+        if precision.is_some_and(|precision| insert::is_quantized(precision.forward)) {
             insert_forward(graph, &layer, &mut inserted)?;
         }
     }

@@ -1,9 +1,9 @@
 //! The windows of a graph: connected parts that only move, round or scale values, each with its own e-graph.
 
 use super::extract::{Extraction, Forms};
-use super::insert::amax_operand;
 use super::language::{Fact, Facts, Leaf, Parameters, Term};
 use super::rules::rules;
+use super::scale::amax_operand;
 use crate::PassError;
 use egg::{EGraph, Id, Rewrite, Runner, SimpleScheduler, StopReason};
 use qcompile_ir::{BinaryOp, DType, Graph, NodeId, Op, ReduceOp, UnaryOp};
