@@ -34,7 +34,7 @@ pub use choice::PrecisionChoice;
 pub use decide::{Decision, LayerCost, Operations, Options, decide};
 pub(crate) use insert::{Inserted, forward as insert_forward};
 pub(crate) use layer::parameter;
-pub use layer::{Layer, layers};
+pub use layer::{Layer, layers, other_products};
 pub use numerics::{Numerics, OperandTypes};
 pub use pack::{pack4, unpack4};
 pub use remove::remove;
