@@ -1,6 +1,7 @@
 //! Products of low precision: what `dequantize`, or a cast that widens, hides from the product that follows it.
 
 use crate::Affine;
+use crate::fuse::has_epilogue;
 use crate::view::{View, merged};
 use qcompile_ir::{DType, Graph, NodeId, Op};
 use std::collections::BTreeMap;
@@ -60,6 +61,10 @@ fn bf16_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<LowOperand
 /// `product(dequantize(q, s), dequantize(r, t))` as a product of `q` and `r`, if the kernels have it: a scale may belong
 /// to whatever the sums do not run over.
 fn int8_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<LowOperands> {
+    let product = |op: &Op| has_epilogue(op) || matches!(op, Op::Conv2dGradWeight(_));
+    if !product(graph.op(id)) {
+        return None;
+    }
     let (a, scale_a, axis_a) = hidden(graph, views, graph.operand(id, 0))?;
     let (b, scale_b, axis_b) = hidden(graph, views, graph.operand(id, 1))?;
     let along = |view: &View, dim: usize, axis: Option<usize>| {
