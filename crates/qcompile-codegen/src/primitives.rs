@@ -46,6 +46,8 @@ pub(crate) fn kernel_id(primitive: &Primitive) -> KernelId {
             }
         }
         Primitive::Pooling(pooling) => match (pooling.max, pooling.gradient) {
+            (true, false) if pooling.dtype == DType::I8 => KernelId::MaxPoolI8,
+            (true, false) if pooling.dtype == DType::BF16 => KernelId::MaxPoolBf16,
             (true, false) => KernelId::MaxPool,
             (true, true) => KernelId::MaxPoolGrad,
             (false, false) => KernelId::AveragePool,
@@ -437,7 +439,9 @@ fn convolution(e: &mut Emitter<'_, '_>, convolution: &Convolution, tail: Tail) -
 }
 
 fn pooling(e: &mut Emitter<'_, '_>, pooling: &Pooling) -> Block {
-    let (x, dy, y) = (e.place(pooling.x, 4), e.place(pooling.dy, 4), e.place(pooling.y, 4));
+    let size = pooling.dtype.size();
+    let place = |e: &mut Emitter<'_, '_>, place: Place| e.place(place, size);
+    let (x, dy, y) = (place(e, pooling.x), place(e, pooling.dy), place(e, pooling.y));
     let padded = usize::from(pooling.geometry.count_include_pad);
     macro_rules! block {
         ($args:ident { $($field:ident: $value:expr),* $(,)? }) => {{

@@ -403,14 +403,15 @@ pub struct PoolShape {
     pub dilation_width: usize,
 }
 
-/// Largest value of each window; padding never wins, NaN does. x `[n, h, w, c]`, y `[n, oh, ow, c]`.
+/// Largest value of each window; padding never wins, NaN does. x `[n, h, w, c]`, y `[n, oh, ow, c]`, both of the
+/// kernel's element type: f32, bf16 or i8.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct MaxPoolArgs {
     /// Input.
-    pub x: *const f32,
+    pub x: *const u8,
     /// Output.
-    pub y: *mut f32,
+    pub y: *mut u8,
     /// Geometry.
     pub shape: PoolShape,
 }

@@ -127,9 +127,11 @@ pub struct Convolution {
     pub operands: Operands,
 }
 
-/// One 2-D pooling, NHWC, dense f32.
+/// One 2-D pooling, NHWC, dense f32; a maximum also of bf16 or i8.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pooling {
+    /// The type of all values.
+    pub dtype: DType,
     /// Maximum, else average.
     pub max: bool,
     /// The gradient rather than the pooling itself.
@@ -397,6 +399,8 @@ impl Primitive {
                 }
             }
             Primitive::Pooling(pooling) => match (pooling.max, pooling.gradient) {
+                (true, false) if pooling.dtype == DType::I8 => "max_pool2d_i8",
+                (true, false) if pooling.dtype == DType::BF16 => "max_pool2d_bf16",
                 (true, false) => "max_pool2d",
                 (true, true) => "max_pool2d_grad",
                 (false, false) => "average_pool2d",

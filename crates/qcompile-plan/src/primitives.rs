@@ -8,7 +8,7 @@ use crate::{
     Affine, Convolution, Int8, LoopNest, Matmul, Matrix, Operands, Place, Pooling, Primitive,
     Product, Recurrent, SlotId,
 };
-use qcompile_ir::{ConvGeometry, DType, Dim, NodeId, Op, PoolGeometry, Recurrence};
+use qcompile_ir::{ConvGeometry, DType, Dim, NodeId, Op, PoolGeometry, Recurrence, TensorType};
 
 /// The primitive of a node. `epilogue` follows it within the same kernel.
 pub(crate) fn primitive(
@@ -115,13 +115,17 @@ pub(crate) fn primitive(
     })
 }
 
-/// The kernels take f32 (the gather moves any type; products of low precision were recognised before).
+/// The kernels take f32 (the gather moves any type, a maximum is also taken of bf16 and i8; products of low precision were recognised before).
 fn check_types(lowering: &Lowering, id: NodeId) -> Result<(), PlanError> {
     let graph = lowering.graph;
     if *graph.op(id) == Op::Gather {
         return Ok(());
     }
     let mut types = graph.operands(id).into_iter().map(|operand| graph.ty(operand));
+    let pooled = |ty: &TensorType| matches!(ty.dtype, DType::BF16 | DType::I8);
+    if matches!(graph.op(id), Op::MaxPool2d(_)) && types.clone().all(pooled) {
+        return Ok(());
+    }
     match types.find(|ty| ty.dtype != DType::F32 && ty.dtype != DType::I64) {
         None => Ok(()),
         Some(ty) => Err(PlanError::Unsupported {
@@ -250,6 +254,7 @@ fn pooling(
     let x = lowering.dense_place(graph.operand(id, 0));
     let result = &graph.ty(id).shape.0;
     Primitive::Pooling(Pooling {
+        dtype: graph.ty(id).dtype,
         max,
         gradient,
         geometry: *geometry,

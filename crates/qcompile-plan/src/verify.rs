@@ -505,7 +505,11 @@ fn check_attention(plan: &Plan, attention: &Attention) -> Checked {
 }
 
 fn check_pooling(plan: &Plan, pooling: &Pooling) -> Checked {
-    let Pooling { max, gradient, geometry, images, channels, x, dy, y } = pooling;
+    let Pooling { dtype, max, gradient, geometry, images, channels, x, dy, y } = pooling;
+    let narrow = *max && !*gradient && matches!(dtype, DType::BF16 | DType::I8);
+    if *dtype != DType::F32 && !narrow {
+        return Err(format!("no kernel pools {dtype}"));
+    }
     let output = geometry.output().ok_or("the window does not fit")?;
     let size = |[height, width]: [usize; 2]| {
         product(&[*images, height.into(), width.into(), (*channels).into()])
@@ -517,8 +521,8 @@ fn check_pooling(plan: &Plan, pooling: &Pooling) -> Checked {
         dense(plan, *y, DType::F32, input)?;
         if *max { dense(plan, *x, DType::F32, input) } else { Ok(()) }
     } else {
-        dense(plan, *x, DType::F32, input)?;
-        dense(plan, *y, DType::F32, output)
+        dense(plan, *x, *dtype, input)?;
+        dense(plan, *y, *dtype, output)
     }
 }
 

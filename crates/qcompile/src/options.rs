@@ -1,11 +1,13 @@
 //! What a compile is asked for, with the defaults filled in.
 
+use crate::about::word;
 use crate::cli::{BatchNormMode, CompileArgs, ImportArgs, Machine};
 use crate::error::{Error, Result};
 use qcompile_ir::Tensor;
 use qcompile_kernels::Tier;
 use qcompile_passes::attach_loss::LossKind;
-use qcompile_passes::quantize::{Operations, PrecisionChoice};
+use qcompile_passes::quantize::{Numerics, Operations, PrecisionChoice};
+use qcompile_passes::saved;
 use qcompile_passes::sensitivity::Metric;
 use qcompile_passes::update::Optimizer;
 use std::collections::BTreeMap;
@@ -55,6 +57,10 @@ pub struct Options {
     pub operations: Operations,
     /// Whether the weights of layers whose update is of lower precision are kept in f32, else in bf16.
     pub master_weights: bool,
+    /// How values are saved for the backward pass; of several rules that match, the last counts.
+    pub saved: Vec<saved::Rule>,
+    /// How quantized products are rounded.
+    pub numerics: Numerics,
     /// Scores to be read instead of measured.
     pub scores: Option<PathBuf>,
     /// The text of `--data`.
@@ -94,6 +100,8 @@ impl Default for Options {
             keep_f32: Vec::new(),
             operations: Operations::default(),
             master_weights: true,
+            saved: Vec::new(),
+            numerics: Numerics::default(),
             scores: None,
             data: None,
             samples: SAMPLES,
@@ -125,6 +133,8 @@ impl Options {
             keep_f32: precision.keep.clone(),
             operations: precision.quantize_ops.unwrap_or(standard.operations),
             master_weights: precision.master_weights.unwrap_or(standard.master_weights),
+            saved: args.compress.clone(),
+            numerics: precision.numerics.numerics(),
             scores: precision.scores.clone(),
             samples: precision.samples.unwrap_or(standard.samples),
             threads: machine.threads,
@@ -169,10 +179,22 @@ impl Options {
             return Err(Error::usage("--quantize-ops update: the optimizer sgd keeps no state")
                 .help("--master-weights off updates weights in bf16; momentum, nesterov, adam and adamw have 8-bit state"));
         }
-        let given = thresholds.into_iter().find(|(_, value)| value.is_some());
-        match given {
-            Some((flag, _)) if !self.precision.has_int8() => Err(Error::usage(format!(
-                "{flag} decides what becomes int8, and --precision {} leaves int8 out",
+        let twice =
+            self.saved.iter().enumerate().find(|(at, rule)| {
+                self.saved[..*at].iter().any(|other| other.pattern == rule.pattern)
+            });
+        if let Some((_, rule)) = twice {
+            return Err(Error::usage(format!(
+                "--compress {rule}: the same values have another rule"
+            )));
+        }
+        let given = thresholds.into_iter().filter(|(_, value)| value.is_some());
+        let numerics = numerics_said(&self.numerics);
+        let flags = given.map(|(flag, _)| flag.to_owned());
+        let mut flags = flags.chain(numerics.into_iter().map(|(flag, _)| format!("--{flag}")));
+        match flags.next() {
+            Some(flag) if !self.precision.has_int8() => Err(Error::usage(format!(
+                "{flag} is about what becomes int8, and --precision {} leaves int8 out",
                 self.precision.name()
             ))),
             _ => Ok(()),
@@ -209,11 +231,16 @@ impl Options {
                 say(flag, value.to_string());
             }
         }
+        for (flag, value) in numerics_said(&self.numerics) {
+            say(flag, value);
+        }
         let dims = self.dims.iter().map(|(name, size)| format!("{name}={size}"));
         let text = |tensor: &Tensor| tensor.to_f64().iter().map(f64::to_string).collect::<Vec<_>>();
         let constants =
             self.constants.iter().map(|(name, value)| format!("{name}={}", text(value).join(",")));
+        let compress = self.saved.iter().map(ToString::to_string);
         let lists = [
+            ("compress", compress.collect()),
             ("freeze", self.freeze.clone()),
             ("train", self.train.clone()),
             ("keep", self.keep_f32.clone()),
@@ -242,4 +269,18 @@ impl Options {
     pub fn has_threshold(&self) -> bool {
         self.threshold.is_some() || self.channel_threshold.is_some()
     }
+}
+
+/// What of the ways to round is not the default, by the names of the flags.
+fn numerics_said(numerics: &Numerics) -> Vec<(&'static str, String)> {
+    let usual = Numerics::default();
+    let Numerics { types, granularity, rounding, scaling, grad_weight } = *numerics;
+    let all = [
+        ("operand-types", types != usual.types, types.text()),
+        ("granularity", granularity != usual.granularity, granularity.name().to_owned()),
+        ("rounding", rounding != usual.rounding, rounding.name().to_owned()),
+        ("scaling", scaling != usual.scaling, scaling.name().to_owned()),
+        ("grad-weight", grad_weight.is_some(), grad_weight.map_or_else(String::new, word)),
+    ];
+    all.into_iter().filter(|(_, other, _)| *other).map(|(flag, _, text)| (flag, text)).collect()
 }

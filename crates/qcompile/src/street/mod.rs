@@ -15,10 +15,10 @@ use crate::sensitivity::{self, Calibration};
 use crate::terminal::Show;
 use qcompile_ir::{Graph, verify};
 use qcompile_passes::attach_loss::{self, LossKind};
-use qcompile_passes::quantize::{self, LayerCost};
+use qcompile_passes::quantize::{self, LayerCost, OperandTypes};
 use qcompile_passes::sensitivity::{LayerScore, Scores};
 use qcompile_passes::{
-    PassError, attention, differentiate, distribute, evaluation, simplify, update,
+    PassError, attention, differentiate, distribute, evaluation, saved, simplify, update,
 };
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -48,11 +48,13 @@ pub enum Pass {
     Update,
     /// Removes what the passes before have left over.
     Finish,
+    /// Compresses what is saved for the backward pass.
+    Compress,
 }
 
 impl Pass {
     /// Every pass in order.
-    pub const ALL: [Pass; 11] = [
+    pub const ALL: [Pass; 12] = [
         Pass::Simplify,
         Pass::Attention,
         Pass::AttachLoss,
@@ -64,10 +66,11 @@ impl Pass {
         Pass::Distribute,
         Pass::Update,
         Pass::Finish,
+        Pass::Compress,
     ];
 
     /// The last pass.
-    pub const LAST: Pass = Pass::Finish;
+    pub const LAST: Pass = Pass::Compress;
 
     /// The word on the command line and in dumps.
     #[must_use]
@@ -81,6 +84,7 @@ impl Pass {
             Pass::Differentiate => "differentiate",
             Pass::QuantizeBackward => "quantize-backward",
             Pass::MoveRoundings => "move-roundings",
+            Pass::Compress => "compress",
             Pass::Distribute => "distribute",
             Pass::Update => "update",
             Pass::Finish => "finish",
@@ -205,6 +209,14 @@ impl<'a> Street<'a> {
             Pass::MoveRoundings => {
                 quantize::optimise(graph)?;
             }
+            Pass::Compress if self.options.saved.is_empty() => {}
+            Pass::Compress => {
+                let saved = saved::run(graph, &self.options.saved)?;
+                let sensible = saved.compressed.is_empty();
+                about.warnings.extend(sensible.then(|| {
+                    "--compress: the backward pass reads no value that can be compressed".to_owned()
+                }));
+            }
             Pass::Distribute => distribute::run(graph)?,
             Pass::Update => {
                 if !self.options.master_weights {
@@ -286,12 +298,22 @@ impl<'a> Street<'a> {
             operations: self.options.operations,
             cost: BTreeMap::new(),
             scores: draft.scores.clone(),
+            numerics: self.options.numerics,
         };
         let measured = options.precision.is_measured() || self.options.measure_layers;
         if measured && options.precision.has_int8() {
             options.cost = cost::measure(&draft.graph, &options, self.options, self.show)?;
         }
         let decided = quantize::run(&mut draft.graph, &options)?;
+        let OperandTypes { weight, activation, gradient } = options.numerics.types;
+        let float = [weight, activation, gradient].into_iter().find(|dtype| dtype.is_float());
+        if let Some(float) =
+            float.filter(|_| decided.iter().any(|one| one.precision.is_quantized()))
+        {
+            draft.about.warnings.push(format!(
+                "{float} codes are multiplied in f32: they show what training in {float} does to the loss, and are not faster"
+            ));
+        }
         let decisions: Vec<LayerDecision> =
             decided.iter().map(|decision| LayerDecision::new(&draft.graph, decision)).collect();
         draft.about.decisions.clone_from(&decisions);
@@ -299,7 +321,7 @@ impl<'a> Street<'a> {
             // A measured time would make every plan another.
             let slower =
                 options.cost.get(&layer.node).is_some_and(|cost| cost.low_ms >= cost.high_ms);
-            if slower && !decision.precision.has_int8() {
+            if slower && !decision.precision.is_quantized() {
                 "int8 does not measure faster".clone_into(&mut decision.reason);
             }
         }
