@@ -15,6 +15,7 @@ mod properties;
 mod quantizers;
 mod random_graph;
 mod refusals;
+mod state;
 mod support;
 mod tidy;
 mod training;

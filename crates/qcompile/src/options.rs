@@ -7,6 +7,7 @@ use qcompile_ir::Tensor;
 use qcompile_kernels::Tier;
 use qcompile_passes::attach_loss::LossKind;
 use qcompile_passes::quantize::{Numerics, Operations, PrecisionChoice};
+use qcompile_passes::saved;
 use qcompile_passes::sensitivity::Metric;
 use qcompile_passes::update::Optimizer;
 use std::collections::BTreeMap;
@@ -56,6 +57,8 @@ pub struct Options {
     pub operations: Operations,
     /// Whether the weights of layers whose update is of lower precision are kept in f32, else in bf16.
     pub master_weights: bool,
+    /// How values are saved for the backward pass; of several rules that match, the last counts.
+    pub saved: Vec<saved::Rule>,
     /// How quantized products are rounded.
     pub numerics: Numerics,
     /// Scores to be read instead of measured.
@@ -97,6 +100,7 @@ impl Default for Options {
             keep_f32: Vec::new(),
             operations: Operations::default(),
             master_weights: true,
+            saved: Vec::new(),
             numerics: Numerics::default(),
             scores: None,
             data: None,
@@ -129,6 +133,7 @@ impl Options {
             keep_f32: precision.keep.clone(),
             operations: precision.quantize_ops.unwrap_or(standard.operations),
             master_weights: precision.master_weights.unwrap_or(standard.master_weights),
+            saved: args.compress.clone(),
             numerics: precision.numerics.numerics(),
             scores: precision.scores.clone(),
             samples: precision.samples.unwrap_or(standard.samples),
@@ -173,6 +178,15 @@ impl Options {
         if self.master_weights && self.operations.update && self.optimizer == Optimizer::Sgd {
             return Err(Error::usage("--quantize-ops update: the optimizer sgd keeps no state")
                 .help("--master-weights off updates weights in bf16; momentum, nesterov, adam and adamw have 8-bit state"));
+        }
+        let twice =
+            self.saved.iter().enumerate().find(|(at, rule)| {
+                self.saved[..*at].iter().any(|other| other.pattern == rule.pattern)
+            });
+        if let Some((_, rule)) = twice {
+            return Err(Error::usage(format!(
+                "--compress {rule}: the same values have another rule"
+            )));
         }
         let given = thresholds.into_iter().filter(|(_, value)| value.is_some());
         let numerics = numerics_said(&self.numerics);
@@ -224,7 +238,9 @@ impl Options {
         let text = |tensor: &Tensor| tensor.to_f64().iter().map(f64::to_string).collect::<Vec<_>>();
         let constants =
             self.constants.iter().map(|(name, value)| format!("{name}={}", text(value).join(",")));
+        let compress = self.saved.iter().map(ToString::to_string);
         let lists = [
+            ("compress", compress.collect()),
             ("freeze", self.freeze.clone()),
             ("train", self.train.clone()),
             ("keep", self.keep_f32.clone()),

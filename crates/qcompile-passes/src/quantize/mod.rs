@@ -20,6 +20,7 @@ mod language;
 mod layer;
 mod numerics;
 mod pack;
+mod pairs;
 mod remove;
 mod rules;
 mod scale;
@@ -31,12 +32,14 @@ mod weights;
 mod window;
 
 pub use choice::PrecisionChoice;
+pub(crate) use decide::matches;
 pub use decide::{Decision, LayerCost, Operations, Options, decide};
 pub(crate) use insert::{Inserted, forward as insert_forward};
 pub(crate) use layer::parameter;
 pub use layer::{Layer, layers, other_products};
 pub use numerics::{Numerics, OperandTypes};
 pub use pack::{pack4, unpack4};
+pub use pairs::join_pairs;
 pub use remove::remove;
 pub use rules::rule_names;
 pub use stochastic::{Draws, quantize_stochastically};
@@ -48,11 +51,12 @@ use qcompile_ir::{DType, Graph, Op, Region};
 /// The pass's word in errors.
 const PASS: &str = "quantize";
 
-/// Decides and inserts the forward pairs. Call before `differentiate`.
+/// Joins the pairs that the model has, decides, and inserts those of the forward pass. Call before `differentiate`.
 ///
 /// # Errors
 /// [`PassError::Unsupported`] if the options ask for what is not there; see [`decide`].
 pub fn run(graph: &mut Graph, options: &Options) -> Result<Vec<Decision>, PassError> {
+    join_pairs(graph)?;
     let decisions = decide(graph, options)?;
     if options.precision.base() == DType::BF16 {
         note_other_products(graph, options.operations);

@@ -328,8 +328,8 @@ fn value_fact(graph: &Graph, id: NodeId) -> Fact {
     }
 }
 
-/// Whether the value is a constant, perhaps reshaped, of normal numbers above 0.
-fn is_positive(graph: &Graph, mut id: NodeId) -> bool {
+/// Whether the value is a constant, perhaps reshaped, of normal numbers above 0, or held above such.
+pub(super) fn is_positive(graph: &Graph, mut id: NodeId) -> bool {
     loop {
         match graph.op(id) {
             Op::Const(tensor) => {
@@ -337,6 +337,7 @@ fn is_positive(graph: &Graph, mut id: NodeId) -> bool {
                     && tensor.to_f32().iter().all(|value| value.is_normal() && *value > 0.0);
             }
             Op::Reshape(_) | Op::Broadcast(_) => id = graph.operand(id, 0),
+            Op::Binary(BinaryOp::Max) => id = graph.operand(id, 1),
             _ => return false,
         }
     }
