@@ -1,5 +1,6 @@
 //! What a layer is: a forward product of data and a trained weight.
 
+use crate::differentiate::{is_constant, learned};
 use qcompile_ir::{DType, Graph, NodeId, Op, Precision, Region};
 
 /// A forward `conv2d` or `matmul` whose first operand depends on an input and whose second is a parameter, perhaps
@@ -103,17 +104,27 @@ pub(crate) fn parameter(graph: &Graph, mut id: NodeId) -> Option<NodeId> {
     }
 }
 
-/// A weight as it is before any quantization: the operand of `quantize` below a `dequantize`, else itself.
+/// A value as it is before rounding to codes by a computed scale: the operand of `quantize` below a `dequantize`, else itself.
+/// What is rounded by a constant or a learned scale is the model's own, and stays.
 pub(super) fn unquantized(graph: &Graph, id: NodeId) -> NodeId {
-    if !matches!(graph.op(id), Op::Dequantize { .. }) {
+    let (Op::Dequantize { .. }, [quantized, scale]) = (graph.op(id), &graph.operands(id)[..])
+    else {
         return id;
+    };
+    let own = is_constant(graph, *scale) || learned(graph, *scale);
+    match graph.op(*quantized) {
+        Op::Quantize { .. } if !own => graph.operand(*quantized, 0),
+        _ => id,
     }
-    let quantized = graph.operand(id, 0);
-    if matches!(graph.op(quantized), Op::Quantize { .. }) {
-        graph.operand(quantized, 0)
-    } else {
-        id
+}
+
+/// Whether a value is dequantized, perhaps under another shape.
+pub(super) fn reads_quantized(graph: &Graph, mut id: NodeId) -> bool {
+    while let Op::Reshape(_) | Op::Transpose(_) | Op::Broadcast(_) | Op::Slice { .. } = graph.op(id)
+    {
+        id = graph.operand(id, 0);
     }
+    matches!(graph.op(id), Op::Dequantize { .. })
 }
 
 /// What a product of the backward pass computes, with the positions of its operands.

@@ -21,6 +21,8 @@ mod layer;
 mod numerics;
 mod pack;
 mod pairs;
+#[cfg(test)]
+mod pairs_tests;
 mod remove;
 mod rules;
 mod scale;
