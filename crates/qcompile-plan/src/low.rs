@@ -1,7 +1,6 @@
 //! Products of low precision: what `dequantize`, or a cast that widens, hides from the product that follows it.
 
 use crate::Affine;
-use crate::fuse::has_epilogue;
 use crate::view::{View, merged};
 use qcompile_ir::{DType, Graph, NodeId, Op};
 use std::collections::BTreeMap;
