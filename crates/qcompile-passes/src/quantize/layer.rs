@@ -17,6 +17,8 @@ pub struct Layer {
     pub channels: usize,
     /// Whether it is a convolution of more than one group.
     pub grouped: bool,
+    /// Whether each group has one input channel.
+    pub depthwise: bool,
 }
 
 impl Layer {
@@ -49,6 +51,7 @@ impl Layer {
             result_axis: result_rank - 1,
             channels: shape[weight_axis],
             grouped: conv.is_some_and(|geometry| geometry.groups != 1),
+            depthwise: conv.is_some_and(|geometry| geometry.groups != 1) && shape[1] == 1,
         })
     }
 }
@@ -63,6 +66,24 @@ pub fn layers(graph: &Graph) -> Vec<Layer> {
             || graph.operands(id).iter().any(|operand| from_data[operand.index()]);
     }
     order.into_iter().filter_map(|id| Layer::of(graph, id, &from_data)).collect()
+}
+
+/// Forward products that are no layers, so that no int8 kernel runs them: of two computed values, attention, the recurrent
+/// ones.
+#[must_use]
+pub fn other_products(graph: &Graph) -> Vec<NodeId> {
+    let layers: Vec<NodeId> = layers(graph).into_iter().map(|layer| layer.node).collect();
+    let product = |id: &NodeId| {
+        let node = graph.node(*id);
+        let op = &node.op;
+        node.region == Region::Forward
+            && matches!(
+                op,
+                Op::Matmul { .. } | Op::Conv2d(_) | Op::Attention { .. } | Op::Recurrence(_)
+            )
+            && !layers.contains(id)
+    };
+    graph.order().into_iter().filter(product).collect()
 }
 
 /// The parameter whose elements `id` holds, if only their layout or precision changed on the way.

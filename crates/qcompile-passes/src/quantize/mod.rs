@@ -38,7 +38,7 @@ pub(crate) use decide::matches;
 pub use decide::{Decision, LayerCost, Operations, Options, decide};
 pub(crate) use insert::{Inserted, forward as insert_forward};
 pub(crate) use layer::parameter;
-pub use layer::{Layer, layers};
+pub use layer::{Layer, layers, other_products};
 pub use numerics::{Numerics, OperandTypes};
 pub use pack::{pack4, unpack4};
 pub use pairs::join_pairs;
