@@ -14,7 +14,7 @@ use std::sync::Arc;
 const STEP: &str = "rounding.step";
 
 /// 64-bit FNV-1a.
-fn digest(text: &str) -> u64 {
+pub(crate) fn digest(text: &str) -> u64 {
     let add = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
     text.bytes().fold(0xcbf2_9ce4_8422_2325, add)
 }

@@ -1,6 +1,7 @@
 //! Channel-wise precision: a layer as two, its sensitive output channels in f32 and the others in int8.
 
 use super::PASS;
+use super::insert::is_quantized;
 use super::layer::Layer;
 use crate::PassError;
 use crate::builder::Builder;
@@ -56,6 +57,7 @@ pub(super) fn outliers(graph: &mut Graph, layer: &Layer) -> Result<(), PassError
         note.sensitivity = node.note.sensitivity;
         note.precision = node.note.precision;
         note.stored = node.note.stored;
+        note.quantizer = node.note.quantizer;
         if high {
             note.precision = Some(high_precision(&node.note));
         }
@@ -71,10 +73,10 @@ pub(super) fn outliers(graph: &mut Graph, layer: &Layer) -> Result<(), PassError
     Ok(())
 }
 
-/// What the sensitive channels of a layer run in: int8 gives way to the type that the values are stored in.
+/// What the sensitive channels of a layer run in: codes give way to the type that the values are stored in.
 fn high_precision(note: &Note) -> Precision {
     let stored = note.stored.unwrap_or(DType::F32);
-    let high = |dtype| if dtype == DType::I8 { stored } else { dtype };
+    let high = |dtype| if is_quantized(dtype) { stored } else { dtype };
     let low = note.precision.unwrap_or(Precision::uniform(DType::F32));
     Precision {
         forward: high(low.forward),
