@@ -70,7 +70,7 @@ pub use options::Options;
 pub use qcompile_ir::{DType, Region, Tensor};
 pub use qcompile_kernels::Tier;
 pub use qcompile_passes::attach_loss::LossKind;
-pub use qcompile_passes::quantize::{Operations, PrecisionChoice};
+pub use qcompile_passes::quantize::{ChannelPolicy, Operations, PrecisionChoice};
 pub use qcompile_passes::sensitivity::Metric;
 pub use qcompile_passes::update::Optimizer;
 pub use qcompile_plan::Plan;

@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use qcompile_ir::Tensor;
 use qcompile_kernels::Tier;
 use qcompile_passes::attach_loss::LossKind;
-use qcompile_passes::quantize::{Operations, PrecisionChoice};
+use qcompile_passes::quantize::{ChannelPolicy, Operations, PrecisionChoice};
 use qcompile_passes::sensitivity::Metric;
 use qcompile_passes::update::Optimizer;
 use std::collections::BTreeMap;
@@ -45,8 +45,10 @@ pub struct Options {
     pub metric: Metric,
     /// Layers with a score up to this become int8.
     pub threshold: Option<f32>,
-    /// Channels with a score above this stay f32.
+    /// Channels with a score above this are not left to one int8 product.
     pub channel_threshold: Option<f32>,
+    /// What becomes of them; none splits where that does not measure slower.
+    pub channel_policy: Option<ChannelPolicy>,
     /// Predicted relative increase of the loss that lower precision may cost.
     pub max_loss_increase: f32,
     /// Patterns of layers that stay f32.
@@ -90,6 +92,7 @@ impl Default for Options {
             metric: Metric::default(),
             threshold: None,
             channel_threshold: None,
+            channel_policy: None,
             max_loss_increase: 0.01,
             keep_f32: Vec::new(),
             operations: Operations::default(),
@@ -121,6 +124,7 @@ impl Options {
             metric: precision.metric.unwrap_or(standard.metric),
             threshold: precision.threshold,
             channel_threshold: precision.channel_threshold,
+            channel_policy: precision.channel_policy,
             max_loss_increase: precision.max_loss_increase.unwrap_or(standard.max_loss_increase),
             keep_f32: precision.keep.clone(),
             operations: precision.quantize_ops.unwrap_or(standard.operations),
@@ -169,6 +173,12 @@ impl Options {
             return Err(Error::usage("--quantize-ops update: the optimizer sgd keeps no state")
                 .help("--master-weights off updates weights in bf16; momentum, nesterov, adam and adamw have 8-bit state"));
         }
+        if let Some(policy) = self.channel_policy.filter(|_| self.channel_threshold.is_none()) {
+            return Err(Error::usage(format!(
+                "--channel-policy {} says what becomes of channels above --channel-threshold, which is not given",
+                policy.name()
+            )));
+        }
         let given = thresholds.into_iter().find(|(_, value)| value.is_some());
         match given {
             Some((flag, _)) if !self.precision.has_int8() => Err(Error::usage(format!(
@@ -208,6 +218,9 @@ impl Options {
             if let Some(value) = value {
                 say(flag, value.to_string());
             }
+        }
+        if let Some(policy) = self.channel_policy {
+            say("channel-policy", policy.name().to_owned());
         }
         let dims = self.dims.iter().map(|(name, size)| format!("{name}={size}"));
         let text = |tensor: &Tensor| tensor.to_f64().iter().map(f64::to_string).collect::<Vec<_>>();

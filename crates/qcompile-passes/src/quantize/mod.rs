@@ -19,6 +19,7 @@ mod insert;
 mod language;
 mod layer;
 mod pack;
+mod permute;
 mod remove;
 mod rules;
 mod split;
@@ -28,6 +29,7 @@ mod tests;
 mod weights;
 mod window;
 
+pub use channels::ChannelPolicy;
 pub use choice::PrecisionChoice;
 pub use decide::{Decision, LayerCost, Operations, Options, decide};
 pub(crate) use insert::{Inserted, forward as insert_forward};
@@ -88,16 +90,16 @@ pub fn insert_backward(graph: &mut Graph) -> Result<usize, PassError> {
 }
 
 /// Inserts forward roundings as the notes say: products whose `precision` is bf16 or that are `stored` so, and layers
-/// whose `precision` is int8 in the forward product, but for the channels in `outliers`.
+/// whose `precision` is int8 in the forward product, but for the channels noted.
 ///
 /// # Errors
 /// [`PassError::Unsupported`] if a note asks for what cannot be done.
 pub fn insert(graph: &mut Graph) -> Result<(), PassError> {
     for layer in layers(graph) {
         let note = &graph.node(layer.node).note;
-        if note.precision.is_some_and(|precision| precision.has_int8()) && !note.outliers.is_empty()
-        {
-            split::outliers(graph, &layer)?;
+        let low = note.precision.is_some_and(|precision| precision.has_int8());
+        if low && !note.channels.is_empty() {
+            split::channels(graph, &layer)?;
         }
     }
     bf16::insert_forward(graph)?;

@@ -58,6 +58,35 @@ pub(super) fn of_weight(weight: &Tensor, axis: usize) -> Vec<Noise> {
     noise
 }
 
+/// Noise of what rounding to i8 with one scale leaves of `data`.
+pub(super) fn of_tensor(data: &Tensor) -> Noise {
+    let values = data.to_f32();
+    let amax = values.iter().fold(0.0_f32, |most, value| most.max(value.abs()));
+    let scale = (amax / 127.0).max(1e-30);
+    let mut noise = Noise::default();
+    for value in values {
+        let rounded = (value / scale).round_ties_even().clamp(-127.0, 127.0) * scale;
+        noise.add(f64::from(value), f64::from(rounded));
+    }
+    noise
+}
+
+/// The largest magnitude per index of `axis`, over the median of those that are not 0.
+pub(super) fn ranges(data: &Tensor, axis: usize) -> Vec<f32> {
+    let channel = channel_of(data.shape(), axis);
+    let mut largest = vec![0.0_f32; data.shape()[axis]];
+    for (element, value) in data.to_f32().into_iter().enumerate() {
+        let most = &mut largest[channel(element)];
+        // A NaN is larger than all.
+        *most = if value.is_nan() { f32::INFINITY } else { most.max(value.abs()) };
+    }
+    let mut sorted: Vec<f32> = largest.iter().copied().filter(|most| *most > 0.0).collect();
+    sorted.sort_by(f32::total_cmp);
+    let median = sorted.get(sorted.len() / 2).copied().unwrap_or(1.0);
+    let ratio = |most: f32| if most.is_infinite() { most } else { most / median };
+    largest.into_iter().map(ratio).collect()
+}
+
 /// Noise per index of `axis` of `rounded` against `exact`; `None` if their shapes differ.
 pub(super) fn between(exact: &Tensor, rounded: &Tensor, axis: usize) -> Option<Vec<Noise>> {
     if exact.shape() != rounded.shape() {
@@ -84,6 +113,17 @@ mod tests {
         // By columns, the large row drowns the small one: more noise than by rows.
         assert!(total(&of_weight(&weight, 1)).ratio() > 0.0);
         assert_eq!(total(&of_weight(&Tensor::zeros(weight.dtype(), &[2, 2]), 0)).ratio(), 0.0);
+    }
+
+    #[test]
+    fn ranges_are_relative_to_the_usual_one() {
+        let data = Tensor::from_f32(&[2, 4], &[0.0, 1.0, -2.0, 8.0, 0.0, -0.5, 1.0, 100.0]);
+        let data = data.expect("8");
+        assert_eq!(ranges(&data, 1), [0.0, 0.5, 1.0, 50.0]);
+        // One channel makes the scale too coarse for the others.
+        let others = Tensor::from_f32(&[2, 2], &[1.0, -2.0, -0.5, 1.0]).expect("4");
+        assert!(of_tensor(&others).ratio() > 0.0);
+        assert_eq!(of_tensor(&Tensor::zeros(data.dtype(), &[3])).ratio(), 0.0);
     }
 
     #[test]

@@ -59,8 +59,8 @@ fn replace(graph: &mut Graph, old: NodeId, new: NodeId) -> Result<(), PassError>
     kept.sensitivity = kept.sensitivity.or(note.sensitivity);
     kept.precision = kept.precision.or(note.precision);
     kept.stored = kept.stored.or(note.stored);
-    if kept.outliers.is_empty() {
-        kept.outliers = note.outliers;
+    if kept.channels.is_empty() {
+        kept.channels = note.channels;
     }
     Ok(())
 }
