@@ -5,8 +5,8 @@ mod pooling;
 mod recurrence;
 
 use crate::{
-    AttentionOperand, BinaryOp, ConvGeometry, DType, Dim, Op, PoolGeometry, QuantizedRange, Shape,
-    TensorType, UnaryOp,
+    AttentionOperand, BinaryOp, ConvGeometry, DType, Dim, Op, QuantizedRange, Shape, TensorType,
+    UnaryOp,
 };
 use thiserror::Error;
 

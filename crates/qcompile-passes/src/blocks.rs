@@ -2,7 +2,7 @@
 
 use crate::PassError;
 use crate::builder::Builder;
-use qcompile_ir::{BinaryOp, DType, Graph, NodeId, Op, ReduceOp, Shape, UnaryOp};
+use qcompile_ir::{BinaryOp, DType, Dim, Graph, NodeId, Op, ReduceOp, Shape, UnaryOp};
 
 /// Elements of a block, if that divides the tensor.
 const LARGEST: usize = 256;
@@ -13,8 +13,21 @@ const TINY: f64 = 1e-30;
 
 /// Elements of a block of a tensor with so many: the largest divisor from 64 to 256; a tensor without one is one block.
 fn size(elements: usize) -> usize {
-    let fits = |size: &usize| elements.is_multiple_of(*size);
-    (SMALLEST..=LARGEST).rev().find(fits).unwrap_or(elements)
+    size_in_multiples(elements, 1).unwrap_or(elements)
+}
+
+/// The same among multiples of `unit`; a tensor without such a divisor is one block, if it has a multiple of it.
+fn size_in_multiples(elements: usize, unit: usize) -> Option<usize> {
+    let fits = |size: &usize| elements.is_multiple_of(*size) && size.is_multiple_of(unit);
+    let whole = Some(elements).filter(|_| elements.is_multiple_of(unit));
+    (SMALLEST..=LARGEST).rev().find(fits).or(whole)
+}
+
+/// The shape `[N · blocks, elements of each]` of a value with so many elements for each sample, if blocks of a multiple
+/// of `unit` elements divide it.
+pub(crate) fn of_samples(per_sample: usize, unit: usize) -> Option<Shape> {
+    let size = size_in_multiples(per_sample, unit).filter(|size| *size > 0)?;
+    Some(Shape(vec![Dim { scale: per_sample / size, batch: true }, Dim::fixed(size)]))
 }
 
 /// The shape `[blocks, elements of each]` under which a tensor of fixed sizes is seen; none if its sizes depend on the

@@ -49,7 +49,7 @@ fn mean_of_codes(graph: &mut Graph, gradient: NodeId, name: &str) -> Result<Node
     let mut b = Builder::new(graph, Region::Comm, name);
     let wide = b.cast("f32", gradient, DType::F32)?;
     let values = b.reshape("blocks", wide, shape.clone())?;
-    let numbers = b.uniform_of_rank("numbers", shape)?;
+    let numbers = b.uniform_of_rank("numbers", &shape)?;
     let [codes, scale] = b.block_codes(values, numbers)?;
     let rounded = b.add("dq", Op::Dequantize { axis: Some(0) }, &[codes, scale])?;
     let mean = b.add("mean", Op::AllReduce(CollectiveOp::Mean), &[rounded])?;

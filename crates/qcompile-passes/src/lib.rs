@@ -16,6 +16,7 @@ pub mod distribute;
 pub mod error;
 pub mod evaluation;
 pub mod quantize;
+pub mod saved;
 pub mod sensitivity;
 pub mod simplify;
 mod stochastic;

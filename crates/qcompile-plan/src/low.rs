@@ -1,10 +1,13 @@
 //! Products of low precision: what `dequantize`, or a cast that widens, hides from the product that follows it.
 
 use crate::Affine;
-use crate::fuse::has_epilogue;
-use crate::view::View;
+use crate::view::{View, merged};
 use qcompile_ir::{DType, Graph, NodeId, Op};
 use std::collections::BTreeMap;
+use std::ops::Range;
+
+/// Most pixels of an image whose products of i8 an i32 holds, whatever they are: more are not summed in int8.
+const MOST_PIXELS: usize = i32::MAX as usize >> 14;
 
 /// The operands of a product as they are stored, where both are of low precision: under what `dequantize` or a
 /// widening cast hides. See [`int8_operands`].
@@ -16,10 +19,21 @@ pub(crate) struct LowOperands {
     pub(crate) scales: Option<Scales>,
 }
 
+impl LowOperands {
+    /// Whether the rows of all matrices of the first operand have a scale each.
+    pub(crate) fn runs_over_batch(&self) -> bool {
+        self.scales.is_some_and(|scales| scales.over_batch)
+    }
+}
+
 /// The scales of integer operands.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Scales {
     pub(crate) a: NodeId,
+    /// Whether there is one for each row, image or input channel.
+    pub(crate) per_row: bool,
+    /// Whether those of rows go on from one matrix of the batch to the next.
+    over_batch: bool,
     pub(crate) b: NodeId,
     pub(crate) per_channel: bool,
 }
@@ -43,38 +57,67 @@ fn bf16_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<LowOperand
     (f32 && bf16(a) && bf16(b)).then(|| LowOperands { a: a.clone(), b: b.clone(), scales: None })
 }
 
-/// `product(dequantize(q, s), dequantize(r, t))` as a product of `q` and `r`, if the kernels have it: `s` one
-/// scale; `t` one scale, or one for each result column of a forward product.
+/// `product(dequantize(q, s), dequantize(r, t))` as a product of `q` and `r`, if the kernels have it: a scale may belong
+/// to whatever the sums do not run over.
 fn int8_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<LowOperands> {
-    if !has_epilogue(graph.op(id)) {
-        return None;
-    }
-    let (a, scale_a, None) = hidden(graph, views, graph.operand(id, 0))? else { return None };
-    let (b, scale_b, axis) = hidden(graph, views, graph.operand(id, 1))?;
-    let per_channel = match (axis, graph.op(id)) {
-        (None, _) => false,
-        (Some(0), Op::Conv2d(_)) => true,
-        (Some(axis), Op::Matmul { transpose_b, .. }) => {
-            let rank = b.dims.len();
-            let column = if *transpose_b { rank - 2 } else { rank - 1 };
-            let base = graph.ty(b.base);
-            let own = View::dense(b.base, &base.shape);
-            if base.shape.rank() != 2
-                || own.strides[axis] != b.strides[column]
-                || own.dims[axis] != b.dims[column]
-            {
-                return None;
+    let (a, scale_a, axis_a) = hidden(graph, views, graph.operand(id, 0))?;
+    let (b, scale_b, axis_b) = hidden(graph, views, graph.operand(id, 1))?;
+    let along = |view: &View, dim: usize, axis: Option<usize>| {
+        axis.is_none_or(|axis| runs_along(graph, view, dim..dim + 1, axis))
+    };
+    let mut over_batch = false;
+    let fits = match graph.op(id) {
+        Op::Matmul { transpose_a, transpose_b } => {
+            a.as_matrices()?;
+            b.as_matrices()?;
+            let last = a.dims.len() - 1;
+            let row = if *transpose_a { last } else { last - 1 };
+            let column = if *transpose_b { last - 1 } else { last };
+            if let Some(axis) = axis_a.filter(|_| !along(&a, row, axis_a)) {
+                let shared = b.strides[..last - 1].iter().all(|stride| stride.scale == 0);
+                over_batch = shared && !transpose_a && runs_along(graph, &a, 0..last, axis);
+                if !over_batch {
+                    return None;
+                }
             }
-            true
+            along(&b, column, axis_b)
+        }
+        Op::Conv2d(_) => along(&a, 0, axis_a) && along(&b, 0, axis_b),
+        Op::Conv2dGradInput(geometry) => {
+            // Weights are OIHW. Where every channel is convolved by itself, it has the same number on both sides.
+            let groups = Some(&geometry.groups.into());
+            let alone = graph.ty(id).shape.0.last() == groups && b.dims.first() == groups;
+            let of_group = !alone && geometry.groups > 1;
+            along(&a, 0, axis_a)
+                && along(&b, usize::from(!alone), axis_b)
+                && (axis_b.is_none() || !of_group)
+        }
+        Op::Conv2dGradWeight(geometry) => {
+            let [height, width] = geometry.output()?;
+            let depthwise = geometry.groups > 1 && a.dims.last() == Some(&geometry.groups.into());
+            along(&a, 3, axis_a)
+                && along(&b, 3, axis_b)
+                && !depthwise
+                && height.checked_mul(width)? <= MOST_PIXELS
         }
         _ => return None,
     };
-    let fits = match graph.op(id) {
-        Op::Matmul { .. } => a.as_matrices().is_some() && b.as_matrices().is_some(),
-        _ => a.is_dense() && b.is_dense(),
+    let fits = fits && (matches!(graph.op(id), Op::Matmul { .. }) || a.is_dense() && b.is_dense());
+    let scales = Scales {
+        a: scale_a,
+        per_row: axis_a.is_some(),
+        over_batch,
+        b: scale_b,
+        per_channel: axis_b.is_some(),
     };
-    let scales = Some(Scales { a: scale_a, b: scale_b, per_channel });
-    fits.then_some(LowOperands { a, b, scales })
+    fits.then_some(LowOperands { a, b, scales: Some(scales) })
+}
+
+/// Whether these dims of a view, one after the other, are an axis of the value beneath, as it lies in memory.
+fn runs_along(graph: &Graph, view: &View, dims: Range<usize>, axis: usize) -> bool {
+    let own = View::dense(view.base, &graph.ty(view.base).shape);
+    let run = merged(&view.dims[dims.clone()], &view.strides[dims]);
+    run == Some((own.dims[axis], own.strides[axis]))
 }
 
 /// What an exchange sends of `id` where that is `dequantize(q[rows, row], scale[rows])`, whole: the memory of the codes

@@ -226,6 +226,8 @@ pub struct Plan {
     pub(crate) consts: Vec<Binding>,
     pub(crate) meta: BTreeMap<String, String>,
     pub(crate) batch_size: usize,
+    /// Bytes that the forward region stores for the backward region.
+    pub(crate) saved: Affine,
     pub(crate) evaluation: Option<Arc<Plan>>,
 }
 
@@ -256,6 +258,7 @@ impl Plan {
             consts,
             meta: BTreeMap::new(),
             batch_size: 1,
+            saved: Affine::ZERO,
             evaluation: None,
         };
         crate::verify(&plan)?;
@@ -352,6 +355,13 @@ impl Plan {
     #[must_use]
     pub fn consts(&self) -> &[Binding] {
         &self.consts
+    }
+
+    /// Bytes of the values of samples that the forward region stores and later regions read, when the batch size is
+    /// `batch`. Inputs and what is computed again are not among them.
+    #[must_use]
+    pub fn saved_bytes(&self, batch: usize) -> usize {
+        self.saved.at(batch)
     }
 
     /// Bytes of all slots when the batch size is `batch` (without kernel scratch), each rounded up to 64.

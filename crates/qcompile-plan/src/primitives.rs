@@ -1,6 +1,7 @@
 //! Nodes that run a hand-scheduled kernel, with their operands in slots.
 
 use crate::build::PlanError;
+use crate::low::LowOperands;
 use crate::lower::Lowering;
 use crate::view::View;
 use crate::{
@@ -163,6 +164,7 @@ impl Lowering<'_> {
         let Some(scales) = low.scales else { return Operands::Bf16 };
         Operands::Int8(Int8 {
             scale_a: self.dense_place(scales.a),
+            per_row: scales.per_row,
             scale_b: self.dense_place(scales.b),
             per_channel: scales.per_channel,
         })
@@ -200,8 +202,13 @@ fn matmul(lowering: &Lowering, id: NodeId, transposed: [bool; 2], c: Place) -> M
         };
         (matrix, batch, rows.0, cols.0)
     };
-    let (a, batch, m, k) = matrix(&a, transposed[0]);
+    let (mut a, mut batch, mut m, k) = matrix(&a, transposed[0]);
     let (b, _, _, n) = matrix(&b, transposed[1]);
+    if lowering.fusion.low.get(&id).is_some_and(LowOperands::runs_over_batch) {
+        // Rows with a scale each go on from one matrix to the next.
+        m = batch.times(m).expect("verified: types are bounded");
+        (batch, a.batch_stride) = (Dim::ONE, Dim::fixed(0));
+    }
     Matmul { batch, m, n, k, a, b, c, operands: lowering.operands(id) }
 }
 

@@ -283,6 +283,7 @@ fn write_attention(f: &mut fmt::Formatter<'_>, attention: &crate::Attention) -> 
 
 fn write_scales(f: &mut fmt::Formatter<'_>, operands: &crate::Operands) -> fmt::Result {
     let Some(int8) = operands.scales() else { return Ok(()) };
+    let rows = if int8.per_row { " per row" } else { "" };
     let channels = if int8.per_channel { " per channel" } else { "" };
-    write!(f, " scales {}, {}{channels}", int8.scale_a, int8.scale_b)
+    write!(f, " scales {}{rows}, {}{channels}", int8.scale_a, int8.scale_b)
 }

@@ -9,8 +9,9 @@
 
 use crate::plan::bytes_of;
 use crate::{
-    Access, Affine, Attention, AttentionResult, Binding, Convolution, Kernel, LoopNest, Matmul,
-    Place, Plan, Pooling, Primitive, Product, Recurrent, Scalar, SlotId, Storage, Strided, Write,
+    Access, Affine, Attention, AttentionResult, Binding, Convolution, Int8, Kernel, LoopNest,
+    Matmul, Place, Plan, Pooling, Primitive, Product, Recurrent, Scalar, SlotId, Storage, Strided,
+    Write,
 };
 use qcompile_ir::{DType, Dim, QuantizedRange, Region};
 use thiserror::Error;
@@ -385,9 +386,7 @@ fn check_matmul(plan: &Plan, matmul: &Matmul, epilogue: Option<&LoopNest>) -> Ch
         check_access(plan, &[*batch, rows, cols], &access)?;
     }
     if let Some(int8) = operands.scales() {
-        let channels = if int8.per_channel { *n } else { Dim::ONE };
-        dense(plan, int8.scale_a, DType::F32, product(&[Dim::ONE])?)?;
-        dense(plan, int8.scale_b, DType::F32, product(&[channels])?)?;
+        check_scales(plan, int8, *m, *n)?;
     }
     let rows = batch.times(*m).ok_or("a product is quadratic in N")?;
     if epilogue.is_none() {
@@ -395,6 +394,14 @@ fn check_matmul(plan: &Plan, matmul: &Matmul, epilogue: Option<&LoopNest>) -> Ch
         dense(plan, *c, DType::F32, product(&[rows, *n])?)?;
     }
     check_epilogue(plan, epilogue, rows, *n)
+}
+
+/// The scales of a product, where there is one for each of these rows and channels.
+fn check_scales(plan: &Plan, int8: &Int8, rows: Dim, channels: Dim) -> Checked {
+    let rows = if int8.per_row { rows } else { Dim::ONE };
+    let channels = if int8.per_channel { channels } else { Dim::ONE };
+    dense(plan, int8.scale_a, DType::F32, product(&[rows])?)?;
+    dense(plan, int8.scale_b, DType::F32, product(&[channels])?)
 }
 
 fn check_convolution(
@@ -442,12 +449,11 @@ fn check_convolution(
     dense(plan, *a, dtype, first)?;
     dense(plan, *b, dtype, second)?;
     if let Some(int8) = operands.scales() {
-        if *kind == Product::GradWeight {
-            return Err("the gradient of a weight has no int8 form".to_owned());
-        }
-        let channels = if int8.per_channel { cols } else { 1 };
-        dense(plan, int8.scale_a, DType::F32, product(&[Dim::ONE])?)?;
-        dense(plan, int8.scale_b, DType::F32, product(&[channels.into()])?)?;
+        let (rows, channels) = match kind {
+            Product::Forward | Product::GradInput => (*images, cols),
+            Product::GradWeight => ((*in_channels).into(), *out_channels),
+        };
+        check_scales(plan, int8, rows, channels.into())?;
     }
     if epilogue.is_none() {
         writable(plan, c.slot)?;

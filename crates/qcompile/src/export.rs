@@ -8,7 +8,7 @@ use crate::options::Options;
 use crate::street::evaluation_form;
 use crate::subgraph::with_values;
 use crate::tensors::to_array;
-use qcompile_ir::{Graph, Op, Tensor};
+use qcompile_ir::{DType, Graph, Op, Tensor};
 use qcompile_onnx::{Export, ExportOptions};
 use qcompile_passes::{quantize, simplify, update};
 use qcompile_runtime::{Values, checkpoint};
@@ -77,7 +77,6 @@ impl Exported {
             form = with_values(&form, values)?;
         }
         if about.options.get("master-weights").is_some_and(|word| word == "off") {
-            update::widen(&mut graph)?;
             update::widen(&mut form)?;
         }
         let low = about.decisions.iter().filter(|decision| decision.precision.is_low()).count();
@@ -85,7 +84,14 @@ impl Exported {
         if widened {
             simplify::run(&mut form, &simplify::Options { keep_stop_gradient: false })?;
         }
-        let exported = Exported::new(&graph, form, about, Vec::new())?;
+        let mut exported = Exported::new(&graph, form, about, Vec::new())?;
+        for (name, tensor) in &mut exported.parameters {
+            // What is stored in bf16 for training only leaves as the f32 that the form has.
+            let leaf = exported.form.find(name).map(|id| exported.form.op(id));
+            if let Some(Op::Param(wide)) = leaf.filter(|_| tensor.dtype() == DType::BF16) {
+                *tensor = wide.as_ref().clone();
+            }
+        }
         Ok(Exported { widened: if widened { low } else { 0 }, ..exported })
     }
 

@@ -6,6 +6,7 @@ use qcompile_ir::Tensor;
 use qcompile_kernels::Tier;
 use qcompile_passes::attach_loss::LossKind;
 use qcompile_passes::quantize::{ChannelPolicy, Operations, PrecisionChoice};
+use qcompile_passes::saved;
 use qcompile_passes::sensitivity::Metric;
 use qcompile_passes::update::Optimizer;
 use std::collections::BTreeMap;
@@ -57,6 +58,8 @@ pub struct Options {
     pub operations: Operations,
     /// Whether the weights of layers whose update is of lower precision are kept in f32, else in bf16.
     pub master_weights: bool,
+    /// How values are saved for the backward pass; of several rules that match, the last counts.
+    pub saved: Vec<saved::Rule>,
     /// Scores to be read instead of measured.
     pub scores: Option<PathBuf>,
     /// The text of `--data`.
@@ -97,6 +100,7 @@ impl Default for Options {
             keep_f32: Vec::new(),
             operations: Operations::default(),
             master_weights: true,
+            saved: Vec::new(),
             scores: None,
             data: None,
             samples: SAMPLES,
@@ -129,6 +133,7 @@ impl Options {
             keep_f32: precision.keep.clone(),
             operations: precision.quantize_ops.unwrap_or(standard.operations),
             master_weights: precision.master_weights.unwrap_or(standard.master_weights),
+            saved: args.compress.clone(),
             scores: precision.scores.clone(),
             samples: precision.samples.unwrap_or(standard.samples),
             threads: machine.threads,
@@ -179,6 +184,15 @@ impl Options {
                 policy.name()
             )));
         }
+        let twice =
+            self.saved.iter().enumerate().find(|(at, rule)| {
+                self.saved[..*at].iter().any(|other| other.pattern == rule.pattern)
+            });
+        if let Some((_, rule)) = twice {
+            return Err(Error::usage(format!(
+                "--compress {rule}: the same values have another rule"
+            )));
+        }
         let given = thresholds.into_iter().find(|(_, value)| value.is_some());
         match given {
             Some((flag, _)) if !self.precision.has_int8() => Err(Error::usage(format!(
@@ -226,7 +240,9 @@ impl Options {
         let text = |tensor: &Tensor| tensor.to_f64().iter().map(f64::to_string).collect::<Vec<_>>();
         let constants =
             self.constants.iter().map(|(name, value)| format!("{name}={}", text(value).join(",")));
+        let compress = self.saved.iter().map(ToString::to_string);
         let lists = [
+            ("compress", compress.collect()),
             ("freeze", self.freeze.clone()),
             ("train", self.train.clone()),
             ("keep", self.keep_f32.clone()),

@@ -132,6 +132,10 @@ pub(crate) fn text(compiled: &Compiled, verbose: bool) -> String {
     if let Some(predicted) = compiled.predicted {
         line("predicted", format!("{:+.3} % of the loss", 100.0 * predicted));
     }
+    if let Some(how) = compiled.about.options.get("compress") {
+        let saved = compiled.plan.saved_bytes(compiled.plan.batch_size());
+        line("saved", format!("{} for the backward pass ({how})", bytes(saved as u64)));
+    }
     match &compiled.measured {
         Some(steps) => {
             let chosen = &steps.chosen;
@@ -194,6 +198,7 @@ pub(crate) fn document(compiled: &Compiled, model: &Path, plan: Option<&Path>) -
         "bf16_step_ms": steps.and_then(|steps| steps.bf16.as_ref()).map(median),
         "peak_bytes": bytes,
         "state_bytes": state_bytes(&compiled.plan),
+        "saved_bytes": compiled.plan.saved_bytes(compiled.plan.batch_size()),
         "warnings": compiled.warnings,
     })
 }

@@ -195,7 +195,7 @@ fn is_named(graph: &Graph, layer: &Layer, pattern: &str) -> bool {
 }
 
 /// Whether `text` fits a pattern of literal characters, `*` and `?`; linear in the product of the lengths.
-fn matches(pattern: &str, text: &str) -> bool {
+pub(crate) fn matches(pattern: &str, text: &str) -> bool {
     let mut fits = vec![true];
     let text: Vec<char> = text.chars().collect();
     fits.resize(text.len() + 1, false);

@@ -31,6 +31,7 @@ mod window;
 
 pub use channels::ChannelPolicy;
 pub use choice::PrecisionChoice;
+pub(crate) use decide::matches;
 pub use decide::{Decision, LayerCost, Operations, Options, decide};
 pub(crate) use insert::{Inserted, forward as insert_forward};
 pub(crate) use layer::parameter;

@@ -31,7 +31,7 @@ pub use weights::{store_in_bf16, widen};
 
 use crate::PassError;
 use crate::builder::Builder;
-use crate::{differentiate, stochastic};
+use crate::{blocks, differentiate, stochastic};
 use moments::{Sign, blocks_of};
 use qcompile_ir::{
     BinaryOp, CompareOp, DType, Graph, NodeId, Op, Region, Shape, TensorType, UnaryOp,
@@ -296,13 +296,24 @@ impl Step {
         let change = b.reshape("change.whole", change, shape)?;
         let new = b.binary("stepped", BinaryOp::Sub, weight, change)?;
         let new = if low && dtype == DType::BF16 {
-            b.stochastic_bf16("stepped.cast", new)?
+            self.narrowed(&mut b, new)?
         } else {
             b.cast("stepped.cast", new, dtype)?
         };
         let next = b.keep_unless(self.finite, new, param)?;
         graph.set_next(param, next)?;
         Ok(())
+    }
+
+    /// A new parameter in bf16, rounded at random.
+    fn narrowed(&self, b: &mut Builder<'_>, new: NodeId) -> Result<NodeId, PassError> {
+        let Some(blocks) = blocks::shape(b.graph, new) else {
+            return b.cast("stepped.cast", new, DType::BF16);
+        };
+        let whole = b.shape(new);
+        let new = b.reshape("stepped.blocks", new, blocks)?;
+        let new = b.stochastic_bf16("stepped.cast", new)?;
+        b.reshape("stepped.whole", new, whole)
     }
 
     fn momentum(

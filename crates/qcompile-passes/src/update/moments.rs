@@ -143,7 +143,7 @@ impl Builder<'_> {
         let gap = self.binary("gap", BinaryOp::Sub, above?, below)?;
         let beyond = self.binary("beyond", BinaryOp::Sub, power, below)?;
         let chance = self.binary("chance", BinaryOp::Div, beyond, gap)?;
-        let numbers = self.uniform("numbers", shape)?;
+        let numbers = self.uniform("numbers", &shape)?;
         let goes = self.compare("goes", CompareOp::Less, numbers, chance)?;
         let mut code = self.select("chosen", goes, high, low)?;
         let limit = self.splat_like("limit", code, sign.limit())?;

@@ -28,7 +28,8 @@ pub fn store_in_bf16(graph: &mut Graph) -> Result<usize, PassError> {
     Ok(params.len())
 }
 
-/// Stores in f32 again what [`store_in_bf16`] stores in bf16: for what other programs take. Returns how many there are.
+/// Stores in f32 again what [`store_in_bf16`] stores in bf16, in a graph that does not train: for what other programs
+/// take. Returns how many there are.
 ///
 /// # Errors
 /// Only by a defect.

@@ -8,6 +8,7 @@ use clap::{Args, ValueEnum};
 use qcompile_ir::Tensor;
 use qcompile_passes::attach_loss::LossKind;
 use qcompile_passes::quantize::{ChannelPolicy, Operations, PrecisionChoice};
+use qcompile_passes::saved;
 use qcompile_passes::sensitivity::Metric;
 use qcompile_passes::update::Optimizer;
 use std::path::PathBuf;
@@ -46,6 +47,10 @@ pub struct CompileArgs {
     /// Precision of the layers.
     #[command(flatten)]
     pub precision: PrecisionArgs,
+    /// Save what the backward pass reads of the forward pass in bf16, int8 or int4: saved=int8, or of some nodes only
+    /// saved=int4:PATTERN; of several that match the last counts.
+    #[arg(long, value_name = "saved=FORMAT[:PATTERN]", help_heading = "Precision")]
+    pub compress: Vec<saved::Rule>,
     /// The batch size that is tuned and measured for; any batch runs [default: 32].
     #[arg(long, value_name = "N", value_parser = positive, help_heading = "Training")]
     pub batch_size: Option<usize>,

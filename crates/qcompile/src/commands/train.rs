@@ -165,6 +165,7 @@ fn check_flags(args: &CompileArgs, plan: &Plan) -> Result<()> {
         ("--keep", !precision.keep.is_empty()),
         ("--quantize-ops", precision.quantize_ops.is_some()),
         ("--master-weights", precision.master_weights.is_some()),
+        ("--compress", !args.compress.is_empty()),
         ("--scores", precision.scores.is_some()),
         ("--samples", precision.samples.is_some()),
     ];

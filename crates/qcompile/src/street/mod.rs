@@ -18,7 +18,7 @@ use qcompile_passes::attach_loss::{self, LossKind};
 use qcompile_passes::quantize::{self, LayerCost};
 use qcompile_passes::sensitivity::{LayerScore, Metric, Scores};
 use qcompile_passes::{
-    PassError, attention, differentiate, distribute, evaluation, simplify, update,
+    PassError, attention, differentiate, distribute, evaluation, saved, simplify, update,
 };
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -48,11 +48,13 @@ pub enum Pass {
     Update,
     /// Removes what the passes before have left over.
     Finish,
+    /// Compresses what is saved for the backward pass.
+    Compress,
 }
 
 impl Pass {
     /// Every pass in order.
-    pub const ALL: [Pass; 11] = [
+    pub const ALL: [Pass; 12] = [
         Pass::Simplify,
         Pass::Attention,
         Pass::AttachLoss,
@@ -64,10 +66,11 @@ impl Pass {
         Pass::Distribute,
         Pass::Update,
         Pass::Finish,
+        Pass::Compress,
     ];
 
     /// The last pass.
-    pub const LAST: Pass = Pass::Finish;
+    pub const LAST: Pass = Pass::Compress;
 
     /// The word on the command line and in dumps.
     #[must_use]
@@ -81,6 +84,7 @@ impl Pass {
             Pass::Differentiate => "differentiate",
             Pass::QuantizeBackward => "quantize-backward",
             Pass::MoveRoundings => "move-roundings",
+            Pass::Compress => "compress",
             Pass::Distribute => "distribute",
             Pass::Update => "update",
             Pass::Finish => "finish",
@@ -207,6 +211,14 @@ impl<'a> Street<'a> {
             }
             Pass::MoveRoundings => {
                 quantize::optimise(graph)?;
+            }
+            Pass::Compress if self.options.saved.is_empty() => {}
+            Pass::Compress => {
+                let saved = saved::run(graph, &self.options.saved)?;
+                let sensible = saved.compressed.is_empty();
+                about.warnings.extend(sensible.then(|| {
+                    "--compress: the backward pass reads no value that can be compressed".to_owned()
+                }));
             }
             Pass::Distribute => distribute::run(graph)?,
             Pass::Update => {
