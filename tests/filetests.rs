@@ -5,7 +5,7 @@
 //! differentiation; here it is checked that every op has its files.
 
 use crate::support::{cases, parse, root, snapshot};
-use qcompile_ir::{BinaryOp, ReduceOp, UnaryOp};
+use qcompile_ir::{BinaryOp, GradientRounding, Granularity, ReduceOp, Scaling, UnaryOp};
 use qcompile_passes::{PassError, attention, differentiate, quantize, simplify};
 use std::collections::BTreeSet;
 
@@ -74,10 +74,15 @@ fn int8() {
         let step = |graph: &mut qcompile_ir::Graph| {
             quantize::run(graph, &options)?;
             differentiate::run(graph)?;
-            quantize::insert_backward(graph)
+            quantize::insert_backward(graph)?;
+            quantize::optimise(graph)
         };
         snapshot("int8", &name, &shown(step(&mut graph).map(|_| graph)));
     }
+}
+
+fn one_of<T: Copy>(word: &str, all: &[T], name: fn(T) -> &'static str) -> T {
+    *all.iter().find(|one| name(**one) == word).expect("a word")
 }
 
 fn options(source: &str) -> quantize::Options {
@@ -88,6 +93,16 @@ fn options(source: &str) -> quantize::Options {
         match key {
             "precision" => options.precision = value.parse().expect("a choice"),
             "threshold" => options.threshold = Some(value.parse().expect("a number")),
+            "operand-types" => options.numerics.types = value.parse().expect("types"),
+            "granularity" => {
+                options.numerics.granularity = one_of(value, &Granularity::ALL, Granularity::name)
+            }
+            "rounding" => {
+                options.numerics.rounding =
+                    one_of(value, &GradientRounding::ALL, GradientRounding::name)
+            }
+            "scaling" => options.numerics.scaling = one_of(value, &Scaling::ALL, Scaling::name),
+            "grad-weight" => options.numerics.grad_weight = Some(value.parse().expect("a type")),
             _ => panic!("there is no option {key}"),
         }
     }

@@ -17,6 +17,7 @@ mod quantized_nets;
 mod quantizers;
 mod random_graph;
 mod refusals;
+mod state;
 mod support;
 mod tidy;
 mod training;

@@ -2,9 +2,9 @@
 
 use crate::support::Random;
 use qcompile_ir::{
-    AttentionOperand, BinaryOp, Channels, CollectiveOp, CompareOp, ConvGeometry, DType, Dim, Graph,
-    NodeId, Note, Op, PoolGeometry, Precision, QuantizedRange, ReduceOp, Region, ScatterOp, Shape,
-    Tensor, TensorType, UnaryOp,
+    AttentionOperand, BinaryOp, Channels, CollectiveOp, CompareOp, ConvGeometry, DType, Dim,
+    Granularity, Graph, NodeId, Note, Op, PoolGeometry, Precision, QuantizedRange, Quantizer,
+    ReduceOp, Region, Scaling, ScatterOp, Shape, Tensor, TensorType, UnaryOp,
 };
 use std::sync::Arc;
 
@@ -153,6 +153,12 @@ impl Drawing {
             channels: self.channels(),
             precision: self.random.chance(50).then_some(precision),
             stored: self.random.chance(20).then_some(DType::BF16),
+            quantizer: self.random.chance(20).then(|| Quantizer {
+                weight: DType::I4,
+                granularity: Granularity::Row,
+                scaling: Scaling::Delayed,
+                ..Quantizer::default()
+            }),
         }
     }
 

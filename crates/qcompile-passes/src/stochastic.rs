@@ -14,7 +14,7 @@ use std::sync::Arc;
 const STEP: &str = "rounding.step";
 
 /// 64-bit FNV-1a.
-fn digest(text: &str) -> u64 {
+pub(crate) fn digest(text: &str) -> u64 {
     let add = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
     text.bytes().fold(0xcbf2_9ce4_8422_2325, add)
 }
@@ -139,5 +139,69 @@ impl Builder<'_> {
         let goes = self.compare(&name("goes"), CompareOp::Less, numbers, share)?;
         let rounded = self.select(&name("rounded"), goes, other, nearest)?;
         self.cast(suffix, rounded, DType::BF16)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::differentiate::tests::parse;
+    use qcompile_ir::eval::{EvalOptions, eval};
+    use std::collections::BTreeMap;
+
+    /// What `x` is rounded to in this many steps, by place.
+    fn rounded(values: &[f32], steps: u32) -> Vec<Vec<f64>> {
+        let mut graph = parse(&format!(
+            "graph @g {{\n  input %x : f32[1, {0}]\nforward:\n  %y : f32[1, {0}] = neg %x\n  return %y\n}}\n",
+            values.len()
+        ));
+        let x = graph.find("x").expect("an input");
+        let mut b = Builder::new(&mut graph, Region::Forward, "x");
+        let near = b.stochastic_bf16("near", x).expect("fits");
+        graph.add_output("near", near);
+        let tensor = Tensor::from_f32(&[1, values.len()], values).expect("as many");
+        let inputs = BTreeMap::from([("x".to_owned(), tensor)]);
+        let mut all = vec![Vec::new(); values.len()];
+        for step in 0..steps {
+            let leaves = BTreeMap::from([(STEP.to_owned(), vec![f64::from(step)])]);
+            let options = EvalOptions { leaves, ..EvalOptions::default() };
+            let values = eval(&graph, &inputs, 1, &options).expect("evaluates");
+            let near = values.get_f64("near").expect("an output");
+            all.iter_mut().zip(near).for_each(|(all, near)| all.push(near));
+        }
+        all
+    }
+
+    #[test]
+    fn bf16_goes_to_both_neighbours_so_that_the_mean_is_the_value() {
+        let bits = |bits: u32| f32::from_bits(bits);
+        let mut values = vec![0.0, -0.0, 1.0, -1.5, 3.0e38, f32::MAX];
+        for exponent in [1_u32, 60, 126, 127, 128, 200, 253] {
+            for mantissa in
+                [0x0000_0001, 0x0000_7fff, 0x0000_8000, 0x007f_4000, 0x007f_c000, 0x0040_1000]
+            {
+                values.extend([
+                    bits(exponent << 23 | mantissa),
+                    bits(1 << 31 | exponent << 23 | mantissa),
+                ]);
+            }
+        }
+        let steps = 512;
+        for (x, all) in values.iter().zip(rounded(&values, steps)) {
+            let toward_zero = f64::from(bits(x.to_bits() & 0xffff_0000));
+            let away = f64::from(bits((x.to_bits() & 0xffff_0000).wrapping_add(0x0001_0000)));
+            let x = f64::from(*x);
+            if !away.is_finite() {
+                continue;
+            }
+            let fits = |near: &f64| *near == toward_zero || (*near == away && x != toward_zero);
+            assert!(all.iter().all(fits), "{x}: {toward_zero}, {away}, {:?}", &all[..4]);
+            let mean = all.iter().sum::<f64>() / f64::from(steps);
+            let gap = (away - toward_zero).abs();
+            assert!(
+                (mean - x).abs() <= 0.12 * gap,
+                "{x}: {mean}, between {toward_zero} and {away}"
+            );
+        }
     }
 }

@@ -60,6 +60,13 @@ fn bf16_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<LowOperand
 /// `product(dequantize(q, s), dequantize(r, t))` as a product of `q` and `r`, if the kernels have it: a scale may belong
 /// to whatever the sums do not run over.
 fn int8_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<LowOperands> {
+    let product = matches!(
+        graph.op(id),
+        Op::Matmul { .. } | Op::Conv2d(_) | Op::Conv2dGradInput(_) | Op::Conv2dGradWeight(_)
+    );
+    if !product {
+        return None;
+    }
     let (a, scale_a, axis_a) = hidden(graph, views, graph.operand(id, 0))?;
     let (b, scale_b, axis_b) = hidden(graph, views, graph.operand(id, 1))?;
     let along = |view: &View, dim: usize, axis: Option<usize>| {
@@ -149,10 +156,15 @@ pub(crate) fn exchanged_codes(
 fn hidden(graph: &Graph, views: &[View], id: NodeId) -> Option<(View, NodeId, Option<usize>)> {
     let view = &views[id.index()];
     let Op::Dequantize { axis } = *graph.op(view.base) else { return None };
-    // With a zero point, the product is in f32.
-    let [q, scale] = graph.operands(view.base)[..] else { return None };
+    // With a zero point other than 0, the product is in f32.
+    let (q, scale) = match graph.operands(view.base)[..] {
+        [q, scale] => (q, scale),
+        [q, scale, zero_point] if is_zero(graph, zero_point) => (q, scale),
+        _ => return None,
+    };
     let under = &views[q.index()];
-    if graph.ty(q).dtype != DType::I8 || !under.is_dense() {
+    // Codes of i4 are a byte each, and small i8.
+    if !matches!(graph.ty(q).dtype, DType::I8 | DType::I4) || !under.is_dense() {
         return None;
     }
     let offset = view.offset.plus(under.offset)?;
@@ -160,4 +172,12 @@ fn hidden(graph: &Graph, views: &[View], id: NodeId) -> Option<(View, NodeId, Op
     // The axis of the scale counts dims of the dequantized value, which must be those of the integers' memory.
     let same_dims = graph.ty(under.base).shape == graph.ty(q).shape;
     (axis.is_none() || same_dims).then_some((view, scale, axis))
+}
+
+/// Whether a value is a constant 0 throughout.
+fn is_zero(graph: &Graph, mut id: NodeId) -> bool {
+    while let Op::Broadcast(_) | Op::Reshape(_) = graph.op(id) {
+        id = graph.operand(id, 0);
+    }
+    matches!(graph.op(id), Op::Const(tensor) if tensor.splat() == Some(0.0))
 }

@@ -236,6 +236,11 @@ impl Memory {
                 ending[last[&id]].push(id);
             }
         }
+        let region = |at: usize| match schedule[at] {
+            Item::Group(group) => fusion.groups[group].region,
+            Item::Output(position) => graph.node(graph.outputs()[position].1).region,
+            Item::Next(..) => Region::Update,
+        };
         let mut free: Vec<SlotId> = Vec::new();
         for at in 0..schedule.len() {
             for &id in &starting[at] {
@@ -245,7 +250,10 @@ impl Memory {
                 };
                 let slot = match ending[at].iter().position(over) {
                     Some(dying) => self.slot_of[&ending[at].swap_remove(dying)],
-                    None => self.take(&mut free, bytes_of(graph.ty(id)), batch),
+                    None => {
+                        let stays = region(last[&id]) > region(at);
+                        self.take(&mut free, bytes_of(graph.ty(id)), batch, stays)
+                    }
                 };
                 self.slot_of.insert(id, slot);
             }
@@ -256,18 +264,21 @@ impl Memory {
         }
     }
 
-    /// The free slot that wastes least: the smallest that is large enough, else the largest, grown.
-    fn take(&mut self, free: &mut Vec<SlotId>, bytes: Affine, batch: usize) -> SlotId {
+    /// The free slot that wastes least: the smallest that is large enough, else the largest, grown. What `stays` for
+    /// another region would withhold what it wastes for most of the step.
+    fn take(&mut self, free: &mut Vec<SlotId>, bytes: Affine, batch: usize, stays: bool) -> SlotId {
         let wanted = bytes.at(batch);
         let waste = |slot: SlotId| {
             let size = self.slots[slot.index()].bytes.at(batch);
             (size < wanted, size.abs_diff(wanted), slot)
         };
         let best = (0..free.len()).min_by_key(|&at| waste(free[at]));
-        // A slot more than four times too large is left for those who need it.
+        // A slot that is much too large is left for those who need it.
         let best = best.filter(|&at| {
             let size = self.slots[free[at].index()].bytes.at(batch);
-            size <= wanted.saturating_mul(4).max(4096)
+            let most =
+                if stays { wanted.saturating_add(wanted / 4) } else { wanted.saturating_mul(4) };
+            size <= most.max(4096)
         });
         match best {
             Some(at) => {

@@ -148,6 +148,7 @@ pub(crate) fn read_less(graph: &Graph, order: &[NodeId], fusion: &mut Fusion) {
             && sources
                 .iter()
                 .all(|source| is_small(graph, *source, id) || readers.contains_key(source));
+        let follows = fusion.follows(graph, id);
         let fits = others.iter().all(|&other| {
             let other = &fusion.groups[other];
             let loops = match other.kind {
@@ -162,6 +163,7 @@ pub(crate) fn read_less(graph: &Graph, order: &[NodeId], fusion: &mut Fusion) {
             other.region <= Region::Backward
                 && other.reads.len() + sources.len() <= MAX_READS
                 && !product
+                && (other.kind != Kind::Primitive || follows)
                 && loops.iter().flat_map(|&member| fusion.sources(graph, member)).all(|view| {
                     view.base != id || (view.is_whole(graph) && view.dims == other.domain)
                 })

@@ -176,7 +176,7 @@ impl Compiled {
 /// The sum of the leave-one-out scores of the int8 layers; they say nothing of bf16.
 fn predicted(decisions: &[LayerDecision], scores: Option<&Scores>) -> Option<f64> {
     scores.filter(|scores| scores.metric == Metric::LeaveOneOut)?;
-    let other = |decision: &&LayerDecision| !decision.precision.has_int8();
+    let other = |decision: &&LayerDecision| !decision.precision.is_quantized();
     let low: Vec<_> = decisions.iter().filter(|decision| decision.precision.is_low()).collect();
     if low.iter().any(other) {
         return None;
@@ -241,7 +241,7 @@ impl<'a> Candidates<'a> {
         let quantized = keep.then(|| (draft.clone(), took));
         let mut compiled = self.compiled(draft, &fixed)?;
         compiled.predicted = predicted.or(compiled.predicted);
-        let has_int8 = compiled.about.decisions.iter().any(|d| d.precision.has_int8());
+        let has_int8 = compiled.about.decisions.iter().any(|d| d.precision.is_quantized());
         let same = self.all.iter().position(|known| {
             choice.has_int8() && !has_int8 && known.choice.base() == choice.base()
         });
@@ -334,7 +334,7 @@ impl Candidate {
     /// Whether this is the plan of `choice`, perhaps for another reason.
     fn stands_for(&self, choice: PrecisionChoice) -> bool {
         let decisions = &self.compiled.about.decisions;
-        self.choice.base() == choice.base() && !decisions.iter().any(|d| d.precision.has_int8())
+        self.choice.base() == choice.base() && !decisions.iter().any(|d| d.precision.is_quantized())
     }
 }
 

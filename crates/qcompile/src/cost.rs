@@ -13,7 +13,8 @@ use crate::synthetic::{self, Random};
 use crate::terminal::{Progress, Show};
 use crate::timings::Timings;
 use qcompile_ir::{
-    Channels, DType, Graph, GraphError, Name, Op, Precision, Region, Tensor, TensorType, UnaryOp,
+    Channels, DType, Graph, GraphError, Name, Note, Op, Precision, Quantizer, Region, Tensor,
+    TensorType, UnaryOp,
 };
 use qcompile_passes::quantize::{self, Decision, Layer, LayerCost, layers};
 use qcompile_plan::{BuildOptions, build};
@@ -47,8 +48,7 @@ pub(crate) fn measure(
     loop {
         let decisions = quantize::decide(&mut graph.clone(), &decide)?;
         let chosen = decisions.iter().zip(&all).filter(|(decision, _)| {
-            let low = [decision.precision.forward, decision.precision.grad_input];
-            low.contains(&DType::I8) && !decide.cost.contains_key(&decision.node)
+            decision.precision.is_quantized() && !decide.cost.contains_key(&decision.node)
         });
         let chosen: Vec<(&Decision, &Layer)> = chosen.collect();
         if chosen.is_empty() {
@@ -88,7 +88,9 @@ struct Small {
     result: TensorType,
     forward: bool,
     backward: bool,
-    base: DType,
+    low: Precision,
+    high: Precision,
+    quantizer: Quantizer,
     channels: Channels,
     batch: usize,
 }
@@ -111,7 +113,9 @@ impl Small {
             result: graph.ty(layer.node).clone(),
             forward: decide.operations.forward,
             backward: backward && decide.operations.backward,
-            base: decide.precision.base(),
+            low: decide.low(),
+            high: decide.high(),
+            quantizer: decide.numerics.quantizer(),
             channels,
             batch,
         }
@@ -119,9 +123,12 @@ impl Small {
 
     /// Equal for layers that take equally long.
     fn key(&self) -> String {
-        let Small { op, x, weight, forward, backward, base, channels, batch, .. } = self;
+        let Small { op, x, weight, forward, backward, low, high, quantizer, channels, .. } = self;
+        let batch = self.batch;
         let apart = if channels.is_empty() { String::new() } else { format!(" {channels:?}") };
-        format!("{op:?} {x} {weight:?} {forward} {backward} {base} {batch}{apart}")
+        format!(
+            "{op:?} {x} {weight:?} {forward} {backward} {low:?} {high:?} {quantizer:?} {batch}{apart}"
+        )
     }
 
     /// The op that gives the gradient of the input.
@@ -133,6 +140,23 @@ impl Small {
             }
             _ => None,
         }
+    }
+
+    /// The op that gives the gradient of the weight, and whether the incoming gradient is its first operand.
+    fn grad_weight(&self) -> (Op, bool) {
+        match &self.op {
+            Op::Conv2d(geometry) => (Op::Conv2dGradWeight(*geometry), false),
+            Op::Matmul { transpose_b, .. } => {
+                (Op::Matmul { transpose_a: true, transpose_b: false }, *transpose_b)
+            }
+            other => (other.clone(), false),
+        }
+    }
+
+    /// The type that values between products are stored in.
+    fn stored(&self) -> DType {
+        let bf16 = [self.high.forward, self.high.grad_input].contains(&DType::BF16);
+        if bf16 { DType::BF16 } else { DType::F32 }
     }
 
     fn graph(&self, low: bool) -> std::result::Result<Graph, Error> {
@@ -148,46 +172,47 @@ impl Small {
         let mut random = Random::new(7);
         let weight = synthetic::normal(&self.weight, 0.05, &mut random);
         let weight = graph.add(Op::Param(Arc::new(weight)), &[], "w", Region::Forward)?;
-        let kind = |chosen: bool| if low && chosen { DType::I8 } else { self.base };
-        let precision = Precision {
-            forward: kind(self.forward),
-            grad_input: kind(self.backward),
-            grad_weight: self.base,
-            ..Precision::uniform(DType::F32)
+        let stored = self.stored();
+        let note = Note {
+            precision: Some(if low { self.low } else { self.high }),
+            stored: Some(stored),
+            quantizer: Some(self.quantizer),
+            ..Note::default()
         };
-        let products = [
-            (self.forward.then(|| self.op.clone()), "x", &self.x, "y", Region::Forward),
-            (
-                self.grad_input().filter(|_| self.backward),
-                "dy",
-                &self.result,
-                "dx",
-                Region::Backward,
-            ),
-        ];
-        for (op, from, ty, to, region) in products {
-            let Some(op) = op else { continue };
-            let stored = TensorType { dtype: self.base, ..ty.clone() };
-            let mut x = graph.add(Op::Input(stored), &[], from, Region::Forward)?;
-            if self.base != DType::F32 {
-                x = graph.add(
-                    Op::Cast(DType::F32),
-                    &[x],
-                    format!("{from}.f32"),
-                    Region::Forward,
-                )?;
+        let input = |graph: &mut Graph, name: &str, ty: &TensorType| {
+            let ty = TensorType { dtype: stored, ..ty.clone() };
+            let x = graph.add(Op::Input(ty), &[], name, Region::Forward)?;
+            match stored {
+                DType::F32 => Ok(x),
+                _ => graph.add(Op::Cast(DType::F32), &[x], format!("{name}.f32"), Region::Forward),
             }
-            let mut y = graph.add(op, &[x, weight], to, region)?;
-            let note = graph.note_mut(y);
-            note.precision = Some(precision);
+        };
+        let x = input(graph, "x", &self.x)?;
+        let dy = input(graph, "dy", &self.result)?;
+        let mut products = Vec::new();
+        if self.forward {
+            products.push((self.op.clone(), [x, weight], "y", Region::Forward));
+        }
+        if self.backward {
+            let grad_input = self.grad_input().map(|op| (op, [dy, weight], "dx", Region::Backward));
+            products.extend(grad_input);
+        }
+        // Only where int8 may change it.
+        if self.low.grad_weight != self.high.grad_weight {
+            let (op, flipped) = self.grad_weight();
+            let operands = if flipped { [dy, x] } else { [x, dy] };
+            products.push((op, operands, "dw", Region::Backward));
+        }
+        for (op, operands, name, region) in products {
+            let mut y = graph.add(op, &operands, name, region)?;
+            *graph.note_mut(y) = note.clone();
             if low && region == Region::Forward {
-                note.channels = self.channels.clone();
+                graph.note_mut(y).channels = self.channels.clone();
             }
-            if self.base != DType::F32 {
-                note.stored = Some(self.base);
-                y = graph.add(Op::Cast(self.base), &[y], format!("{to}.stored"), region)?;
+            if stored != DType::F32 && name != "dw" {
+                y = graph.add(Op::Cast(stored), &[y], format!("{name}.stored"), region)?;
             }
-            graph.add_output(to, y);
+            graph.add_output(name, y);
         }
         Small::report(graph)
     }
@@ -255,7 +280,9 @@ mod tests {
                 result: result.clone(),
                 forward: true,
                 backward: true,
-                base,
+                low: Precision { grad_weight: base, ..Precision::uniform(DType::I8) },
+                high: Precision::uniform(base),
+                quantizer: Quantizer::default(),
                 channels,
                 batch: 4,
             };

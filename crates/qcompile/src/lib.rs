@@ -67,10 +67,12 @@ pub use cli::BatchNormMode;
 pub use compile::{Compiled, compile, compile_bytes};
 pub use error::{Code, Error, Exit, Result};
 pub use options::Options;
-pub use qcompile_ir::{DType, Region, Tensor};
+pub use qcompile_ir::{DType, GradientRounding, Granularity, Region, Scaling, Tensor};
 pub use qcompile_kernels::Tier;
 pub use qcompile_passes::attach_loss::LossKind;
-pub use qcompile_passes::quantize::{ChannelPolicy, Operations, PrecisionChoice};
+pub use qcompile_passes::quantize::{
+    ChannelPolicy, Numerics, OperandTypes, Operations, PrecisionChoice,
+};
 pub use qcompile_passes::sensitivity::Metric;
 pub use qcompile_passes::update::Optimizer;
 pub use qcompile_plan::Plan;

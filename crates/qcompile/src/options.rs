@@ -1,11 +1,12 @@
 //! What a compile is asked for, with the defaults filled in.
 
+use crate::about::word;
 use crate::cli::{BatchNormMode, CompileArgs, ImportArgs, Machine};
 use crate::error::{Error, Result};
 use qcompile_ir::Tensor;
 use qcompile_kernels::Tier;
 use qcompile_passes::attach_loss::LossKind;
-use qcompile_passes::quantize::{ChannelPolicy, Operations, PrecisionChoice};
+use qcompile_passes::quantize::{ChannelPolicy, Numerics, Operations, PrecisionChoice};
 use qcompile_passes::saved;
 use qcompile_passes::sensitivity::Metric;
 use qcompile_passes::update::Optimizer;
@@ -60,6 +61,8 @@ pub struct Options {
     pub master_weights: bool,
     /// How values are saved for the backward pass; of several rules that match, the last counts.
     pub saved: Vec<saved::Rule>,
+    /// How quantized products are rounded.
+    pub numerics: Numerics,
     /// Scores to be read instead of measured.
     pub scores: Option<PathBuf>,
     /// The text of `--data`.
@@ -101,6 +104,7 @@ impl Default for Options {
             operations: Operations::default(),
             master_weights: true,
             saved: Vec::new(),
+            numerics: Numerics::default(),
             scores: None,
             data: None,
             samples: SAMPLES,
@@ -134,6 +138,7 @@ impl Options {
             operations: precision.quantize_ops.unwrap_or(standard.operations),
             master_weights: precision.master_weights.unwrap_or(standard.master_weights),
             saved: args.compress.clone(),
+            numerics: precision.numerics.numerics(),
             scores: precision.scores.clone(),
             samples: precision.samples.unwrap_or(standard.samples),
             threads: machine.threads,
@@ -193,10 +198,13 @@ impl Options {
                 "--compress {rule}: the same values have another rule"
             )));
         }
-        let given = thresholds.into_iter().find(|(_, value)| value.is_some());
-        match given {
-            Some((flag, _)) if !self.precision.has_int8() => Err(Error::usage(format!(
-                "{flag} decides what becomes int8, and --precision {} leaves int8 out",
+        let given = thresholds.into_iter().filter(|(_, value)| value.is_some());
+        let numerics = numerics_said(&self.numerics);
+        let flags = given.map(|(flag, _)| flag.to_owned());
+        let mut flags = flags.chain(numerics.into_iter().map(|(flag, _)| format!("--{flag}")));
+        match flags.next() {
+            Some(flag) if !self.precision.has_int8() => Err(Error::usage(format!(
+                "{flag} is about what becomes int8, and --precision {} leaves int8 out",
                 self.precision.name()
             ))),
             _ => Ok(()),
@@ -236,6 +244,9 @@ impl Options {
         if let Some(policy) = self.channel_policy {
             say("channel-policy", policy.name().to_owned());
         }
+        for (flag, value) in numerics_said(&self.numerics) {
+            say(flag, value);
+        }
         let dims = self.dims.iter().map(|(name, size)| format!("{name}={size}"));
         let text = |tensor: &Tensor| tensor.to_f64().iter().map(f64::to_string).collect::<Vec<_>>();
         let constants =
@@ -271,4 +282,18 @@ impl Options {
     pub fn has_threshold(&self) -> bool {
         self.threshold.is_some() || self.channel_threshold.is_some()
     }
+}
+
+/// What of the ways to round is not the default, by the names of the flags.
+fn numerics_said(numerics: &Numerics) -> Vec<(&'static str, String)> {
+    let usual = Numerics::default();
+    let Numerics { types, granularity, rounding, scaling, grad_weight } = *numerics;
+    let all = [
+        ("operand-types", types != usual.types, types.text()),
+        ("granularity", granularity != usual.granularity, granularity.name().to_owned()),
+        ("rounding", rounding != usual.rounding, rounding.name().to_owned()),
+        ("scaling", scaling != usual.scaling, scaling.name().to_owned()),
+        ("grad-weight", grad_weight.is_some(), grad_weight.map_or_else(String::new, word)),
+    ];
+    all.into_iter().filter(|(_, other, _)| *other).map(|(flag, _, text)| (flag, text)).collect()
 }

@@ -165,7 +165,11 @@ pub fn score(
 ) -> Result<Scores> {
     let trainer = TrainerOptions { threads: options.threads, workers: 1, tier: options.tier };
     let mut compiled = Compiled { calibration, trainer };
-    let of_pass = sensitivity::Options { metric: options.metric, samples: calibration.samples() };
+    let of_pass = sensitivity::Options {
+        metric: options.metric,
+        samples: calibration.samples(),
+        numerics: options.numerics,
+    };
     let total = qcompile_passes::quantize::layers(graph).len() as u64;
     let mut progress = Progress::start(show, "Scoring", total);
     let scores = sensitivity::run(graph, &mut compiled, &of_pass, &mut |done, _, next| {

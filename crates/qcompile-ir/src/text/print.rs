@@ -1,7 +1,7 @@
 //! Canonical text: leaves, then regions in order, statements in [`Graph::order`].
 
 use super::{attribute, literal};
-use crate::{Channels, Graph, Name, NodeId, Note, Op, Precision};
+use crate::{Channels, Graph, Name, NodeId, Note, Op, Precision, Quantizer};
 use std::fmt;
 
 impl fmt::Display for Graph {
@@ -80,7 +80,7 @@ fn leaf_value(f: &mut fmt::Formatter<'_>, op: &Op) -> fmt::Result {
 }
 
 fn notes(f: &mut fmt::Formatter<'_>, note: &Note) -> fmt::Result {
-    let Note { origin, sensitivity, channels, precision, stored } = note;
+    let Note { origin, sensitivity, channels, precision, stored, quantizer } = note;
     let Channels { outliers, input_outliers, points } = channels;
     if let Some(origin) = origin {
         write!(f, " !origin({})", quoted(origin))?;
@@ -112,6 +112,14 @@ fn notes(f: &mut fmt::Formatter<'_>, note: &Note) -> fmt::Result {
     }
     if let Some(stored) = stored {
         write!(f, " !stored({stored})")?;
+    }
+    if let Some(Quantizer { weight, granularity, rounding, scaling }) = quantizer {
+        let (granularity, rounding, scaling) =
+            (granularity.name(), rounding.name(), scaling.name());
+        write!(
+            f,
+            " !quantizer(weight={weight}, granularity={granularity}, rounding={rounding}, scaling={scaling})"
+        )?;
     }
     Ok(())
 }

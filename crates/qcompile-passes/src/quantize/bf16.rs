@@ -6,6 +6,7 @@
 //! of normalisation and everything else between products computes in f32, from values that are stored in bf16. int8
 //! products among them read and give what is stored so.
 
+use super::insert::is_quantized;
 use super::layer::{Gradient, parameter, unquantized};
 use crate::PassError;
 use crate::builder::Builder;
@@ -18,7 +19,7 @@ pub(super) fn insert_forward(graph: &mut Graph) -> Result<(), PassError> {
     let asked = |graph: &Graph, id: NodeId| {
         let node = graph.node(id);
         let stored = node.note.stored == Some(DType::BF16);
-        let low = |forward| forward == DType::BF16 || (stored && forward == DType::I8);
+        let low = |forward| forward == DType::BF16 || (stored && is_quantized(forward));
         node.region == Region::Forward && node.note.precision.is_some_and(|p| low(p.forward))
     };
     let products: Vec<NodeId> = graph.order().into_iter().filter(|&id| asked(graph, id)).collect();
@@ -64,11 +65,9 @@ pub(super) fn insert_backward(graph: &mut Graph) -> Result<usize, PassError> {
         };
         let positions = match (gradient.precision(&precision), gradient) {
             (DType::BF16, _) => vec![0, 1],
-            (DType::I8, Gradient::Input { gradient, .. }) if stored == Some(DType::BF16) => {
-                vec![gradient]
-            }
-            (DType::I8, Gradient::Weight { .. }) if stored == Some(DType::BF16) => vec![0, 1],
-            _ => continue,
+            (dtype, _) if !is_quantized(dtype) || stored != Some(DType::BF16) => continue,
+            (_, Gradient::Input { gradient, .. }) => vec![gradient],
+            (_, Gradient::Weight { .. }) => vec![0, 1],
         };
         let bf16 = gradient.precision(&precision) == DType::BF16;
         for position in positions {

@@ -4,7 +4,7 @@ use super::decide::{Options, refusal};
 use super::layer::Layer;
 use crate::PassError;
 use crate::sensitivity::Metric;
-use qcompile_ir::{Channels, Graph};
+use qcompile_ir::{Channels, DType, Graph, QuantizedRange};
 
 /// What becomes of sensitive output channels.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -30,9 +30,16 @@ impl ChannelPolicy {
     }
 }
 
-/// What each further point of 8 bits divides the energy of the error by, at least: what is left of a weight is at most
-/// half a step of 1/127 of its range, and has a range of its own.
-const GAIN: f32 = 254.0 * 254.0;
+/// What each further point divides the energy of the error by, at least: what is left of a weight is at most half a step
+/// of its range, and has a range of its own. A step of i8 is 1/127 of the range; one of a float is relative to the value.
+fn gain(dtype: DType) -> f32 {
+    let steps = match dtype {
+        DType::F8E4M3 => 8.0,
+        DType::F8E5M2 => 4.0,
+        _ => QuantizedRange::of(dtype, false).map_or(127.0, |range| range.high),
+    };
+    (2.0_f32 * steps).powi(2)
+}
 
 /// Whether the options go together.
 ///
@@ -98,7 +105,8 @@ fn sensitive(graph: &Graph, layer: &Layer, options: &Options) -> Channels {
             channels.outliers = above.map(|(channel, _)| channel).collect();
         }
         (_, ChannelPolicy::Multipoint) => {
-            let points = |score: f32| if score / GAIN <= threshold { 2 } else { 3 };
+            let gain = gain(options.numerics.types.weight);
+            let points = |score: f32| if score / gain <= threshold { 2 } else { 3 };
             channels.points = above.map(|(channel, score)| (channel, points(*score))).collect();
         }
     }

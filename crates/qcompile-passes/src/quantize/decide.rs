@@ -3,11 +3,13 @@
 use super::PASS;
 use super::channels::{self, ChannelPolicy};
 use super::choice::PrecisionChoice;
+use super::insert::is_quantized;
 use super::layer::{Layer, layers};
+use super::numerics::Numerics;
 use super::weights;
 use crate::PassError;
 use crate::sensitivity::Scores;
-use qcompile_ir::{Channels, DType, Graph, Name, Precision};
+use qcompile_ir::{Channels, DType, Graph, Name, Precision, Quantizer};
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::str::FromStr;
@@ -87,6 +89,8 @@ pub struct Options {
     pub cost: BTreeMap<Name, LayerCost>,
     /// Scores per layer and channel. A layer without one here has that of its note `sensitivity`.
     pub scores: Option<Scores>,
+    /// How quantized products are rounded.
+    pub numerics: Numerics,
 }
 
 impl Default for Options {
@@ -101,12 +105,39 @@ impl Default for Options {
             operations: Operations::default(),
             cost: BTreeMap::new(),
             scores: None,
+            numerics: Numerics::default(),
         }
     }
 }
 
-/// The products of a layer that may be of low precision in that of the plan, f32 or bf16; the mean of its gradient and
-/// its update in f32.
+impl Options {
+    /// The precision of a layer that is not quantized: that of the plan in the operations that may be of low precision.
+    #[must_use]
+    pub fn high(&self) -> Precision {
+        high(self.operations, self.precision.base())
+    }
+
+    /// The precision of a layer that is.
+    #[must_use]
+    pub fn low(&self) -> Precision {
+        let mut precision = self.high();
+        if self.operations.forward {
+            precision.forward = self.numerics.types.activation;
+        }
+        if self.operations.backward {
+            precision.grad_input = self.numerics.types.gradient;
+            precision.grad_weight = match self.numerics.grad_weight {
+                Some(DType::I8) => self.numerics.types.gradient,
+                Some(other) => other,
+                None => precision.grad_weight,
+            };
+        }
+        precision
+    }
+}
+
+/// The precision of a plan in the operations that may be of low precision; the mean of the gradient and the update in
+/// f32.
 pub(super) fn high(operations: Operations, base: DType) -> Precision {
     let mut precision = Precision::uniform(DType::F32);
     if operations.forward {
@@ -154,8 +185,10 @@ pub fn decide(graph: &mut Graph, options: &Options) -> Result<Vec<Decision>, Pas
     weights::decide(graph, &layers, options, decided.iter_mut());
     for (layer, decision) in layers.iter().zip(&decided) {
         let note = graph.note_mut(layer.node);
-        if decision.precision.has_int8() && note.precision.is_none() {
+        if decision.precision.is_quantized() && note.precision.is_none() {
             note.stored = Some(options.precision.base()).filter(|&base| base != DType::F32);
+            note.quantizer =
+                Some(options.numerics.quantizer()).filter(|one| *one != Quantizer::default());
         }
         note.precision = Some(decision.precision);
         note.channels.clone_from(&decision.channels);
@@ -180,6 +213,9 @@ fn check(graph: &Graph, layers: &[Layer], options: &Options) -> Result<(), PassE
         }
     }
     channels::check(options)?;
+    if let Some(reason) = options.numerics.contradiction(options.operations) {
+        return Err(refusal(reason));
+    }
     for pattern in &options.keep_f32 {
         if !layers.iter().any(|layer| is_named(graph, layer, pattern)) {
             return Err(refusal(format!("no layer matches `{pattern}`, which is to stay f32")));
@@ -328,12 +364,11 @@ fn decide_layer(
     if let Some(reason) = must_be_f32(graph, layer, options) {
         return decision(Precision::uniform(DType::F32), Channels::default(), reason);
     }
-    let mut precision = high(options.operations, options.precision.base());
-    let high = |reason| decision(precision, Channels::default(), reason);
+    let high = |reason| decision(options.high(), Channels::default(), reason);
     if let Some(reason) = barred(graph, layer, options) {
         return high(reason);
     }
-    let (low, reason) = by_score(graph, layer, options, within_budget);
+    let (low, mut reason) = by_score(graph, layer, options, within_budget);
     if !low {
         return high(reason);
     }
@@ -341,11 +376,10 @@ fn decide_layer(
         Ok(channels) => channels,
         Err(reason) => return high(reason),
     };
-    if options.operations.forward {
-        precision.forward = DType::I8;
-    }
-    if options.operations.backward {
-        precision.grad_input = DType::I8;
+    let mut precision = options.low();
+    if is_quantized(precision.grad_weight) && layer.depthwise {
+        precision.grad_weight = options.high().grad_weight;
+        reason.push_str("; the gradient of a depthwise weight has no int8 kernel");
     }
     decision(precision, channels, reason)
 }

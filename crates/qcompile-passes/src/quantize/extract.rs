@@ -7,8 +7,8 @@
 //! as one that is there from the beginning, and stays if that makes the whole cheaper. The number of trials is
 //! limited by work, not by time, so that equal input gives equal output.
 
-use super::insert;
 use super::language::{Facts, Leaf, Term};
+use super::scale;
 use crate::PassError;
 use egg::{EGraph, Id, Language};
 use qcompile_ir::{DType, Graph, NodeId, Op, Region, TensorType};
@@ -333,11 +333,11 @@ impl<'e> Extraction<'e> {
             Term::Amax(_) => {
                 let held = self.nodes.iter().copied().find(|&node| {
                     graph.node(node).region <= region
-                        && insert::amax_operand(graph, node).is_some_and(|x| [x] == operands[..])
+                        && scale::amax_operand(graph, node).is_some_and(|x| [x] == operands[..])
                 });
                 return match held {
                     Some(node) => Ok(Some(node)),
-                    None => insert::amax(graph, operands[0], None, region).map(Some),
+                    None => scale::amax(graph, operands[0], None, region).map(Some),
                 };
             }
             _ => {}

@@ -18,10 +18,15 @@ mod extract;
 mod insert;
 mod language;
 mod layer;
+mod numerics;
 mod pack;
+mod pairs;
+#[cfg(test)]
+mod pairs_tests;
 mod permute;
 mod remove;
 mod rules;
+mod scale;
 mod split;
 mod stochastic;
 #[cfg(test)]
@@ -35,8 +40,10 @@ pub(crate) use decide::matches;
 pub use decide::{Decision, LayerCost, Operations, Options, decide};
 pub(crate) use insert::{Inserted, forward as insert_forward};
 pub(crate) use layer::parameter;
-pub use layer::{Layer, layers};
+pub use layer::{Layer, layers, other_products};
+pub use numerics::{Numerics, OperandTypes};
 pub use pack::{pack4, unpack4};
+pub use pairs::join_pairs;
 pub use remove::remove;
 pub use rules::rule_names;
 pub use stochastic::{Draws, quantize_stochastically};
@@ -48,11 +55,12 @@ use qcompile_ir::{DType, Graph, Op, Region};
 /// The pass's word in errors.
 const PASS: &str = "quantize";
 
-/// Decides and inserts the forward pairs. Call before `differentiate`.
+/// Joins the pairs that the model has, decides, and inserts those of the forward pass. Call before `differentiate`.
 ///
 /// # Errors
 /// [`PassError::Unsupported`] if the options ask for what is not there; see [`decide`].
 pub fn run(graph: &mut Graph, options: &Options) -> Result<Vec<Decision>, PassError> {
+    join_pairs(graph)?;
     let decisions = decide(graph, options)?;
     if options.precision.base() == DType::BF16 {
         note_other_products(graph, options.operations);
@@ -98,7 +106,7 @@ pub fn insert_backward(graph: &mut Graph) -> Result<usize, PassError> {
 pub fn insert(graph: &mut Graph) -> Result<(), PassError> {
     for layer in layers(graph) {
         let note = &graph.node(layer.node).note;
-        let low = note.precision.is_some_and(|precision| precision.has_int8());
+        let low = note.precision.is_some_and(|precision| precision.is_quantized());
         if low && !note.channels.is_empty() {
             split::channels(graph, &layer)?;
         }
@@ -107,7 +115,7 @@ pub fn insert(graph: &mut Graph) -> Result<(), PassError> {
     let mut inserted = Inserted::default();
     for layer in layers(graph) {
         let precision = graph.node(layer.node).note.precision;
-        if precision.is_some_and(|precision| precision.forward == DType::I8) {
+        if precision.is_some_and(|precision| insert::is_quantized(precision.forward)) {
             insert_forward(graph, &layer, &mut inserted)?;
         }
     }

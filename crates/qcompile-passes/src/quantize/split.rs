@@ -2,7 +2,7 @@
 //! a dense block; or as one product with further int8 points for sensitive channels.
 
 use super::PASS;
-use super::insert::Inserted;
+use super::insert::{Inserted, Operand, Role, is_quantized};
 use super::layer::Layer;
 use super::permute::Path;
 use crate::PassError;
@@ -76,10 +76,10 @@ fn product(
     Ok(product)
 }
 
-/// What the sensitive channels of a layer run in: int8 gives way to the type that the values are stored in.
+/// What the sensitive channels of a layer run in: codes give way to the type that the values are stored in.
 fn high_precision(note: &Note) -> Precision {
     let stored = note.stored.unwrap_or(DType::F32);
-    let high = |dtype| if dtype == DType::I8 { stored } else { dtype };
+    let high = |dtype| if is_quantized(dtype) { stored } else { dtype };
     let low = note.precision.unwrap_or(Precision::uniform(DType::F32));
     Precision {
         forward: high(low.forward),
@@ -160,13 +160,16 @@ fn points(graph: &mut Graph, layer: &Layer) -> Result<(), PassError> {
     let (x, weight) = (graph.operand(layer.node, 0), graph.operand(layer.node, 1));
     let name = graph.node(weight).name.as_str().to_owned();
     let axis = layer.weight_axis;
+    let quantizer = graph.node(layer.node).note.quantizer.unwrap_or_default();
+    let (role, dtype) = (Role::Weight, quantizer.weight);
+    let how = Operand { role, axis: Some(axis), dtype, quantizer };
     let rows = |of: &[u32], among: usize| spans(&runs(among, of), true);
     let mut left = take(graph, weight, axis, &rows(&channels, layer.channels), &name)?;
     // The channels that each further block of rows belongs to.
     let mut blocks: Vec<Vec<u32>> = Vec::new();
     let mut parts = vec![weight];
     while !those.is_empty() {
-        let rounded = Inserted::default().quantized(graph, left, Some(axis), Region::Forward)?;
+        let rounded = Inserted::default().quantized(graph, left, how, Region::Forward)?;
         let mut builder = Builder::new(graph, Region::Forward, &name);
         let rest = builder.binary("rest", BinaryOp::Sub, left, rounded)?;
         // The first point has the whole gradient already.

@@ -1,9 +1,9 @@
 //! The windows of a graph: connected parts that only move, round or scale values, each with its own e-graph.
 
 use super::extract::{Extraction, Forms};
-use super::insert::amax_operand;
 use super::language::{Fact, Facts, Leaf, Parameters, Term};
 use super::rules::rules;
+use super::scale::amax_operand;
 use crate::PassError;
 use egg::{EGraph, Id, Rewrite, Runner, SimpleScheduler, StopReason};
 use qcompile_ir::{BinaryOp, DType, Graph, NodeId, Op, ReduceOp, UnaryOp};
@@ -328,8 +328,8 @@ fn value_fact(graph: &Graph, id: NodeId) -> Fact {
     }
 }
 
-/// Whether the value is a constant, perhaps reshaped, of normal numbers above 0.
-fn is_positive(graph: &Graph, mut id: NodeId) -> bool {
+/// Whether the value is a constant, perhaps reshaped, of normal numbers above 0, or held above such.
+pub(super) fn is_positive(graph: &Graph, mut id: NodeId) -> bool {
     loop {
         match graph.op(id) {
             Op::Const(tensor) => {
@@ -337,6 +337,7 @@ fn is_positive(graph: &Graph, mut id: NodeId) -> bool {
                     && tensor.to_f32().iter().all(|value| value.is_normal() && *value > 0.0);
             }
             Op::Reshape(_) | Op::Broadcast(_) => id = graph.operand(id, 0),
+            Op::Binary(BinaryOp::Max) => id = graph.operand(id, 1),
             _ => return false,
         }
     }

@@ -63,6 +63,31 @@ pub(super) fn base(graph: &Graph, mut id: NodeId) -> NodeId {
     id
 }
 
+/// Elementwise values of the backward region that are made of forward values alone (slopes): nothing holds them back,
+/// so they would be computed, and kept, long before somebody needs them.
+pub(super) fn late(graph: &Graph, order: &[NodeId]) -> BTreeSet<NodeId> {
+    let mut late = BTreeSet::new();
+    for &id in order.iter().filter(|id| graph.node(**id).region == Region::Backward) {
+        let elementwise = matches!(
+            graph.op(id),
+            Op::Unary(_)
+                | Op::Binary(_)
+                | Op::Compare(_)
+                | Op::Select
+                | Op::Cast(_)
+                | Op::Reshape(_)
+                | Op::Transpose(_)
+                | Op::Broadcast(_)
+                | Op::Slice { .. }
+        );
+        let free = |of: &NodeId| graph.node(*of).region == Region::Forward || late.contains(of);
+        if elementwise && graph.operands(id).iter().all(free) {
+            late.insert(id);
+        }
+    }
+    late
+}
+
 /// Makes comparisons of forward values in the forward region: of a value that is rounded, they would come out
 /// otherwise.
 pub(super) fn hoist_comparisons(graph: &mut Graph, rules: &[Rule]) -> Result<(), PassError> {

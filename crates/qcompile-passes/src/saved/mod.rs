@@ -146,11 +146,13 @@ impl Rebuilt<'_> {
     fn nodes(&mut self) -> Result<(), PassError> {
         // Comparisons that were made forward stand behind all that they need.
         let mut waiting: BTreeSet<NodeId> = self.found.masks.clone();
-        for id in self.old.order() {
+        let order = self.old.order();
+        let late = find::late(self.old, &order);
+        for &id in order.iter().filter(|id| !late.contains(id)) {
             if self.ids.contains_key(&id) {
                 continue;
             }
-            self.node(id)?;
+            self.with_late(id, &late)?;
             let ready: Vec<NodeId> = self
                 .old
                 .uses(id)
@@ -170,6 +172,24 @@ impl Rebuilt<'_> {
                     self.node(mask)?;
                 }
             }
+        }
+        order.iter().try_for_each(|&id| self.with_late(id, &late))
+    }
+
+    /// Copies a node, and before it what it needs of those that wait for whoever needs them.
+    fn with_late(&mut self, id: NodeId, late: &BTreeSet<NodeId>) -> Result<(), PassError> {
+        let mut stack = vec![(id, false)];
+        while let Some((id, ready)) = stack.pop() {
+            if self.ids.contains_key(&id) {
+                continue;
+            }
+            if ready {
+                self.node(id)?;
+                continue;
+            }
+            stack.push((id, true));
+            let operands = self.old.operands(id).into_iter().rev();
+            stack.extend(operands.filter(|of| late.contains(of)).map(|of| (of, false)));
         }
         Ok(())
     }

@@ -59,6 +59,7 @@ fn replace(graph: &mut Graph, old: NodeId, new: NodeId) -> Result<(), PassError>
     kept.sensitivity = kept.sensitivity.or(note.sensitivity);
     kept.precision = kept.precision.or(note.precision);
     kept.stored = kept.stored.or(note.stored);
+    kept.quantizer = kept.quantizer.or(note.quantizer);
     if kept.channels.is_empty() {
         kept.channels = note.channels;
     }

@@ -1,10 +1,11 @@
 //! The words and numbers of the command line, as clap parses them.
 
+use super::args::GradWeight;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use qcompile_ir::Tensor;
+use qcompile_ir::{GradientRounding, Granularity, Scaling, Tensor};
 use qcompile_kernels::Tier;
 use qcompile_passes::attach_loss::LossKind;
-use qcompile_passes::quantize::{ChannelPolicy, Operations, PrecisionChoice};
+use qcompile_passes::quantize::{ChannelPolicy, OperandTypes, Operations, PrecisionChoice};
 use qcompile_passes::sensitivity::Metric;
 use qcompile_passes::update::Optimizer;
 
@@ -42,6 +43,26 @@ pub(super) fn precision() -> impl TypedValueParser<Value = PrecisionChoice> {
     };
     PossibleValuesParser::new(PrecisionChoice::ALL.map(word))
         .try_map(|word| word.parse().map_err(|()| format!("`{word}` is not known")))
+}
+
+pub(super) fn granularity() -> impl TypedValueParser<Value = Granularity> {
+    words(&Granularity::ALL, |kind| kind.name())
+}
+
+pub(super) fn rounding() -> impl TypedValueParser<Value = GradientRounding> {
+    words(&GradientRounding::ALL, |kind| kind.name())
+}
+
+pub(super) fn scaling() -> impl TypedValueParser<Value = Scaling> {
+    words(&Scaling::ALL, |kind| kind.name())
+}
+
+pub(super) fn grad_weight() -> impl TypedValueParser<Value = GradWeight> {
+    words(&GradWeight::ALL, |kind| kind.name())
+}
+
+pub(super) fn operand_types(text: &str) -> Result<OperandTypes, String> {
+    text.parse()
 }
 
 pub(super) fn run_precision() -> impl TypedValueParser<Value = PrecisionChoice> {

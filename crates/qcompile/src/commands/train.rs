@@ -172,6 +172,7 @@ fn check_flags(args: &CompileArgs, plan: &Plan) -> Result<()> {
     wrong.extend(
         given
             .iter()
+            .chain(&precision.numerics.given())
             .filter(|(_, given)| *given)
             .map(|(flag, _)| format!("{flag}: decided when a model is compiled")),
     );

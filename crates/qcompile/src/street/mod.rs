@@ -15,7 +15,7 @@ use crate::sensitivity::{self, Calibration};
 use crate::terminal::Show;
 use qcompile_ir::{Graph, verify};
 use qcompile_passes::attach_loss::{self, LossKind};
-use qcompile_passes::quantize::{self, LayerCost};
+use qcompile_passes::quantize::{self, LayerCost, OperandTypes, PrecisionChoice};
 use qcompile_passes::sensitivity::{LayerScore, Metric, Scores};
 use qcompile_passes::{
     PassError, attention, differentiate, distribute, evaluation, saved, simplify, update,
@@ -306,12 +306,33 @@ impl<'a> Street<'a> {
             operations: self.options.operations,
             cost: BTreeMap::new(),
             scores: draft.scores.clone(),
+            numerics: self.options.numerics,
         };
         let measured = options.precision.is_measured() || self.options.measure_layers;
         if measured && options.precision.has_int8() {
             options.cost = cost::measure(&draft.graph, &options, self.options, self.show)?;
         }
         let decided = quantize::run(&mut draft.graph, &options)?;
+        let OperandTypes { weight, activation, gradient } = options.numerics.types;
+        let float = [weight, activation, gradient].into_iter().find(|dtype| dtype.is_float());
+        if let Some(float) =
+            float.filter(|_| decided.iter().any(|one| one.precision.is_quantized()))
+        {
+            draft.about.warnings.push(format!(
+                "{float} codes are multiplied in f32: they show what training in {float} does to the loss, and are not faster"
+            ));
+        }
+        let others = quantize::other_products(&draft.graph);
+        if self.options.precision == PrecisionChoice::Int8
+            && let Some(first) = others.first().map(|&id| draft.graph.node(id))
+        {
+            draft.about.warnings.push(format!(
+                "{} products stay f32, as no int8 kernel has them: {} ({}) and others of two computed values or of recurrent layers",
+                others.len(),
+                first.note.origin.as_deref().unwrap_or(first.name.as_str()),
+                first.op.name()
+            ));
+        }
         let decisions: Vec<LayerDecision> =
             decided.iter().map(|decision| LayerDecision::new(&draft.graph, decision)).collect();
         draft.about.decisions.clone_from(&decisions);
@@ -319,7 +340,7 @@ impl<'a> Street<'a> {
             // A measured time would make every plan another.
             let cost = options.cost.get(&layer.node).filter(|cost| cost.low_ms >= cost.high_ms);
             let Some(LayerCost { high_ms, low_ms }) = cost else { continue };
-            if !decision.precision.has_int8() {
+            if !decision.precision.is_quantized() {
                 "int8 does not measure faster".clone_into(&mut decision.reason);
             } else if let Some(policy) = options.channel_policy.filter(|_| decision.is_divided()) {
                 draft.remarks.push(format!(
