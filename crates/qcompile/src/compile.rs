@@ -163,7 +163,7 @@ impl Compiled {
             .map_err(|e| Error::new(Code::Internal, e.to_string()))?;
         Ok(Compiled {
             plan: Arc::new(plan),
-            warnings: draft.about.warnings.clone(),
+            warnings: draft.about.warnings.iter().cloned().chain(draft.remarks).collect(),
             about: draft.about,
             predicted: predicted(&draft.decisions, draft.scores.as_ref()),
             decisions: draft.decisions,
@@ -279,6 +279,7 @@ impl<'a> Candidates<'a> {
         fixed.measure_layers = self.options.precision.is_measured();
         if !precision.has_int8() {
             (fixed.threshold, fixed.channel_threshold) = (None, None);
+            fixed.channel_policy = None;
         }
         fixed
     }

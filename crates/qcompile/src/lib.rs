@@ -70,7 +70,9 @@ pub use options::Options;
 pub use qcompile_ir::{DType, GradientRounding, Granularity, Region, Scaling, Tensor};
 pub use qcompile_kernels::Tier;
 pub use qcompile_passes::attach_loss::LossKind;
-pub use qcompile_passes::quantize::{Numerics, OperandTypes, Operations, PrecisionChoice};
+pub use qcompile_passes::quantize::{
+    ChannelPolicy, Numerics, OperandTypes, Operations, PrecisionChoice,
+};
 pub use qcompile_passes::sensitivity::Metric;
 pub use qcompile_passes::update::Optimizer;
 pub use qcompile_plan::Plan;

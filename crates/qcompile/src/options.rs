@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use qcompile_ir::Tensor;
 use qcompile_kernels::Tier;
 use qcompile_passes::attach_loss::LossKind;
-use qcompile_passes::quantize::{Numerics, Operations, PrecisionChoice};
+use qcompile_passes::quantize::{ChannelPolicy, Numerics, Operations, PrecisionChoice};
 use qcompile_passes::saved;
 use qcompile_passes::sensitivity::Metric;
 use qcompile_passes::update::Optimizer;
@@ -47,8 +47,10 @@ pub struct Options {
     pub metric: Metric,
     /// Layers with a score up to this become int8.
     pub threshold: Option<f32>,
-    /// Channels with a score above this stay f32.
+    /// Channels with a score above this are not left to one int8 product.
     pub channel_threshold: Option<f32>,
+    /// What becomes of them; none splits where that does not measure slower.
+    pub channel_policy: Option<ChannelPolicy>,
     /// Predicted relative increase of the loss that lower precision may cost.
     pub max_loss_increase: f32,
     /// Patterns of layers that stay f32.
@@ -96,6 +98,7 @@ impl Default for Options {
             metric: Metric::default(),
             threshold: None,
             channel_threshold: None,
+            channel_policy: None,
             max_loss_increase: 0.01,
             keep_f32: Vec::new(),
             operations: Operations::default(),
@@ -129,6 +132,7 @@ impl Options {
             metric: precision.metric.unwrap_or(standard.metric),
             threshold: precision.threshold,
             channel_threshold: precision.channel_threshold,
+            channel_policy: precision.channel_policy,
             max_loss_increase: precision.max_loss_increase.unwrap_or(standard.max_loss_increase),
             keep_f32: precision.keep.clone(),
             operations: precision.quantize_ops.unwrap_or(standard.operations),
@@ -178,6 +182,12 @@ impl Options {
         if self.master_weights && self.operations.update && self.optimizer == Optimizer::Sgd {
             return Err(Error::usage("--quantize-ops update: the optimizer sgd keeps no state")
                 .help("--master-weights off updates weights in bf16; momentum, nesterov, adam and adamw have 8-bit state"));
+        }
+        if let Some(policy) = self.channel_policy.filter(|_| self.channel_threshold.is_none()) {
+            return Err(Error::usage(format!(
+                "--channel-policy {} says what becomes of channels above --channel-threshold, which is not given",
+                policy.name()
+            )));
         }
         let twice =
             self.saved.iter().enumerate().find(|(at, rule)| {
@@ -230,6 +240,9 @@ impl Options {
             if let Some(value) = value {
                 say(flag, value.to_string());
             }
+        }
+        if let Some(policy) = self.channel_policy {
+            say("channel-policy", policy.name().to_owned());
         }
         for (flag, value) in numerics_said(&self.numerics) {
             say(flag, value);

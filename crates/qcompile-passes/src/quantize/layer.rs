@@ -15,6 +15,12 @@ pub struct Layer {
     pub result_axis: usize,
     /// Number of output channels.
     pub channels: usize,
+    /// The axis of the first operand that the product sums over: the last of NHWC, k of a matrix.
+    pub input_axis: usize,
+    /// The axis of the second operand that runs along it: 1 of OIHW, k of a matrix.
+    pub weight_input_axis: usize,
+    /// Number of channels of the data.
+    pub input_channels: usize,
     /// Whether it is a convolution of more than one group.
     pub grouped: bool,
     /// Whether each group has one input channel.
@@ -27,9 +33,9 @@ impl Layer {
         if graph.node(node).region != Region::Forward {
             return None;
         }
-        let (conv, transpose_b) = match graph.op(node) {
-            Op::Conv2d(geometry) => (Some(*geometry), false),
-            Op::Matmul { transpose_b, .. } => (None, *transpose_b),
+        let (conv, [transpose_a, transpose_b]) = match graph.op(node) {
+            Op::Conv2d(geometry) => (Some(*geometry), [false; 2]),
+            Op::Matmul { transpose_a, transpose_b } => (None, [*transpose_a, *transpose_b]),
             _ => return None,
         };
         let [x, weight] = graph.operands(node)[..] else { return None };
@@ -40,16 +46,20 @@ impl Layer {
         let shape = graph.ty(weight).shape.as_fixed()?;
         let rank = shape.len();
         let result_rank = graph.ty(node).shape.rank();
-        let weight_axis = match (conv, transpose_b) {
-            (Some(_), _) => 0,
-            (None, true) => rank - 2,
-            (None, false) => rank - 1,
+        let [weight_axis, weight_input_axis] = match (conv, transpose_b) {
+            (Some(_), _) => [0, 1],
+            (None, true) => [rank - 2, rank - 1],
+            (None, false) => [rank - 1, rank - 2],
         };
+        let data_rank = graph.ty(x).shape.rank();
         Some(Layer {
             node,
             weight_axis,
             result_axis: result_rank - 1,
             channels: shape[weight_axis],
+            input_axis: data_rank - 1 - usize::from(transpose_a),
+            weight_input_axis,
+            input_channels: shape[weight_input_axis],
             grouped: conv.is_some_and(|geometry| geometry.groups != 1),
             depthwise: conv.is_some_and(|geometry| geometry.groups != 1) && shape[1] == 1,
         })

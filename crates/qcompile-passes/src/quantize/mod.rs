@@ -23,6 +23,7 @@ mod pack;
 mod pairs;
 #[cfg(test)]
 mod pairs_tests;
+mod permute;
 mod remove;
 mod rules;
 mod scale;
@@ -33,6 +34,7 @@ mod tests;
 mod weights;
 mod window;
 
+pub use channels::ChannelPolicy;
 pub use choice::PrecisionChoice;
 pub(crate) use decide::matches;
 pub use decide::{Decision, LayerCost, Operations, Options, decide};
@@ -97,17 +99,16 @@ pub fn insert_backward(graph: &mut Graph) -> Result<usize, PassError> {
 }
 
 /// Inserts forward roundings as the notes say: products whose `precision` is bf16 or that are `stored` so, and layers
-/// whose `precision` is int8 in the forward product, but for the channels in `outliers`.
+/// whose `precision` is int8 in the forward product, but for the channels noted.
 ///
 /// # Errors
 /// [`PassError::Unsupported`] if a note asks for what cannot be done.
 pub fn insert(graph: &mut Graph) -> Result<(), PassError> {
     for layer in layers(graph) {
         let note = &graph.node(layer.node).note;
-        if note.precision.is_some_and(|precision| precision.is_quantized())
-            && !note.outliers.is_empty()
-        {
-            split::outliers(graph, &layer)?;
+        let low = note.precision.is_some_and(|precision| precision.is_quantized());
+        if low && !note.channels.is_empty() {
+            split::channels(graph, &layer)?;
         }
     }
     bf16::insert_forward(graph)?;

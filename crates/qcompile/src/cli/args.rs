@@ -1,14 +1,16 @@
 //! Groups of flags that several commands take.
 
 use super::words::{
-    above_zero, constant, dim, finite, fraction, grad_weight, granularity, keep, loss, metric,
-    not_negative, on_or_off, operand_types, operations, optimizer, positive, precision, rounding,
-    scaling,
+    above_zero, channel_policy, constant, dim, finite, fraction, grad_weight, granularity, keep,
+    loss, metric, not_negative, on_or_off, operand_types, operations, optimizer, positive,
+    precision, rounding, scaling,
 };
 use clap::{Args, ValueEnum};
 use qcompile_ir::{DType, GradientRounding, Granularity, Scaling, Tensor};
 use qcompile_passes::attach_loss::LossKind;
-use qcompile_passes::quantize::{Numerics, OperandTypes, Operations, PrecisionChoice};
+use qcompile_passes::quantize::{
+    ChannelPolicy, Numerics, OperandTypes, Operations, PrecisionChoice,
+};
 use qcompile_passes::saved;
 use qcompile_passes::sensitivity::Metric;
 use qcompile_passes::update::Optimizer;
@@ -126,9 +128,13 @@ pub struct PrecisionArgs {
     /// Layers with a score up to this become int8.
     #[arg(long, value_name = "X", value_parser = finite, help_heading = "Precision")]
     pub threshold: Option<f32>,
-    /// Output channels with a score above this stay f32.
+    /// Channels of an int8 layer with a score above this are not left to one int8 product.
     #[arg(long, value_name = "X", value_parser = finite, help_heading = "Precision")]
     pub channel_threshold: Option<f32>,
+    /// What becomes of them: split (a product of higher precision) or multipoint (weights of several int8 points), even
+    /// where that measures slower [default: split where it does not].
+    #[arg(long, value_name = "POLICY", value_parser = channel_policy(), help_heading = "Precision")]
+    pub channel_policy: Option<ChannelPolicy>,
     /// Predicted relative increase of the loss that lower precision may cost [default: 0.01].
     #[arg(long, value_name = "X", value_parser = finite, help_heading = "Precision")]
     pub max_loss_increase: Option<f32>,

@@ -5,7 +5,7 @@ use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use qcompile_ir::{GradientRounding, Granularity, Scaling, Tensor};
 use qcompile_kernels::Tier;
 use qcompile_passes::attach_loss::LossKind;
-use qcompile_passes::quantize::{OperandTypes, Operations, PrecisionChoice};
+use qcompile_passes::quantize::{ChannelPolicy, OperandTypes, Operations, PrecisionChoice};
 use qcompile_passes::sensitivity::Metric;
 use qcompile_passes::update::Optimizer;
 
@@ -26,6 +26,10 @@ pub(super) fn loss() -> impl TypedValueParser<Value = LossKind> {
 
 pub(super) fn optimizer() -> impl TypedValueParser<Value = Optimizer> {
     words(&Optimizer::ALL, |kind| kind.name())
+}
+
+pub(super) fn channel_policy() -> impl TypedValueParser<Value = ChannelPolicy> {
+    words(&ChannelPolicy::ALL, |policy| policy.name())
 }
 
 pub(super) fn metric() -> impl TypedValueParser<Value = Metric> {

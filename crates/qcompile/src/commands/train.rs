@@ -160,6 +160,7 @@ fn check_flags(args: &CompileArgs, plan: &Plan) -> Result<()> {
         ("--constant", !args.import.constant.is_empty()),
         ("--threshold", precision.threshold.is_some()),
         ("--channel-threshold", precision.channel_threshold.is_some()),
+        ("--channel-policy", precision.channel_policy.is_some()),
         ("--max-loss-increase", precision.max_loss_increase.is_some()),
         ("--keep", !precision.keep.is_empty()),
         ("--quantize-ops", precision.quantize_ops.is_some()),
