@@ -10,10 +10,13 @@
 pub mod attach_loss;
 pub mod attention;
 mod builder;
+pub mod calibrate;
 pub mod differentiate;
 pub mod distribute;
 pub mod error;
 pub mod evaluation;
+pub mod fold_batch_norm;
+pub mod freeze;
 pub mod quantize;
 pub mod sensitivity;
 pub mod simplify;

@@ -9,13 +9,16 @@
 //! After `differentiate`, [`insert_backward`] does the same for the products of the backward pass, and [`optimise`] moves, merges and cancels pairs by equalities that hold bit for bit.
 //! docs/quantization.md has the formulas and every rule.
 
+mod activations;
 mod backward;
 mod bf16;
+mod codes;
 mod decide;
 mod extract;
 mod insert;
 mod language;
 mod layer;
+mod ranged;
 mod remove;
 mod rules;
 mod split;
@@ -23,10 +26,13 @@ mod split;
 mod tests;
 mod window;
 
+pub use activations::activations;
+pub use codes::Codes;
 pub use decide::{Decision, LayerCost, Operations, Options, PrecisionChoice, decide};
 pub(crate) use insert::{Inserted, forward as insert_forward};
-pub(crate) use layer::parameter;
+pub(crate) use layer::{is_stored, parameter};
 pub use layer::{Layer, layers};
+pub use ranged::{Held, Scheme, Weights, insert_ranged, round_biases};
 pub use remove::remove;
 pub use rules::rule_names;
 pub use window::{Moves, optimise};
