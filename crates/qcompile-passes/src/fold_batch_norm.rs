@@ -21,11 +21,11 @@ pub fn run(graph: &mut Graph) -> Result<usize, PassError> {
     let mut folded = 0;
     for layer in layers(graph) {
         let chain = chain(graph, &layer);
-        let scales = |link: &&Link| matches!(link.op, BinaryOp::Mul | BinaryOp::Div);
         // What only adds is a bias already.
-        let Some(last) = chain.iter().rposition(|link| scales(&link)) else { continue };
-        fold(graph, &layer, &chain[..=last])?;
-        folded += 1;
+        if chain.iter().any(|link| matches!(link.op, BinaryOp::Mul | BinaryOp::Div)) {
+            fold(graph, &layer, &chain)?;
+            folded += 1;
+        }
     }
     graph.sweep();
     Ok(folded)
@@ -76,8 +76,8 @@ pub(crate) fn per_channel(graph: &Graph, id: NodeId, layer: &Layer) -> Option<No
         let (rank, rank_below) = (graph.ty(source).shape.rank(), graph.ty(below).shape.rank());
         match (large(below).as_slice(), graph.op(source)) {
             // Broadcasting aligns the last axes.
-            ([at], Op::Broadcast(_)) if at + rank == axis + rank_below => axis = at,
-            ([at], Op::Reshape(_)) if large(source) == [axis] => axis = at,
+            (&[at], Op::Broadcast(_)) if at + rank == axis + rank_below => axis = at,
+            (&[at], Op::Reshape(_)) if large(source) == [axis] => axis = at,
             ([], _) => axis = usize::MAX,
             _ => return None,
         }

@@ -5,6 +5,7 @@ use crate::data::{Array, npz};
 use crate::error::{Code, Error, Result};
 use crate::model::{Target, checkpoint_values, draft};
 use crate::options::Options;
+use crate::qdq;
 use crate::street::evaluation_form;
 use crate::subgraph::with_values;
 use crate::tensors::to_array;
@@ -37,6 +38,17 @@ pub struct Exported {
     pub warnings: Vec<String>,
     /// Layers that the plan runs in less than f32, and the written model in f32.
     pub widened: usize,
+}
+
+/// What [`Exported::quantize`] did.
+#[derive(Debug, Clone, Copy)]
+pub struct Quantized {
+    /// Layers that compute on integers.
+    pub layers: usize,
+    /// Layers that stay f32.
+    pub kept: usize,
+    /// Samples that ranges were measured on.
+    pub samples: usize,
 }
 
 impl Exported {
@@ -101,6 +113,20 @@ impl Exported {
             }
         }
         Ok(Exported { form, about, parameters, states, warnings, widened: 0 })
+    }
+
+    /// Makes the model compute on integers: with the ranges that it was trained with, or else with ranges measured on
+    /// `options.data`.
+    ///
+    /// # Errors
+    /// Usage, without data or with options that a trained model leaves no choice of; of calibration.
+    pub fn quantize(&mut self, options: &Options) -> Result<Quantized> {
+        if self.widened > 0 {
+            self.widened = 0;
+        }
+        let done = qdq::post_training(&mut self.form, &self.about, options)?;
+        self.warnings.extend(done.notes);
+        Ok(Quantized { layers: done.layers, kept: done.kept, samples: done.samples })
     }
 
     /// Number of trained parameters.

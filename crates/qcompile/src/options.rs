@@ -1,11 +1,12 @@
 //! What a compile is asked for, with the defaults filled in.
 
-use crate::cli::{BatchNormMode, CompileArgs, ImportArgs, Machine};
+use crate::cli::{BatchNormMode, CompileArgs, ImportArgs, Machine, RangedArgs};
 use crate::error::{Error, Result};
-use qcompile_ir::Tensor;
+use qcompile_ir::{DType, Tensor};
 use qcompile_kernels::Tier;
 use qcompile_passes::attach_loss::LossKind;
-use qcompile_passes::quantize::{Operations, PrecisionChoice};
+use qcompile_passes::calibrate::Method;
+use qcompile_passes::quantize::{Codes, Operations, PrecisionChoice, Weights};
 use qcompile_passes::sensitivity::Metric;
 use qcompile_passes::update::Optimizer;
 use std::collections::BTreeMap;
@@ -53,6 +54,14 @@ pub struct Options {
     pub keep_f32: Vec<String>,
     /// Operations of a layer that may be of lower precision.
     pub operations: Operations,
+    /// Whether the forward pass computes with values rounded within ranges that are states.
+    pub qat: bool,
+    /// What activations with ranges are rounded to.
+    pub activations: Codes,
+    /// What the weights beside them are rounded to.
+    pub weights: Weights,
+    /// How ranges are chosen.
+    pub calibration: Method,
     /// Scores to be read instead of measured.
     pub scores: Option<PathBuf>,
     /// The text of `--data`.
@@ -89,6 +98,10 @@ impl Default for Options {
             max_loss_increase: 0.01,
             keep_f32: Vec::new(),
             operations: Operations::default(),
+            qat: false,
+            activations: Codes::default(),
+            weights: Weights { dtype: DType::I8, block: None },
+            calibration: Method::default(),
             scores: None,
             data: None,
             samples: SAMPLES,
@@ -138,6 +151,23 @@ impl Options {
             constants: args.constant.iter().cloned().collect(),
             ..self
         }
+    }
+
+    /// With these flags of integers with ranges.
+    ///
+    /// # Errors
+    /// Usage, for blocks of what has one scale for each channel.
+    pub fn with_ranged(self, args: &RangedArgs) -> Result<Options> {
+        let dtype = args.weights.unwrap_or(self.weights.dtype);
+        if args.block_size.is_some() && dtype != DType::I4 {
+            return Err(Error::usage("--block-size is for --weights int4"));
+        }
+        Ok(Options {
+            activations: args.activations.unwrap_or(self.activations),
+            weights: Weights { dtype, block: args.block_size },
+            calibration: args.calibration.unwrap_or(self.calibration),
+            ..self
+        })
     }
 
     /// With this `--data`.

@@ -93,12 +93,36 @@ impl Calibration {
 }
 
 /// Runs graphs as compiled code.
-struct Compiled<'c> {
+pub(crate) struct Compiled<'c> {
     calibration: &'c Calibration,
     trainer: TrainerOptions,
 }
 
-impl Compiled<'_> {
+impl<'c> Compiled<'c> {
+    pub(crate) fn new(calibration: &'c Calibration, options: &Options) -> Compiled<'c> {
+        let trainer = TrainerOptions { threads: options.threads, workers: 1, tier: options.tier };
+        Compiled { calibration, trainer }
+    }
+
+    /// Samples in a batch.
+    pub(crate) fn batch_size(&self) -> usize {
+        self.calibration.batch_size
+    }
+
+    /// Runs a graph on each batch, and shows its outputs.
+    pub(crate) fn each(
+        &self,
+        graph: Graph,
+        show: &mut dyn FnMut(&Values) -> std::result::Result<(), String>,
+    ) -> std::result::Result<(), String> {
+        let mut trainer = self.trainer(graph)?;
+        for (values, _) in &self.calibration.batches {
+            let values = taken(&trainer, values);
+            show(&trainer.run(&values, Region::Forward).map_err(|e| e.to_string())?)?;
+        }
+        Ok(())
+    }
+
     fn trainer(&self, graph: Graph) -> std::result::Result<Trainer, String> {
         let options = BuildOptions { batch_size: self.calibration.batch_size };
         let plan = build(graph, &options).map_err(|e| e.to_string())?;
@@ -164,8 +188,7 @@ pub fn score(
     options: &Options,
     show: Show,
 ) -> Result<Scores> {
-    let trainer = TrainerOptions { threads: options.threads, workers: 1, tier: options.tier };
-    let mut compiled = Compiled { calibration, trainer };
+    let mut compiled = Compiled::new(calibration, options);
     let of_pass = sensitivity::Options { metric: options.metric, samples: calibration.samples() };
     let total = qcompile_passes::quantize::layers(graph).len() as u64;
     let mut progress = Progress::start(show, "Scoring", total);
@@ -183,8 +206,7 @@ pub fn score(
 /// Of loading the data, and of running the graph.
 pub(crate) fn bf16_increase(draft: &Draft, options: &Options) -> Result<f64> {
     let calibration = Calibration::new(&draft.graph, &draft.about, options)?;
-    let trainer = TrainerOptions { threads: options.threads, workers: 1, tier: options.tier };
-    let mut compiled = Compiled { calibration: &calibration, trainer };
+    let mut compiled = Compiled::new(&calibration, options);
     let mut low = draft.graph.clone();
     let bf16 = quantize::Options {
         precision: PrecisionChoice::Bf16,

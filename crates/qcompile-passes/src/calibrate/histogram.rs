@@ -74,16 +74,18 @@ impl Histogram {
             }
             return self.extremes();
         }
-        let first_above = |bins: &mut dyn Iterator<Item = usize>| {
+        // How many bins at an end hold no more than half of that.
+        let empty = |counts: &mut dyn Iterator<Item = &u64>| {
             let mut out = 0;
-            bins.find(|&bin| {
-                out += self.counts[bin];
-                out as f64 > outside / 2.0
-            })
+            let outside = counts.take_while(|&&count| {
+                out += count;
+                out as f64 <= outside / 2.0
+            });
+            outside.count()
         };
-        let low = first_above(&mut (0..BINS)).unwrap_or(0);
-        let high = first_above(&mut (0..BINS).rev()).unwrap_or(BINS - 1);
-        self.bins(low, high + 1)
+        let low = empty(&mut self.counts.iter());
+        let high = empty(&mut self.counts.iter().rev());
+        self.bins(low, BINS - high)
     }
 
     /// The range with the least squared error: the best of those that shrink both ends alike; then the best upper end

@@ -68,7 +68,7 @@ fn after_product(graph: &Graph, layer: &Layer) -> Option<NodeId> {
 }
 
 /// What a relu or a clamp by constants takes: rounding does it by its range.
-pub(super) fn unclamped(graph: &Graph, id: NodeId) -> Option<NodeId> {
+fn unclamped(graph: &Graph, id: NodeId) -> Option<NodeId> {
     match graph.op(id) {
         Op::Unary(UnaryOp::Relu) => Some(graph.operand(id, 0)),
         Op::Binary(BinaryOp::Max | BinaryOp::Min) => {
@@ -85,7 +85,12 @@ pub(super) fn unclamped(graph: &Graph, id: NodeId) -> Option<NodeId> {
 
 /// Whether the value has the elements of its operand, or some of them: then it needs no range of its own.
 pub(super) fn is_move(op: &Op) -> bool {
-    matches!(op, Op::Reshape(_) | Op::Transpose(_) | Op::Slice { .. } | Op::MaxPool2d(_))
+    match op {
+        Op::Reshape(_) | Op::Transpose(_) | Op::Slice { .. } | Op::MaxPool2d(_) => true,
+        // 0 is among the codes of every range.
+        Op::Pad { value, .. } => *value == 0.0,
+        _ => false,
+    }
 }
 
 /// What must be rounded so that a value that is rounded can be computed from codes.

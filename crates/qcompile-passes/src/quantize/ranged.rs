@@ -234,8 +234,9 @@ pub fn round_biases(graph: &mut Graph) -> Result<usize, PassError> {
         }
         let operand = graph.operand(user, 1 - position);
         let Some(bias) = per_channel(graph, operand, &layer) else { continue };
-        let [data_scale, scale] = [graph.operand(data, 1), graph.operand(weight, 1)];
-        let dtype = graph.ty(graph.operand(weight, 0)).dtype;
+        let [data_scale, old_scale] = [graph.operand(data, 1), graph.operand(weight, 1)];
+        let old_q = graph.operand(weight, 0);
+        let dtype = graph.ty(old_q).dtype;
         let channels = Shape::fixed(&[layer.channels]);
         let name = graph.node(bias).name.as_str().to_owned();
         let mut b = Builder::new(graph, Region::Forward, &name);
@@ -248,17 +249,20 @@ pub fn round_biases(graph: &mut Graph) -> Result<usize, PassError> {
         let least = b.scaled("least", steps, LARGEST_BIAS.recip())?;
         let smallest = b.splat_like("smallest", least, f64::from(SMALLEST_SCALE))?;
         let least = b.binary("least", BinaryOp::Max, least, smallest)?;
-        let scale = b.binary("weight_scale", BinaryOp::Max, scale, least)?;
+        let scale = b.binary("weight.scale", BinaryOp::Max, old_scale, least)?;
         let q = b.add("weight.q", Op::Quantize { dtype, axis }, &[weight, scale])?;
-        let weight = b.add("weight.dq", Op::Dequantize { axis }, &[q, scale])?;
+        let rescaled = b.add("weight.dq", Op::Dequantize { axis }, &[q, scale])?;
         let product = b.binary("scale", BinaryOp::Mul, data_scale, scale)?;
         let axis = Some(0);
         let q = b.add("q", Op::Quantize { dtype: DType::I32, axis }, &[bias, product])?;
         let bias = b.add("dq", Op::Dequantize { axis }, &[q, product])?;
         let shape = b.shape(layer.node);
         let bias = b.broadcast("biases", bias, shape)?;
-        graph.set_operand(layer.node, 1, weight)?;
+        graph.set_operand(layer.node, 1, rescaled)?;
         graph.set_operand(user, 1 - position, bias)?;
+        for (old, new) in [(old_scale, scale), (old_q, q), (weight, rescaled)] {
+            graph.swap_names(old, new);
+        }
         count += 1;
     }
     Ok(count)

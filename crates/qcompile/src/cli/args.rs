@@ -1,13 +1,14 @@
 //! Groups of flags that several commands take.
 
 use super::words::{
-    above_zero, constant, dim, finite, fraction, keep, loss, metric, not_negative, operations,
-    optimizer, positive, precision,
+    above_zero, calibration, codes, constant, dim, finite, fraction, keep, loss, metric, not_negative, operations,
+    optimizer, positive, precision, weights,
 };
 use clap::{Args, ValueEnum};
-use qcompile_ir::Tensor;
+use qcompile_ir::{DType, Tensor};
 use qcompile_passes::attach_loss::LossKind;
-use qcompile_passes::quantize::{Operations, PrecisionChoice};
+use qcompile_passes::calibrate::Method;
+use qcompile_passes::quantize::{Codes, Operations, PrecisionChoice};
 use qcompile_passes::sensitivity::Metric;
 use qcompile_passes::update::Optimizer;
 use std::path::PathBuf;
@@ -137,6 +138,34 @@ pub struct PrecisionArgs {
     /// Samples to measure sensitivity on [default: 256].
     #[arg(long, value_name = "N", value_parser = positive, help_heading = "Precision")]
     pub samples: Option<usize>,
+}
+
+/// Flags of integers whose ranges are known before a step.
+#[derive(Debug, Clone, Default, Args)]
+pub struct RangedArgs {
+    /// What activations are rounded to: uint8 with a zero point, or int8 with zero point 0 [default: uint8].
+    #[arg(long, value_name = "TYPE", value_parser = codes(), help_heading = "Integers")]
+    pub activations: Option<Codes>,
+    /// What weights are rounded to, by a scale for each output channel: int8 or int4 [default: int8].
+    #[arg(long, value_name = "TYPE", value_parser = weights, help_heading = "Integers")]
+    pub weights: Option<DType>,
+    /// Elements of an int4 weight of a matrix product that share a scale, along the axis that is summed over.
+    #[arg(long, value_name = "N", value_parser = positive, help_heading = "Integers")]
+    pub block_size: Option<usize>,
+    /// How ranges follow from the samples: min-max, percentile=P (99.99, say), mse or entropy [default: min-max].
+    #[arg(long, value_name = "METHOD", value_parser = calibration, help_heading = "Integers")]
+    pub calibration: Option<Method>,
+}
+
+impl RangedArgs {
+    /// Whether any flag was given.
+    #[must_use]
+    pub fn is_given(&self) -> bool {
+        self.activations.is_some()
+            || self.weights.is_some()
+            || self.block_size.is_some()
+            || self.calibration.is_some()
+    }
 }
 
 /// What a step is given beside its batch.
