@@ -12,6 +12,7 @@ mod models;
 mod oracle;
 mod products;
 mod properties;
+mod quantizers;
 mod random_graph;
 mod refusals;
 mod support;

@@ -28,6 +28,8 @@ pub(crate) fn inputs(graph: &Graph, batch: usize) -> Values {
                 DType::Bool => ((index + salt) % 2) as f64,
                 DType::I8 | DType::I32 => ((index * 37 + salt) % 23) as f64 - 11.0,
                 DType::U8 => ((index * 37 + salt) % 23) as f64,
+                DType::I4 => ((index * 7 + salt) % 16) as f64 - 8.0,
+                DType::U4 => ((index * 7 + salt) % 16) as f64,
                 _ => ((index * 37 + salt * 11) % 101) as f64 / 50.0 - 1.0,
             })
             .collect();
@@ -46,6 +48,8 @@ fn tolerance(dtype: DType) -> f64 {
         DType::F32 => 2e-5,
         DType::F16 => 2e-3,
         DType::BF16 => 1.6e-2,
+        DType::F8E4M3 => 0.13,
+        DType::F8E5M2 => 0.26,
         _ => 0.0,
     }
 }
@@ -140,7 +144,8 @@ fn elementwise(op: &str, dtype: &str, result: &str, operands: usize) -> String {
     format!("graph @g {{\n{leaves}forward:\n{body}return {}\n}}\n", outputs.join(", "))
 }
 
-const DTYPES: [&str; 8] = ["f32", "bf16", "f16", "i8", "u8", "i32", "i64", "bool"];
+const DTYPES: [&str; 12] =
+    ["f32", "bf16", "f16", "f8e4m3", "f8e5m2", "i8", "u8", "i4", "u4", "i32", "i64", "bool"];
 
 #[test]
 fn every_type_and_function() {
@@ -148,6 +153,7 @@ fn every_type_and_function() {
         let float = matches!(dtype, "f32" | "bf16" | "f16");
         let unary: &[&str] = match dtype {
             "bool" => &["not"],
+            "f8e4m3" | "f8e5m2" => &["neg", "abs", "relu"],
             _ if float => &[
                 "neg",
                 "abs",
@@ -166,11 +172,12 @@ fn every_type_and_function() {
                 "sqrt",
                 "log",
             ],
-            "u8" => &["abs", "relu", "sign"],
+            "u8" | "u4" => &["abs", "relu", "sign"],
             _ => &["neg", "abs", "relu", "sign"],
         };
         let binary: &[&str] = match dtype {
             "bool" => &["and", "or"],
+            "f8e4m3" | "f8e5m2" => &["max", "min"],
             _ => &["add", "sub", "mul", "div", "max", "min"],
         };
         for op in unary {

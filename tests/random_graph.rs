@@ -3,8 +3,8 @@
 use crate::support::Random;
 use qcompile_ir::{
     AttentionOperand, BinaryOp, CollectiveOp, CompareOp, ConvGeometry, DType, Dim, Graph, NodeId,
-    Note, Op, PoolGeometry, Precision, ReduceOp, Region, ScatterOp, Shape, Tensor, TensorType,
-    UnaryOp,
+    Note, Op, PoolGeometry, Precision, QuantizedRange, ReduceOp, Region, ScatterOp, Shape, Tensor,
+    TensorType, UnaryOp,
 };
 use std::sync::Arc;
 
@@ -64,9 +64,9 @@ impl Drawing {
         let same = self.random.chance(30);
         let mut values: Vec<f64> = (0..count)
             .map(|_| match dtype {
-                DType::F32 | DType::BF16 | DType::F16 => self.random.unit(),
+                dtype if dtype.is_float() => self.random.unit(),
                 DType::Bool => self.random.below(2) as f64,
-                DType::I8 | DType::U8 | DType::I32 | DType::I64 => self.random.below(4) as f64,
+                _ => self.random.below(4) as f64,
             })
             .collect();
         if same && let Some(&first) = values.first() {
@@ -85,7 +85,10 @@ impl Drawing {
             0 => DType::I64,
             1 => DType::Bool,
             2 if !self.wanted.smooth => *self.random.pick(&[DType::BF16, DType::F16]),
-            3 if !self.wanted.smooth => *self.random.pick(&[DType::I8, DType::I32, DType::U8]),
+            3 if !self.wanted.smooth => {
+                let all = [DType::I8, DType::I32, DType::U8, DType::I4, DType::U4];
+                *self.random.pick(&all)
+            }
             _ => DType::F32,
         }
     }
@@ -363,20 +366,31 @@ impl Drawing {
         let scales: Vec<NodeId> =
             self.values.iter().copied().filter(|&id| *self.graph.ty(id) == scalar).collect();
         let scale = *self.random.pick(&scales);
-        let q = self.add(Op::Quantize { dtype: DType::I8, axis: None }, &[x, scale], region)?;
+        let others =
+            [DType::I8, DType::U8, DType::I4, DType::U4, DType::F8E4M3, DType::F8E5M2, DType::I32];
+        // The rules move int8 without zero point.
+        let moved = self.random.chance(60);
+        let dtype = if moved { DType::I8 } else { *self.random.pick(&others) };
+        let mut parameters = vec![scale];
+        if !moved && QuantizedRange::of(dtype, true).is_some() && self.random.chance(60) {
+            let zero_point = self.tensor(dtype, &[]);
+            parameters.push(self.add(Op::Const(zero_point), &[], Region::Forward)?);
+        }
+        let with = |first: &[NodeId]| [first, &parameters].concat();
+        let q = self.add(Op::Quantize { dtype, axis: None }, &with(&[x]), region)?;
         let moved = match self.random.below(4) {
             0 => self.add(Op::Unary(UnaryOp::Relu), &[q], region),
             1 => self.reshape(q, region),
             2 => self.part(q, region),
             _ => None,
         };
-        let y = self.add(Op::Dequantize { axis: None }, &[moved.unwrap_or(q), scale], region)?;
+        let y = self.add(Op::Dequantize { axis: None }, &with(&[moved.unwrap_or(q)]), region)?;
         if self.random.chance(30) {
-            self.add(Op::StraightThrough { dtype: DType::I8, axis: None }, &[x, x, scale], region);
+            self.add(Op::StraightThrough { dtype, axis: None }, &with(&[x, x]), region);
         }
         if self.random.chance(50) {
             let y = self.add(Op::Unary(UnaryOp::Relu), &[y], region)?;
-            self.add(Op::Quantize { dtype: DType::I8, axis: None }, &[y, scale], region);
+            self.add(Op::Quantize { dtype, axis: None }, &with(&[y]), region);
         }
         Some(y)
     }

@@ -92,9 +92,9 @@ pub(crate) fn inputs(
         let sizes = ty.shape.sizes(batch);
         let values: Vec<f64> = (0..sizes.iter().product::<usize>())
             .map(|_| match ty.dtype {
-                DType::F32 | DType::BF16 | DType::F16 => random.unit(),
+                dtype if dtype.is_float() => random.unit(),
                 DType::Bool => random.below(2) as f64,
-                DType::I8 | DType::U8 | DType::I32 | DType::I64 => random.below(classes) as f64,
+                _ => random.below(classes) as f64,
             })
             .collect();
         let tensor = Tensor::from_f64(ty.dtype, &sizes, &values).expect("sizes fit");

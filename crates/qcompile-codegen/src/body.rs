@@ -6,7 +6,7 @@ use crate::math;
 use cranelift_codegen::ir::condcodes::{FloatCC, IntCC};
 use cranelift_codegen::ir::types::{F32, F32X4, I32, I32X4, I64};
 use cranelift_codegen::ir::{InstBuilder, Type, Value};
-use qcompile_ir::{BinaryOp, CompareOp, DType, Op, ReduceOp, UnaryOp};
+use qcompile_ir::{BinaryOp, CompareOp, DType, ReduceOp, UnaryOp};
 use qcompile_plan::{LoopNest, Scalar};
 
 /// About how many instructions a value costs.
@@ -22,12 +22,13 @@ pub(crate) fn cost(scalar: Scalar) -> usize {
         Scalar::Binary(BinaryOp::Pow, ..) => 60,
         Scalar::Binary(..) | Scalar::Compare(..) | Scalar::Select(..) => 1,
         Scalar::Cast(dtype, _) => {
-            if matches!(dtype, DType::F16 | DType::BF16) {
+            if dtype.is_float() && dtype != DType::F32 {
                 10
             } else {
                 1
             }
         }
+        Scalar::Quantize(dtype, ..) if dtype.is_float8() => 20,
         Scalar::Quantize(..) => 6,
         Scalar::Dequantize(..) | Scalar::StraightThrough(..) => 3,
     }
@@ -50,14 +51,14 @@ impl Emitter<'_, '_> {
         let int: Type = if vector { I32X4 } else { I32 };
         match dtype {
             DType::F32 => self.float(float, value as f32),
-            DType::BF16 | DType::F16 => {
+            DType::BF16 | DType::F16 | DType::F8E4M3 | DType::F8E5M2 => {
                 let exact = self.float(float, value as f32);
                 self.convert(DType::F32, dtype, exact)
             }
             DType::I64 => self.b.ins().iconst(I64, value as i64),
             DType::Bool => self.bits(int, if value == 0.0 { 0 } else { u32::MAX }),
-            DType::I8 => self.bits(int, i32::from(value as i8) as u32),
-            DType::U8 => self.bits(int, u32::from(value as u8)),
+            DType::I8 | DType::I4 => self.bits(int, i32::from(value as i8) as u32),
+            DType::U8 | DType::U4 => self.bits(int, u32::from(value as u8)),
             DType::I32 => self.bits(int, value as i32 as u32),
         }
     }
@@ -87,31 +88,23 @@ impl Emitter<'_, '_> {
             Scalar::Select(mask, x, y) => self.choose(value_of(mask), value_of(x), value_of(y)),
             Scalar::Cast(DType::BF16, x) if facts.exact[x] => value_of(x),
             Scalar::Cast(to, x) => self.convert(types[x], to, value_of(x)),
-            Scalar::Quantize(dtype, x, scale) => {
-                let max = Op::quantized_max(dtype).unwrap_or(127.0) as f32;
-                let (x, scale) = (value_of(x), value_of(scale));
-                let quotient = self.div(x, scale);
-                let (low, high) = (self.f(x, -max), self.f(x, max));
-                let clamped = self.larger(quotient, low);
-                let clamped = self.smaller(clamped, high);
-                let whole = self.nearest_int(clamped);
-                let zero = self.f(x, 0.0);
-                let scaled = self.compare(FloatCC::NotEqual, scale, zero);
-                self.b.ins().band(whole, scaled)
+            Scalar::Quantize(dtype, x, scale, zero_point) => {
+                let zero_point = zero_point.map(value_of);
+                self.quantize(dtype, value_of(x), value_of(scale), zero_point)
             }
-            Scalar::Dequantize(q, scale) => {
-                let whole = self.convert(types[q], DType::F32, value_of(q));
+            Scalar::Dequantize(q, scale, zero_point) => {
+                let mut code = value_of(q);
+                if let Some(zero_point) = zero_point {
+                    code = self.b.ins().isub(code, value_of(zero_point));
+                }
+                // Less its zero point, a code may not fit its type.
+                let from = if types[q].is_float() { types[q] } else { DType::I32 };
+                let whole = self.convert(from, DType::F32, code);
                 self.mul(whole, value_of(scale))
             }
-            Scalar::StraightThrough(dtype, x, dy, scale) => {
-                let max = Op::quantized_max(dtype).unwrap_or(127.0) as f32;
-                let (x, dy, scale) = (value_of(x), value_of(dy), value_of(scale));
-                let max = self.f(x, max);
-                let limit = self.mul(max, scale);
-                let magnitude = self.b.ins().fabs(x);
-                let inside = self.compare(FloatCC::LessThanOrEqual, magnitude, limit);
-                let zero = self.f(x, 0.0);
-                self.choose(inside, dy, zero)
+            Scalar::StraightThrough(dtype, x, dy, scale, zero_point) => {
+                let zero_point = zero_point.map(value_of);
+                self.straight_through(dtype, value_of(x), value_of(dy), value_of(scale), zero_point)
             }
         }
     }
@@ -292,11 +285,10 @@ impl Emitter<'_, '_> {
     /// What a reduction of nothing gives.
     pub(crate) fn identity(&mut self, op: ReduceOp, dtype: DType, vector: bool) -> Value {
         let value = match (op, dtype) {
-            (ReduceOp::Sum, _) | (ReduceOp::Max, DType::U8 | DType::Bool) => 0.0,
-            (ReduceOp::Max, DType::F32 | DType::BF16 | DType::F16) => f64::NEG_INFINITY,
-            (ReduceOp::Max, DType::I8) => f64::from(i8::MIN),
-            (ReduceOp::Max, DType::I32) => f64::from(i32::MIN),
-            (ReduceOp::Max, DType::I64) => i64::MIN as f64,
+            (ReduceOp::Sum, _) | (ReduceOp::Max, DType::Bool) => 0.0,
+            (ReduceOp::Max, dtype) => {
+                dtype.integer_range().map_or(f64::NEG_INFINITY, |(smallest, _)| smallest as f64)
+            }
         };
         self.constant(dtype, value, vector)
     }

@@ -19,6 +19,7 @@ mod memory;
 mod nest;
 mod primitives;
 pub mod program;
+mod quantized;
 mod recurrent;
 mod schedule;
 mod tail;

@@ -17,8 +17,8 @@ impl Emitter<'_, '_> {
             DType::F32 => self.b.ins().load(F32, flags, address, 0),
             DType::I32 => self.b.ins().load(I32, flags, address, 0),
             DType::I64 => self.b.ins().load(I64, flags, address, 0),
-            DType::I8 => self.b.ins().sload8(I32, flags, address, 0),
-            DType::U8 => self.b.ins().uload8(I32, flags, address, 0),
+            DType::I8 | DType::I4 => self.b.ins().sload8(I32, flags, address, 0),
+            DType::U8 | DType::U4 => self.b.ins().uload8(I32, flags, address, 0),
             DType::Bool => {
                 let byte = self.b.ins().uload8(I32, flags, address, 0);
                 self.b.ins().ineg(byte)
@@ -26,6 +26,10 @@ impl Emitter<'_, '_> {
             DType::BF16 | DType::F16 => {
                 let bits = self.b.ins().uload16(I32, flags, address, 0);
                 self.widen_half(dtype, bits)
+            }
+            DType::F8E4M3 | DType::F8E5M2 => {
+                let bits = self.b.ins().uload8(I32, flags, address, 0);
+                self.widen_float8(dtype, bits)
             }
         }
     }
@@ -36,17 +40,27 @@ impl Emitter<'_, '_> {
         match dtype {
             DType::F32 => self.b.ins().load(F32X4, flags, address, offset),
             DType::I32 | DType::I64 => self.b.ins().load(I32X4, flags, address, offset),
-            DType::I8 | DType::U8 | DType::Bool => {
+            DType::I8
+            | DType::U8
+            | DType::I4
+            | DType::U4
+            | DType::Bool
+            | DType::F8E4M3
+            | DType::F8E5M2 => {
                 let word = self.b.ins().load(I32, flags, address, offset);
                 let lanes = self.b.ins().scalar_to_vector(I32X4, word);
                 let bytes = self.cast_bits(I8X16, lanes);
-                if dtype == DType::I8 {
+                if matches!(dtype, DType::I8 | DType::I4) {
                     let halves = self.b.ins().swiden_low(bytes);
                     return self.b.ins().swiden_low(halves);
                 }
                 let halves = self.b.ins().uwiden_low(bytes);
                 let words = self.b.ins().uwiden_low(halves);
-                if dtype == DType::Bool { self.b.ins().ineg(words) } else { words }
+                match dtype {
+                    DType::Bool => self.b.ins().ineg(words),
+                    DType::F8E4M3 | DType::F8E5M2 => self.widen_float8(dtype, words),
+                    _ => words,
+                }
             }
             DType::BF16 | DType::F16 => {
                 let bits = self.b.ins().uload16x4(flags, address, offset);
@@ -75,8 +89,12 @@ impl Emitter<'_, '_> {
             DType::F32 | DType::I32 | DType::I64 => {
                 self.b.ins().store(flags, value, address, 0);
             }
-            DType::I8 | DType::U8 => {
+            DType::I8 | DType::U8 | DType::I4 | DType::U4 => {
                 self.b.ins().istore8(flags, value, address, 0);
+            }
+            DType::F8E4M3 | DType::F8E5M2 => {
+                let bits = self.float8_bits(dtype, value);
+                self.b.ins().istore8(flags, bits, address, 0);
             }
             DType::Bool => {
                 let byte = self.b.ins().ineg(value);
@@ -115,12 +133,19 @@ impl Emitter<'_, '_> {
                     self.b.ins().store(flags, word, address, offset);
                 }
             }
-            DType::I8 | DType::U8 | DType::Bool => {
-                let parts: Vec<Value> = if dtype == DType::Bool {
-                    parts.iter().map(|&mask| self.b.ins().ineg(mask)).collect()
-                } else {
-                    parts.to_vec()
+            DType::I8
+            | DType::U8
+            | DType::I4
+            | DType::U4
+            | DType::Bool
+            | DType::F8E4M3
+            | DType::F8E5M2 => {
+                let as_integer = |&part: &Value| match dtype {
+                    DType::Bool => self.b.ins().ineg(part),
+                    DType::F8E4M3 | DType::F8E5M2 => self.float8_bits(dtype, part),
+                    _ => part,
                 };
+                let parts: Vec<Value> = parts.iter().map(as_integer).collect();
                 if let [a, b, c, d] = parts[..] {
                     let low = self.b.ins().snarrow(a, b);
                     let high = self.b.ins().snarrow(c, d);
@@ -140,7 +165,7 @@ impl Emitter<'_, '_> {
     }
 
     fn narrow_bytes(&mut self, dtype: DType, low: Value, high: Value) -> Value {
-        if dtype == DType::I8 {
+        if matches!(dtype, DType::I8 | DType::I4) {
             self.b.ins().snarrow(low, high)
         } else {
             self.b.ins().unarrow(low, high)
@@ -245,12 +270,13 @@ impl Emitter<'_, '_> {
     /// A 32-bit integer brought into the range of a narrower type by wrapping.
     pub(crate) fn wrap(&mut self, dtype: DType, value: Value) -> Value {
         match dtype {
-            DType::I8 => {
-                let high = self.shift_left(value, 24);
-                self.shift_right(high, 24)
+            DType::I8 | DType::I4 => {
+                let by = if dtype == DType::I8 { 24 } else { 28 };
+                let high = self.shift_left(value, by);
+                self.shift_right(high, by)
             }
-            DType::U8 => {
-                let low = self.i(value, 255);
+            DType::U8 | DType::U4 => {
+                let low = self.i(value, if dtype == DType::U8 { 255 } else { 15 });
                 self.b.ins().band(value, low)
             }
             _ => value,
@@ -292,18 +318,20 @@ impl Emitter<'_, '_> {
                 let bits = self.f16_bits(value);
                 self.widen_half(to, bits)
             }
+            DType::F8E4M3 | DType::F8E5M2 => {
+                let bits = self.float8_bits(to, value);
+                self.widen_float8(to, bits)
+            }
             DType::Bool => {
                 let zero = self.f(value, 0.0);
                 self.compare(FloatCC::NotEqual, value, zero)
             }
             DType::I64 => self.b.ins().fcvt_to_sint_sat(I64, value),
-            DType::I32 | DType::I8 | DType::U8 => {
+            DType::I32 | DType::I8 | DType::U8 | DType::I4 | DType::U4 => {
                 let ty = crate::lanes::int_like(self.ty(value));
                 let whole = self.b.ins().fcvt_to_sint_sat(ty, value);
-                let (low, high) = match to {
-                    DType::I8 => (-128_i32, 127_i32),
-                    DType::U8 => (0, 255),
-                    _ => return whole,
+                let Some((low, high)) = to.integer_range().filter(|_| to != DType::I32) else {
+                    return whole;
                 };
                 let (low, high) = (self.i(value, low as u32), self.i(value, high as u32));
                 let whole = self.b.ins().smax(whole, low);

@@ -4,8 +4,8 @@ mod indexing;
 mod recurrence;
 
 use crate::{
-    AttentionOperand, BinaryOp, ConvGeometry, DType, Dim, Op, PoolGeometry, Shape, TensorType,
-    UnaryOp,
+    AttentionOperand, BinaryOp, ConvGeometry, DType, Dim, Op, PoolGeometry, QuantizedRange, Shape,
+    TensorType, UnaryOp,
 };
 use thiserror::Error;
 
@@ -51,10 +51,9 @@ fn infer_type(op: &Op, operands: Types) -> Result<TensorType, String> {
         Op::Input(ty) => exactly::<0>(operands).map(|[]| ty.clone()),
         Op::Param(tensor) => {
             exactly::<0>(operands)?;
-            if tensor.dtype().is_float() {
-                Ok(tensor.ty())
-            } else {
-                Err(format!("a parameter is a float tensor, not {}", tensor.ty()))
+            match tensor.dtype() {
+                DType::F32 | DType::BF16 | DType::F16 => Ok(tensor.ty()),
+                _ => Err(format!("a parameter is an f32, bf16 or f16 tensor, not {}", tensor.ty())),
             }
         }
         Op::State(tensor) | Op::Const(tensor) => exactly::<0>(operands).map(|[]| tensor.ty()),
@@ -157,23 +156,21 @@ fn infer_type(op: &Op, operands: Types) -> Result<TensorType, String> {
             recurrence::recurrence_grad(data, *cell, operands)
         }
         Op::Quantize { dtype, axis } => {
-            let [x, scale] = exactly(operands)?;
-            quantized(*dtype)?;
+            let ([x, scale], zero_point) = and_zero_point(operands)?;
             float(x)?;
-            scale_fits(x, scale, *axis)?;
+            quantized(*dtype, x, scale, zero_point, *axis)?;
             Ok(TensorType::new(*dtype, x.shape.clone()))
         }
         Op::Dequantize { axis } => {
-            let [q, scale] = exactly(operands)?;
-            quantized(q.dtype)?;
-            scale_fits(q, scale, *axis)?;
+            let ([q, scale], zero_point) = and_zero_point(operands)?;
+            quantized(q.dtype, q, scale, zero_point, *axis)?;
             Ok(TensorType::f32(q.shape.clone()))
         }
         Op::StraightThrough { dtype, axis } => {
-            let [x, dy, scale] = exactly(operands)?;
-            quantized(*dtype)?;
+            let ([x, dy, scale], zero_point) = and_zero_point(operands)?;
             same(x, dy)?;
-            scale_fits(x, scale, *axis)?;
+            float(x)?;
+            quantized(*dtype, x, scale, zero_point, *axis)?;
             Ok(dy.clone())
         }
         Op::AllReduce(_) => {
@@ -199,11 +196,38 @@ fn float(x: &TensorType) -> Result<(), String> {
     if x.dtype.is_float() { Ok(()) } else { Err(format!("needs a float operand, not {x}")) }
 }
 
-fn quantized(dtype: DType) -> Result<(), String> {
-    match Op::quantized_max(dtype) {
-        Some(_) => Ok(()),
-        None => Err(format!("{dtype} is not a quantized type")),
+/// So many operands, and perhaps a zero point.
+fn and_zero_point<'a, const K: usize>(
+    operands: Types<'a>,
+) -> Result<([&'a TensorType; K], Option<&'a TensorType>), String> {
+    let (first, zero_point) = operands.split_at(operands.len().min(K));
+    match (first.try_into(), zero_point) {
+        (Ok(first), []) => Ok((first, None)),
+        (Ok(first), &[zero_point]) => Ok((first, Some(zero_point))),
+        _ => Err(format!("takes {K} or {} operands, not {}", K + 1, operands.len())),
     }
+}
+
+/// Checks the parameters by which `x` is quantized to `dtype`, or was.
+fn quantized(
+    dtype: DType,
+    x: &TensorType,
+    scale: &TensorType,
+    zero_point: Option<&TensorType>,
+    axis: Option<usize>,
+) -> Result<(), String> {
+    if QuantizedRange::of(dtype, false).is_none() {
+        return Err(format!("{dtype} is not a quantized type"));
+    }
+    scale_fits(x, scale, axis)?;
+    let Some(zero_point) = zero_point else { return Ok(()) };
+    if QuantizedRange::of(dtype, true).is_none() {
+        return Err(format!("{dtype} has no zero point"));
+    }
+    if zero_point.dtype != dtype || zero_point.shape != scale.shape {
+        return Err(format!("the zero point is {zero_point} for {dtype} with the scale {scale}"));
+    }
+    Ok(())
 }
 
 fn fixed(dim: Dim, what: &str) -> Result<usize, String> {

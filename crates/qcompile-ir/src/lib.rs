@@ -15,17 +15,20 @@
 #![forbid(unsafe_code)]
 
 pub mod eval;
+pub mod float8;
 pub mod graph;
 pub mod infer;
 pub mod name;
 pub mod note;
 pub mod op;
+pub mod quantized;
 pub mod recurrence;
 pub mod tensor;
 pub mod text;
 pub mod types;
 pub mod verify;
 
+pub use float8::Float8;
 pub use graph::{Graph, GraphError, Node, NodeId, Region};
 pub use infer::{TypeError, infer};
 pub use name::Name;
@@ -34,6 +37,7 @@ pub use op::{
     AttentionOperand, BinaryOp, CollectiveOp, CompareOp, ConvGeometry, Op, PoolGeometry, ReduceOp,
     ScatterOp, UnaryOp,
 };
+pub use quantized::QuantizedRange;
 pub use recurrence::{Activation, ActivationOp, Cell, Recurrence, RecurrenceOperands};
 pub use tensor::Tensor;
 pub use types::{DType, Dim, Shape, TensorType};

@@ -474,21 +474,23 @@ pub enum Op {
         /// Whether the gradient of c follows that of h.
         cell: bool,
     },
-    /// `quantize x, scale -> round(x / scale)` clamped to the symmetric range of the integer type.
+    /// `quantize x, scale (, zero_point) -> round(x / scale) + zero_point` clamped to the range of the quantized type
+    /// ([`QuantizedRange`](crate::QuantizedRange)).
     Quantize {
-        /// The integer type.
+        /// The quantized type.
         dtype: DType,
         /// The axis that a 1-D scale runs along; none for a scalar scale.
         axis: Option<usize>,
     },
-    /// `dequantize q, scale -> q · scale` in f32.
+    /// `dequantize q, scale (, zero_point) -> (q - zero_point) · scale` in f32.
     Dequantize {
         /// The axis that a 1-D scale runs along; none for a scalar scale.
         axis: Option<usize>,
     },
-    /// `straight_through x, dy, scale -> dy` where `x / scale` is within the range of the type, else 0.
+    /// `straight_through x, dy, scale (, zero_point) -> dy` where `x / scale + zero_point` rounds into the range of the
+    /// type, else 0.
     StraightThrough {
-        /// The integer type of the quantization.
+        /// The quantized type.
         dtype: DType,
         /// The axis that a 1-D scale runs along; none for a scalar scale.
         axis: Option<usize>,
@@ -552,11 +554,5 @@ impl Op {
     #[must_use]
     pub fn is_leaf(&self) -> bool {
         matches!(self, Op::Input(_) | Op::Param(_) | Op::State(_) | Op::Const(_))
-    }
-
-    /// Largest magnitude of the symmetric range of a quantized type: 127 for i8.
-    #[must_use]
-    pub fn quantized_max(dtype: DType) -> Option<f64> {
-        (dtype == DType::I8).then_some(127.0)
     }
 }

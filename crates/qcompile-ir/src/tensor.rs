@@ -1,6 +1,6 @@
 //! Concrete values.
 
-use crate::{DType, Shape, TensorType};
+use crate::{DType, Shape, TensorType, float8};
 use half::{bf16, f16};
 
 /// A concrete, dense, row-major value: little-endian elements of one type.
@@ -12,15 +12,18 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// A tensor from little-endian bytes. `None` if their number is not what the shape needs.
+    /// A tensor from little-endian bytes. `None` if their number is not what the shape needs, or a byte is no number of
+    /// 4 bits where the type has such.
     #[must_use]
     pub fn from_bytes(dtype: DType, shape: Vec<usize>, bytes: Vec<u8>) -> Option<Tensor> {
         let elements = element_count(&shape)?;
-        (elements.checked_mul(dtype.size())? == bytes.len()).then_some(Tensor {
-            dtype,
-            shape,
-            bytes,
-        })
+        let valid = match dtype {
+            DType::I4 => bytes.iter().all(|byte| byte.wrapping_add(8) < 16),
+            DType::U4 => bytes.iter().all(|&byte| byte < 16),
+            _ => true,
+        };
+        let fits = elements.checked_mul(dtype.size())? == bytes.len();
+        (fits && valid).then_some(Tensor { dtype, shape, bytes })
     }
 
     /// A float32 tensor. `None` if the number of values is not what the shape needs.
@@ -37,7 +40,7 @@ impl Tensor {
         Tensor::from_bytes(DType::I64, shape.to_vec(), bytes)
     }
 
-    /// Values of any element type from f64, rounded to nearest even, saturated for integers.
+    /// Values of any element type from f64, rounded to nearest even, saturated for integers and floats of 8 bits.
     #[must_use]
     pub fn from_f64(dtype: DType, shape: &[usize], values: &[f64]) -> Option<Tensor> {
         let mut bytes = Vec::with_capacity(values.len().checked_mul(dtype.size())?);
@@ -129,8 +132,10 @@ impl Tensor {
             DType::F32 => f64::from(f32::from_le_bytes([b(0), b(1), b(2), b(3)])),
             DType::BF16 => bf16::from_le_bytes([b(0), b(1)]).to_f64(),
             DType::F16 => f16::from_le_bytes([b(0), b(1)]).to_f64(),
-            DType::I8 => f64::from(i8::from_le_bytes([b(0)])),
-            DType::U8 | DType::Bool => f64::from(b(0)),
+            DType::F8E4M3 => float8::E4M3.decode(b(0)),
+            DType::F8E5M2 => float8::E5M2.decode(b(0)),
+            DType::I8 | DType::I4 => f64::from(i8::from_le_bytes([b(0)])),
+            DType::U8 | DType::U4 | DType::Bool => f64::from(b(0)),
             DType::I32 => f64::from(i32::from_le_bytes([b(0), b(1), b(2), b(3)])),
             DType::I64 => {
                 i64::from_le_bytes([b(0), b(1), b(2), b(3), b(4), b(5), b(6), b(7)]) as f64
@@ -179,7 +184,16 @@ fn push_f64(dtype: DType, value: f64, bytes: &mut Vec<u8>) {
         DType::F32 => bytes.extend((value as f32).to_le_bytes()),
         DType::BF16 => bytes.extend(bf16::from_f64(value).to_le_bytes()),
         DType::F16 => bytes.extend(f16::from_f64(value).to_le_bytes()),
+        DType::F8E4M3 => bytes.push(float8::E4M3.encode(value)),
+        DType::F8E5M2 => bytes.push(float8::E5M2.encode(value)),
         DType::I8 => bytes.extend((value.round_ties_even() as i8).to_le_bytes()),
+        DType::I4 => {
+            bytes.extend((value.round_ties_even().clamp(-8.0, 7.0) as i8).to_le_bytes());
+        }
+        DType::U4 => {
+            #[allow(clippy::cast_sign_loss, reason = "saturates at 0")]
+            bytes.push(value.round_ties_even().clamp(0.0, 15.0) as u8);
+        }
         DType::U8 => {
             #[allow(clippy::cast_sign_loss, reason = "saturates at 0")]
             bytes.push(value.round_ties_even() as u8);
@@ -202,5 +216,19 @@ mod tests {
         }
         assert_eq!(Tensor::from_f32(&[3], &[1.0]), None);
         assert_eq!(Tensor::zeros(DType::I8, &[2, 2]).splat(), Some(0.0));
+    }
+
+    #[test]
+    fn numbers_of_4_bits_stay_in_their_range() {
+        let values = [-9.0, -8.0, -0.5, 7.4, 100.0, f64::NAN];
+        let signed = Tensor::from_f64(DType::I4, &[6], &values).expect("six values");
+        assert_eq!(signed.to_f64(), [-8.0, -8.0, 0.0, 7.0, 7.0, 0.0]);
+        let unsigned = Tensor::from_f64(DType::U4, &[6], &values).expect("six values");
+        assert_eq!(unsigned.to_f64(), [0.0, 0.0, 0.0, 7.0, 15.0, 0.0]);
+        for (dtype, good, bad) in [(DType::I4, 0xf8, 0xf7), (DType::I4, 7, 8), (DType::U4, 15, 16)]
+        {
+            assert!(Tensor::from_bytes(dtype, vec![1], vec![good]).is_some());
+            assert_eq!(Tensor::from_bytes(dtype, vec![1], vec![bad]), None);
+        }
     }
 }

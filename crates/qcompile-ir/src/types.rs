@@ -12,10 +12,18 @@ pub enum DType {
     BF16,
     /// IEEE 754 binary16.
     F16,
+    /// OCP 8-bit float of 4 exponent and 3 mantissa bits (ONNX FLOAT8E4M3FN): largest 448, no infinity.
+    F8E4M3,
+    /// OCP 8-bit float of 5 exponent and 2 mantissa bits (ONNX FLOAT8E5M2): largest finite 57344.
+    F8E5M2,
     /// Signed 8-bit integer.
     I8,
     /// Unsigned 8-bit integer.
     U8,
+    /// Signed 4-bit integer, one in a byte.
+    I4,
+    /// Unsigned 4-bit integer, one in a byte.
+    U4,
     /// Signed 32-bit integer.
     I32,
     /// Signed 64-bit integer.
@@ -26,12 +34,16 @@ pub enum DType {
 
 impl DType {
     /// Every element type, in declaration order.
-    pub const ALL: [DType; 8] = [
+    pub const ALL: [DType; 12] = [
         DType::F32,
         DType::BF16,
         DType::F16,
+        DType::F8E4M3,
+        DType::F8E5M2,
         DType::I8,
         DType::U8,
+        DType::I4,
+        DType::U4,
         DType::I32,
         DType::I64,
         DType::Bool,
@@ -44,8 +56,12 @@ impl DType {
             DType::F32 => "f32",
             DType::BF16 => "bf16",
             DType::F16 => "f16",
+            DType::F8E4M3 => "f8e4m3",
+            DType::F8E5M2 => "f8e5m2",
             DType::I8 => "i8",
             DType::U8 => "u8",
+            DType::I4 => "i4",
+            DType::U4 => "u4",
             DType::I32 => "i32",
             DType::I64 => "i64",
             DType::Bool => "bool",
@@ -56,7 +72,13 @@ impl DType {
     #[must_use]
     pub const fn size(self) -> usize {
         match self {
-            DType::I8 | DType::U8 | DType::Bool => 1,
+            DType::F8E4M3
+            | DType::F8E5M2
+            | DType::I8
+            | DType::U8
+            | DType::I4
+            | DType::U4
+            | DType::Bool => 1,
             DType::BF16 | DType::F16 => 2,
             DType::F32 | DType::I32 => 4,
             DType::I64 => 8,
@@ -66,7 +88,38 @@ impl DType {
     /// Whether it is a floating-point type.
     #[must_use]
     pub const fn is_float(self) -> bool {
-        matches!(self, DType::F32 | DType::BF16 | DType::F16)
+        match self {
+            DType::F32 | DType::BF16 | DType::F16 | DType::F8E4M3 | DType::F8E5M2 => true,
+            DType::I8
+            | DType::U8
+            | DType::I4
+            | DType::U4
+            | DType::I32
+            | DType::I64
+            | DType::Bool => false,
+        }
+    }
+
+    /// Whether it is a float of 8 bits.
+    #[must_use]
+    pub const fn is_float8(self) -> bool {
+        matches!(self, DType::F8E4M3 | DType::F8E5M2)
+    }
+
+    /// The smallest and the largest number of an integer type.
+    #[must_use]
+    pub const fn integer_range(self) -> Option<(i64, i64)> {
+        match self {
+            DType::I4 => Some((-8, 7)),
+            DType::U4 => Some((0, 15)),
+            DType::I8 => Some((i8::MIN as i64, i8::MAX as i64)),
+            DType::U8 => Some((0, u8::MAX as i64)),
+            DType::I32 => Some((i32::MIN as i64, i32::MAX as i64)),
+            DType::I64 => Some((i64::MIN, i64::MAX)),
+            DType::F32 | DType::BF16 | DType::F16 | DType::F8E4M3 | DType::F8E5M2 | DType::Bool => {
+                None
+            }
+        }
     }
 }
 

@@ -133,12 +133,13 @@ impl Known {
 pub(crate) fn from_f64(dtype: DType, value: f64) -> Element {
     match dtype {
         DType::F32 => Element::Float(f64::from(value as f32)),
-        DType::BF16 | DType::F16 => Element::Float(Tensor::scalar(dtype, value).get_f64(0)),
+        DType::BF16 | DType::F16 | DType::F8E4M3 | DType::F8E5M2 => {
+            Element::Float(Tensor::scalar(dtype, value).get_f64(0))
+        }
         DType::Bool => Element::Int(i64::from(value != 0.0)),
         DType::I64 => Element::Int(value as i64),
         DType::I32 => Element::Int(i64::from(value as i32)),
-        DType::I8 => Element::Int(i64::from(value as i64 as i8)),
-        DType::U8 => Element::Int(i64::from(value as i64 as u8)),
+        DType::I8 | DType::U8 | DType::I4 | DType::U4 => wrapped(dtype, value as i64),
     }
 }
 
@@ -150,6 +151,8 @@ pub(crate) fn wrapped(dtype: DType, value: i64) -> Element {
         DType::I32 => i64::from(value as i32),
         DType::I8 => i64::from(value as i8),
         DType::U8 => i64::from(value as u8),
+        DType::I4 => (value << 60) >> 60,
+        DType::U4 => value & 15,
         DType::Bool => i64::from(value != 0),
         _ => value,
     })

@@ -61,6 +61,10 @@ pub(crate) fn onnx_number(dtype: DType) -> i32 {
         DType::Bool => 9,
         DType::F16 => 10,
         DType::BF16 => 16,
+        DType::F8E4M3 => 17,
+        DType::F8E5M2 => 19,
+        DType::U4 => 21,
+        DType::I4 => 22,
     }
 }
 
@@ -87,8 +91,12 @@ pub(crate) fn dtype(number: i32) -> Result<DType, Obstacle> {
         9 => DType::Bool,
         10 => DType::F16,
         16 => DType::BF16,
+        17 => DType::F8E4M3,
+        19 => DType::F8E5M2,
+        21 => DType::U4,
+        22 => DType::I4,
         0 => return Err(Obstacle::invalid("the element type is undefined")),
-        8 | 14 | 15 | 17..=26 => {
+        8 | 14 | 15 | 18 | 20 | 23..=26 => {
             return Err(Obstacle::unsupported(format!("element type {}", dtype_name(number))));
         }
         _ => return Err(Obstacle::invalid(format!("there is no element type {number}"))),
@@ -110,13 +118,24 @@ pub(crate) fn range(number: i32) -> Option<(i64, i64)> {
     }
 }
 
-/// Bytes of an element in a file.
-fn stored_size(number: i32, dtype: DType) -> usize {
-    match number {
-        UINT16 | INT16 => 2,
-        UINT32 => 4,
-        DOUBLE => 8,
-        _ => dtype.size(),
+/// Bytes of so many elements in a file.
+fn stored_bytes(number: i32, dtype: DType, elements: usize) -> Option<usize> {
+    match (number, dtype) {
+        (UINT16 | INT16, _) => elements.checked_mul(2),
+        (UINT32, _) => elements.checked_mul(4),
+        (DOUBLE, _) => elements.checked_mul(8),
+        (_, DType::I4 | DType::U4) => Some(elements.div_ceil(2)),
+        _ => elements.checked_mul(dtype.size()),
+    }
+}
+
+/// Two elements of each byte, the lower half first.
+fn unpacked(bytes: &[u8], dtype: DType, elements: usize) -> Vec<u8> {
+    let halves = bytes.iter().flat_map(|byte| [byte & 15, byte >> 4]).take(elements);
+    match dtype {
+        // The sign of 4 bits becomes that of 8.
+        DType::I4 => halves.map(|half| (half ^ 8).wrapping_sub(8)).collect(),
+        _ => halves.collect(),
     }
 }
 
@@ -136,8 +155,7 @@ pub(crate) fn decode(mut proto: TensorProto, external: External) -> Result<Tenso
         .iter()
         .try_fold(1_usize, |count, &dim| count.checked_mul(dim))
         .ok_or_else(|| Obstacle::invalid(format!("dimensions {shape:?} overflow")))?;
-    let wanted = elements
-        .checked_mul(stored_size(proto.data_type, dtype))
+    let wanted = stored_bytes(proto.data_type, dtype, elements)
         .ok_or_else(|| Obstacle::invalid(format!("dimensions {shape:?} overflow")))?;
     if proto.data_location.enum_value() == Ok(DataLocation::EXTERNAL) {
         proto.raw_data = read_external(&proto, wanted, external)?;
@@ -159,6 +177,7 @@ pub(crate) fn decode(mut proto: TensorProto, external: External) -> Result<Tenso
         (UINT16, _) => widened(&bytes, |word| i32::from(u16::from_le_bytes(word)).to_le_bytes()),
         (INT16, _) => widened(&bytes, |word| i32::from(i16::from_le_bytes(word)).to_le_bytes()),
         (UINT32, _) => widened(&bytes, |word| i64::from(u32::from_le_bytes(word)).to_le_bytes()),
+        (_, DType::I4 | DType::U4) => unpacked(&bytes, dtype, elements),
         (_, DType::Bool) => bytes.into_iter().map(|byte| u8::from(byte != 0)).collect(),
         _ => bytes,
     };
@@ -277,7 +296,8 @@ fn typed_bytes(proto: &TensorProto, dtype: DType) -> Result<Vec<u8>, Obstacle> {
                 }
                 bytes
             }
-            DType::U8 => {
+            // Of floats the codes, of 4 bits two in each.
+            DType::U8 | DType::F8E4M3 | DType::F8E5M2 | DType::I4 | DType::U4 => {
                 let mut bytes = Vec::with_capacity(wide.len());
                 for value in wide {
                     bytes.push(u8::try_from(*value).map_err(|_| out_of_range(value))?);
@@ -331,7 +351,7 @@ mod tests {
 
     #[test]
     fn every_typed_field_is_read() {
-        let cases: [(i32, TensorProto); 12] = [
+        let cases: [(i32, TensorProto); 18] = [
             (4, TensorProto { int32_data: vec![1, 2], ..Default::default() }),
             (5, TensorProto { raw_data: vec![1, 0, 2, 0], ..Default::default() }),
             (12, TensorProto { uint64_data: vec![1, 2], ..Default::default() }),
@@ -344,11 +364,26 @@ mod tests {
             (3, TensorProto { int32_data: vec![1, 2], ..Default::default() }),
             (10, TensorProto { int32_data: vec![0x3c00, 0x4000], ..Default::default() }),
             (16, TensorProto { raw_data: vec![0x80, 0x3f, 0x00, 0x40], ..Default::default() }),
+            (17, TensorProto { raw_data: vec![0x38, 0x40], ..Default::default() }),
+            (17, TensorProto { int32_data: vec![0x38, 0x40], ..Default::default() }),
+            (19, TensorProto { raw_data: vec![0x3c, 0x40], ..Default::default() }),
+            (21, TensorProto { raw_data: vec![0x21], ..Default::default() }),
+            (22, TensorProto { raw_data: vec![0x21], ..Default::default() }),
+            (22, TensorProto { int32_data: vec![0x21], ..Default::default() }),
         ];
         for (data_type, proto) in cases {
             let proto = TensorProto { data_type, dims: vec![2], ..proto };
             let tensor = decode(proto, &none).expect("well-formed");
             assert_eq!(tensor.to_f64(), [1.0, 2.0], "{}", dtype_name(data_type));
+        }
+    }
+
+    #[test]
+    fn the_lower_half_of_a_byte_comes_first() {
+        for (data_type, wanted) in [(21, [15.0, 7.0, 8.0]), (22, [-1.0, 7.0, -8.0])] {
+            let raw_data = vec![0x7f, 0x08];
+            let proto = TensorProto { data_type, dims: vec![3], raw_data, ..Default::default() };
+            assert_eq!(decode(proto, &none).expect("well-formed").to_f64(), wanted);
         }
     }
 

@@ -80,7 +80,8 @@ fn int8_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<LowOperand
 fn hidden(graph: &Graph, views: &[View], id: NodeId) -> Option<(View, NodeId, Option<usize>)> {
     let view = &views[id.index()];
     let Op::Dequantize { axis } = *graph.op(view.base) else { return None };
-    let (q, scale) = (graph.operand(view.base, 0), graph.operand(view.base, 1));
+    // With a zero point, the product is in f32.
+    let [q, scale] = graph.operands(view.base)[..] else { return None };
     let under = &views[q.index()];
     if graph.ty(q).dtype != DType::I8 || !under.is_dense() {
         return None;

@@ -56,12 +56,14 @@ pub enum Scalar {
     Select(usize, usize, usize),
     /// Conversion.
     Cast(DType, usize),
-    /// `clamp(round_ties_even(x / scale))` as the integer type; 0 if the scale is 0.
-    Quantize(DType, usize, usize),
-    /// `q · scale` as f32.
-    Dequantize(usize, usize),
-    /// `dy` where `|x| <= max · scale`, else 0; operands x, dy, scale, with the maximum of the integer type.
-    StraightThrough(DType, usize, usize, usize),
+    /// `clamp(round_ties_even(x / scale) + zero_point)` as the quantized type; operands x, scale, zero point. What
+    /// dequantizes to 0 if the scale is 0.
+    Quantize(DType, usize, usize, Option<usize>),
+    /// `(q - zero_point) · scale` as f32; operands q, scale, zero point.
+    Dequantize(usize, usize, Option<usize>),
+    /// `dy` where `x / scale + zero_point` rounds into the range of the quantized type, else 0; operands x, dy, scale,
+    /// zero point.
+    StraightThrough(DType, usize, usize, usize, Option<usize>),
 }
 
 impl Scalar {
@@ -72,11 +74,17 @@ impl Scalar {
             Scalar::Unary(_, x) | Scalar::Cast(_, x) => ([x, 0, 0], 1),
             Scalar::Binary(_, x, y)
             | Scalar::Compare(_, x, y)
-            | Scalar::Quantize(_, x, y)
-            | Scalar::Dequantize(x, y) => ([x, y, 0], 2),
-            Scalar::Select(x, y, z) | Scalar::StraightThrough(_, x, y, z) => ([x, y, z], 3),
+            | Scalar::Quantize(_, x, y, _)
+            | Scalar::Dequantize(x, y, _) => ([x, y, 0], 2),
+            Scalar::Select(x, y, z) | Scalar::StraightThrough(_, x, y, z, _) => ([x, y, z], 3),
         };
-        list.into_iter().take(count)
+        let zero_point = match self {
+            Scalar::Quantize(.., zero_point)
+            | Scalar::Dequantize(.., zero_point)
+            | Scalar::StraightThrough(.., zero_point) => zero_point,
+            _ => None,
+        };
+        list.into_iter().take(count).chain(zero_point)
     }
 }
 

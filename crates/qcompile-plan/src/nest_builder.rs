@@ -140,16 +140,19 @@ impl<'a> NestBuilder<'a> {
 
     fn compute(&mut self, id: NodeId) -> usize {
         let graph = self.lowering.graph;
-        let scale_at = match graph.op(id) {
+        // Scales and zero points.
+        let first_parameter = match graph.op(id) {
             Op::Quantize { .. } | Op::Dequantize { .. } => 1,
             Op::StraightThrough { .. } => 2,
             _ => usize::MAX,
         };
         let mut operands = Vec::new();
         for (position, operand) in graph.operands(id).into_iter().enumerate() {
-            let value =
-                if position == scale_at { self.scale(id, operand) } else { self.operand(operand) };
-            operands.push(value);
+            operands.push(if position >= first_parameter {
+                self.parameter(id, operand)
+            } else {
+                self.operand(operand)
+            });
         }
         let scalar = match (graph.op(id), &operands[..]) {
             (Op::Size(dim), []) => Scalar::Size(*dim),
@@ -159,26 +162,30 @@ impl<'a> NestBuilder<'a> {
             (Op::Binary(op), &[a, b]) => Scalar::Binary(*op, a, b),
             (Op::Compare(op), &[a, b]) => Scalar::Compare(*op, a, b),
             (Op::Select, &[condition, a, b]) => Scalar::Select(condition, a, b),
-            (Op::Quantize { dtype, .. }, &[x, scale]) => Scalar::Quantize(*dtype, x, scale),
-            (Op::Dequantize { .. }, &[q, scale]) => Scalar::Dequantize(q, scale),
-            (Op::StraightThrough { dtype, .. }, &[x, dy, scale]) => {
-                Scalar::StraightThrough(*dtype, x, dy, scale)
+            (Op::Quantize { dtype, .. }, &[x, scale, ref zero_point @ ..]) => {
+                Scalar::Quantize(*dtype, x, scale, zero_point.first().copied())
+            }
+            (Op::Dequantize { .. }, &[q, scale, ref zero_point @ ..]) => {
+                Scalar::Dequantize(q, scale, zero_point.first().copied())
+            }
+            (Op::StraightThrough { dtype, .. }, &[x, dy, scale, ref zero_point @ ..]) => {
+                Scalar::StraightThrough(*dtype, x, dy, scale, zero_point.first().copied())
             }
             _ => unreachable!("verified: only elementwise nodes are members of a nest"),
         };
         self.push(scalar)
     }
 
-    /// A scale has its own shape: it is read along its axis of the domain.
-    fn scale(&mut self, id: NodeId, scale: NodeId) -> usize {
+    /// A scale or zero point has its own shape: it is read along its axis of the domain.
+    fn parameter(&mut self, id: NodeId, parameter: NodeId) -> usize {
         let axis = match *self.lowering.graph.op(id) {
             Op::Quantize { axis, .. }
             | Op::Dequantize { axis }
             | Op::StraightThrough { axis, .. } => axis,
             _ => None,
         };
-        let view = &self.lowering.fusion.views[scale.index()];
-        // A scale of the group's own is as large as the domain, so it is used at the index where it is computed.
+        let view = &self.lowering.fusion.views[parameter.index()];
+        // One of the group's own is as large as the domain, so it is used at the index where it is computed.
         let value = self.values.get(&view.base).copied().unwrap_or_else(|| {
             let mut strides = vec![Dim::fixed(0); self.domain.len()];
             if let (Some(axis), Some(&stride)) = (axis, view.strides.first()) {
@@ -186,7 +193,7 @@ impl<'a> NestBuilder<'a> {
             }
             self.read_view(&View { strides, dims: self.domain.clone(), ..view.clone() })
         });
-        self.widened(value, view.base, self.lowering.graph.ty(scale).dtype)
+        self.widened(value, view.base, self.lowering.graph.ty(parameter).dtype)
     }
 
     /// The nest over collapsed dims.
@@ -252,7 +259,11 @@ impl<'a> NestBuilder<'a> {
 }
 
 /// The same value with renumbered operands and reads.
-fn map(scalar: &Scalar, value: impl Fn(usize) -> usize, read: impl Fn(usize) -> usize) -> Scalar {
+fn map(
+    scalar: &Scalar,
+    value: impl Fn(usize) -> usize + Copy,
+    read: impl Fn(usize) -> usize,
+) -> Scalar {
     match *scalar {
         Scalar::Read(at) => Scalar::Read(read(at)),
         Scalar::Tile | Scalar::Const(..) | Scalar::Size(_) => *scalar,
@@ -261,10 +272,12 @@ fn map(scalar: &Scalar, value: impl Fn(usize) -> usize, read: impl Fn(usize) -> 
         Scalar::Binary(op, a, b) => Scalar::Binary(op, value(a), value(b)),
         Scalar::Compare(op, a, b) => Scalar::Compare(op, value(a), value(b)),
         Scalar::Select(c, a, b) => Scalar::Select(value(c), value(a), value(b)),
-        Scalar::Quantize(dtype, x, s) => Scalar::Quantize(dtype, value(x), value(s)),
-        Scalar::Dequantize(q, s) => Scalar::Dequantize(value(q), value(s)),
-        Scalar::StraightThrough(dtype, x, dy, s) => {
-            Scalar::StraightThrough(dtype, value(x), value(dy), value(s))
+        Scalar::Quantize(dtype, x, s, z) => {
+            Scalar::Quantize(dtype, value(x), value(s), z.map(value))
+        }
+        Scalar::Dequantize(q, s, z) => Scalar::Dequantize(value(q), value(s), z.map(value)),
+        Scalar::StraightThrough(dtype, x, dy, s, z) => {
+            Scalar::StraightThrough(dtype, value(x), value(dy), value(s), z.map(value))
         }
     }
 }

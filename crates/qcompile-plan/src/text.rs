@@ -113,6 +113,12 @@ impl fmt::Display for Plan {
     }
 }
 
+/// The operands of a value, as text.
+fn operands(scalar: Scalar) -> String {
+    let operands: Vec<String> = scalar.operands().map(|x| format!("v{x}")).collect();
+    operands.join(", ")
+}
+
 fn write_nest(f: &mut fmt::Formatter<'_>, nest: &LoopNest) -> fmt::Result {
     writeln!(f, "  for {}", List(&nest.dims))?;
     for (value, scalar) in nest.body.iter().enumerate() {
@@ -127,10 +133,10 @@ fn write_nest(f: &mut fmt::Formatter<'_>, nest: &LoopNest) -> fmt::Result {
             Scalar::Compare(op, a, b) => writeln!(f, "{} v{a}, v{b}", op.name())?,
             Scalar::Select(c, a, b) => writeln!(f, "select v{c}, v{a}, v{b}")?,
             Scalar::Cast(dtype, x) => writeln!(f, "cast {dtype} v{x}")?,
-            Scalar::Quantize(dtype, x, s) => writeln!(f, "quantize {dtype} v{x}, v{s}")?,
-            Scalar::Dequantize(q, s) => writeln!(f, "dequantize v{q}, v{s}")?,
-            Scalar::StraightThrough(dtype, x, dy, s) => {
-                writeln!(f, "straight_through {dtype} v{x}, v{dy}, v{s}")?;
+            Scalar::Quantize(dtype, ..) => writeln!(f, "quantize {dtype} {}", operands(*scalar))?,
+            Scalar::Dequantize(..) => writeln!(f, "dequantize {}", operands(*scalar))?,
+            Scalar::StraightThrough(dtype, ..) => {
+                writeln!(f, "straight_through {dtype} {}", operands(*scalar))?;
             }
         }
     }

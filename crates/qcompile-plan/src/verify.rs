@@ -12,7 +12,7 @@ use crate::{
     Access, Affine, Attention, AttentionResult, Binding, Convolution, Kernel, LoopNest, Matmul,
     Place, Plan, Pooling, Primitive, Product, Recurrent, Scalar, SlotId, Storage, Strided, Write,
 };
-use qcompile_ir::{DType, Dim, Region};
+use qcompile_ir::{DType, Dim, QuantizedRange, Region};
 use thiserror::Error;
 
 /// A step that a plan must not have.
@@ -237,22 +237,30 @@ pub fn body_types(nest: &LoopNest) -> Result<Vec<DType>, String> {
                 same(a, b)?
             }
             Scalar::Cast(dtype, x) => of(x).map(|_| dtype)?,
-            Scalar::Quantize(dtype, x, scale) => {
+            Scalar::Quantize(dtype, x, scale, zero_point) => {
                 of(x)?;
-                of(scale).map(|_| dtype)?
+                quantizes(of(scale)?, zero_point.map(of).transpose()?, dtype)?
             }
-            Scalar::Dequantize(q, scale) => {
-                of(q)?;
-                of(scale)?
+            Scalar::Dequantize(q, scale, zero_point) => {
+                quantizes(of(scale)?, zero_point.map(of).transpose()?, of(q)?)?;
+                DType::F32
             }
-            Scalar::StraightThrough(_, x, dy, scale) => {
-                of(scale)?;
+            Scalar::StraightThrough(dtype, x, dy, scale, zero_point) => {
+                quantizes(of(scale)?, zero_point.map(of).transpose()?, dtype)?;
                 same(x, dy)?
             }
         };
         types.push(ty);
     }
     Ok(types)
+}
+
+/// The quantized type, if a scale and a zero point of these types fit it.
+fn quantizes(scale: DType, zero_point: Option<DType>, dtype: DType) -> Result<DType, &'static str> {
+    let fits = scale == DType::F32
+        && zero_point.is_none_or(|zero_point| zero_point == dtype)
+        && QuantizedRange::of(dtype, zero_point.is_some()).is_some();
+    if fits { Ok(dtype) } else { Err("a scale or zero point does not fit its type") }
 }
 
 fn dense(plan: &Plan, place: Place, dtype: DType, elements: Extent) -> Checked {

@@ -16,15 +16,17 @@ fn refused(reason: impl std::fmt::Display) -> RuntimeError {
     RuntimeError::Checkpoint(reason.to_string())
 }
 
-/// The element type of a safetensors file for one of the graph.
+/// The element type of a safetensors file for one of the graph. Numbers of 4 bits are stored in 8.
 #[must_use]
 pub const fn file_type(dtype: DType) -> Dtype {
     match dtype {
         DType::F32 => Dtype::F32,
         DType::BF16 => Dtype::BF16,
         DType::F16 => Dtype::F16,
-        DType::I8 => Dtype::I8,
-        DType::U8 => Dtype::U8,
+        DType::F8E4M3 => Dtype::F8_E4M3,
+        DType::F8E5M2 => Dtype::F8_E5M2,
+        DType::I8 | DType::I4 => Dtype::I8,
+        DType::U8 | DType::U4 => Dtype::U8,
         DType::I32 => Dtype::I32,
         DType::I64 => Dtype::I64,
         DType::Bool => Dtype::BOOL,

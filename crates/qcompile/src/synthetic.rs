@@ -82,11 +82,13 @@ fn draw(graph: &Graph, id: NodeId, batch: usize, seed: u64) -> Tensor {
         DType::Bool => 2,
         DType::I8 => bound(graph, id).min(128),
         DType::U8 => bound(graph, id).min(256),
+        DType::I4 => bound(graph, id).min(8),
+        DType::U4 => bound(graph, id).min(16),
         _ => bound(graph, id),
     };
     let elements: usize = shape.iter().product();
     let value = |random: &mut Random| match dtype {
-        DType::BF16 | DType::F16 => f64::from(random.normal()),
+        dtype if dtype.is_float() => f64::from(random.normal()),
         _ => random.below(bound as u64) as f64,
     };
     let values: Vec<f64> = (0..elements).map(|_| value(&mut random)).collect();

@@ -1,7 +1,8 @@
 //! Arrays of files as tensors of graphs, and back.
 //!
 //! A graph has fewer element types than files: float64 becomes f32 on the way in, int16, uint16, uint32 and uint64
-//! wider integers, and on the way out they become again what the model declares, wrapped as numpy does.
+//! wider integers, and on the way out they become again what the model declares, wrapped as numpy does. Numbers of 4
+//! bits are integers of 8 in files, floats of 8 bits their codes.
 
 use crate::data::{Array, Dtype, InputType};
 use crate::error::{Code, Error, Result};
@@ -14,8 +15,8 @@ pub const fn file_type(dtype: DType) -> Dtype {
         DType::F32 => Dtype::F32,
         DType::BF16 => Dtype::Bf16,
         DType::F16 => Dtype::F16,
-        DType::I8 => Dtype::I8,
-        DType::U8 => Dtype::U8,
+        DType::I8 | DType::I4 => Dtype::I8,
+        DType::U8 | DType::U4 | DType::F8E4M3 | DType::F8E5M2 => Dtype::U8,
         DType::I32 => Dtype::I32,
         DType::I64 => Dtype::I64,
         DType::Bool => Dtype::Bool,
@@ -69,6 +70,21 @@ fn each<const FROM: usize, const TO: usize>(
     elements.iter().flat_map(|&element| convert(element)).collect()
 }
 
+/// A tensor of 8-bit integers as the type that files have no word for, where the graph has that.
+///
+/// # Errors
+/// [`Code::DataShape`] for a number that does not fit into 4 bits.
+pub fn retyped(name: &str, tensor: Tensor, dtype: DType) -> Result<Tensor> {
+    if tensor.dtype() == dtype || file_type(tensor.dtype()) != file_type(dtype) {
+        return Ok(tensor);
+    }
+    let made = Tensor::from_bytes(dtype, tensor.shape().to_vec(), tensor.bytes().to_vec());
+    made.ok_or_else(|| {
+        let cause = format!("array `{name}` has numbers that do not fit into {dtype}");
+        Error::new(Code::DataShape, cause)
+    })
+}
+
 fn tensor(name: &str, dtype: DType, shape: Vec<usize>, bytes: Vec<u8>) -> Result<Tensor> {
     let made = Tensor::from_bytes(dtype, shape, bytes);
     made.ok_or_else(|| Error::new(Code::DataShape, format!("array `{name}` is too large")))
@@ -102,8 +118,11 @@ mod tests {
         for dtype in DType::ALL {
             let tensor = Tensor::zeros(dtype, &[2, 0, 3]);
             let array = to_array(&tensor, None).unwrap();
-            assert_eq!(to_tensor("x", array).unwrap(), tensor);
+            let back = retyped("x", to_tensor("x", array).unwrap(), dtype).unwrap();
+            assert_eq!(back, tensor);
         }
+        let wide = Tensor::from_f64(DType::I8, &[1], &[8.0]).unwrap();
+        assert!(retyped("x", wide, DType::I4).is_err());
         let doubles = Array::from_f64(vec![2], &[0.5, 1e-3]).unwrap();
         let tensor = to_tensor("x", doubles).unwrap();
         assert_eq!(tensor.dtype(), DType::F32);

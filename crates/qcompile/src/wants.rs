@@ -4,7 +4,7 @@ use crate::about::About;
 use crate::data::{Binding, Dataset, InputType, LABEL, Target};
 use crate::error::{Code, Error, Result};
 use crate::tensors::{file_type, input_type, to_tensor};
-use qcompile_ir::{Graph, Op, TensorType};
+use qcompile_ir::{DType, Graph, Op, TensorType};
 use qcompile_passes::attach_loss::LossKind;
 use qcompile_runtime::Values;
 
@@ -54,6 +54,11 @@ impl Wants {
         for port in &about.inputs {
             let ty = input(graph, &port.name)
                 .ok_or_else(|| missing(&format!("input `{}`", port.name)))?;
+            if matches!(ty.dtype, DType::I4 | DType::U4) || ty.dtype.is_float8() {
+                let cause =
+                    format!("input `{}` is {}, which data sets do not have", port.name, ty.dtype);
+                return Err(Error::new(Code::DataType, cause));
+            }
             symbolic |= ty.shape.batch_axis().is_some();
             firsts.push(ty.shape.0.first().and_then(|dim| dim.as_fixed()));
             inputs.push((port.name.clone(), input_type(ty)));

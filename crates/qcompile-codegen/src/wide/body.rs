@@ -3,7 +3,8 @@
 use super::assembler::{self as asm, Opcode};
 use super::straight::{Is, IsInt, Lanes, Memory, Name, Straight, Value, float};
 use crate::facts::Facts;
-use qcompile_ir::{BinaryOp, CompareOp, DType, Op, Tensor, UnaryOp};
+use crate::quantized::range;
+use qcompile_ir::{BinaryOp, CompareOp, DType, Tensor, UnaryOp};
 use qcompile_plan::{LoopNest, Scalar};
 
 /// A value of a body on 16 lanes: numbers, or truth values.
@@ -32,8 +33,15 @@ impl Lane {
 /// Whether elements of a type have a form.
 pub(crate) fn has_lanes(dtype: DType) -> bool {
     match dtype {
-        DType::F32 | DType::BF16 | DType::I32 | DType::I8 | DType::U8 | DType::Bool => true,
-        DType::F16 | DType::I64 => false,
+        DType::F32
+        | DType::BF16
+        | DType::I32
+        | DType::I8
+        | DType::U8
+        | DType::I4
+        | DType::U4
+        | DType::Bool => true,
+        DType::F16 | DType::F8E4M3 | DType::F8E5M2 | DType::I64 => false,
     }
 }
 
@@ -42,9 +50,9 @@ fn constant(dtype: DType, value: f64) -> Option<Value> {
         DType::F32 => float(value as f32),
         DType::BF16 => float(Tensor::scalar(DType::BF16, value).splat()? as f32),
         DType::I32 => Value::Constant(value as i32 as u32),
-        DType::I8 => Value::Constant(i32::from(value as i8) as u32),
-        DType::U8 => Value::Constant(u32::from(value as u8)),
-        DType::Bool | DType::F16 | DType::I64 => return None,
+        DType::I8 | DType::I4 => Value::Constant(i32::from(value as i8) as u32),
+        DType::U8 | DType::U4 => Value::Constant(u32::from(value as u8)),
+        DType::Bool | DType::F16 | DType::F8E4M3 | DType::F8E5M2 | DType::I64 => return None,
     })
 }
 
@@ -59,15 +67,15 @@ impl Straight {
                 let bits = number(if along { asm::WIDEN_U16 } else { asm::BROADCAST_16 }, self);
                 self.shift(asm::SHIFT_LEFT, bits, 16)
             }
-            DType::I8 if along => number(asm::WIDEN_I8, self),
-            DType::U8 | DType::Bool if along => number(asm::WIDEN_U8, self),
-            DType::I8 | DType::U8 | DType::Bool => {
+            DType::I8 | DType::I4 if along => number(asm::WIDEN_I8, self),
+            DType::U8 | DType::U4 | DType::Bool if along => number(asm::WIDEN_U8, self),
+            DType::I8 | DType::U8 | DType::I4 | DType::U4 | DType::Bool => {
                 let bytes = number(asm::BROADCAST_8, self);
                 let high = self.shift(asm::SHIFT_LEFT, bytes, 24);
-                let signed = dtype == DType::I8;
+                let signed = matches!(dtype, DType::I8 | DType::I4);
                 self.shift(if signed { asm::SHIFT_RIGHT } else { asm::SHIFT_RIGHT_ZERO }, high, 24)
             }
-            DType::F16 | DType::I64 => return None,
+            DType::F16 | DType::F8E4M3 | DType::F8E5M2 | DType::I64 => return None,
         };
         Some(if dtype == DType::Bool {
             Lane::Truth(self.truth(value))
@@ -91,7 +99,9 @@ impl Straight {
                 let bits = if exact { value } else { self.bf16_bits(value) };
                 (asm::NARROW_16, self.shift(asm::SHIFT_RIGHT_ZERO, bits, 16))
             }
-            (DType::I8 | DType::U8, Lane::Number(value)) => (asm::NARROW_8, value),
+            (DType::I8 | DType::U8 | DType::I4 | DType::U4, Lane::Number(value)) => {
+                (asm::NARROW_8, value)
+            }
             (DType::Bool, Lane::Truth(mask)) => {
                 (asm::NARROW_8, self.keep(mask, Value::Constant(1)))
             }
@@ -143,32 +153,62 @@ impl Straight {
             }
             Scalar::Cast(DType::BF16, x) if facts.exact[x] => value_of(x),
             Scalar::Cast(to, x) => self.cast(types[x], to, value_of(x))?,
-            Scalar::Quantize(dtype, x, scale) => {
-                let max = Op::quantized_max(dtype).unwrap_or(127.0) as f32;
+            Scalar::Quantize(dtype, x, scale, zero_point) => {
                 let (x, scale) = (number(x)?, number(scale)?);
+                let zero_point = zero_point.map(|zero_point| number(zero_point).ok_or(()));
+                let zero_point = zero_point.transpose().ok()?;
+                let range = range(dtype, zero_point.is_some());
                 let quotient = self.div(x, scale);
                 let scale = Value::Name(self.name(scale));
                 let number = self.compare(Is::Ordered, quotient, quotient);
                 let scaled = self.compare(Is::NotEqual, scale, float(0.0));
                 let valid = self.masks(asm::MASK_AND, Some(number), scaled);
-                let clamped = self.larger(quotient, float(-max));
-                let clamped = self.smaller(clamped, float(max));
+                let [low, high] = [range.low, range.high].map(|code| self.less(code, zero_point));
+                let clamped = self.larger(quotient, low);
+                let clamped = self.smaller(clamped, high);
                 let whole = self.one(asm::NEAREST_INT, clamped, None);
-                Lane::Number(self.keep(valid, whole))
+                let whole = self.keep(valid, whole);
+                Lane::Number(match zero_point {
+                    Some(zero_point) => self.either(asm::ADD_INT, whole, zero_point),
+                    None => whole,
+                })
             }
-            Scalar::Dequantize(q, scale) => {
-                let whole = self.cast(types[q], DType::F32, value_of(q))?.number()?;
+            Scalar::Dequantize(q, scale, zero_point) => {
+                let mut code = number(q)?;
+                if let Some(zero_point) = zero_point {
+                    code = self.two(asm::SUB_INT, code, number(zero_point)?);
+                }
+                // Less its zero point, a code may not fit its type.
+                let whole = self.cast(DType::I32, DType::F32, Lane::Number(code))?.number()?;
                 Lane::Number(self.mul(whole, number(scale)?))
             }
-            Scalar::StraightThrough(dtype, x, dy, scale) => {
-                let max = Op::quantized_max(dtype).unwrap_or(127.0) as f32;
+            Scalar::StraightThrough(dtype, x, dy, scale, zero_point) => {
                 let (x, dy, scale) = (number(x)?, number(dy)?, number(scale)?);
-                let limit = self.mul(scale, float(max));
-                let magnitude = self.and(x, 0x7fff_ffff);
-                let inside = self.compare(Is::AtMost, magnitude, limit);
+                let zero_point = zero_point.map(|zero_point| number(zero_point).ok_or(()));
+                let zero_point = zero_point.transpose().ok()?;
+                let range = range(dtype, zero_point.is_some());
+                let ends = [range.low - range.half_step, range.high + range.half_step];
+                let [low, high] = ends.map(|code| {
+                    let code = self.less(code, zero_point);
+                    self.mul(scale, code)
+                });
+                let above = self.compare(Is::AtMost, low, x);
+                let below = self.compare(Is::AtMost, x, high);
+                let inside = self.masks(asm::MASK_AND, Some(above), below);
                 Lane::Number(self.keep(inside, dy))
             }
         })
+    }
+
+    /// A code less a zero point, as a float.
+    fn less(&mut self, code: f32, zero_point: Option<Value>) -> Value {
+        match zero_point {
+            None => float(code),
+            Some(zero_point) => {
+                let zero_point = self.one(asm::INT_TO_FLOAT, zero_point, None);
+                self.sub(float(code), zero_point)
+            }
+        }
     }
 
     fn unary(&mut self, op: UnaryOp, dtype: DType, x: Lane) -> Option<Lane> {
@@ -246,11 +286,13 @@ impl Straight {
     /// A 32-bit integer brought into the range of a narrower type by wrapping.
     fn wrap(&mut self, dtype: DType, x: Value) -> Value {
         match dtype {
-            DType::I8 => {
-                let high = self.shift(asm::SHIFT_LEFT, x, 24);
-                self.shift(asm::SHIFT_RIGHT, high, 24)
+            DType::I8 | DType::I4 => {
+                let by = if dtype == DType::I8 { 24 } else { 28 };
+                let high = self.shift(asm::SHIFT_LEFT, x, by);
+                self.shift(asm::SHIFT_RIGHT, high, by)
             }
             DType::U8 => self.and(x, 255),
+            DType::U4 => self.and(x, 15),
             _ => x,
         }
     }
@@ -378,13 +420,19 @@ impl Straight {
             (true, DType::I32) => self.truncated(number, None),
             (true, DType::I8) => self.truncated(number, Some((-128.0, 127.0))),
             (true, DType::U8) => self.truncated(number, Some((0.0, 255.0))),
+            (true, DType::I4) => self.truncated(number, Some((-8.0, 7.0))),
+            (true, DType::U4) => self.truncated(number, Some((0.0, 15.0))),
             (false, DType::F32) => self.one(asm::INT_TO_FLOAT, number, None),
             (false, DType::BF16) => {
                 let float = self.one(asm::INT_TO_FLOAT, number, None);
                 return self.cast(DType::F32, DType::BF16, Lane::Number(float));
             }
-            (false, DType::I32 | DType::I8 | DType::U8) => self.wrap(to, number),
-            (_, DType::Bool | DType::F16 | DType::I64) => return None,
+            (false, DType::I32 | DType::I8 | DType::U8 | DType::I4 | DType::U4) => {
+                self.wrap(to, number)
+            }
+            (_, DType::Bool | DType::F16 | DType::F8E4M3 | DType::F8E5M2 | DType::I64) => {
+                return None;
+            }
         }))
     }
 }

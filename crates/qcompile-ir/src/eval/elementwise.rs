@@ -174,12 +174,7 @@ pub(super) fn cast(dtype: DType, rounding: Rounding, x: &Data) -> Data {
         ),
         (Data::Int(x), false) => Data::Int(x.clone()),
         (Data::Float(x), false) => {
-            let (low, high) = match dtype {
-                DType::I8 => (i64::from(i8::MIN), i64::from(i8::MAX)),
-                DType::U8 => (0, i64::from(u8::MAX)),
-                DType::I32 => (i64::from(i32::MIN), i64::from(i32::MAX)),
-                _ => (i64::MIN, i64::MAX),
-            };
+            let (low, high) = dtype.integer_range().unwrap_or((i64::MIN, i64::MAX));
             let truth = |x: f64| i64::from(x != 0.0);
             let bool = dtype == DType::Bool;
             Data::Int(

@@ -7,8 +7,10 @@
 //!   the smallest integer;
 //! * conversion to an integer truncates and saturates, NaN gives 0; between integers it wraps;
 //! * integer division truncates and a zero divisor gives 0; a negative integer power is 0, but for the bases 1 and -1;
-//! * `quantize` rounds to nearest even and clamps; scale 0 and NaN give 0;
-//! * `straight_through` passes `dy` where `|x| <= (max + 1/2) · scale`: what rounds into the range;
+//! * conversion to a float of 8 bits saturates; infinity does so only where the type has none; NaN stays NaN;
+//! * `quantize` rounds to nearest even and clamps; a scale of 0, and NaN as an integer, give what dequantizes to 0;
+//! * `straight_through` passes `dy` where `x` lies between the smallest code less half a step and the largest one more
+//!   half a step, both times the scale: what rounds into the range;
 //! * an average over no place at all is 0;
 //! * attention leaves out what `causal` hides, so nothing there matters; of no key at all it is 0, and of a row whose
 //!   keys are all masked with -inf NaN, as the softmax of such a row is. Nothing is rounded between its operands and
@@ -401,10 +403,17 @@ fn compute(
         Op::RecurrenceGrad { recurrence, cell } => {
             recurrence::recurrence_grad(recurrence, *cell, (dtype, rounding), operands, shape)
         }
-        Op::Quantize { dtype, axis } => quantized::quantize(*dtype, *axis, rounding, x()?, y()?),
-        Op::Dequantize { axis } => quantized::dequantize(*axis, x()?, y()?),
+        Op::Quantize { dtype, axis } => {
+            let parameters = quantized::Parameters::new(*axis, x()?, y()?, c);
+            quantized::quantize(*dtype, rounding, x()?, &parameters)
+        }
+        Op::Dequantize { axis } => {
+            quantized::dequantize(x()?, &quantized::Parameters::new(*axis, x()?, y()?, c))
+        }
         Op::StraightThrough { dtype, axis } => {
-            quantized::straight_through(*dtype, *axis, rounding, x()?, y()?, z()?)
+            let parameters =
+                quantized::Parameters::new(*axis, x()?, z()?, operands.get(3).copied());
+            quantized::straight_through(*dtype, rounding, x()?, y()?, &parameters)
         }
         Op::AllReduce(_) => x()?.data.clone(),
     })

@@ -34,12 +34,7 @@ pub(super) fn reduce(
             Data::Float(results)
         }
         Data::Int(values) => {
-            let smallest = match dtype {
-                DType::I8 => i64::from(i8::MIN),
-                DType::U8 => 0,
-                DType::I32 => i64::from(i32::MIN),
-                _ => i64::MIN,
-            };
+            let smallest = dtype.integer_range().map_or(i64::MIN, |(smallest, _)| smallest);
             let start = if op == ReduceOp::Sum { 0 } else { smallest };
             let mut results = vec![start; total];
             for (at, &value) in places.zip(values) {

@@ -1,7 +1,7 @@
 //! Values under evaluation and what evaluation returns.
 
 use super::Rounding;
-use crate::{DType, Graph, Name, Tensor};
+use crate::{DType, Graph, Name, Tensor, float8};
 use half::{bf16, f16};
 use std::collections::BTreeMap;
 
@@ -83,6 +83,8 @@ pub(super) fn round_float(value: f64, dtype: DType, rounding: Rounding) -> f64 {
         (Rounding::PerOp, DType::F32) => f64::from(value as f32),
         (Rounding::PerOp, DType::BF16) => bf16::from_f64(value).to_f64(),
         (Rounding::PerOp, DType::F16) => f16::from_f64(value).to_f64(),
+        (Rounding::PerOp, DType::F8E4M3) => float8::E4M3.decode(float8::E4M3.encode(value)),
+        (Rounding::PerOp, DType::F8E5M2) => float8::E5M2.decode(float8::E5M2.encode(value)),
         _ => value,
     }
 }
@@ -91,9 +93,11 @@ fn wrap(value: i64, dtype: DType) -> i64 {
     match dtype {
         DType::I8 => i64::from(value as i8),
         DType::U8 => i64::from(value as u8),
+        DType::I4 => (value << 60) >> 60,
+        DType::U4 => value & 15,
         DType::I32 => i64::from(value as i32),
         DType::Bool => i64::from(value != 0),
-        DType::I64 | DType::F32 | DType::BF16 | DType::F16 => value,
+        DType::I64 | DType::F32 | DType::BF16 | DType::F16 | DType::F8E4M3 | DType::F8E5M2 => value,
     }
 }
 

@@ -4,7 +4,7 @@ use super::view::Placed;
 use super::writer::{Attribute, int, ints};
 use super::{Exporter, Result};
 use crate::tensor::onnx_number;
-use qcompile_ir::{BinaryOp, CompareOp, DType, Dim, NodeId, Op, ReduceOp, UnaryOp};
+use qcompile_ir::{BinaryOp, CompareOp, DType, Dim, NodeId, Op, QuantizedRange, ReduceOp, UnaryOp};
 
 impl Exporter<'_> {
     /// The order of axes in which values of the same type meet: that of the one whose tensor has most, of equal ones that
@@ -270,13 +270,36 @@ impl Exporter<'_> {
         operands: &[NodeId],
     ) -> Result<()> {
         let (order, tensor, scale) = self.scaled(axis, operands)?;
-        let zero = self.zero_point(id, dtype, axis, operands[0])?;
+        if dtype == DType::I32 {
+            return self.unsupported(id, "ONNX does not quantize to int32");
+        }
+        let zero = self.zero_point(id, dtype, axis, operands)?;
+        self.require_type(id, "QuantizeLinear", dtype)?;
+        let parameters = [scale.clone(), zero.clone()];
+        if let Some((codes, by)) = self.dequantized.get(&tensor.name)
+            && axis.is_none()
+            && *by == parameters
+        {
+            // Rounded already, by the same scale.
+            let codes = codes.clone();
+            self.place(id, codes, &order);
+            return Ok(());
+        }
         let attributes = quantized_axis(&order, axis);
-        let wanted = format!("{}.all", self.name(id));
         let inputs = vec![tensor.name, scale, zero];
-        let all = self.one("QuantizeLinear", inputs, &wanted, attributes);
-        let low = self.scalar(dtype, -127.0, "smallest");
-        let name = self.one("Clip", vec![all, low], self.name(id), vec![]);
+        let symmetric = matches!(dtype, DType::I8 | DType::I4) && operands.len() == 2;
+        let name = match QuantizedRange::of(dtype, false).filter(|_| symmetric) {
+            None => self.one("QuantizeLinear", inputs, self.name(id), attributes),
+            Some(_) if dtype == DType::I4 => {
+                return self.unsupported(id, "ONNX does not clip int4");
+            }
+            Some(range) => {
+                let wanted = format!("{}.all", self.name(id));
+                let all = self.one("QuantizeLinear", inputs, &wanted, attributes);
+                let low = self.scalar(dtype, f64::from(range.low), "smallest");
+                self.one("Clip", vec![all, low], self.name(id), vec![])
+            }
+        };
         self.place(id, Placed { name, dims: tensor.dims }, &order);
         Ok(())
     }
@@ -288,10 +311,14 @@ impl Exporter<'_> {
         operands: &[NodeId],
     ) -> Result<()> {
         let (order, tensor, scale) = self.scaled(axis, operands)?;
-        let zero = self.zero_point(id, self.dtype(operands[0]), axis, operands[0])?;
+        let zero = self.zero_point(id, self.dtype(operands[0]), axis, operands)?;
+        self.require_type(id, "DequantizeLinear", self.dtype(operands[0]))?;
         let attributes = quantized_axis(&order, axis);
-        let inputs = vec![tensor.name, scale, zero];
+        let inputs = vec![tensor.name.clone(), scale.clone(), zero.clone()];
         let name = self.one("DequantizeLinear", inputs, self.name(id), attributes);
+        if axis.is_none() {
+            self.dequantized.insert(name.clone(), (tensor.clone(), [scale, zero]));
+        }
         self.place(id, Placed { name, dims: tensor.dims }, &order);
         Ok(())
     }
@@ -319,8 +346,12 @@ impl Exporter<'_> {
         id: NodeId,
         dtype: DType,
         axis: Option<usize>,
-        x: NodeId,
+        operands: &[NodeId],
     ) -> Result<String> {
+        if let Some(&zero_point) = operands.get(2) {
+            return Ok(self.natural(zero_point)?.name);
+        }
+        let x = operands[0];
         let size = axis.and_then(|axis| self.dims(x)[axis].as_fixed());
         let sizes: Vec<usize> = size.into_iter().collect();
         self.filled(id, dtype, &sizes, 0.0, "zero_point")

@@ -266,10 +266,8 @@ impl Exporter<'_> {
 /// The smallest value of an element type.
 fn smallest(dtype: DType) -> f64 {
     match dtype {
-        DType::F32 | DType::BF16 | DType::F16 => f64::NEG_INFINITY,
-        DType::I8 => -128.0,
-        DType::I32 => -2.0_f64.powi(31),
-        DType::I64 => -2.0_f64.powi(63),
-        DType::U8 | DType::Bool => 0.0,
+        DType::Bool => 0.0,
+        #[allow(clippy::cast_precision_loss, reason = "powers of two")]
+        _ => dtype.integer_range().map_or(f64::NEG_INFINITY, |(smallest, _)| smallest as f64),
     }
 }

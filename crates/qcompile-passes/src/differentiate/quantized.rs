@@ -18,20 +18,21 @@ pub(super) fn quantize(
     dtype: DType,
     axis: Option<usize>,
 ) -> Gradient {
-    let (x, scale) = (site.operands[0], site.operands[1]);
+    let (x, parameters) = (site.operands[0], &site.operands[1..]);
     let wanted = b.graph.ty(x).dtype;
     let dy = b.cast("cast", site.dy, wanted)?;
-    b.add("", Op::StraightThrough { dtype, axis }, &[x, dy, scale])
+    let operands = [&[x, dy], parameters].concat();
+    b.add("", Op::StraightThrough { dtype, axis }, &operands)
 }
 
 pub(super) fn dequantize(b: &mut Builder<'_>, site: &Site, axis: Option<usize>) -> Gradient {
-    let (q, scale) = (site.operands[0], site.operands[1]);
+    let (q, parameters) = (site.operands[0], &site.operands[1..]);
     let pair = matches!(b.graph.op(q), Op::Quantize { axis: at, .. } if *at == axis)
-        && b.graph.operand(q, 1) == scale;
+        && b.graph.operands(q)[1..] == *parameters;
     if pair {
         Ok(site.dy)
     } else {
-        let reason = "dequantize has a gradient only right after quantize with the same scale";
+        let reason = "dequantize has a gradient only right after quantize with the same scale and zero point";
         Err(not_differentiable(b, site, reason))
     }
 }

@@ -18,10 +18,12 @@ mod extract;
 mod insert;
 mod language;
 mod layer;
+mod pack;
 mod ranged;
 mod remove;
 mod rules;
 mod split;
+mod stochastic;
 #[cfg(test)]
 mod tests;
 mod window;
@@ -32,9 +34,11 @@ pub use decide::{Decision, LayerCost, Operations, Options, PrecisionChoice, deci
 pub(crate) use insert::{Inserted, forward as insert_forward};
 pub(crate) use layer::{is_stored, parameter};
 pub use layer::{Layer, layers};
+pub use pack::{pack4, unpack4};
 pub use ranged::{Held, Scheme, Weights, insert_ranged, round_biases};
 pub use remove::remove;
 pub use rules::rule_names;
+pub use stochastic::{Draws, quantize_stochastically};
 pub use window::{Moves, optimise};
 
 use crate::PassError;

@@ -37,11 +37,15 @@ pub fn remove(graph: &mut Graph) -> Result<bool, PassError> {
     }
     for (name, id) in graph.outputs() {
         let Copied { mut id, narrow } = copies[id];
-        if let Some(dtype) = narrow.filter(|&dtype| dtype != DType::I8) {
-            let region = copy.node(id).region;
-            id = copy.add(Op::Cast(dtype), &[id], format!("{name}.narrow"), region)?;
-        } else if narrow.is_some() {
-            return Err(unsupported(format!("output {name} is rounded to int8")));
+        match narrow {
+            Some(DType::BF16) => {
+                let region = copy.node(id).region;
+                id = copy.add(Op::Cast(DType::BF16), &[id], format!("{name}.narrow"), region)?;
+            }
+            Some(dtype) => {
+                return Err(unsupported(format!("output {name} is rounded to {dtype}")));
+            }
+            None => {}
         }
         copy.add_output(name, id);
     }
@@ -87,7 +91,7 @@ fn copied(
         ids.push(match narrow {
             // A constant beside rounded values.
             Some(dtype) if operand.narrow.is_none() && ty.dtype == dtype => {
-                if dtype == DType::I8 {
+                if dtype != DType::BF16 {
                     return Err(unsupported(format!("{} is not rounded, {} is", ty, node.name)));
                 }
                 copy.add(

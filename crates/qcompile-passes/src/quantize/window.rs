@@ -68,8 +68,8 @@ fn term_operands(graph: &Graph, id: NodeId) -> Option<Vec<NodeId>> {
     let movable = match &node.op {
         Op::Unary(UnaryOp::Relu) | Op::Reshape(_) | Op::Transpose(_) | Op::Slice { .. } => true,
         Op::Concat { .. } => operands.len() > 1,
-        Op::Quantize { dtype, .. } => *dtype == DType::I8,
-        Op::Dequantize { .. } => graph.ty(operands[0]).dtype == DType::I8,
+        Op::Quantize { dtype, .. } => *dtype == DType::I8 && operands.len() == 2,
+        Op::Dequantize { .. } => graph.ty(operands[0]).dtype == DType::I8 && operands.len() == 2,
         // The arithmetic of scales.
         Op::Binary(BinaryOp::Div | BinaryOp::Max) => small,
         _ => false,

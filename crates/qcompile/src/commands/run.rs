@@ -10,7 +10,7 @@ use crate::output::{check_writable, write_atomically};
 use crate::street::{Draft, Pass, Street};
 use crate::subgraph::{part, with_values};
 use crate::suit::draft_for;
-use crate::tensors::{input_type, to_array, to_tensor};
+use crate::tensors::{input_type, retyped, to_array, to_tensor};
 use crate::terminal::{Show, say_verb};
 use crate::wants::loss_kind;
 use qcompile_ir::{DType, Graph, NodeId, Op, Region, Tensor};
@@ -228,7 +228,7 @@ fn take_inputs(
         let array = as_declared(array, want.dtype);
         let array = if *name == LABEL && backward { flat_label(array, ty)? } else { array };
         check_exact(name, &array, &want)?;
-        let tensor = to_tensor(name, array)?;
+        let tensor = retyped(name, to_tensor(name, array)?, ty.dtype)?;
         if backward {
             check_finite(name, &tensor)?;
         }

@@ -8,8 +8,8 @@ use crate::about::About;
 use crate::data::{Limits, npz, read_arrays};
 use crate::error::{Code, Error, Result};
 use crate::output::write_atomically;
-use crate::tensors::{to_array, to_tensor};
-use qcompile_ir::{Tensor, text, verify};
+use crate::tensors::{file_type, retyped, to_array, to_tensor};
+use qcompile_ir::{DType, Tensor, text, verify};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -105,8 +105,14 @@ fn read_tensors(path: &Path) -> Result<BTreeMap<u64, Arc<Tensor>>> {
     let mut tensors = BTreeMap::new();
     for (name, array) in read_arrays(&path, Limits::default())? {
         let tensor = to_tensor(&name, array)?;
-        // What counts is what the tensor is, not what it is called.
-        tensors.insert(tensor.digest(), Arc::new(tensor));
+        // What counts is what the tensor is, not what it is called. Of types that files tell not apart, each is one.
+        for dtype in
+            DType::ALL.into_iter().filter(|&dtype| file_type(dtype) == file_type(tensor.dtype()))
+        {
+            if let Ok(tensor) = retyped(&name, tensor.clone(), dtype) {
+                tensors.insert(tensor.digest(), Arc::new(tensor));
+            }
+        }
     }
     Ok(tensors)
 }
