@@ -58,6 +58,7 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
             "qcompile-runtime",
         ],
     ),
+    ("qcompile-experiments", &["qcompile", "qcompile-ir", "qcompile-passes", "qcompile-plan"]),
 ];
 
 /// Each heavy dependency is named in exactly one manifest.

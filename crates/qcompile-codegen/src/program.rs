@@ -371,7 +371,9 @@ impl<'p> Unit<'p> {
     ) -> Result<Option<(FuncId, Shape)>, CodegenError> {
         let offered = match self.tier {
             Tier::Portable | Tier::Avx2 => false,
-            Tier::Avx512 | Tier::Avx512Bf16 => self.target.call_conv == CallConv::SystemV,
+            Tier::Avx512 | Tier::Avx512Bf16 | Tier::Avx512Amx => {
+                self.target.call_conv == CallConv::SystemV
+            }
         };
         let facts = Facts::of(nest);
         let shape = Shape::of(nest, &facts, partial, epilogue).filter(|_| offered);

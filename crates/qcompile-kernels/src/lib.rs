@@ -5,6 +5,8 @@
 //! The caller runs the phases one after another with a barrier between, and within a phase splits
 //! `0..units` over its threads in any way: results are bit-identical for every split.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 pub mod args;
 mod attention;
 mod attention_grad;
@@ -232,6 +234,16 @@ const fn with_bf16<S: Simd>(mut kernels: Kernels, tier: Tier) -> Kernels {
     kernels
 }
 
+/// The table of a tier that has int8 instructions of its own and is else like another one.
+#[cfg(target_arch = "x86_64")]
+const fn with_int8<S: Simd>(mut kernels: Kernels) -> Kernels {
+    let to = &mut kernels.primitives;
+    to[KernelId::MatmulI8 as usize] = matmul::primitive::<matmul::Int8Kind, S>();
+    to[KernelId::Conv2dI8 as usize] = conv::primitive::<conv::ForwardI8, S>();
+    to[KernelId::Conv2dGradInputI8 as usize] = conv::primitive::<conv::GradInputI8, S>();
+    kernels
+}
+
 static PORTABLE: Kernels = table::<portable::Portable>(Tier::Portable);
 #[cfg(target_arch = "x86_64")]
 static AVX2: Kernels = table::<avx2::Avx2>(Tier::Avx2);
@@ -240,6 +252,12 @@ static AVX512: Kernels = table::<avx512::Avx512>(Tier::Avx512);
 #[cfg(target_arch = "x86_64")]
 static AVX512_BF16: Kernels =
     with_bf16::<avx512::Avx512Bf16>(table::<avx512::Avx512>(Tier::Avx512), Tier::Avx512Bf16);
+
+#[cfg(target_arch = "x86_64")]
+static AVX512_AMX: Kernels = with_int8::<amx::Amx>(with_bf16::<amx::Amx>(
+    table::<avx512::Avx512>(Tier::Avx512),
+    Tier::Avx512Amx,
+));
 
 /// The kernels of a tier. The caller checks [`Tier::is_supported`] before it runs any of them.
 #[must_use]
@@ -252,7 +270,9 @@ pub fn kernels(tier: Tier) -> &'static Kernels {
         Tier::Avx512 => &AVX512,
         #[cfg(target_arch = "x86_64")]
         Tier::Avx512Bf16 => &AVX512_BF16,
+        #[cfg(target_arch = "x86_64")]
+        Tier::Avx512Amx => &AVX512_AMX,
         #[cfg(not(target_arch = "x86_64"))]
-        Tier::Avx2 | Tier::Avx512 | Tier::Avx512Bf16 => &PORTABLE,
+        Tier::Avx2 | Tier::Avx512 | Tier::Avx512Bf16 | Tier::Avx512Amx => &PORTABLE,
     }
 }

@@ -14,11 +14,14 @@ pub enum Tier {
     Avx512,
     /// The same with `vdpbf16ps`: its bf16 kernels differ, all others are those of [`Tier::Avx512`].
     Avx512Bf16,
+    /// The same with AMX tiles, which multiply bf16 and int8; all other kernels are those of [`Tier::Avx512`].
+    Avx512Amx,
 }
 
 impl Tier {
     /// All tiers, weakest first.
-    pub const ALL: [Tier; 4] = [Tier::Portable, Tier::Avx2, Tier::Avx512, Tier::Avx512Bf16];
+    pub const ALL: [Tier; 5] =
+        [Tier::Portable, Tier::Avx2, Tier::Avx512, Tier::Avx512Bf16, Tier::Avx512Amx];
 
     /// The best tier that this CPU can run.
     #[must_use]
@@ -52,8 +55,10 @@ impl Tier {
             Tier::Avx512Bf16 => {
                 Tier::Avx512.is_supported() && is_x86_feature_detected!("avx512bf16")
             }
+            #[cfg(target_arch = "x86_64")]
+            Tier::Avx512Amx => Tier::Avx512Bf16.is_supported() && crate::amx::is_supported(),
             #[cfg(not(target_arch = "x86_64"))]
-            Tier::Avx2 | Tier::Avx512 | Tier::Avx512Bf16 => false,
+            Tier::Avx2 | Tier::Avx512 | Tier::Avx512Bf16 | Tier::Avx512Amx => false,
         }
     }
 }
@@ -65,6 +70,7 @@ impl fmt::Display for Tier {
             Tier::Avx2 => "avx2",
             Tier::Avx512 => "avx512",
             Tier::Avx512Bf16 => "avx512_bf16",
+            Tier::Avx512Amx => "avx512_amx",
         })
     }
 }
@@ -75,7 +81,11 @@ pub struct UnknownTier(pub String);
 
 impl fmt::Display for UnknownTier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "unknown CPU tier '{}': expected portable, avx2, avx512 or avx512_bf16", self.0)
+        write!(
+            f,
+            "unknown CPU tier '{}': expected portable, avx2, avx512, avx512_bf16 or avx512_amx",
+            self.0
+        )
     }
 }
 

@@ -78,8 +78,9 @@ fn stored(graph: &Graph) -> Vec<Option<Stored>> {
 /// What is computed from stored values and used otherwise, in graph order.
 fn roots(graph: &Graph, stored: &[Option<Stored>]) -> Vec<NodeId> {
     let mut roots = BTreeSet::new();
-    let stays =
-        |id: NodeId| matches!(graph.op(id), Op::Dequantize { .. } | Op::Broadcast(_) | Op::Reshape(_));
+    let stays = |id: NodeId| {
+        matches!(graph.op(id), Op::Dequantize { .. } | Op::Broadcast(_) | Op::Reshape(_))
+    };
     let mut wanted: Vec<NodeId> = graph.outputs().iter().map(|(_, id)| *id).collect();
     for id in graph.order().into_iter().filter(|id| stored[id.index()].is_none()) {
         wanted.extend(graph.operands(id));

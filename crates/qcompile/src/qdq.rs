@@ -165,9 +165,10 @@ fn finish(form: &mut Graph) -> Result<()> {
 /// Computes on compiled code what depends on stored values alone.
 fn freeze(form: &mut Graph) -> Result<()> {
     let mut compute = |part: &Graph| -> std::result::Result<BTreeMap<String, Tensor>, String> {
-        let plan = build(part.clone(), &BuildOptions { batch_size: 1 }).map_err(|e| e.to_string())?;
-        let mut trainer = Trainer::new(Arc::new(plan), &TrainerOptions::default())
-            .map_err(|e| e.to_string())?;
+        let plan =
+            build(part.clone(), &BuildOptions { batch_size: 1 }).map_err(|e| e.to_string())?;
+        let mut trainer =
+            Trainer::new(Arc::new(plan), &TrainerOptions::default()).map_err(|e| e.to_string())?;
         trainer.run(&Values::new(), Region::Forward).map_err(|e| e.to_string())
     };
     freeze::run(form, &mut compute)?;

@@ -91,7 +91,8 @@ impl Histogram {
     /// The range with the least squared error: the best of those that shrink both ends alike; then the best upper end
     /// for that lower one, and the best lower end for that upper one.
     pub(super) fn least_error(&self, codes: Codes) -> Range {
-        let part = |x: f32, candidate: u32| f64::from(x) * f64::from(candidate) / f64::from(CANDIDATES);
+        let part =
+            |x: f32, candidate: u32| f64::from(x) * f64::from(candidate) / f64::from(CANDIDATES);
         let whole = self.range;
         let mut best = (self.squared_error(whole, codes), whole);
         let mut consider = |candidate: Range| {
@@ -177,7 +178,8 @@ mod tests {
     #[test]
     fn zeros_and_what_is_not_finite_are_safe() {
         let histogram = of(&[0.0, 0.0]);
-        for range in [histogram.percentile(99.0, Codes::Uint8), histogram.least_error(Codes::Int8)] {
+        for range in [histogram.percentile(99.0, Codes::Uint8), histogram.least_error(Codes::Int8)]
+        {
             assert_eq!((range.low, range.high), (0.0, 0.0));
         }
         let mut histogram = of(&[1.0]);

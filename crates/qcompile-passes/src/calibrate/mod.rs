@@ -100,7 +100,8 @@ pub fn run(
     if method == Method::MinMax {
         return Ok(names.into_iter().zip(ranges).collect());
     }
-    let mut histograms: Vec<Histogram> = ranges.iter().map(|&range| Histogram::new(range)).collect();
+    let mut histograms: Vec<Histogram> =
+        ranges.iter().map(|&range| Histogram::new(range)).collect();
     let mut visit = |at: usize, tensor: &Tensor| histograms[at].add(&tensor.to_f32());
     observe.observe(graph, &names, &mut visit).map_err(failed)?;
     let chosen = histograms.iter().map(|histogram| match method {

@@ -30,7 +30,8 @@ pub(crate) struct Grid {
 impl Grid {
     /// The number that `x` is rounded to.
     pub(crate) fn rounded(self, x: f64) -> f64 {
-        let code = ((x / self.scale).round_ties_even() + self.zero_point).clamp(self.low, self.high);
+        let code =
+            ((x / self.scale).round_ties_even() + self.zero_point).clamp(self.low, self.high);
         (code - self.zero_point) * self.scale
     }
 }

@@ -1,6 +1,7 @@
 //! Which layers run in int8, and why.
 
 use super::PASS;
+use super::channels;
 use super::layer::{Layer, layers};
 use crate::PassError;
 use crate::sensitivity::Scores;
@@ -394,20 +395,10 @@ fn decide_layer(
     if !low {
         return high(reason);
     }
-    let outliers = outliers(graph, layer, options);
-    if !outliers.is_empty() && layer.grouped {
-        return high(format!(
-            "{} channels are sensitive, and a grouped convolution is not split",
-            outliers.len()
-        ));
-    }
-    if outliers.len() * 4 > layer.channels {
-        return high(format!(
-            "{} of {} channels are sensitive, more than a quarter",
-            outliers.len(),
-            layer.channels
-        ));
-    }
+    let outliers = match channels::outliers(graph, layer, options) {
+        Ok(outliers) => outliers,
+        Err(reason) => return high(reason),
+    };
     let mut precision = Precision::uniform(DType::F32);
     if options.operations.forward {
         precision.forward = DType::I8;
@@ -416,20 +407,6 @@ fn decide_layer(
         precision.grad_input = DType::I8;
     }
     decision(precision, outliers, reason)
-}
-
-/// Channels above the channel threshold; without one, those noted.
-fn outliers(graph: &Graph, layer: &Layer, options: &Options) -> Vec<u32> {
-    let node = graph.node(layer.node);
-    let Some(threshold) = options.channel_threshold else { return node.note.outliers.clone() };
-    let scores = options.scores.as_ref().and_then(|scores| scores.find(node.name.as_str()));
-    let Some(scores) = scores else { return Vec::new() };
-    (0_u32..)
-        .zip(&scores.channels)
-        .take(layer.channels)
-        .filter(|(_, score)| **score > threshold)
-        .map(|(channel, _)| channel)
-        .collect()
 }
 
 #[cfg(test)]

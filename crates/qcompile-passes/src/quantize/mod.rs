@@ -12,6 +12,7 @@
 mod activations;
 mod backward;
 mod bf16;
+mod channels;
 mod codes;
 mod decide;
 mod extract;
@@ -32,8 +33,8 @@ pub use activations::activations;
 pub use codes::Codes;
 pub use decide::{Decision, LayerCost, Operations, Options, PrecisionChoice, decide};
 pub(crate) use insert::{Inserted, forward as insert_forward};
-pub(crate) use layer::{is_stored, parameter};
 pub use layer::{Layer, layers};
+pub(crate) use layer::{is_stored, parameter};
 pub use pack::{pack4, unpack4};
 pub use ranged::{Held, Scheme, Weights, insert_ranged, round_biases};
 pub use remove::remove;

@@ -4,16 +4,19 @@
 //! `s` and `z` from a range; one scale for each output channel of a weight; biases as i32 with the scale `s_x · s_w`.
 //! A range is a constant (post-training quantization), or a state that follows what the value is in training.
 
+use super::PASS;
 use super::activations::{activations, chosen, is_move};
 use super::codes::{Codes, Parameters, SMALLEST_SCALE};
 use super::insert::amax;
 use super::layer::{Layer, stored_layers, unquantized};
-use super::PASS;
 use crate::PassError;
 use crate::builder::Builder;
 use crate::calibrate::Range;
 use crate::fold_batch_norm::per_channel;
-use qcompile_ir::{BinaryOp, DType, Dim, Graph, Name, NodeId, Op, QuantizedRange, ReduceOp, Region, Shape, Tensor, UnaryOp};
+use qcompile_ir::{
+    BinaryOp, DType, Dim, Graph, Name, NodeId, Op, QuantizedRange, ReduceOp, Region, Shape, Tensor,
+    UnaryOp,
+};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -128,7 +131,8 @@ fn follow(graph: &mut Graph, value: NodeId, [low, high]: [NodeId; 2]) -> Result<
         let mut b = Builder::new(graph, Region::Forward, &name);
         let fixed = b.unary("fixed", UnaryOp::StopGradient, value)?;
         let signed = if state == low { b.unary("negated", UnaryOp::Neg, fixed)? } else { fixed };
-        let peak = b.add("peak", Op::Reduce { op: ReduceOp::Max, axes: axes.clone() }, &[signed])?;
+        let peak =
+            b.add("peak", Op::Reduce { op: ReduceOp::Max, axes: axes.clone() }, &[signed])?;
         let peak = b.reshape("extreme", peak, Shape::scalar())?;
         b.region = Region::Update;
         let zero = b.scalar(DType::F32, 0.0)?;

@@ -1,8 +1,8 @@
 //! Groups of flags that several commands take.
 
 use super::words::{
-    above_zero, calibration, codes, constant, dim, finite, fraction, keep, loss, metric, not_negative, operations,
-    optimizer, positive, precision, weights,
+    above_zero, calibration, codes, constant, dim, finite, fraction, keep, loss, metric,
+    not_negative, operations, optimizer, positive, precision, weights,
 };
 use clap::{Args, ValueEnum};
 use qcompile_ir::{DType, Tensor};

@@ -71,6 +71,7 @@ pub(super) const fn tier_name(tier: Tier) -> &'static str {
         Tier::Avx2 => "avx2",
         Tier::Avx512 => "avx512",
         Tier::Avx512Bf16 => "avx512_bf16",
+        Tier::Avx512Amx => "avx512_amx",
     }
 }
 

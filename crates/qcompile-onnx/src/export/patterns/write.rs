@@ -46,8 +46,10 @@ impl Exporter<'_> {
                     self.writer.constant(&format!("{base}.q"), q),
                     self.writer.constant(&format!("{base}.scale"), scale),
                 ];
-                let attributes =
-                    vec![("axis", Attribute::Int(axis)), ("block_size", Attribute::Int(int(block)))];
+                let attributes = vec![
+                    ("axis", Attribute::Int(axis)),
+                    ("block_size", Attribute::Int(int(block))),
+                ];
                 let name = self.one("DequantizeLinear", inputs, base, attributes);
                 self.place_natural(id, name);
                 Ok(())

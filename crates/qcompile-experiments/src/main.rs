@@ -1,0 +1,6 @@
+//! The `qcompile-experiments` command.
+#![forbid(unsafe_code)]
+
+fn main() -> std::process::ExitCode {
+    qcompile_experiments::main()
+}

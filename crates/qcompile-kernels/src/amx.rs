@@ -1,0 +1,585 @@
+//! The AMX tier: bf16 and int8 products by `tdpbf16ps` and `tdpbusd`, which multiply blocks of up to 16 rows by 64
+//! bytes; all else is AVX-512.
+//!
+//! A register tile is 24 x 32 (or 24 x 16): blocks of 16 and of 8 rows, each beside two (or one) of the right operand,
+//! whose packed panels are laid out as the instructions want it. A block of the left operand is read where it is if its
+//! rows are equally far apart and their words adjacent, else copied first.
+
+use crate::avx512;
+use crate::lanes::{Lanes, Simd, Task};
+use crate::tile::{Start, Tile, tile};
+use std::arch::asm;
+use std::arch::x86_64::{__m512, __m512i};
+use std::cell::Cell;
+use std::mem::MaybeUninit;
+
+/// Rows of a register tile.
+const ROWS: usize = 24;
+/// Rows of its first block; the others make the second.
+const FIRST: usize = 16;
+/// Words of K that one instruction takes, at most.
+const DEPTH: usize = 16;
+/// Fewer words at a time than this are not worth an instruction, if there are more.
+const LEAST_DEPTH: usize = 8;
+
+/// Whether the CPU has the instructions and the system lets this process use their registers. Asked once.
+pub(crate) fn is_supported() -> bool {
+    static SUPPORTED: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    *SUPPORTED.get_or_init(|| {
+        // Leaf 7: AMX-BF16, AMX-TILE, AMX-INT8.
+        const WANTED: u32 = 1 << 22 | 1 << 24 | 1 << 25;
+        let leaves = std::arch::x86_64::__cpuid(0).eax;
+        let has = leaves >= 7 && std::arch::x86_64::__cpuid_count(7, 0).edx & WANTED == WANTED;
+        has && is_permitted()
+    })
+}
+
+/// Asks Linux for the state of the tile registers (Documentation/arch/x86/xstate.rst), which all threads then have.
+#[cfg(target_os = "linux")]
+fn is_permitted() -> bool {
+    const ARCH_PRCTL: usize = 158;
+    const ARCH_REQ_XCOMP_PERM: usize = 0x1023;
+    const XFEATURE_XTILEDATA: usize = 18;
+    let mut result = ARCH_PRCTL;
+    // SAFETY: a system call that reads and writes no memory of ours; the kernel clobbers rcx and r11.
+    unsafe {
+        asm!(
+            "syscall",
+            inout("rax") result,
+            in("rdi") ARCH_REQ_XCOMP_PERM,
+            in("rsi") XFEATURE_XTILEDATA,
+            out("rcx") _,
+            out("r11") _,
+            options(nostack),
+        );
+    }
+    result == 0
+}
+
+#[cfg(not(target_os = "linux"))]
+fn is_permitted() -> bool {
+    false
+}
+
+/// What `ldtilecfg` reads: rows and bytes of a row of each tile register.
+#[repr(C, align(64))]
+struct Configuration {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    row_bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+impl Configuration {
+    /// tmm0 to tmm3 are sums (first block left and right, then the second), tmm4 and tmm5 the left operand's blocks, tmm6
+    /// and tmm7 those of the right operand, `depth` words of K each.
+    const fn of(depth: usize) -> Configuration {
+        let (words, second) = ((depth * 4) as u16, (ROWS - FIRST) as u8);
+        let mut all = Configuration {
+            palette: 1,
+            start_row: 0,
+            reserved: [0; 14],
+            row_bytes: [0; 16],
+            rows: [0; 16],
+        };
+        let (bytes, rows) = (&mut all.row_bytes, &mut all.rows);
+        let mut at = 0;
+        while at < 8 {
+            bytes[at] = if at == 4 || at == 5 { words } else { 64 };
+            rows[at] = match at {
+                2 | 3 | 5 => second,
+                6 | 7 => depth as u8,
+                _ => FIRST as u8,
+            };
+            at += 1;
+        }
+        all
+    }
+}
+
+static CONFIGURATIONS: [Configuration; DEPTH] = {
+    let mut all = [const { Configuration::of(1) }; DEPTH];
+    let mut at = 0;
+    while at < DEPTH {
+        all[at] = Configuration::of(at + 1);
+        at += 1;
+    }
+    all
+};
+
+thread_local! {
+    /// Words of K that this thread's tile registers are configured for.
+    static CONFIGURED: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Configures the tile registers; their contents are lost.
+#[inline(always)]
+fn configure(depth: usize) {
+    if CONFIGURED.get() != depth {
+        let configuration = &CONFIGURATIONS[depth - 1];
+        // SAFETY: reads the 64 bytes of a valid configuration, on a CPU that has them.
+        unsafe { asm!("ldtilecfg [{}]", in(reg) configuration, options(nostack, readonly)) };
+        CONFIGURED.set(depth);
+    }
+}
+
+/// Gives the tile registers back when a kernel ends, so that nobody finds them configured and no one's context switch
+/// carries them.
+struct Release;
+
+impl Drop for Release {
+    fn drop(&mut self) {
+        if CONFIGURED.get() != 0 {
+            // SAFETY: the CPU has the instruction, or nothing would have been configured.
+            unsafe { asm!("tilerelease", options(nostack, nomem)) };
+            CONFIGURED.set(0);
+        }
+    }
+}
+
+/// AVX-512 with BF16, and AMX.
+#[derive(Clone, Copy)]
+pub(crate) struct Amx;
+
+impl Simd for Amx {
+    type Real = avx512::Real;
+    type Int8 = Int8;
+    type Bf16 = Bf16;
+    const FMA: bool = true;
+
+    unsafe fn enter<T: Task>(task: T) {
+        #[target_feature(
+            enable = "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16"
+        )]
+        unsafe fn with_features<T: Task>(task: T) {
+            // SAFETY: passed on from the caller.
+            unsafe { task.run::<Amx>() }
+        }
+        let _release = Release;
+        // SAFETY: the caller checked the CPU.
+        unsafe { with_features(task) }
+    }
+
+    #[inline(always)]
+    fn prefetch(address: *const u8) {
+        avx512::Avx512::prefetch(address);
+    }
+
+    #[inline(always)]
+    fn prefetch_near(address: *const u8) {
+        avx512::Avx512::prefetch_near(address);
+    }
+
+    #[inline(always)]
+    unsafe fn transpose8(src: *const u32, src_stride: usize, dst: *mut u32, dst_stride: usize) {
+        // SAFETY: the caller grants both blocks and the CPU.
+        unsafe { crate::avx2::transpose8(src, src_stride, dst, dst_stride) }
+    }
+
+    #[inline(always)]
+    unsafe fn zip(first: *const u16, second: *const u16, count: usize, to: *mut u32) {
+        // SAFETY: passed on from the caller.
+        unsafe { avx512::Avx512Bf16::zip(first, second, count, to) }
+    }
+}
+
+/// Lanes whose single vectors are those of AVX-512 and whose tiles are multiplied by AMX.
+macro_rules! amx_lanes {
+    ($name:ident, $under:ty, $v:ty, $element:ty, $instruction:literal) => {
+        #[derive(Clone, Copy)]
+        pub(crate) struct $name;
+
+        impl Lanes for $name {
+            type Tier = Amx;
+            type Element = $element;
+            type V = $v;
+            const LANES: usize = <$under>::LANES;
+            const GROUP: usize = <$under>::GROUP;
+            const ROWS_PAIR: usize = ROWS;
+            const ROWS_SINGLE: usize = ROWS;
+            const UNROLL: usize = <$under>::UNROLL;
+            const HALO: u32 = <$under>::HALO;
+            const HEADER: bool = <$under>::HEADER;
+            const INTEGER: bool = <$under>::INTEGER;
+
+            #[inline(always)]
+            unsafe fn zero() -> Self::V {
+                // SAFETY: passed on from the caller.
+                unsafe { <$under>::zero() }
+            }
+            #[inline(always)]
+            unsafe fn load(from: *const u32) -> Self::V {
+                // SAFETY: passed on from the caller.
+                unsafe { <$under>::load(from) }
+            }
+            #[inline(always)]
+            unsafe fn splat(from: *const u32) -> Self::V {
+                // SAFETY: passed on from the caller.
+                unsafe { <$under>::splat(from) }
+            }
+            #[inline(always)]
+            unsafe fn store(to: *mut u32, value: Self::V) {
+                // SAFETY: passed on from the caller.
+                unsafe { <$under>::store(to, value) }
+            }
+            #[inline(always)]
+            unsafe fn dot(sum: Self::V, a: Self::V, b: Self::V) -> Self::V {
+                // SAFETY: passed on from the caller.
+                unsafe { <$under>::dot(sum, a, b) }
+            }
+            #[inline(always)]
+            unsafe fn scale(sum: Self::V, left: *const f32, right: *const f32) -> Self::V {
+                // SAFETY: passed on from the caller.
+                unsafe { <$under>::scale(sum, left, right) }
+            }
+            #[inline(always)]
+            fn left_word(elements: &[$element; 4]) -> u32 {
+                <$under>::left_word(elements)
+            }
+            #[inline(always)]
+            fn right_word(elements: &[$element; 4]) -> u32 {
+                <$under>::right_word(elements)
+            }
+            unsafe fn tile_pair(tile: &Tile) {
+                // SAFETY: passed on from the caller.
+                unsafe { product::<Self, 2>(tile) }
+            }
+            unsafe fn tile_single(tile: &Tile) {
+                // SAFETY: passed on from the caller.
+                unsafe { product::<Self, 1>(tile) }
+            }
+        }
+
+        impl Multiply for $name {
+            #[inline(always)]
+            unsafe fn pair(left: [Rows; 2], right: *const u32) {
+                // SAFETY: the caller grants the rows and the panel, and configured the registers.
+                unsafe {
+                    asm!(
+                        "tileloadd tmm4, [{a} + {s}*1]",
+                        "tileloadd tmm6, [{r} + {p}*1]",
+                        concat!($instruction, " tmm0, tmm4, tmm6"),
+                        "tileloadd tmm7, [{r} + {p}*1 + 64]",
+                        concat!($instruction, " tmm1, tmm4, tmm7"),
+                        "tileloadd tmm5, [{b} + {t}*1]",
+                        concat!($instruction, " tmm2, tmm5, tmm6"),
+                        concat!($instruction, " tmm3, tmm5, tmm7"),
+                        a = in(reg) left[0].first,
+                        s = in(reg) left[0].stride,
+                        b = in(reg) left[1].first,
+                        t = in(reg) left[1].stride,
+                        r = in(reg) right,
+                        p = in(reg) 128_usize,
+                        options(nostack, preserves_flags, readonly),
+                    );
+                }
+            }
+            #[inline(always)]
+            unsafe fn single(left: [Rows; 2], right: *const u32) {
+                // SAFETY: the caller grants the rows and the panel, and configured the registers.
+                unsafe {
+                    asm!(
+                        "tileloadd tmm4, [{a} + {s}*1]",
+                        "tileloadd tmm6, [{r} + {p}*1]",
+                        concat!($instruction, " tmm0, tmm4, tmm6"),
+                        "tileloadd tmm5, [{b} + {t}*1]",
+                        concat!($instruction, " tmm2, tmm5, tmm6"),
+                        a = in(reg) left[0].first,
+                        s = in(reg) left[0].stride,
+                        b = in(reg) left[1].first,
+                        t = in(reg) left[1].stride,
+                        r = in(reg) right,
+                        p = in(reg) 64_usize,
+                        options(nostack, preserves_flags, readonly),
+                    );
+                }
+            }
+        }
+    };
+}
+
+amx_lanes!(Bf16, avx512::Bf16, __m512, u16, "tdpbf16ps");
+amx_lanes!(Int8, avx512::Int8, __m512i, i8, "tdpbusd");
+
+/// Rows that are equally far apart.
+#[derive(Clone, Copy)]
+struct Rows {
+    first: *const u32,
+    /// In bytes.
+    stride: isize,
+}
+
+/// The products of blocks, added to the sums.
+trait Multiply: Lanes {
+    /// Both blocks of the left operand with two of the right one.
+    unsafe fn pair(left: [Rows; 2], right: *const u32);
+    /// With one of the right one.
+    unsafe fn single(left: [Rows; 2], right: *const u32);
+}
+
+/// The rows of a block where they are, if they are equally far apart.
+#[inline(always)]
+unsafe fn rows_of<const COUNT: usize>(pointers: *const *const u32) -> Option<Rows> {
+    // SAFETY: the caller grants `COUNT` pointers.
+    let pointers = unsafe { &*pointers.cast::<[*const u32; COUNT]>() };
+    let apart = |i: usize| (pointers[i] as isize).wrapping_sub(pointers[i - 1] as isize);
+    let stride = apart(1);
+    let mut equal = true;
+    for i in 2..COUNT {
+        equal &= apart(i) == stride;
+    }
+    equal.then_some(Rows { first: pointers[0], stride })
+}
+
+/// How K is gone through: so many words at a time, and so many at the end of each segment by other means.
+fn depth_of(length: usize) -> (usize, usize) {
+    let divisor = (1..=DEPTH.min(length)).rev().find(|&depth| length.is_multiple_of(depth));
+    match divisor {
+        Some(depth) if depth >= LEAST_DEPTH || length <= DEPTH => (depth, 0),
+        _ => (DEPTH, length % DEPTH),
+    }
+}
+
+/// Room for a block of the result or of the left operand that is not where it is wanted.
+#[repr(C, align(64))]
+struct Staging<const WORDS: usize>(MaybeUninit<[u32; WORDS]>);
+
+impl<const WORDS: usize> Staging<WORDS> {
+    const NEW: Self = Staging(MaybeUninit::uninit());
+
+    fn words(&mut self) -> *mut u32 {
+        self.0.as_mut_ptr().cast()
+    }
+}
+
+/// Computes `ROWS` rows by `N` vectors; always stores whole vectors.
+#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")]
+unsafe fn product<L: Multiply, const N: usize>(t: &Tile) {
+    // SAFETY: granted by the caller: all pointers of the tile are valid for its sizes, and the CPU has the tier.
+    unsafe {
+        let (depth, tail) = depth_of(t.length);
+        if t.length == 0 || t.segment_count == 0 {
+            tile::<L, ROWS, N>(t);
+            return;
+        }
+        configure(depth);
+        let outs = [
+            rows_of::<FIRST>(t.outs.cast()),
+            rows_of::<{ ROWS - FIRST }>(t.outs.add(FIRST).cast()),
+        ];
+        // Where sums are read and stored: in place, or beside it.
+        let scaled = L::INTEGER && t.scales.is_some() && tail == 0;
+        let mut beside = Staging::<{ ROWS * 32 }>::NEW;
+        let beside = beside.words();
+        let place = match outs {
+            [Some(first), Some(second)] if !scaled => {
+                let to = |rows: Rows| Rows { first: rows.first.wrapping_add(t.column), ..rows };
+                Some([to(first), to(second)])
+            }
+            _ => None,
+        };
+        let stored = place.unwrap_or_else(|| {
+            let first = beside.cast_const();
+            let stride = (N * 64) as isize;
+            [Rows { first, stride }, Rows { first: first.wrapping_add(FIRST * N * 16), stride }]
+        });
+        match t.start {
+            Start::Zero => zero(),
+            Start::Header(header) => load::<N>([Rows { first: header, stride: 0 }; 2]),
+            Start::Resume => {
+                if place.is_none() {
+                    for i in 0..ROWS {
+                        let from = (*t.outs.add(i)).add(t.column);
+                        let to = beside.add(i * N * 16);
+                        std::ptr::copy_nonoverlapping(from, to, N * 16);
+                    }
+                }
+                load::<N>(stored);
+            }
+        }
+        multiply_all::<L, N>(t, depth, t.length - tail);
+        store::<N>(stored);
+        if place.is_none() {
+            for i in 0..ROWS {
+                let to = (*t.outs.add(i)).add(t.column);
+                for j in 0..N {
+                    let from = beside.add((i * N + j) * 16);
+                    let mut sum = L::load(from);
+                    if let Some(scales) = t.scales.filter(|_| scaled) {
+                        let right = scales.right.add(t.column + j * L::LANES);
+                        sum = L::scale(sum, scales.left.add(i), right);
+                    }
+                    L::store(to.add(j * L::LANES), sum);
+                }
+            }
+        }
+        if tail > 0 {
+            rest::<L, N>(t, tail);
+        }
+    }
+}
+
+/// Adds the products of the first `whole` words of all segments, `depth` at a time.
+#[inline(always)]
+unsafe fn multiply_all<L: Multiply, const N: usize>(t: &Tile, depth: usize, whole: usize) {
+    // SAFETY: granted by the caller.
+    unsafe {
+        let mut copied = Staging::<{ ROWS * DEPTH }>::NEW;
+        let first = copied.words();
+        let in_copy = {
+            let stride = (DEPTH * 4) as isize;
+            [Rows { first, stride }, Rows { first: first.add(FIRST * DEPTH), stride }]
+        };
+        let in_place = if t.step == 1 {
+            rows_of::<FIRST>(t.rows).zip(rows_of::<{ ROWS - FIRST }>(t.rows.add(FIRST)))
+        } else {
+            None
+        };
+        let (mut ahead, lines) = t.ahead;
+        let mut right = t.right;
+        for s in 0..t.segment_count {
+            for _ in 0..lines {
+                L::Tier::prefetch(ahead);
+                ahead = ahead.wrapping_add(64);
+            }
+            let segment = *t.segments.add(s);
+            for word in (0..whole).step_by(depth) {
+                let at = segment + word as isize * t.step;
+                let left = match in_place {
+                    Some((first, second)) => {
+                        let to =
+                            |rows: Rows| Rows { first: rows.first.wrapping_offset(at), ..rows };
+                        [to(first), to(second)]
+                    }
+                    None => {
+                        gather::<L>(t, at, depth, first);
+                        in_copy
+                    }
+                };
+                if N == 2 {
+                    L::pair(left, right);
+                } else {
+                    L::single(left, right);
+                }
+                right = right.add(depth * N * L::LANES);
+            }
+            right = right.add((t.length - whole) * N * L::LANES);
+        }
+    }
+}
+
+/// Copies `depth` words of each row from `at` on, rows `DEPTH` words apart.
+#[inline(always)]
+unsafe fn gather<L: Lanes>(t: &Tile, at: isize, depth: usize, to: *mut u32) {
+    // SAFETY: granted by the caller.
+    unsafe {
+        if t.step == 1 {
+            for i in 0..ROWS {
+                let from = (*t.rows.add(i)).offset(at);
+                if depth == DEPTH {
+                    let words = from.cast::<[u32; DEPTH]>().read_unaligned();
+                    to.add(i * DEPTH).cast::<[u32; DEPTH]>().write(words);
+                } else {
+                    let (from, to) = (from.cast::<u8>(), to.add(i * DEPTH).cast());
+                    std::ptr::copy_nonoverlapping(from, to, depth * 4);
+                }
+            }
+            return;
+        }
+        for i in (0..ROWS).step_by(8) {
+            let first = *t.rows.add(i);
+            let mut adjacent = t.step > 0;
+            for r in 1..8 {
+                adjacent &= *t.rows.add(i + r) == first.wrapping_add(r);
+            }
+            let mut word = 0;
+            if adjacent {
+                while word + 8 <= depth {
+                    let from = first.offset(at + word as isize * t.step);
+                    L::Tier::transpose8(from, t.step as usize, to.add(i * DEPTH + word), DEPTH);
+                    word += 8;
+                }
+            }
+            for word in word..depth {
+                for r in i..i + 8 {
+                    let from = (*t.rows.add(r)).offset(at + word as isize * t.step);
+                    *to.add(r * DEPTH + word) = from.read_unaligned();
+                }
+            }
+        }
+    }
+}
+
+/// Adds the last `tail` words of each segment to what the output holds.
+#[inline(always)]
+unsafe fn rest<L: Multiply, const N: usize>(t: &Tile, tail: usize) {
+    let whole = t.length - tail;
+    for s in 0..t.segment_count {
+        // SAFETY: granted by the caller: the segment's words lie in the rows and in the panel.
+        unsafe {
+            let segment = *t.segments.add(s) + whole as isize * t.step;
+            let last = s + 1 == t.segment_count;
+            tile::<L, ROWS, N>(&Tile {
+                segments: &raw const segment,
+                segment_count: 1,
+                length: tail,
+                right: t.right.add((s * t.length + whole) * N * L::LANES),
+                start: Start::Resume,
+                scales: t.scales.filter(|_| last),
+                ahead: (std::ptr::null(), 0),
+                ..*t
+            });
+        }
+    }
+}
+
+/// Makes the sums zeros.
+#[inline(always)]
+unsafe fn zero() {
+    // SAFETY: the caller configured the registers.
+    unsafe {
+        asm!(
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            options(nostack, preserves_flags, nomem),
+        );
+    }
+}
+
+/// Runs an instruction on tile registers and rows in memory.
+macro_rules! move_tile {
+    ($text:literal, $rows:expr) => {
+        asm!($text, r = in(reg) $rows.first, s = in(reg) $rows.stride, options(nostack, preserves_flags))
+    };
+}
+
+/// Reads the sums of both blocks.
+#[inline(always)]
+unsafe fn load<const N: usize>([first, second]: [Rows; 2]) {
+    // SAFETY: the caller grants the rows and configured the registers.
+    unsafe {
+        move_tile!("tileloadd tmm0, [{r} + {s}*1]", first);
+        move_tile!("tileloadd tmm2, [{r} + {s}*1]", second);
+        if N == 2 {
+            move_tile!("tileloadd tmm1, [{r} + {s}*1 + 64]", first);
+            move_tile!("tileloadd tmm3, [{r} + {s}*1 + 64]", second);
+        }
+    }
+}
+
+/// Writes the sums of both blocks.
+#[inline(always)]
+unsafe fn store<const N: usize>([first, second]: [Rows; 2]) {
+    // SAFETY: the caller grants the rows and configured the registers.
+    unsafe {
+        move_tile!("tilestored [{r} + {s}*1], tmm0", first);
+        move_tile!("tilestored [{r} + {s}*1], tmm2", second);
+        if N == 2 {
+            move_tile!("tilestored [{r} + {s}*1 + 64], tmm1", first);
+            move_tile!("tilestored [{r} + {s}*1 + 64], tmm3", second);
+        }
+    }
+}
