@@ -195,7 +195,13 @@ fn plan_in(
     options: &Options,
     [asked, reason]: [&str; 2],
 ) -> Result<Compiled> {
-    let fixed = Options { precision, threshold: None, channel_threshold: None, ..options.clone() };
+    let fixed = Options {
+        precision,
+        qat: false,
+        threshold: None,
+        channel_threshold: None,
+        ..options.clone()
+    };
     Street::new(&fixed, Show::Nothing, &mut |_, _, _| Ok(())).run(&mut draft, Pass::LAST)?;
     draft.about.options = options.said();
     for decision in draft.decisions.iter_mut().chain(&mut draft.about.decisions) {

@@ -9,7 +9,7 @@ use crate::qdq;
 use crate::street::evaluation_form;
 use crate::subgraph::with_values;
 use crate::tensors::to_array;
-use qcompile_ir::{Graph, Op, Tensor};
+use qcompile_ir::{DType, Graph, Op, Tensor};
 use qcompile_onnx::{Export, ExportOptions};
 use qcompile_passes::{quantize, simplify};
 use qcompile_runtime::{Values, checkpoint};
@@ -34,6 +34,8 @@ pub struct Exported {
     parameters: BTreeMap<String, Tensor>,
     /// Running statistics by their ONNX names.
     states: BTreeMap<String, Tensor>,
+    /// The form with the roundings that it was trained with.
+    trained: Option<Graph>,
     /// What the import changed or assumed, to be told.
     pub warnings: Vec<String>,
     /// Layers that the plan runs in less than f32, and the written model in f32.
@@ -88,13 +90,14 @@ impl Exported {
             graph = with_values(&graph, values)?;
             form = with_values(&form, values)?;
         }
+        let trained = about.options.contains_key("qat").then(|| form.clone());
         let low = about.decisions.iter().filter(|decision| decision.precision.is_low()).count();
         let widened = low > 0 && quantize::remove(&mut form)?;
         if widened {
             simplify::run(&mut form, &simplify::Options { keep_stop_gradient: false })?;
         }
         let exported = Exported::new(&graph, form, about, Vec::new())?;
-        Ok(Exported { widened: if widened { low } else { 0 }, ..exported })
+        Ok(Exported { widened: if widened { low } else { 0 }, trained, ..exported })
     }
 
     fn new(graph: &Graph, form: Graph, about: About, warnings: Vec<String>) -> Result<Exported> {
@@ -112,7 +115,19 @@ impl Exported {
                 _ => {}
             }
         }
-        Ok(Exported { form, about, parameters, states, warnings, widened: 0 })
+        Ok(Exported { form, about, parameters, states, trained: None, warnings, widened: 0 })
+    }
+
+    /// Whether the model was trained with its roundings: it has ranges.
+    #[must_use]
+    pub fn is_trained(&self) -> bool {
+        self.trained.is_some()
+    }
+
+    /// Whether integers of 4 bits are stored.
+    #[must_use]
+    pub fn has_int4(&self) -> bool {
+        self.form.ids().any(|id| self.form.ty(id).dtype == DType::I4)
     }
 
     /// Makes the model compute on integers: with the ranges that it was trained with, or else with ranges measured on
@@ -121,8 +136,14 @@ impl Exported {
     /// # Errors
     /// Usage, without data or with options that a trained model leaves no choice of; of calibration.
     pub fn quantize(&mut self, options: &Options) -> Result<Quantized> {
-        if self.widened > 0 {
-            self.widened = 0;
+        self.widened = 0;
+        if let Some(mut form) = self.trained.take() {
+            qdq::trained(&mut form)?;
+            self.form = form;
+            let all = self.about.decisions.len();
+            let layers = self.about.decisions.iter().filter(|layer| layer.precision.has_int8());
+            let layers = layers.count();
+            return Ok(Quantized { layers, kept: all - layers, samples: 0 });
         }
         let done = qdq::post_training(&mut self.form, &self.about, options)?;
         self.warnings.extend(done.notes);

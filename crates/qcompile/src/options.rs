@@ -119,18 +119,27 @@ impl Options {
     pub fn from_args(args: &CompileArgs, machine: &Machine) -> Options {
         let standard = Options::default();
         let precision = &args.precision;
+        let qat = precision.qat;
+        // What is trained is what runs in inference: the forward pass.
+        let forward = Operations { backward: false, ..standard.operations };
+        let (choice, operations) = if qat {
+            (PrecisionChoice::Int8, forward)
+        } else {
+            (standard.precision, standard.operations)
+        };
         Options {
+            qat,
             loss: args.loss,
             optimizer: args.optimizer.unwrap_or(standard.optimizer),
             batch_size: args.batch_size.unwrap_or(standard.batch_size),
             sync_batch_norm: args.sync_batch_norm,
-            precision: precision.precision.unwrap_or(standard.precision),
+            precision: precision.precision.unwrap_or(choice),
             metric: precision.metric.unwrap_or(standard.metric),
             threshold: precision.threshold,
             channel_threshold: precision.channel_threshold,
             max_loss_increase: precision.max_loss_increase.unwrap_or(standard.max_loss_increase),
             keep_f32: precision.keep.clone(),
-            operations: precision.quantize_ops.unwrap_or(standard.operations),
+            operations: precision.quantize_ops.unwrap_or(operations),
             scores: precision.scores.clone(),
             samples: precision.samples.unwrap_or(standard.samples),
             threads: machine.threads,
@@ -138,6 +147,7 @@ impl Options {
             ..standard
         }
         .with_import(&args.import)
+        .with_ranged(&args.ranged)
     }
 
     /// With the flags of the import.
@@ -154,20 +164,15 @@ impl Options {
     }
 
     /// With these flags of integers with ranges.
-    ///
-    /// # Errors
-    /// Usage, for blocks of what has one scale for each channel.
-    pub fn with_ranged(self, args: &RangedArgs) -> Result<Options> {
+    #[must_use]
+    pub fn with_ranged(self, args: &RangedArgs) -> Options {
         let dtype = args.weights.unwrap_or(self.weights.dtype);
-        if args.block_size.is_some() && dtype != DType::I4 {
-            return Err(Error::usage("--block-size is for --weights int4"));
-        }
-        Ok(Options {
+        Options {
             activations: args.activations.unwrap_or(self.activations),
             weights: Weights { dtype, block: args.block_size },
             calibration: args.calibration.unwrap_or(self.calibration),
             ..self
-        })
+        }
     }
 
     /// With this `--data`.
@@ -181,6 +186,12 @@ impl Options {
     /// # Errors
     /// A usage error that names those that do not.
     pub fn check(&self) -> Result<()> {
+        if self.weights.block.is_some() && self.weights.dtype != DType::I4 {
+            return Err(Error::usage("--block-size is for --weights int4"));
+        }
+        if self.qat {
+            self.check_qat()?;
+        }
         let thresholds =
             [("--threshold", self.threshold), ("--channel-threshold", self.channel_threshold)];
         let given = thresholds.into_iter().find(|(_, value)| value.is_some());
@@ -191,6 +202,30 @@ impl Options {
             ))),
             _ => Ok(()),
         }
+    }
+
+    fn check_qat(&self) -> Result<()> {
+        if !matches!(self.precision, PrecisionChoice::Int8 | PrecisionChoice::Mixed) {
+            return Err(Error::usage(format!(
+                "--qat trains with roundings, whatever their speed, and --precision {} is another choice",
+                self.precision.name()
+            ))
+            .help("--precision int8 takes every layer, mixed those whose score allows it"));
+        }
+        if !self.operations.forward {
+            return Err(Error::usage(
+                "--qat rounds in the forward pass, and --quantize-ops leaves it out",
+            ));
+        }
+        if self.operations.backward && self.weights.dtype == DType::I4 {
+            return Err(Error::usage(
+                "the backward pass of int4 weights is f32: leave it out of --quantize-ops",
+            ));
+        }
+        if self.channel_threshold.is_some() {
+            return Err(Error::usage("--channel-threshold splits layers, and --qat does not"));
+        }
+        Ok(())
     }
 
     /// What a plan says of the options that made it what it is, by the names of their flags.
@@ -208,6 +243,17 @@ impl Options {
         let words: Vec<&str> =
             words.iter().filter(|(chosen, _)| *chosen).map(|(_, word)| *word).collect();
         say("quantize-ops", words.join(","));
+        if self.qat {
+            say("qat", "true".to_owned());
+            say("activations", self.activations.name().to_owned());
+            say(
+                "weights",
+                if self.weights.dtype == DType::I4 { "int4" } else { "int8" }.to_owned(),
+            );
+            if let Some(block) = self.weights.block {
+                say("block-size", block.to_string());
+            }
+        }
         let thresholds =
             [("threshold", self.threshold), ("channel-threshold", self.channel_threshold)];
         for (flag, value) in thresholds {

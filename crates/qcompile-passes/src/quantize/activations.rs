@@ -44,24 +44,22 @@ pub fn activations(graph: &Graph) -> Vec<NodeId> {
     graph.order().into_iter().filter(|id| found.contains(id)).collect()
 }
 
-/// What a convolution gives, after its bias and its activation, unless it is used without them as well.
+/// What a convolution gives, after its bias and its activation. None where it is normalized by its own statistics: then
+/// what a fold of the normalization leaves is not there yet.
 fn after_product(graph: &Graph, layer: &Layer) -> Option<NodeId> {
     let mut end = layer.node;
     loop {
-        if graph.outputs().iter().any(|(_, output)| *output == end) {
+        let uses = graph.uses(end);
+        let is_output = graph.outputs().iter().any(|(_, output)| *output == end);
+        if is_output || uses.iter().any(|&(user, _)| matches!(graph.op(user), Op::Reduce { .. })) {
             return None;
         }
-        let [(user, position)] = graph.uses(end)[..] else { return Some(end) };
-        let goes_on = match graph.op(user) {
-            Op::Binary(BinaryOp::Add) => {
-                per_channel(graph, graph.operand(user, 1 - position), layer).is_some()
-            }
-            _ => unclamped(graph, user) == Some(end),
-        };
-        // Other elementwise ops compute in f32, from the rounded result.
-        if !goes_on {
-            let normalizes = matches!(graph.op(user), Op::Reduce { .. });
-            return (!normalizes).then_some(end);
+        let [(user, position)] = uses[..] else { return Some(end) };
+        let biases = *graph.op(user) == Op::Binary(BinaryOp::Add)
+            && per_channel(graph, graph.operand(user, 1 - position), layer).is_some();
+        if !biases && unclamped(graph, user) != Some(end) {
+            // Other elementwise ops compute in f32, from the rounded result.
+            return Some(end);
         }
         end = user;
     }

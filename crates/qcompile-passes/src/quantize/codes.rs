@@ -40,7 +40,7 @@ impl Grid {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Parameters {
     pub(super) scale: NodeId,
-    pub(super) zero_point: NodeId,
+    pub(super) zero_point: Option<NodeId>,
 }
 
 impl Codes {
@@ -86,12 +86,13 @@ impl Codes {
         }
     }
 
-    /// [`Codes::grid`] of a range that the graph holds, in the graph: `low` is at most 0, `high` at least.
+    /// [`Codes::grid`] of a range that the graph holds, in the graph: `low` is at most 0, `high` at least. In training,
+    /// symmetric codes leave -128 out, so that products run on them.
     pub(super) fn parameters(
         self,
         b: &mut Builder,
-        low: NodeId,
-        high: NodeId,
+        [low, high]: [NodeId; 2],
+        trained: bool,
     ) -> Result<Parameters, PassError> {
         let smallest = b.scalar(DType::F32, f64::from(SMALLEST_SCALE))?;
         match self {
@@ -104,7 +105,7 @@ impl Codes {
                 let place = b.binary("place", BinaryOp::Div, below, scale)?;
                 let whole = b.unary("whole", UnaryOp::Round, place)?;
                 let zero_point = b.cast("zero_point", whole, DType::U8)?;
-                Ok(Parameters { scale, zero_point })
+                Ok(Parameters { scale, zero_point: Some(zero_point) })
             }
             Codes::Int8 => {
                 let below = b.unary("below", UnaryOp::Neg, low)?;
@@ -112,7 +113,7 @@ impl Codes {
                 let steps = b.scalar(DType::F32, 127.0)?;
                 let step = b.binary("step", BinaryOp::Div, amax, steps)?;
                 let scale = b.binary("scale", BinaryOp::Max, step, smallest)?;
-                let zero_point = b.scalar(DType::I8, 0.0)?;
+                let zero_point = if trained { None } else { Some(b.scalar(DType::I8, 0.0)?) };
                 Ok(Parameters { scale, zero_point })
             }
         }

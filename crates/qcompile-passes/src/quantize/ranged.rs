@@ -66,6 +66,13 @@ pub fn insert_ranged(
     scheme: &Scheme,
 ) -> Result<usize, PassError> {
     let layers = chosen(graph);
+    if let Some(split) =
+        layers.iter().find(|layer| !graph.node(layer.node).note.outliers.is_empty())
+    {
+        let name = &graph.node(split.node).name;
+        let reason = format!("{name}: channels that stay f32 are not for layers with ranges");
+        return Err(PassError::Unsupported { pass: PASS, reason });
+    }
     let mut known: BTreeMap<NodeId, Parameters> = BTreeMap::new();
     for value in activations(graph) {
         let name = graph.node(value).name.clone();
@@ -82,10 +89,11 @@ pub fn insert_ranged(
         })?;
         let ends = ends(graph, &name, *range, scheme.held)?;
         let mut b = Builder::new(graph, Region::Forward, name.as_str());
-        let parameters = scheme.codes.parameters(&mut b, ends[0], ends[1])?;
+        let trained = scheme.held == Held::State;
+        let parameters = scheme.codes.parameters(&mut b, ends, trained)?;
         let rounded = rounded(graph, value, parameters, scheme.codes.dtype())?;
         known.insert(rounded, parameters);
-        if scheme.held == Held::State {
+        if trained {
             follow(graph, value, ends)?;
         }
     }
@@ -156,8 +164,10 @@ fn rounded(
     let users = graph.uses(value);
     let name = graph.node(value).name.as_str().to_owned();
     let mut b = Builder::new(graph, Region::Forward, &name);
-    let q = b.add("q", Op::Quantize { dtype, axis: None }, &[value, scale, zero_point])?;
-    let dq = b.add("dq", Op::Dequantize { axis: None }, &[q, scale, zero_point])?;
+    let operands =
+        |x: NodeId| -> Vec<NodeId> { [x, scale].into_iter().chain(zero_point).collect() };
+    let q = b.add("q", Op::Quantize { dtype, axis: None }, &operands(value))?;
+    let dq = b.add("dq", Op::Dequantize { axis: None }, &operands(q))?;
     for (user, position) in users {
         graph.set_operand(user, position, dq)?;
     }

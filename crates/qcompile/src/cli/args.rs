@@ -4,6 +4,7 @@ use super::words::{
     above_zero, calibration, codes, constant, dim, finite, fraction, keep, loss, metric,
     not_negative, operations, optimizer, positive, precision, weights,
 };
+use crate::error::{Error, Result};
 use clap::{Args, ValueEnum};
 use qcompile_ir::{DType, Tensor};
 use qcompile_passes::attach_loss::LossKind;
@@ -47,9 +48,27 @@ pub struct CompileArgs {
     /// Precision of the layers.
     #[command(flatten)]
     pub precision: PrecisionArgs,
+    /// What --qat rounds to what.
+    #[command(flatten)]
+    pub ranged: RangedArgs,
     /// The batch size that is tuned and measured for; any batch runs [default: 32].
     #[arg(long, value_name = "N", value_parser = positive, help_heading = "Training")]
     pub batch_size: Option<usize>,
+}
+
+impl CompileArgs {
+    /// Whether flags that depend on others have them.
+    ///
+    /// # Errors
+    /// Usage.
+    pub fn check(&self) -> Result<()> {
+        match self.ranged.given() {
+            Some(flag) if !self.precision.qat => {
+                Err(Error::usage(format!("{flag} is for --qat, and for export --format qdq-onnx")))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Flags of the import.
@@ -135,9 +154,13 @@ pub struct PrecisionArgs {
     /// Scores that `qcompile sensitivity` wrote, instead of measuring.
     #[arg(long, value_name = "FILE", help_heading = "Precision")]
     pub scores: Option<PathBuf>,
-    /// Samples to measure sensitivity on [default: 256].
+    /// Samples to measure sensitivity and ranges on [default: 256].
     #[arg(long, value_name = "N", value_parser = positive, help_heading = "Precision")]
     pub samples: Option<usize>,
+    /// Quantization-aware training: compute forward as inference on integers does, with ranges that start as measured on
+    /// --data and then follow the training.
+    #[arg(long, help_heading = "Precision")]
+    pub qat: bool,
 }
 
 /// Flags of integers whose ranges are known before a step.
@@ -158,13 +181,16 @@ pub struct RangedArgs {
 }
 
 impl RangedArgs {
-    /// Whether any flag was given.
+    /// A flag that was given.
     #[must_use]
-    pub fn is_given(&self) -> bool {
-        self.activations.is_some()
-            || self.weights.is_some()
-            || self.block_size.is_some()
-            || self.calibration.is_some()
+    pub fn given(&self) -> Option<&'static str> {
+        let flags = [
+            ("--activations", self.activations.is_some()),
+            ("--weights", self.weights.is_some()),
+            ("--block-size", self.block_size.is_some()),
+            ("--calibration", self.calibration.is_some()),
+        ];
+        flags.into_iter().find_map(|(flag, given)| given.then_some(flag))
     }
 }
 

@@ -9,7 +9,6 @@ use crate::options::Options;
 use crate::output::{check_writable, print, write_atomically};
 use crate::terminal::{bytes, count};
 use clap::ValueEnum;
-use qcompile_ir::DType;
 use serde_json::{Map, Value, json};
 use std::fmt::Write as _;
 use std::path::Path;
@@ -21,6 +20,12 @@ pub(super) fn run(command: &ExportCommand) -> Result<()> {
         return Err(Error::usage(format!("--opset is for --format onnx, not {}", format.name())));
     }
     let integers = format == ExportFormat::QdqOnnx;
+    let machine = command.machine.threads != 0 || command.machine.tier.is_some();
+    if machine && !integers {
+        return Err(Error::usage(
+            "--threads and --tier are for --format qdq-onnx: nothing else runs the model",
+        ));
+    }
     if let Some(flag) = given(command).filter(|_| !integers) {
         let cause = format!("{flag} is for --format qdq-onnx, not {}", format.name());
         return Err(Error::usage(cause));
@@ -40,6 +45,11 @@ pub(super) fn run(command: &ExportCommand) -> Result<()> {
     let mut warnings = exported.warnings.clone();
     let content = match format {
         ExportFormat::Onnx | ExportFormat::QdqOnnx => {
+            if let Some(flag) = given(command).filter(|_| integers && exported.is_trained()) {
+                let cause =
+                    format!("the plan was trained with its ranges: {flag} has no say in them");
+                return Err(place(Error::usage(cause)));
+            }
             if integers {
                 let data = command.data.as_deref().unwrap_or_default();
                 let done = exported.quantize(&options).map_err(|e| in_data(e, data));
@@ -50,7 +60,7 @@ pub(super) fn run(command: &ExportCommand) -> Result<()> {
                 fields.insert("samples".to_owned(), json!(samples));
                 warnings.clone_from(&exported.warnings);
             }
-            let small = options.weights.dtype == DType::I4;
+            let small = integers && exported.has_int4();
             let opset = command.opset.unwrap_or(if small { 21 } else { DEFAULT_OPSET });
             let model = exported.onnx(opset).map_err(place)?;
             let nodes: usize = model.operators.values().sum();
@@ -86,20 +96,14 @@ pub(super) fn run(command: &ExportCommand) -> Result<()> {
 
 /// A flag that was given and is for integers alone.
 fn given(command: &ExportCommand) -> Option<&'static str> {
-    let ranged = &command.ranged;
     let flags = [
         ("--data", command.data.is_some()),
         ("--samples", command.samples.is_some()),
         ("--batch-size", command.batch_size.is_some()),
         ("--keep", !command.keep.is_empty()),
-        ("--activations", ranged.activations.is_some()),
-        ("--weights", ranged.weights.is_some()),
-        ("--block-size", ranged.block_size.is_some()),
-        ("--calibration", ranged.calibration.is_some()),
-        ("--threads", command.machine.threads != 0),
-        ("--tier", command.machine.tier.is_some()),
     ];
-    flags.into_iter().find_map(|(flag, given)| given.then_some(flag))
+    let flag = flags.into_iter().find_map(|(flag, given)| given.then_some(flag));
+    flag.or_else(|| command.ranged.given())
 }
 
 fn options(command: &ExportCommand) -> Result<Options> {
@@ -114,7 +118,9 @@ fn options(command: &ExportCommand) -> Result<Options> {
         tier: command.machine.tier,
         ..standard
     };
-    options.with_import(&command.import).with_ranged(&command.ranged)
+    let options = options.with_import(&command.import).with_ranged(&command.ranged);
+    options.check()?;
+    Ok(options)
 }
 
 /// The format that was asked for, or that the ending of the output says.
