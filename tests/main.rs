@@ -14,6 +14,7 @@ mod products;
 mod properties;
 mod quantizers;
 mod random_graph;
+mod ranged;
 mod refusals;
 mod support;
 mod tidy;

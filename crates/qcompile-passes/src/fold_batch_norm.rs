@@ -194,7 +194,12 @@ fn scaled_weight(
         let quantize = b.graph.op(b.graph.operand(weight, 0)).clone();
         let dequantize = b.graph.op(weight).clone();
         let q = b.add("weight.q", quantize, &[signed, scale])?;
-        return b.add("weight.dq", dequantize, &[q, larger]);
+        let folded = b.add("weight.dq", dequantize, &[q, larger])?;
+        let old = b.graph.operand(weight, 0);
+        for (old, new) in [(scale, larger), (old, q), (weight, folded)] {
+            b.graph.swap_names(old, new);
+        }
+        return Ok(folded);
     }
     let name = b.graph.node(weight).name.clone();
     let factor = along(b, "factors", factor, weight)?;

@@ -1,73 +1,64 @@
-//! The range of least Kullback-Leibler divergence (Migacz 2017; the variant of ONNX Runtime, symmetric about 0).
+//! The range of least Kullback-Leibler divergence (Migacz 2017, "8-bit inference with TensorRT"), computed as NVIDIA's
+//! pytorch-quantization does: over magnitudes, with as many levels as there are codes for one sign.
 
 use super::Range;
 use super::histogram::{BINS, Histogram};
+use crate::quantize::Codes;
 
-/// Bins that a candidate is merged into: the levels of one sign of 8 bits.
-const LEVELS: usize = 128;
-/// What a bin without elements gets from the others, so that every logarithm is finite.
-const EPSILON: f64 = 1e-4;
+/// Bins of magnitudes.
+const MAGNITUDES: usize = BINS / 2;
+/// Fewer bins than this are no candidate.
+const FIRST: usize = 128;
 
-/// The range whose elements, merged into [`LEVELS`] and with all others at its ends, differ least from what they were.
-pub(super) fn range(histogram: &Histogram) -> Range {
-    let counts = histogram.counts();
-    let middle = BINS / 2;
-    let divergences = (LEVELS / 2..=middle).map(|reach| {
-        let (start, end) = (middle - reach, (middle + reach + 1).min(BINS));
-        (divergence(counts, start, end), start, end)
-    });
-    let best = divergences
-        .filter(|(divergence, ..)| divergence.is_finite())
-        .min_by(|(a, ..), (b, ..)| a.total_cmp(b));
-    best.map_or(histogram.extremes(), |(_, start, end)| histogram.bins(start, end))
-}
-
-/// `Σ p log(p / q)` of the bins from `start` to `end`.
-fn divergence(counts: &[u64], start: usize, end: usize) -> f64 {
-    let within = &counts[start..end];
-    let mut p: Vec<f64> = within.iter().map(|&count| count as f64).collect();
-    let last = p.len() - 1;
-    p[0] += counts[..start].iter().sum::<u64>() as f64;
-    p[last] += counts[end..].iter().sum::<u64>() as f64;
-    let merged = within.len() / LEVELS;
-    let mut q = vec![0.0; p.len()];
-    for level in 0..LEVELS {
-        let first = level * merged;
-        // What does not divide evenly belongs to the last level.
-        let after = if level + 1 == LEVELS { within.len() } else { first + merged };
-        let sum: u64 = within[first..after].iter().sum();
-        let occupied = p[first..after].iter().filter(|&&count| count != 0.0).count();
-        for at in (first..after).filter(|&at| p[at] != 0.0) {
-            q[at] = sum as f64 / occupied as f64;
+/// The range whose magnitudes, merged into the levels of the codes and with all others in the last bin, differ least from
+/// what they were; of equally good ones the largest.
+pub(super) fn range(histogram: &Histogram, codes: Codes) -> Range {
+    let signs = histogram.counts();
+    let mut counts: Vec<f64> = (0..MAGNITUDES)
+        .map(|at| (signs[MAGNITUDES + at] + signs[MAGNITUDES - 1 - at]) as f64)
+        .collect();
+    // Zeros are exact in every range, and many behind a relu.
+    counts[0] = counts[1];
+    let both = codes.is_symmetric() || histogram.extremes().low < 0.0;
+    let levels = if both { 128 } else { 256 };
+    let mut best = (f64::INFINITY, MAGNITUDES);
+    for end in FIRST..=MAGNITUDES {
+        let divergence = divergence(&counts, end, levels);
+        if divergence <= best.0 {
+            best = (divergence, end);
         }
     }
-    match (smooth(&mut p), smooth(&mut q)) {
-        (true, true) => {
-            let (total_p, total_q): (f64, f64) = (p.iter().sum(), q.iter().sum());
-            p.iter().zip(&q).map(|(p, q)| p / total_p * (p / total_p / (q / total_q)).ln()).sum()
-        }
-        _ => f64::INFINITY,
+    if best.0.is_finite() {
+        histogram.bins(MAGNITUDES - best.1, MAGNITUDES + best.1)
+    } else {
+        histogram.extremes()
     }
 }
 
-/// Gives every bin without elements [`EPSILON`], and takes it from the others. False if those have too little.
-fn smooth(counts: &mut [f64]) -> bool {
-    let empty = counts.iter().filter(|&&count| count == 0.0).count();
-    let occupied = counts.len() - empty;
-    if occupied == 0 {
-        return false;
+/// `Σ p log(p / q)` of the first `end` bins: `p` as they are, with the others in the last one; `q` with the bins of a level
+/// alike, where they are not empty.
+fn divergence(counts: &[f64], end: usize, levels: usize) -> f64 {
+    let level = |bin: usize| bin * levels / end;
+    let (mut sums, mut occupied) = (vec![0.0; levels], vec![0.0; levels]);
+    for (bin, &count) in counts[..end].iter().enumerate().filter(|(_, count)| **count > 0.0) {
+        sums[level(bin)] += count;
+        occupied[level(bin)] += 1.0;
     }
-    let taken = EPSILON * empty as f64 / occupied as f64;
-    if taken >= 1.0 {
-        return false;
-    }
-    for count in counts {
-        *count = if *count == 0.0 { EPSILON } else { *count - taken };
-        if *count <= 0.0 {
-            return false;
+    let beyond: f64 = counts[end..].iter().sum();
+    let within: f64 = counts[..end].iter().sum();
+    let mut divergence = 0.0;
+    for (bin, &count) in counts[..end].iter().enumerate() {
+        let p = (count + if bin + 1 == end { beyond } else { 0.0 }) / (within + beyond);
+        if p == 0.0 {
+            continue;
         }
+        if count == 0.0 {
+            return f64::INFINITY;
+        }
+        let q = sums[level(bin)] / occupied[level(bin)] / within;
+        divergence += p * (p / q).ln();
     }
-    true
+    divergence
 }
 
 #[cfg(test)]
@@ -81,18 +72,18 @@ mod tests {
         peaked.add(&elements);
         let negated: Vec<f32> = elements.iter().map(|x| -x).collect();
         peaked.add(&negated);
-        let chosen = range(&peaked);
+        let chosen = range(&peaked, Codes::Int8);
         assert!(chosen.high < 12.0 && chosen.high > 2.0, "{chosen:?}");
         let mut flat = Histogram::new(Range::new(-1.0, 1.0));
         let elements: Vec<f32> = (0..200_000).map(|at| at as f32 / 100_000.0 - 1.0).collect();
         flat.add(&elements);
-        assert!(range(&flat).high > 0.95, "{:?}", range(&flat));
+        assert!(range(&flat, Codes::Int8).high > 0.95, "{:?}", range(&flat, Codes::Int8));
     }
 
     #[test]
     fn a_constant_keeps_its_range() {
         let mut constant = Histogram::new(Range::new(0.0, 0.0));
         constant.add(&[0.0; 100]);
-        assert_eq!(range(&constant), Range::new(0.0, 0.0));
+        assert_eq!(range(&constant, Codes::Uint8), Range::new(0.0, 0.0));
     }
 }

@@ -3,8 +3,8 @@
 use super::Range;
 use crate::quantize::Codes;
 
-/// Bins of a histogram; as many as ONNX Runtime's percentile calibrator has.
-pub(super) const BINS: usize = 2048;
+/// Bins of a histogram: 2048 for the magnitudes of each sign.
+pub(super) const BINS: usize = 4096;
 
 /// Ranges that are tried for the least error: this many for each end.
 const CANDIDATES: u32 = 128;

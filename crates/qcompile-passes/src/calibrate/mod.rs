@@ -108,7 +108,7 @@ pub fn run(
         Method::MinMax => histogram.extremes(),
         Method::Percentile(percent) => histogram.percentile(percent, codes),
         Method::Mse => histogram.least_error(codes),
-        Method::Entropy => entropy::range(histogram),
+        Method::Entropy => entropy::range(histogram, codes),
     });
     Ok(names.into_iter().zip(chosen).collect())
 }

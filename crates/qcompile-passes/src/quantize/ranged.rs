@@ -20,8 +20,9 @@ use qcompile_ir::{
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// The part of a range that stays in a step of training, as in PyTorch's moving average.
-const RANGE_MOMENTUM: f64 = 0.99;
+/// The parts of a range that a step of training keeps, and takes from its batch; those of PyTorch's moving average.
+const KEPT: f64 = 0.99;
+const TAKEN: f64 = 0.01;
 /// A bias is at most this many steps, so that it and the sum that it is added to are i32.
 const LARGEST_BIAS: f64 = (1 << 30) as f64;
 
@@ -126,7 +127,7 @@ fn ends(
             Held::Constant => Op::Const(number),
             Held::State => Op::State(number),
         };
-        graph.add(leaf, &[], format!("{name}.{word}"), Region::Forward)
+        graph.add(leaf, &[], format!("{}.{word}", name.as_str()), Region::Forward)
     };
     Ok([leaf("low", range.low)?, leaf("high", range.high)?])
 }
@@ -146,8 +147,8 @@ fn follow(graph: &mut Graph, value: NodeId, [low, high]: [NodeId; 2]) -> Result<
         let zero = b.scalar(DType::F32, 0.0)?;
         let reach = b.binary("reach", BinaryOp::Max, peak, zero)?;
         let end = if state == low { b.unary("end", UnaryOp::Neg, reach)? } else { reach };
-        let kept = b.scaled("kept", state, RANGE_MOMENTUM)?;
-        let taken = b.scaled("taken", end, 1.0 - RANGE_MOMENTUM)?;
+        let kept = b.scaled("kept", state, KEPT)?;
+        let taken = b.scaled("taken", end, TAKEN)?;
         let next = b.binary("next", BinaryOp::Add, kept, taken)?;
         graph.set_next(state, next)?;
     }
@@ -264,8 +265,8 @@ pub fn round_biases(graph: &mut Graph) -> Result<usize, PassError> {
         let smallest = b.splat_like("smallest", least, f64::from(SMALLEST_SCALE))?;
         let least = b.binary("least", BinaryOp::Max, least, smallest)?;
         let scale = b.binary("weight.scale", BinaryOp::Max, old_scale, least)?;
-        let q = b.add("weight.q", Op::Quantize { dtype, axis }, &[weight, scale])?;
-        let rescaled = b.add("weight.dq", Op::Dequantize { axis }, &[q, scale])?;
+        let codes = b.add("weight.q", Op::Quantize { dtype, axis }, &[weight, scale])?;
+        let rescaled = b.add("weight.dq", Op::Dequantize { axis }, &[codes, scale])?;
         let product = b.binary("scale", BinaryOp::Mul, data_scale, scale)?;
         let axis = Some(0);
         let q = b.add("q", Op::Quantize { dtype: DType::I32, axis }, &[bias, product])?;
@@ -274,7 +275,7 @@ pub fn round_biases(graph: &mut Graph) -> Result<usize, PassError> {
         let bias = b.broadcast("biases", bias, shape)?;
         graph.set_operand(layer.node, 1, rescaled)?;
         graph.set_operand(user, 1 - position, bias)?;
-        for (old, new) in [(old_scale, scale), (old_q, q), (weight, rescaled)] {
+        for (old, new) in [(old_scale, scale), (old_q, codes), (weight, rescaled)] {
             graph.swap_names(old, new);
         }
         count += 1;
