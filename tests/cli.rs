@@ -40,6 +40,7 @@ fn compiles_to_equal_bytes_and_says_what_it_decided() {
     assert_eq!(place.names(), ["digits_cnn.qplan"]);
     let expected = [
         "batch_size",
+        "bf16_step_ms",
         "decisions",
         "f32_step_ms",
         "loss",

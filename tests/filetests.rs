@@ -5,7 +5,7 @@
 //! differentiation; here it is checked that every op has its files.
 
 use crate::support::{cases, parse, root, snapshot};
-use qcompile_ir::{BinaryOp, ReduceOp, UnaryOp};
+use qcompile_ir::{BinaryOp, GradientRounding, Granularity, ReduceOp, Scaling, UnaryOp};
 use qcompile_passes::{PassError, attention, differentiate, quantize, simplify};
 use std::collections::BTreeSet;
 
@@ -56,6 +56,51 @@ fn bf16() {
         };
         shown(step(&mut graph).map(|_| graph))
     });
+}
+
+/// The step as the first line of the file asks for it: `; KEY=VALUE ...`.
+#[test]
+fn int8() {
+    for path in cases("int8") {
+        let name = path.file_stem().expect("a file").to_string_lossy().into_owned();
+        let options = options(&std::fs::read_to_string(&path).expect("readable"));
+        let mut graph = parse(&path);
+        let step = |graph: &mut qcompile_ir::Graph| {
+            quantize::run(graph, &options)?;
+            differentiate::run(graph)?;
+            quantize::insert_backward(graph)?;
+            quantize::optimise(graph)
+        };
+        snapshot("int8", &name, &shown(step(&mut graph).map(|_| graph)));
+    }
+}
+
+fn one_of<T: Copy>(word: &str, all: &[T], name: fn(T) -> &'static str) -> T {
+    *all.iter().find(|one| name(**one) == word).expect("a word")
+}
+
+fn options(source: &str) -> quantize::Options {
+    let mut options = quantize::Options::default();
+    let words = source.lines().next().and_then(|line| line.strip_prefix("; ")).expect("options");
+    for word in words.split(' ') {
+        let (key, value) = word.split_once('=').expect("KEY=VALUE");
+        match key {
+            "precision" => options.precision = value.parse().expect("a choice"),
+            "threshold" => options.threshold = Some(value.parse().expect("a number")),
+            "operand-types" => options.numerics.types = value.parse().expect("types"),
+            "granularity" => {
+                options.numerics.granularity = one_of(value, &Granularity::ALL, Granularity::name)
+            }
+            "rounding" => {
+                options.numerics.rounding =
+                    one_of(value, &GradientRounding::ALL, GradientRounding::name)
+            }
+            "scaling" => options.numerics.scaling = one_of(value, &Scaling::ALL, Scaling::name),
+            "grad-weight" => options.numerics.grad_weight = Some(value.parse().expect("a type")),
+            _ => panic!("there is no option {key}"),
+        }
+    }
+    options
 }
 
 #[test]

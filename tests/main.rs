@@ -16,6 +16,7 @@ mod quantizers;
 mod random_graph;
 mod ranged;
 mod refusals;
+mod state;
 mod support;
 mod tidy;
 mod training;

@@ -138,6 +138,79 @@ fn products_with_reductions_over_their_rows() {
     }
 }
 
+/// Leaves, lines of a product `%y` of integers with scales along what its sums do not run over, and what the plan says.
+fn scaled_products() -> Vec<[&'static str; 3]> {
+    vec![
+        [
+            "input %x : i8[N, 40]\n  input %s : f32[N]\n  const %w : i8[33, 40] = splat 3\n  const %t : f32[33] = uniform seed=3",
+            "%xf : f32[N, 40] = dequantize %x, %s axis=0\n%wf : f32[33, 40] = dequantize %w, %t axis=0\n\
+             %y : f32[N, 33] = matmul %xf, %wf transpose_b",
+            "matmul_i8 [1, N, 33, 40] s0[0, 40, 1], s2[0, 1, 40] scales s1 per row, s3 per channel",
+        ],
+        // Rows go on from one matrix of the batch to the next.
+        [
+            "input %x : i8[N, 6, 40]\n  input %s : f32[6N]\n  const %w : i8[1, 40, 33] = splat 3\n  const %t : f32[] = 0.5",
+            "%xr : i8[6N, 40] = reshape %x\n%xf : f32[6N, 40] = dequantize %xr, %s axis=0\n\
+             %xb : f32[N, 6, 40] = reshape %xf\n%wf : f32[1, 40, 33] = dequantize %w, %t\n\
+             %wb : f32[N, 40, 33] = broadcast %wf\n%y : f32[N, 6, 33] = matmul %xb, %wb",
+            "matmul_i8 [1, 6N, 33, 40] s0[0, 40, 1], s2[0, 33, 1] scales s1 per row, s3 ",
+        ],
+        // The gradient of a weight: sums over rows.
+        [
+            "input %x : i8[N, 40]\n  const %s : f32[40] = uniform seed=3\n  input %d : i8[N, 33]\n  const %t : f32[33] = uniform seed=4",
+            "%xf : f32[N, 40] = dequantize %x, %s axis=1\n%df : f32[N, 33] = dequantize %d, %t axis=1\n\
+             %y : f32[40, 33] = matmul %xf, %df transpose_a",
+            "matmul_i8 [1, 40, 33, N] s0[0, 1, 40], s1[0, 33, 1] scales s2 per row, s3 per channel",
+        ],
+        // A scale along the sum has no int8 form.
+        [
+            "input %x : i8[N, 40]\n  const %s : f32[40] = uniform seed=3\n  const %w : i8[40, 33] = splat 3\n  const %t : f32[] = 0.5",
+            "%xf : f32[N, 40] = dequantize %x, %s axis=1\n%wf : f32[40, 33] = dequantize %w, %t\n\
+             %y : f32[N, 33] = matmul %xf, %wf",
+            "matmul [1, N, 33, 40]",
+        ],
+        [
+            "input %x : i8[N, 7, 7, 20]\n  input %s : f32[N]\n  const %w : i8[9, 20, 3, 3] = splat 2\n  const %t : f32[9] = uniform seed=3",
+            "%xf : f32[N, 7, 7, 20] = dequantize %x, %s axis=0\n%wf : f32[9, 20, 3, 3] = dequantize %w, %t axis=0\n\
+             %y : f32[N, 7, 7, 9] = conv2d %xf, %wf input=[7, 7] kernel=[3, 3] strides=[1, 1] \
+             pads=[1, 1, 1, 1] dilations=[1, 1] groups=1",
+            "conv2d_i8 ",
+        ],
+        [
+            "input %x : i8[N, 4, 4, 12]\n  input %s : f32[N]\n  const %w : i8[12, 20, 3, 3] = splat 2\n  const %t : f32[20] = uniform seed=3",
+            "%xf : f32[N, 4, 4, 12] = dequantize %x, %s axis=0\n%wf : f32[12, 20, 3, 3] = dequantize %w, %t axis=1\n\
+             %y : f32[N, 7, 8, 20] = conv2d_grad_input %xf, %wf input=[7, 8] kernel=[3, 3] strides=[2, 2] \
+             pads=[1, 1, 1, 1] dilations=[1, 1] groups=1",
+            "conv2d_grad_input_i8 ",
+        ],
+        [
+            "input %x : i8[N, 7, 7, 20]\n  input %s : f32[N]\n  const %w : i8[20, 1, 3, 3] = splat 2\n  const %t : f32[20] = uniform seed=3",
+            "%xf : f32[N, 7, 7, 20] = dequantize %x, %s axis=0\n%wf : f32[20, 1, 3, 3] = dequantize %w, %t axis=0\n\
+             %y : f32[N, 7, 7, 20] = conv2d_grad_input %xf, %wf input=[7, 7] kernel=[3, 3] strides=[1, 1] \
+             pads=[1, 1, 1, 1] dilations=[1, 1] groups=20",
+            "conv2d_grad_input_i8 ",
+        ],
+        [
+            "input %x : i8[N, 9, 8, 12]\n  const %s : f32[12] = uniform seed=4\n  input %d : i8[N, 5, 4, 10]\n  const %t : f32[10] = uniform seed=3",
+            "%xf : f32[N, 9, 8, 12] = dequantize %x, %s axis=3\n%df : f32[N, 5, 4, 10] = dequantize %d, %t axis=3\n\
+             %y : f32[10, 6, 3, 3] = conv2d_grad_weight %xf, %df input=[9, 8] kernel=[3, 3] strides=[2, 2] \
+             pads=[1, 1, 1, 1] dilations=[1, 1] groups=2",
+            "conv2d_grad_weight_i8 ",
+        ],
+    ]
+}
+
+#[test]
+fn int8_products_with_scales_along_what_is_not_summed() {
+    for [leaves, lines, step] in scaled_products() {
+        let graph =
+            parse(&format!("graph @g {{\n  {leaves}\nforward:\n{lines}\n  return %y\n}}\n"));
+        let plan = build(graph.clone(), &BuildOptions::default()).expect("has a plan").to_string();
+        assert!(plan.contains(step), "{step}\n{plan}");
+        check(lines, &graph, &[1, 2, 9, 70]);
+    }
+}
+
 /// Every number of columns up to some vectors and a rest, with values that are infinite or no numbers.
 #[test]
 fn strange_values_in_rows_of_any_length() {

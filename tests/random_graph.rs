@@ -2,9 +2,9 @@
 
 use crate::support::Random;
 use qcompile_ir::{
-    AttentionOperand, BinaryOp, CollectiveOp, CompareOp, ConvGeometry, DType, Dim, Graph, NodeId,
-    Note, Op, PoolGeometry, Precision, QuantizedRange, ReduceOp, Region, ScatterOp, Shape, Tensor,
-    TensorType, UnaryOp,
+    AttentionOperand, BinaryOp, CollectiveOp, CompareOp, ConvGeometry, DType, Dim, Granularity,
+    Graph, NodeId, Note, Op, PoolGeometry, Precision, QuantizedRange, Quantizer, ReduceOp, Region,
+    Scaling, ScatterOp, Shape, Tensor, TensorType, UnaryOp,
 };
 use std::sync::Arc;
 
@@ -143,6 +143,13 @@ impl Drawing {
             sensitivity: self.random.chance(50).then_some(0.25),
             outliers: if self.random.chance(30) { vec![0, 2] } else { Vec::new() },
             precision: self.random.chance(50).then_some(precision),
+            stored: self.random.chance(20).then_some(DType::BF16),
+            quantizer: self.random.chance(20).then(|| Quantizer {
+                weight: DType::I4,
+                granularity: Granularity::Row,
+                scaling: Scaling::Delayed,
+                ..Quantizer::default()
+            }),
         }
     }
 

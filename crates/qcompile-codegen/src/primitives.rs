@@ -11,9 +11,9 @@ use cranelift_codegen::ir::{InstBuilder, StackSlot, StackSlotData, StackSlotKind
 use qcompile_ir::{ConvGeometry, DType, Dim, PoolGeometry, ScatterOp};
 use qcompile_kernels::args::{
     AveragePoolArgs, AveragePoolGradArgs, Combine, Conv2dArgs, Conv2dGradInputArgs,
-    Conv2dGradInputI8Args, Conv2dGradWeightArgs, Conv2dI8Args, ConvShape, CrossEntropyArgs,
-    CrossEntropyGradArgs, GatherArgs, IotaArgs, MatmulArgs, MatmulI8Args, MaxPoolArgs,
-    MaxPoolGradArgs, PoolShape, RandomArgs, ScatterArgs, SoftmaxArgs, TopKArgs,
+    Conv2dGradInputI8Args, Conv2dGradWeightArgs, Conv2dGradWeightI8Args, Conv2dI8Args, ConvShape,
+    CrossEntropyArgs, CrossEntropyGradArgs, GatherArgs, IotaArgs, MatmulArgs, MatmulI8Args,
+    MaxPoolArgs, MaxPoolGradArgs, PoolShape, RandomArgs, ScatterArgs, SoftmaxArgs, TopKArgs,
 };
 use qcompile_kernels::{KernelId, Kernels, Primitive as Entry};
 use qcompile_plan::{
@@ -40,11 +40,14 @@ pub(crate) fn kernel_id(primitive: &Primitive) -> KernelId {
                 (Product::GradInput, Operands::F32) => KernelId::Conv2dGradInput,
                 (Product::GradInput, Operands::Bf16) => KernelId::Conv2dGradInputBf16,
                 (Product::GradInput, Operands::Int8(_)) => KernelId::Conv2dGradInputI8,
+                (Product::GradWeight, Operands::F32) => KernelId::Conv2dGradWeight,
                 (Product::GradWeight, Operands::Bf16) => KernelId::Conv2dGradWeightBf16,
-                (Product::GradWeight, _) => KernelId::Conv2dGradWeight,
+                (Product::GradWeight, Operands::Int8(_)) => KernelId::Conv2dGradWeightI8,
             }
         }
         Primitive::Pooling(pooling) => match (pooling.max, pooling.gradient) {
+            (true, false) if pooling.dtype == DType::I8 => KernelId::MaxPoolI8,
+            (true, false) if pooling.dtype == DType::BF16 => KernelId::MaxPoolBf16,
             (true, false) => KernelId::MaxPool,
             (true, true) => KernelId::MaxPoolGrad,
             (false, false) => KernelId::AveragePool,
@@ -313,7 +316,7 @@ fn matmul(e: &mut Emitter<'_, '_>, matmul: &Matmul, tail: Tail) -> Block {
             block,
             MatmulI8Args {
                 a_scale: e.place(int8.scale_a, 4),
-                a_scale_stride: e.int(0),
+                a_scale_stride: e.int(usize::from(int8.per_row)),
                 b_scale: e.place(int8.scale_b, 4),
                 b_scale_stride: e.int(usize::from(int8.per_channel)),
             }
@@ -400,7 +403,7 @@ fn convolution(e: &mut Emitter<'_, '_>, convolution: &Convolution, tail: Tail) -
             w: b,
             y: c,
             x_scale: e.place(int8.scale_a, 4),
-            x_scale_stride: e.int(0),
+            x_scale_stride: e.int(usize::from(int8.per_row)),
             w_scale: e.place(int8.scale_b, 4),
             w_scale_stride: e.int(usize::from(int8.per_channel)),
         }),
@@ -410,16 +413,35 @@ fn convolution(e: &mut Emitter<'_, '_>, convolution: &Convolution, tail: Tail) -
             w: b,
             dx: c,
             dy_scale: e.place(int8.scale_a, 4),
-            dy_scale_stride: e.int(0),
+            dy_scale_stride: e.int(usize::from(int8.per_row)),
             w_scale: e.place(int8.scale_b, 4),
             w_scale_stride: e.int(usize::from(int8.per_channel)),
         }),
-        (Product::GradWeight, _) => block!(Conv2dGradWeightArgs { x: a, dy: b, dw: c }),
+        (Product::GradWeight, None) => block!(Conv2dGradWeightArgs { x: a, dy: b, dw: c }),
+        (Product::GradWeight, Some(int8)) => {
+            let mut block = Block::new::<Conv2dGradWeightI8Args>(e);
+            block.scratch = offset_of!(Conv2dGradWeightI8Args, gradient.scratch);
+            fields!(e, block, Conv2dGradWeightI8Args {
+                gradient.x: a,
+                gradient.dy: b,
+                gradient.dw: c,
+                gradient.scratch: scratch,
+                x_scale: e.place(int8.scale_a, 4),
+                x_scale_stride: e.int(usize::from(int8.per_row)),
+                dy_scale: e.place(int8.scale_b, 4),
+                dy_scale_stride: e.int(usize::from(int8.per_channel)),
+            });
+            let shape = offset_of!(Conv2dGradWeightI8Args, gradient.shape);
+            put_conv_shape(e, &block, shape, convolution);
+            block
+        }
     }
 }
 
 fn pooling(e: &mut Emitter<'_, '_>, pooling: &Pooling) -> Block {
-    let (x, dy, y) = (e.place(pooling.x, 4), e.place(pooling.dy, 4), e.place(pooling.y, 4));
+    let size = pooling.dtype.size();
+    let place = |e: &mut Emitter<'_, '_>, place: Place| e.place(place, size);
+    let (x, dy, y) = (place(e, pooling.x), place(e, pooling.dy), place(e, pooling.y));
     let padded = usize::from(pooling.geometry.count_include_pad);
     macro_rules! block {
         ($args:ident { $($field:ident: $value:expr),* $(,)? }) => {{

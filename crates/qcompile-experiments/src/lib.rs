@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod classifier;
+mod low_bits;
 mod masks;
 mod multipoint;
 mod per_channel;
@@ -38,6 +39,9 @@ const EXPERIMENTS: &[Experiment] = &[
         "error by number of points, and adaptive against random channels",
         multipoint::run,
     ),
+    ("low-bits", "training a perceptron on int8 and int4", low_bits::perceptron),
+    ("resnet8", "training ResNet-8 in int8", low_bits::resnet8),
+    ("resnet20", "training ResNet-20 in int8 (an hour)", low_bits::resnet20),
     ("masks", "every combination of the four operations, in int8", masks::run),
     ("per-channel", "weights with a scale for each channel against one scale", per_channel::run),
 ];

@@ -95,12 +95,21 @@ fn infer_type(op: &Op, operands: Types) -> Result<TensorType, String> {
         Op::Conv2d(geometry) => conv2d(geometry, operands),
         Op::Conv2dGradInput(geometry) => conv2d_grad_input(geometry, operands),
         Op::Conv2dGradWeight(geometry) => conv2d_grad_weight(geometry, operands),
-        Op::MaxPool2d(geometry) | Op::AveragePool2d(geometry) => {
+        Op::MaxPool2d(geometry) => {
             let [x] = exactly(operands)?;
+            if x.dtype != DType::I8 {
+                float(x)?;
+            }
+            pooled(geometry, x)
+        }
+        Op::AveragePool2d(geometry) => {
+            let [x] = exactly(operands)?;
+            float(x)?;
             pooled(geometry, x)
         }
         Op::MaxPool2dGrad(geometry) => {
             let [x, dy] = exactly(operands)?;
+            float(x)?;
             same(&pooled(geometry, x)?, dy)?;
             Ok(x.clone())
         }
@@ -365,6 +374,11 @@ fn matmul(transpose_a: bool, transpose_b: bool, operands: Types) -> Result<Tenso
 /// `[n, h, w, c]` of an NHWC value whose height and width are those of the geometry.
 fn nhwc(x: &TensorType, size: [usize; 2]) -> Result<(Dim, usize), String> {
     float(x)?;
+    images(x, size)
+}
+
+/// Number of images and of channels.
+fn images(x: &TensorType, size: [usize; 2]) -> Result<(Dim, usize), String> {
     let [n, h, w, c] = x.shape.0[..] else {
         return Err(format!("{x} is not [n, height, width, channels]"));
     };
@@ -431,7 +445,7 @@ fn conv2d_grad_weight(geometry: &ConvGeometry, operands: Types) -> Result<Tensor
 }
 
 fn pooled(geometry: &PoolGeometry, x: &TensorType) -> Result<TensorType, String> {
-    let (n, channels) = nhwc(x, geometry.input)?;
+    let (n, channels) = images(x, geometry.input)?;
     let [height, width] = geometry
         .output()
         .ok_or_else(|| format!("the window does not fit the input: {geometry:?}"))?;

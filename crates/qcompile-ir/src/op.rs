@@ -306,6 +306,21 @@ impl PoolGeometry {
     pub fn output(&self) -> Option<[usize; 2]> {
         window_output(self.input, self.kernel, self.strides, self.pads, self.dilations)
     }
+
+    /// Whether every window meets the input, none being all padding.
+    #[must_use]
+    pub fn meets_input(&self) -> bool {
+        let Some(output) = self.output() else { return false };
+        (0..2).all(|axis| {
+            (0..output[axis]).all(|out| {
+                let place = |tap: usize| out * self.strides[axis] + tap * self.dilations[axis];
+                let within = |place: usize| {
+                    place.checked_sub(self.pads[axis]).is_some_and(|at| at < self.input[axis])
+                };
+                (0..self.kernel[axis]).any(|tap| within(place(tap)))
+            })
+        })
+    }
 }
 
 fn window_output(

@@ -6,6 +6,7 @@
 //! `scratch` points to the number of bytes that [`Primitive::scratch`](crate::Primitive) asked for,
 //! aligned to 64; it is shared by all threads of one call and keeps its contents between the phases.
 
+pub use crate::grad_weight::MOST_I8_PIXELS;
 pub use crate::recurrence::args::*;
 
 mod attention;
@@ -283,6 +284,23 @@ pub struct Conv2dGradWeightArgs<E = f32> {
 /// The same of bf16 operands, given as their bits.
 pub type Conv2dGradWeightBf16Args = Conv2dGradWeightArgs<u16>;
 
+/// The same of i8 operands: `dw = sum(x * dy) as f32 * (x_scale * dy_scale)`, sums exact and bit-equal on every tier.
+/// Sums of outputs of more pixels than [`MOST_I8_PIXELS`] may wrap.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Conv2dGradWeightI8Args {
+    /// What it has in common with the others.
+    pub gradient: Conv2dGradWeightArgs<i8>,
+    /// Scale of x: one value, or one for each input channel.
+    pub x_scale: *const f32,
+    /// 0 for one scale, 1 for a scale per input channel.
+    pub x_scale_stride: usize,
+    /// Scale of dy: one value, or one for each output channel.
+    pub dy_scale: *const f32,
+    /// 0 for one scale, 1 for a scale per output channel.
+    pub dy_scale_stride: usize,
+}
+
 /// Convolution of i8 operands: `y = sum(x * w) as f32 * (x_scale * w_scale)`, bit-equal on every tier.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -385,14 +403,15 @@ pub struct PoolShape {
     pub dilation_width: usize,
 }
 
-/// Largest value of each window; padding never wins, NaN does. x `[n, h, w, c]`, y `[n, oh, ow, c]`.
+/// Largest value of each window; padding never wins, NaN does. x `[n, h, w, c]`, y `[n, oh, ow, c]`, both of the
+/// kernel's element type: f32, bf16 or i8.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct MaxPoolArgs {
     /// Input.
-    pub x: *const f32,
+    pub x: *const u8,
     /// Output.
-    pub y: *mut f32,
+    pub y: *mut u8,
     /// Geometry.
     pub shape: PoolShape,
 }

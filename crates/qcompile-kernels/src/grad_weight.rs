@@ -1,12 +1,12 @@
 //! Gradient of a convolution by its weights: sums of outer products over pixels.
 //!
 //! Rows of the tile are pairs of kernel position and input channel, columns are output channels, and K
-//! runs over output pixels. Where a word holds two elements, they are pixels at the same place of two
-//! parts of the same shape: then one interleaved window serves every stride, dilation and kernel
+//! runs over output pixels. Where a word holds several elements, they are pixels at the same place of as
+//! many parts of the same shape: then one interleaved window serves every stride, dilation and kernel
 //! position. Images are cut into chunks by shape; every chunk has its own partial sums, and a last phase
-//! adds them in order.
+//! adds them in order. Those of int8 are i32, of so few pixels that none can overflow.
 
-use crate::args::Conv2dGradWeightArgs;
+use crate::args::{Conv2dGradWeightArgs, Conv2dGradWeightI8Args};
 use crate::buffer::{Buffer, Slot};
 use crate::depthwise_grad::Depthwise;
 use crate::geometry::{Geometry, Part, Parts};
@@ -26,6 +26,8 @@ const STRIP_PIXELS: usize = 256;
 const WANTED_UNITS: usize = 32;
 /// Most words of partial sums.
 const MOST_PARTIALS: usize = 8 << 20;
+/// Most pixels whose products of i8 an i32 holds, whatever they are.
+pub const MOST_I8_PIXELS: usize = i32::MAX as usize >> 14;
 /// Input channels of a unit of the last phase.
 const SUM_CHANNELS: usize = 4;
 
@@ -51,7 +53,8 @@ pub(crate) struct Cut {
 impl Cut {
     fn of<L: Lanes>(args: &Conv2dGradWeightArgs<L::Element>) -> Cut {
         let g = Geometry::new(&args.shape, false);
-        let depthwise = g.is_depthwise();
+        // Sums in f32 would depend on their order, and so on the tier.
+        let depthwise = g.is_depthwise() && !L::INTEGER;
         let width = Panels::width::<L>();
         let panels = Panels { k: 0, n: if depthwise { g.groups } else { g.target_channels } };
         let stride = panels.count::<L>() * width;
@@ -70,7 +73,11 @@ impl Cut {
         let blocks = (groups * channel_blocks * position_blocks * column_blocks).max(1);
         let size = (groups * rows * stride).max(1);
         let chunks = g.batch.min(WANTED_UNITS.div_ceil(blocks)).min(MOST_PARTIALS / size).max(1);
-        let chunks = g.batch.div_ceil(g.batch.div_ceil(chunks).max(1)).max(1);
+        let mut images = g.batch.div_ceil(chunks);
+        if L::INTEGER {
+            images = images.min(MOST_I8_PIXELS / (g.rows.target * g.columns.target).max(1));
+        }
+        let chunks = g.batch.div_ceil(images.max(1)).max(1);
         Cut {
             g,
             panels,
@@ -127,15 +134,19 @@ unsafe extern "C" fn scratch<L: Lanes>(args: *const u64) -> usize {
     cut.partial(cut.chunks, 0, 0) * 4
 }
 
-unsafe extern "C" fn run<L: Lanes>(args: *const u64, phase: usize, begin: usize, end: usize) {
+unsafe extern "C" fn run<L: Lanes>(args_of: *const u64, phase: usize, begin: usize, end: usize) {
     // SAFETY: the caller passes the argument block of this kernel, on a CPU of the tier.
     unsafe {
-        let args = *args.cast::<Conv2dGradWeightArgs<L::Element>>();
+        let args = *args_of.cast::<Conv2dGradWeightArgs<L::Element>>();
         let cut = Cut::of::<L>(&args);
         match (phase, cut.depthwise) {
             (0, false) => L::Tier::enter(Outer::<L> { args, cut, begin, end }),
             (0, true) => L::Tier::enter(Depthwise { args, cut, begin, end }),
-            _ => L::Tier::enter(Sum { args, cut, begin, end }),
+            _ => {
+                // The block of int8 goes on with scales.
+                let scales = L::INTEGER.then(|| Scales::of(&*args_of.cast()));
+                L::Tier::enter(Sum { args, cut, scales, begin, end });
+            }
         }
     }
 }
@@ -151,19 +162,9 @@ pub(crate) const fn primitive<L: Lanes>() -> Primitive {
     }
 }
 
-/// What is summed up at once: rows of one image, or several whole images.
-#[derive(Clone, Copy)]
-struct Strip {
-    part: Part,
-    /// Whose pixels are the second elements of the words; of the same shape.
-    second: Option<Part>,
-}
-
-impl Strip {
-    fn parts(self) -> [Option<Part>; 2] {
-        [Some(self.part), self.second]
-    }
-}
+/// What is summed up at once: rows of one image, or several whole images; for each element of a word, all of the same
+/// shape. The first is there.
+type Strip = [Option<Part>; 4];
 
 /// The strips of a chunk of images.
 fn strips<L: Lanes>(cut: &Cut, images: std::ops::Range<usize>, strips: &mut Vec<Strip>) {
@@ -171,33 +172,35 @@ fn strips<L: Lanes>(cut: &Cut, images: std::ops::Range<usize>, strips: &mut Vec<
     let (height, width) = (cut.g.rows.target, cut.g.columns.target);
     let pixels = (STRIP_PIXELS * L::GROUP).max(L::GROUP * width);
     let parts = Parts::new(images.len(), height, width, pixels, 1);
+    // Equal parts, each `step` images and rows behind the one before.
+    let equal = |part: Part, images: usize, rows: usize| {
+        let at = |index: usize| Part {
+            image: part.image + index * images,
+            row_begin: part.row_begin + index * rows,
+            row_end: part.row_end + index * rows,
+            ..part
+        };
+        std::array::from_fn(|index| (index < L::GROUP).then(|| at(index)))
+    };
     for index in 0..parts.count() {
         let mut part = parts.part(index);
         part.image += images.start;
-        if L::GROUP == 1 {
-            strips.push(Strip { part, second: None });
-            continue;
+        // Equal numbers of the images, then of the rows of each that is left.
+        let each = part.images / L::GROUP;
+        if each > 0 {
+            strips.push(equal(Part { images: each, ..part }, each, 0));
         }
-        // Halves of the images, then of the rows of a single one.
-        let half = part.images / 2;
-        if half > 0 {
-            let first = Part { images: half, ..part };
-            let second = Part { image: part.image + half, ..first };
-            strips.push(Strip { part: first, second: Some(second) });
-        }
-        if part.images.is_multiple_of(2) {
-            continue;
-        }
-        let single = Part { image: part.image + 2 * half, images: 1, ..part };
-        let half = (single.row_end - single.row_begin) / 2;
-        let middle = single.row_begin + half;
-        if half > 0 {
-            let first = Part { row_end: middle, ..single };
-            let second = Part { row_begin: middle, row_end: middle + half, ..single };
-            strips.push(Strip { part: first, second: Some(second) });
-        }
-        if middle + half < single.row_end {
-            strips.push(Strip { part: Part { row_begin: middle + half, ..single }, second: None });
+        for image in part.image + each * L::GROUP..part.image + part.images {
+            let single = Part { image, images: 1, ..part };
+            let rows = (single.row_end - single.row_begin) / L::GROUP;
+            let left = single.row_begin + rows * L::GROUP;
+            if rows > 0 {
+                let first = Part { row_end: single.row_begin + rows, ..single };
+                strips.push(equal(first, 0, rows));
+            }
+            if left < single.row_end {
+                strips.push([Some(Part { row_begin: left, ..single }), None, None, None]);
+            }
         }
     }
 }
@@ -272,7 +275,7 @@ impl<L: Lanes> Outer<L> {
                 }
             }
             for (index, strip) in strips.iter().enumerate() {
-                let part = strip.part;
+                let Some(part) = strip[0] else { continue };
                 let (input, output) = (g.groups * g.source_channels, g.groups * g.target_channels);
                 let first = group * g.source_channels + first_channel;
                 let range = first..first + channels;
@@ -285,7 +288,7 @@ impl<L: Lanes> Outer<L> {
                 let window = if L::GROUP == 1 {
                     Window::open::<L>(g, &part, args.x, input, range, &mut left)
                 } else {
-                    Window::zipped::<L>(g, strip.parts(), args.x, input, range, &mut left)
+                    Window::zipped::<L>(g, *strip, args.x, input, range, &mut left)
                 };
                 lines.clear();
                 for image in 0..part.images {
@@ -320,29 +323,45 @@ impl<L: Lanes> Outer<L> {
                     && panels.stored::<L>(0) == output;
                 let size = if packed { 0 } else { panels.words::<L>() };
                 let mut right = Buffer::take(Slot::Right, size);
-                let second = strip.second.map(|part| (self.pixel(&part).0 - first_pixel) * output);
+                // From the first part's first element to that of each.
+                let apart =
+                    strip.map(|part| part.map(|part| (self.pixel(&part).0 - first_pixel) * output));
                 for panel in if packed { 0..0 } else { panel_begin..panel_end } {
                     let first = first.add((panel - panel_begin) * width);
-                    let to = right.words().add(panels.offset::<L>(panel));
+                    let head = right.words().add(panels.offset::<L>(panel));
                     let stored = panels.stored::<L>(panel);
                     let valid = panels.valid::<L>(panel);
+                    let to = head.add(if L::HEADER { stored } else { 0 });
                     if L::GROUP == 1 {
                         let from = Source { first, k_stride: output, column_stride: 1 };
                         pack::interleave::<L, Right>(from, pixels, valid, to, stored);
                         continue;
                     }
                     // Without gaps, all pixels are one.
-                    let (pixels, valid, stored) = if valid == output && stored == output {
+                    let (lines, line, pitch) = if valid == output && stored == output {
                         (1, pixels * output, pixels * output)
                     } else {
                         (pixels, valid, stored)
                     };
-                    for pixel in 0..pixels {
+                    for pixel in 0..lines {
                         let first = first.add(pixel * output);
-                        let second = second.map(|second| first.add(second));
-                        let to = to.add(pixel * stored);
-                        pack::zip::<L>([Some(first), second], valid, to);
-                        to.add(valid).write_bytes(0, stored - valid);
+                        let to = to.add(pixel * pitch);
+                        let rows = apart.map(|apart| apart.map(|apart| first.add(apart)));
+                        pack::zip::<L, Right>(rows, line, to);
+                        to.add(line).write_bytes(0, pitch - line);
+                    }
+                    if L::HEADER {
+                        pack::header::<L>(to, pixels, stored, head);
+                    }
+                    if L::HEADER && index > 0 {
+                        // The sums go on from what they are, so the header joins them here.
+                        let skip = (panel - panel_begin) * width;
+                        for out in &outs[..count] {
+                            for column in 0..stored {
+                                let sum = out.add(skip + column);
+                                *sum = (*sum).wrapping_add(*head.add(column));
+                            }
+                        }
                     }
                 }
                 let block = Block {
@@ -358,8 +377,8 @@ impl<L: Lanes> Outer<L> {
                     finish: None,
                 };
                 // What the next strip reads.
-                let mut ahead = [Ahead::NONE; 4];
-                let next = strips.get(index + 1).map_or([None; 2], |strip| strip.parts());
+                let mut ahead = [Ahead::NONE; 8];
+                let next = strips.get(index + 1).copied().unwrap_or_default();
                 for (ahead, part) in ahead.chunks_mut(2).zip(next) {
                     let Some(part) = part else { continue };
                     let (pixel, count) = self.pixel(&part);
@@ -393,10 +412,32 @@ impl<L: Lanes> Outer<L> {
     }
 }
 
+/// Scales of an int8 gradient.
+#[derive(Clone, Copy)]
+struct Scales {
+    x: *const f32,
+    x_stride: usize,
+    dy: *const f32,
+    dy_stride: usize,
+}
+
+impl Scales {
+    fn of(args: &Conv2dGradWeightI8Args) -> Scales {
+        Scales {
+            x: args.x_scale,
+            x_stride: args.x_scale_stride,
+            dy: args.dy_scale,
+            dy_stride: args.dy_scale_stride,
+        }
+    }
+}
+
 /// Adds the partial sums of all chunks in order and writes them as OIHW.
 struct Sum<E> {
     args: Conv2dGradWeightArgs<E>,
     cut: Cut,
+    /// Where the sums are i32.
+    scales: Option<Scales>,
     begin: usize,
     end: usize,
 }
@@ -409,23 +450,32 @@ impl<E> Task for Sum<E> {
         let blocks = g.source_channels.div_ceil(SUM_CHANNELS);
         let rows = SUM_CHANNELS.min(g.source_channels) * g.kernel;
         let mut total = Buffer::take(Slot::Result, rows * cut.stride);
+        let mut exact = Buffer::take(Slot::Staging, 2 * columns);
         for unit in self.begin..self.end {
             let (group, block) = (unit / blocks, unit % blocks);
             let begin = block * SUM_CHANNELS;
             let end = (begin + SUM_CHANNELS).min(g.source_channels);
             let rows = (end - begin) * g.kernel;
-            // SAFETY: inside the partial sums, the buffer and the gradient.
+            // SAFETY: inside the partial sums, the buffers and the gradient.
             unsafe {
                 // In the order of the gradient: all positions of a channel, then the next channel.
                 for row in 0..rows {
                     let (channel, position) = (begin + row / g.kernel, row % g.kernel);
                     let from = position * g.source_channels + channel;
-                    let partial = self.args.scratch.cast::<f32>();
+                    let partial =
+                        |chunk: usize| self.args.scratch.add(4 * cut.partial(chunk, group, from));
                     let total = total.words().cast::<f32>().add(row * cut.stride);
-                    let first = partial.add(cut.partial(0, group, from));
-                    std::ptr::copy_nonoverlapping(first, total, columns);
+                    if let Some(scales) = self.scales {
+                        let channel = group * g.source_channels + channel;
+                        let left = *scales.x.add(channel * scales.x_stride);
+                        let right = scales.dy.add(group * g.target_channels * scales.dy_stride);
+                        let exact = std::slice::from_raw_parts_mut(exact.words().cast(), columns);
+                        self.dequantized(&partial, exact, left, (right, scales.dy_stride), total);
+                        continue;
+                    }
+                    std::ptr::copy_nonoverlapping(partial(0).cast(), total, columns);
                     for chunk in 1..cut.chunks {
-                        let next = partial.add(cut.partial(chunk, group, from));
+                        let next = partial(chunk).cast::<f32>();
                         for c in 0..columns {
                             *total.add(c) += *next.add(c);
                         }
@@ -441,6 +491,36 @@ impl<E> Task for Sum<E> {
                     g.source_channels * g.kernel,
                 );
             }
+        }
+    }
+}
+
+impl<E> Sum<E> {
+    /// Adds a row of i32 sums, exactly, and scales it.
+    ///
+    /// # Safety
+    /// `exact` and `total` hold the columns, and the right scale has its stride for each.
+    #[inline(always)]
+    unsafe fn dequantized(
+        &self,
+        partial: &impl Fn(usize) -> *mut u8,
+        exact: &mut [f64],
+        left: f32,
+        (right, stride): (*const f32, usize),
+        total: *mut f32,
+    ) {
+        exact.fill(0.0);
+        for chunk in 0..self.cut.chunks {
+            // SAFETY: granted by the caller.
+            let next =
+                unsafe { std::slice::from_raw_parts(partial(chunk).cast::<i32>(), exact.len()) };
+            for (sum, next) in exact.iter_mut().zip(next) {
+                *sum += f64::from(*next);
+            }
+        }
+        for (column, sum) in exact.iter().enumerate() {
+            // SAFETY: granted by the caller.
+            unsafe { *total.add(column) = *sum as f32 * (left * *right.add(column * stride)) };
         }
     }
 }

@@ -94,8 +94,14 @@ pub enum KernelId {
     Conv2dGradInputBf16,
     /// [`args::Conv2dGradWeightBf16Args`]
     Conv2dGradWeightBf16,
-    /// [`args::MaxPoolArgs`]
+    /// [`args::Conv2dGradWeightI8Args`]
+    Conv2dGradWeightI8,
+    /// [`args::MaxPoolArgs`] of f32.
     MaxPool,
+    /// [`args::MaxPoolArgs`] of bf16.
+    MaxPoolBf16,
+    /// [`args::MaxPoolArgs`] of i8.
+    MaxPoolI8,
     /// [`args::MaxPoolGradArgs`]
     MaxPoolGrad,
     /// [`args::AveragePoolArgs`]
@@ -135,7 +141,7 @@ impl KernelId {
     pub const COUNT: usize = Self::ALL.len();
 
     /// All kernels in the order of the table.
-    pub const ALL: [KernelId; 28] = [
+    pub const ALL: [KernelId; 31] = [
         KernelId::Matmul,
         KernelId::MatmulI8,
         KernelId::Conv2d,
@@ -147,7 +153,10 @@ impl KernelId {
         KernelId::Conv2dBf16,
         KernelId::Conv2dGradInputBf16,
         KernelId::Conv2dGradWeightBf16,
+        KernelId::Conv2dGradWeightI8,
         KernelId::MaxPool,
+        KernelId::MaxPoolBf16,
+        KernelId::MaxPoolI8,
         KernelId::MaxPoolGrad,
         KernelId::AveragePool,
         KernelId::AveragePoolGrad,
@@ -201,7 +210,10 @@ const fn table<S: Simd>(tier: Tier) -> Kernels {
             conv::primitive::<conv::ForwardBf16, S>(),
             conv::primitive::<conv::GradInputBf16, S>(),
             grad_weight::primitive::<S::Bf16>(),
-            max_pool::primitive::<S>(),
+            grad_weight::primitive::<S::Int8>(),
+            max_pool::primitive::<f32, S>(),
+            max_pool::primitive::<u16, S>(),
+            max_pool::primitive::<i8, S>(),
             max_pool::grad_primitive::<S>(),
             average_pool::primitive::<S>(),
             average_pool::grad_primitive::<S>(),
@@ -241,6 +253,7 @@ const fn with_int8<S: Simd>(mut kernels: Kernels) -> Kernels {
     to[KernelId::MatmulI8 as usize] = matmul::primitive::<matmul::Int8Kind, S>();
     to[KernelId::Conv2dI8 as usize] = conv::primitive::<conv::ForwardI8, S>();
     to[KernelId::Conv2dGradInputI8 as usize] = conv::primitive::<conv::GradInputI8, S>();
+    to[KernelId::Conv2dGradWeightI8 as usize] = grad_weight::primitive::<S::Int8>();
     kernels
 }
 

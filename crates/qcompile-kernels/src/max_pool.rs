@@ -1,8 +1,9 @@
 //! Max pooling and its gradient.
 
 use crate::args::{MaxPoolArgs, MaxPoolGradArgs, PoolShape};
-use crate::lanes::{Simd, Task};
+use crate::lanes::{Element, Simd, Task};
 use crate::{Primitive, no_parts};
+use std::marker::PhantomData;
 
 /// Channels handled at once: their indices fit the stack and L1.
 const CHANNELS: usize = 64;
@@ -48,23 +49,64 @@ unsafe extern "C" fn units(args: *const u64, _phase: usize) -> usize {
     shape.batch * shape.out_height
 }
 
-unsafe extern "C" fn run<S: Simd>(args: *const u64, _phase: usize, begin: usize, end: usize) {
+unsafe extern "C" fn run<E: Ordered, S: Simd>(
+    args: *const u64,
+    _phase: usize,
+    begin: usize,
+    end: usize,
+) {
     // SAFETY: the caller passes the argument block of this kernel, on a CPU of the tier.
-    unsafe { S::enter(Forward { args: *args.cast::<MaxPoolArgs>(), begin, end }) }
+    let args = unsafe { *args.cast::<MaxPoolArgs>() };
+    // SAFETY: as above.
+    unsafe { S::enter(Forward::<E> { args, begin, end, element: PhantomData }) }
 }
 
-/// Max pooling on a tier; a unit is an output row.
-pub(crate) const fn primitive<S: Simd>() -> Primitive {
-    Primitive { phases: 1, units, run: run::<S>, scratch: no_scratch, parts: no_parts }
+/// What a maximum is taken of.
+pub(crate) trait Ordered: Copy + 'static {
+    /// What every element displaces: the maximum of none.
+    const LEAST: Self;
+    /// Whether a later element of the window displaces the best so far.
+    fn wins(self, best: Self) -> bool;
 }
 
-struct Forward {
+impl Ordered for f32 {
+    const LEAST: f32 = f32::NEG_INFINITY;
+    #[inline(always)]
+    fn wins(self, best: f32) -> bool {
+        (self > best) | (self.is_nan() & !best.is_nan())
+    }
+}
+
+impl Ordered for i8 {
+    const LEAST: i8 = i8::MIN;
+    #[inline(always)]
+    fn wins(self, best: i8) -> bool {
+        self > best
+    }
+}
+
+/// The bits of a bf16.
+impl Ordered for u16 {
+    const LEAST: u16 = 0xff80;
+    #[inline(always)]
+    fn wins(self, best: u16) -> bool {
+        self.real().wins(best.real())
+    }
+}
+
+/// Max pooling of an element type on a tier; a unit is an output row.
+pub(crate) const fn primitive<E: Ordered, S: Simd>() -> Primitive {
+    Primitive { phases: 1, units, run: run::<E, S>, scratch: no_scratch, parts: no_parts }
+}
+
+struct Forward<E> {
     args: MaxPoolArgs,
     begin: usize,
     end: usize,
+    element: PhantomData<E>,
 }
 
-impl Task for Forward {
+impl<E: Ordered> Task for Forward<E> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let s = self.args.shape;
@@ -75,14 +117,16 @@ impl Task for Forward {
                 // SAFETY: the window is clipped to the input, the output pixel exists.
                 unsafe {
                     let at = (unit * s.out_width + column) * c;
-                    let out = std::slice::from_raw_parts_mut(self.args.y.add(at), c);
-                    out.fill(f32::NEG_INFINITY);
+                    let y = self.args.y.cast::<E>().add(at);
+                    let out = std::slice::from_raw_parts_mut(y, c);
+                    out.fill(E::LEAST);
                     for y in s.rows(row) {
                         for x in s.columns(column) {
                             let from = ((image * s.height + y) * s.width + x) * c;
-                            let values = std::slice::from_raw_parts(self.args.x.add(from), c);
+                            let values = self.args.x.cast::<E>().add(from);
+                            let values = std::slice::from_raw_parts(values, c);
                             for (best, &value) in out.iter_mut().zip(values) {
-                                *best = if wins(value, *best) { value } else { *best };
+                                *best = if value.wins(*best) { value } else { *best };
                             }
                         }
                     }
@@ -90,12 +134,6 @@ impl Task for Forward {
             }
         }
     }
-}
-
-/// Whether a later value of the window displaces the best so far.
-#[inline(always)]
-fn wins(value: f32, best: f32) -> bool {
-    (value > best) | (value.is_nan() & !best.is_nan())
 }
 
 unsafe extern "C" fn grad_units(args: *const u64, _phase: usize) -> usize {
@@ -154,7 +192,7 @@ impl Task for Grad {
                                 for ((best, winner), &value) in
                                     best.iter_mut().zip(&mut winner).zip(values)
                                 {
-                                    let take = wins(value, *best) | (*winner == u32::MAX);
+                                    let take = value.wins(*best) | (*winner == u32::MAX);
                                     *best = if take { value } else { *best };
                                     *winner = if take { pixel as u32 } else { *winner };
                                 }

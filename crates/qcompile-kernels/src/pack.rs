@@ -163,30 +163,44 @@ pub(crate) unsafe fn interleave<L: Lanes, S: Side>(
     }
 }
 
-/// Makes words of two rows of elements, missing ones being zeros.
+/// Makes words of as many rows of elements as a word holds, missing ones being zeros.
 ///
 /// # Safety
-/// The rows that are there hold `count` elements, `to` has room for as many words; a word holds two
-/// elements, and the CPU supports the tier.
+/// The rows that are there hold `count` elements, `to` has room for as many words; the CPU supports the tier.
 #[inline(always)]
-pub(crate) unsafe fn zip<L: Lanes>(
-    rows: [Option<*const L::Element>; 2],
+pub(crate) unsafe fn zip<L: Lanes, S: Side>(
+    rows: [Option<*const L::Element>; 4],
     count: usize,
     to: *mut u32,
 ) {
-    debug_assert!(L::PLAIN && L::GROUP == 2);
     // SAFETY: granted by the caller.
     unsafe {
         match rows {
-            [Some(first), Some(second)] => L::Tier::zip(first.cast(), second.cast(), count, to),
-            [None, None] => to.write_bytes(0, count),
+            [Some(first), Some(second), ..] if L::PLAIN && L::GROUP == 2 => {
+                L::Tier::zip(first.cast(), second.cast(), count, to);
+            }
+            [Some(a), Some(b), ..] if L::GROUP == 2 => {
+                let none = L::Element::default();
+                for i in 0..count {
+                    *to.add(i) = word::<L, S>(&[*a.add(i), *b.add(i), none, none]);
+                }
+            }
+            [Some(a), Some(b), Some(c), Some(d)] => {
+                for i in 0..count {
+                    let elements = [*a.add(i), *b.add(i), *c.add(i), *d.add(i)];
+                    *to.add(i) = word::<L, S>(&elements);
+                }
+            }
+            rows if rows.iter().all(Option::is_none) => {
+                std::slice::from_raw_parts_mut(to, count).fill(word::<L, S>(&Default::default()));
+            }
             rows => {
                 for i in 0..count {
                     let mut elements = [L::Element::default(); 4];
                     for (element, row) in elements.iter_mut().zip(rows) {
                         *element = row.map_or(L::Element::default(), |row| *row.add(i));
                     }
-                    *to.add(i) = L::right_word(&elements);
+                    *to.add(i) = word::<L, S>(&elements);
                 }
             }
         }

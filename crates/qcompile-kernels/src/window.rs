@@ -222,15 +222,15 @@ impl Window {
         part.images * extent.rows * extent.columns * channels.len().div_ceil(L::GROUP)
     }
 
-    /// Opens a window whose words are elements at the same place of two parts of the same shape; the
-    /// second may be missing, which gives zeros. Positions are those of the first part.
+    /// Opens a window whose words are elements at the same place of several parts of the same shape; all but
+    /// the first may be missing, which gives zeros. Positions are those of the first part.
     ///
     /// # Safety
     /// `source` is the whole source image; the CPU supports the tier.
     #[inline(always)]
     pub(crate) unsafe fn zipped<L: Lanes>(
         geometry: &Geometry,
-        parts: [Option<Part>; 2],
+        parts: [Option<Part>; 4],
         source: *const L::Element,
         total: usize,
         channels: Range<usize>,
@@ -252,7 +252,7 @@ impl Window {
             for (image, r) in (0..images).flat_map(|i| (0..extent.rows).map(move |r| (i, r))) {
                 let to = buffer.words().add(image * image_pitch + r * row_pitch);
                 // The row's first element in each part.
-                let mut lines = [None; 2];
+                let mut lines = [None; 4];
                 for (line, (part, extent)) in lines.iter_mut().zip(parts.iter().zip(extents)) {
                     let (Some(part), Some(extent)) = (part, extent) else { continue };
                     let row = extent.row + r as isize;
@@ -262,17 +262,17 @@ impl Window {
                         *line = Some(source.add(pixel * total + channels.start));
                     }
                 }
-                fill(to, before, 0);
+                fill(to, before, L::HALO);
                 let words = columns.len() * pixel_pitch;
                 if channels.len() == total {
-                    pack::zip::<L>(lines, words, to.add(before));
+                    pack::zip::<L, Left>(lines, words, to.add(before));
                 } else {
                     for p in 0..columns.len() {
                         let lines = lines.map(|line| line.map(|line| line.add(p * total)));
-                        pack::zip::<L>(lines, pixel_pitch, to.add(before + p * pixel_pitch));
+                        pack::zip::<L, Left>(lines, pixel_pitch, to.add(before + p * pixel_pitch));
                     }
                 }
-                fill(to.add(before + words), row_pitch - before - words, 0);
+                fill(to.add(before + words), row_pitch - before - words, L::HALO);
             }
         }
         window

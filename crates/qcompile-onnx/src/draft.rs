@@ -46,6 +46,13 @@ pub(crate) struct Draft {
     step: Option<ValueId>,
     /// Integers that are floats cast without loss, and those floats.
     exact_floats: BTreeMap<ValueId, ValueId>,
+    /// Integers that only stand for a weight that is trained, and its name.
+    pub(crate) trained_codes: BTreeMap<ValueId, Rc<str>>,
+    /// What is computed from a leaf wherever that is used: the meaning of such integers, a scale that is trained held
+    /// above 0.
+    pub(crate) derived: BTreeMap<ValueId, ValueId>,
+    /// Whether scales of quantization are trained as other weights are.
+    pub(crate) learns_scales: bool,
     next: BTreeMap<ValueId, ValueId>,
     /// The leaves that became states.
     states: BTreeSet<ValueId>,
@@ -64,6 +71,9 @@ impl Draft {
             folded: 0,
             step: None,
             exact_floats: BTreeMap::new(),
+            trained_codes: BTreeMap::new(),
+            derived: BTreeMap::new(),
+            learns_scales: false,
             next: BTreeMap::new(),
             states: BTreeSet::new(),
             warnings: Vec::new(),
@@ -166,6 +176,14 @@ impl Draft {
                 Some(tensor.clone())
             }
             Content::Op(..) => None,
+        }
+    }
+
+    /// The tensor of a value that no step changes.
+    pub(crate) fn fixed_tensor(&self, id: ValueId) -> Option<Arc<Tensor>> {
+        match &self.values[id.0].content {
+            Content::Op(Op::Param(_) | Op::State(_), _) => None,
+            _ => self.tensor(id),
         }
     }
 

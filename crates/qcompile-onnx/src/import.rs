@@ -8,7 +8,7 @@ use crate::error::{ImportError, Need, Obstacle, Problem, UnsupportedNode};
 use crate::function::{Functions, plain_domain};
 use crate::node::{Attributes, OnnxNode};
 use crate::order::order;
-use crate::pattern::trainable;
+use crate::pattern::{dequantized_only, trainable};
 use crate::scan::scan;
 use crate::survey::{Outcome, Verdict};
 use crate::{Import, ImportOptions, Port, ops, tensor};
@@ -91,6 +91,8 @@ pub(crate) struct Importer<'a> {
     pub(crate) options: &'a ImportOptions<'a>,
     pub(crate) functions: Functions,
     trainable: BTreeSet<String>,
+    /// Initializers that are only dequantized.
+    codes: BTreeSet<String>,
     /// Graphs around the node that is imported, the outermost first.
     pub(crate) scopes: Vec<Scope>,
     /// What the names of values begin with: which iteration of which loop it is.
@@ -113,8 +115,11 @@ impl<'a> Importer<'a> {
         functions: Functions,
         options: &'a ImportOptions<'a>,
     ) -> Result<Importer<'a>, ImportError> {
+        let mut draft = Draft::new();
+        draft.learns_scales = !options.train.is_empty();
         Ok(Importer {
-            draft: Draft::new(),
+            draft,
+            codes: dequantized_only(body),
             options,
             functions,
             trainable: trainable(body, &options.train, &options.freeze)?,
@@ -227,10 +232,14 @@ impl<'a> Importer<'a> {
             }
         };
         let tensor = Arc::new(tensor);
-        if !tensor.dtype().is_float() {
-            return ops::add_tensor(&mut self.draft, tensor);
-        }
         let trained = self.trainable.contains(name);
+        if !tensor.dtype().is_float() || tensor.dtype().is_float8() {
+            let id = ops::add_tensor(&mut self.draft, tensor)?;
+            if trained && self.codes.contains(name) {
+                self.draft.trained_codes.insert(id, name.into());
+            }
+            return Ok(id);
+        }
         if tensor.shape().is_empty() && !trained && self.options.train.is_empty() {
             self.scalars.push(name.to_owned());
         }

@@ -132,6 +132,35 @@ pub(crate) fn trainable(
     Ok(trained)
 }
 
+/// Names of the initializers that nodes only dequantize: what they hold is a weight in integers.
+pub(crate) fn dequantized_only(body: &Body) -> BTreeSet<String> {
+    let mut initializers: BTreeSet<&str> =
+        body.weights.iter().map(|(name, _)| name.as_str()).collect();
+    let mut nodes: Vec<(&NodeProto, String)> = Vec::new();
+    for node in &body.nodes {
+        nodes.push((&node.proto, node.name.clone()));
+        inner(&node.proto, &node.name, &mut initializers, &mut nodes);
+    }
+    let mut only: BTreeMap<&str, bool> = BTreeMap::new();
+    for (node, _) in &nodes {
+        for (at, input) in node.input.iter().enumerate() {
+            let weight = matches!(
+                (node.op_type.as_str(), at),
+                ("DequantizeLinear", 0)
+                    | ("QLinearConv", 3 | 8)
+                    | ("QLinearMatMul", 3)
+                    | ("QGemm", 3 | 6)
+            );
+            *only.entry(input).or_insert(true) &= weight;
+        }
+    }
+    let outputs: BTreeSet<&str> = body.outputs.iter().map(|output| output.name.as_str()).collect();
+    only.into_iter()
+        .filter(|&(name, only)| only && initializers.contains(name) && !outputs.contains(name))
+        .map(|(name, _)| name.to_owned())
+        .collect()
+}
+
 /// Adds what stands in the subgraphs of a node called `name`.
 fn inner<'a>(
     node: &'a NodeProto,

@@ -24,7 +24,7 @@ impl<'g> Builder<'g> {
     }
 
     /// The name of a new node: the prefix, and `suffix` after a dot if there is one.
-    fn name(&self, suffix: &str) -> Name {
+    pub(crate) fn name(&self, suffix: &str) -> Name {
         match (self.prefix.is_empty(), suffix.is_empty()) {
             (_, true) => Name::from(&self.prefix),
             (true, false) => Name::from(suffix),

@@ -6,15 +6,19 @@
 //! and statistics that go into running state are means too, so that parameters and state stay the same on every rank. The number of
 //! ranks is not in the graph: the mean over one rank is the value itself.
 //!
+//! Where the note of a parameter says `mean=i8`, ranks exchange codes: its gradient is rounded to i8 with a scale for
+//! each block, up or down at random so that the mean over steps and ranks is that of the gradients (QSGD, Alistarh et
+//! al. 2017, arXiv:1610.02132), and `all_reduce` takes the `dequantize`. It is rounded for one rank, too: the numbers of
+//! a run do not depend on whether others are there in another way than by their samples.
+//!
 //! *Why here*: after all gradients exist, before anything is updated by them.
 //!
 //! [`synchronize_statistics`] is the other half, for `--sync-batch-norm`: it stands before differentiation, because
 //! gradients flow back through the exchange.
 
-use crate::PassError;
 use crate::builder::Builder;
-use crate::differentiate;
-use qcompile_ir::{CollectiveOp, Graph, NodeId, Op, ReduceOp, Region};
+use crate::{PassError, blocks, differentiate};
+use qcompile_ir::{CollectiveOp, DType, Graph, NodeId, Op, ReduceOp, Region};
 
 /// Makes gradients, loss and running statistics means over ranks.
 ///
@@ -22,18 +26,35 @@ use qcompile_ir::{CollectiveOp, Graph, NodeId, Op, ReduceOp, Region};
 /// Only by a defect.
 pub fn run(graph: &mut Graph) -> Result<(), PassError> {
     average_statistics(graph)?;
-    let gradients: Vec<NodeId> =
-        differentiate::gradients(graph).into_iter().map(|(_, gradient)| gradient).collect();
+    let gradients = differentiate::gradients(graph);
     let mut outputs = graph.outputs().to_vec();
     for (name, value) in &mut outputs {
-        if name == "loss"
-            || (name.ends_with(differentiate::GRADIENT_SUFFIX) && gradients.contains(value))
-        {
+        let is_gradient = name.ends_with(differentiate::GRADIENT_SUFFIX);
+        let of = gradients.iter().find(|(_, gradient)| is_gradient && gradient == value);
+        let precision = of.and_then(|(param, _)| graph.node(*param).note.precision);
+        if precision.is_some_and(|precision| precision.mean == DType::I8) {
+            *value = mean_of_codes(graph, *value, name)?;
+        } else if name == "loss" || of.is_some() {
             *value = mean(graph, *value, name)?;
         }
     }
     graph.set_outputs(outputs);
     Ok(())
+}
+
+/// The mean of this gradient over ranks, which exchange it as codes.
+fn mean_of_codes(graph: &mut Graph, gradient: NodeId, name: &str) -> Result<NodeId, PassError> {
+    let Some(shape) = blocks::shape(graph, gradient) else { return mean(graph, gradient, name) };
+    let whole = graph.ty(gradient).clone();
+    let mut b = Builder::new(graph, Region::Comm, name);
+    let wide = b.cast("f32", gradient, DType::F32)?;
+    let values = b.reshape("blocks", wide, shape.clone())?;
+    let numbers = b.uniform_of_rank("numbers", &shape)?;
+    let [codes, scale] = b.block_codes(values, numbers)?;
+    let rounded = b.add("dq", Op::Dequantize { axis: Some(0) }, &[codes, scale])?;
+    let mean = b.add("mean", Op::AllReduce(CollectiveOp::Mean), &[rounded])?;
+    let mean = b.reshape("mean.whole", mean, whole.shape)?;
+    b.cast("mean.cast", mean, whole.dtype)
 }
 
 /// `%name.mean`: the mean of this value over ranks.

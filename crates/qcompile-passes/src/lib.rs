@@ -9,6 +9,7 @@
 
 pub mod attach_loss;
 pub mod attention;
+mod blocks;
 mod builder;
 pub mod calibrate;
 pub mod differentiate;
@@ -18,8 +19,10 @@ pub mod evaluation;
 pub mod fold_batch_norm;
 pub mod freeze;
 pub mod quantize;
+pub mod saved;
 pub mod sensitivity;
 pub mod simplify;
+mod stochastic;
 pub mod update;
 
 pub use error::PassError;

@@ -2,7 +2,7 @@
 
 use crate::fuse::{BitSet, Fusion, fuse};
 use crate::lower::lower;
-use crate::memory::{Item, Placement, allocate, place};
+use crate::memory::{Item, Placement, allocate, place, saved};
 use crate::view::views;
 use crate::{Binding, Plan, VerifyError};
 use qcompile_ir::{Graph, Name, NodeId, Op, Region};
@@ -71,6 +71,7 @@ pub fn build(graph: Graph, options: &BuildOptions) -> Result<Plan, PlanError> {
     let mut fusion = fuse(&graph, &order, views)?;
     let placement = place(&graph, &mut fusion);
     let schedule = schedule(&graph, &fusion, &placement);
+    let saved = saved(&graph, &fusion);
     let memory = allocate(&graph, &fusion, &placement, &schedule, options.batch_size.max(1));
     let steps = lower(&graph, &fusion, &memory, &schedule)?;
 
@@ -107,6 +108,7 @@ pub fn build(graph: Graph, options: &BuildOptions) -> Result<Plan, PlanError> {
     let slots = memory.slots;
     let mut plan = Plan::assemble(graph, slots, steps, inputs, outputs, params, states, consts)?;
     plan.batch_size = options.batch_size.max(1);
+    plan.saved = saved;
     Ok(plan)
 }
 

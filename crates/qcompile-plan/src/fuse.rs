@@ -7,7 +7,7 @@
 
 use crate::build::PlanError;
 use crate::deviations::{self, crosses_rows, deviations};
-use crate::low::{LowOperands, low_products};
+use crate::low::{LowOperands, exchanged_codes, low_products};
 use crate::merge::merge;
 use crate::recompute::{read_less, recomputed};
 use crate::view::View;
@@ -364,7 +364,15 @@ impl Fusion {
                 reads
             }
             (Kind::Primitive | Kind::Collective, _) => {
-                operands.iter().map(|&operand| self.dense_base(graph, operand, position)).collect()
+                let codes = (kind == Kind::Collective)
+                    .then(|| exchanged_codes(graph, &self.views, operands[0]))
+                    .flatten();
+                let codes = codes.into_iter().flat_map(|(codes, scales, _)| [codes, scales]);
+                operands
+                    .iter()
+                    .map(|&operand| self.dense_base(graph, operand, position))
+                    .chain(codes)
+                    .collect()
             }
         }
     }

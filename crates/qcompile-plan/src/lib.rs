@@ -30,10 +30,10 @@ mod work;
 pub use build::{BuildOptions, PlanError, build};
 pub use file::FileError;
 pub use nest::{Access, LoopNest, Scalar, Write};
-pub use plan::{Affine, Binding, Kernel, Plan, Slot, SlotId, Step, Storage};
+pub use plan::{Affine, Binding, Codes, Exchanged, Kernel, Plan, Slot, SlotId, Step, Storage};
 pub use primitive::{
     Attention, AttentionResult, Convolution, Int8, Matmul, Matrix, Operands, Place, Pooling,
     Primitive, Product, Recurrent, Strided,
 };
 pub use verify::{VerifyError, verify};
-pub use work::Work;
+pub use work::{Received, Work};

@@ -1,9 +1,13 @@
 //! Products of low precision: what `dequantize`, or a cast that widens, hides from the product that follows it.
 
-use crate::fuse::has_epilogue;
-use crate::view::View;
+use crate::Affine;
+use crate::view::{View, merged};
 use qcompile_ir::{DType, Graph, NodeId, Op};
 use std::collections::BTreeMap;
+use std::ops::Range;
+
+/// Most pixels of an image whose products of i8 an i32 holds, whatever they are: more are not summed in int8.
+const MOST_PIXELS: usize = i32::MAX as usize >> 14;
 
 /// The operands of a product as they are stored, where both are of low precision: under what `dequantize` or a
 /// widening cast hides. See [`int8_operands`].
@@ -15,10 +19,21 @@ pub(crate) struct LowOperands {
     pub(crate) scales: Option<Scales>,
 }
 
+impl LowOperands {
+    /// Whether the rows of all matrices of the first operand have a scale each.
+    pub(crate) fn runs_over_batch(&self) -> bool {
+        self.scales.is_some_and(|scales| scales.over_batch)
+    }
+}
+
 /// The scales of integer operands.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Scales {
     pub(crate) a: NodeId,
+    /// Whether there is one for each row, image or input channel.
+    pub(crate) per_row: bool,
+    /// Whether those of rows go on from one matrix of the batch to the next.
+    over_batch: bool,
     pub(crate) b: NodeId,
     pub(crate) per_channel: bool,
 }
@@ -42,48 +57,107 @@ fn bf16_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<LowOperand
     (f32 && bf16(a) && bf16(b)).then(|| LowOperands { a: a.clone(), b: b.clone(), scales: None })
 }
 
-/// `product(dequantize(q, s), dequantize(r, t))` as a product of `q` and `r`, if the kernels have it: `s` one
-/// scale; `t` one scale, or one for each result column of a forward product.
+/// `product(dequantize(q, s), dequantize(r, t))` as a product of `q` and `r`, if the kernels have it: a scale may belong
+/// to whatever the sums do not run over.
 fn int8_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<LowOperands> {
-    if !has_epilogue(graph.op(id)) {
-        return None;
-    }
-    let (a, scale_a, None) = hidden(graph, views, graph.operand(id, 0))? else { return None };
-    let (b, scale_b, axis) = hidden(graph, views, graph.operand(id, 1))?;
-    let per_channel = match (axis, graph.op(id)) {
-        (None, _) => false,
-        (Some(0), Op::Conv2d(_)) => true,
-        (Some(axis), Op::Matmul { transpose_b, .. }) => {
-            let rank = b.dims.len();
-            let column = if *transpose_b { rank - 2 } else { rank - 1 };
-            let base = graph.ty(b.base);
-            let own = View::dense(b.base, &base.shape);
-            if base.shape.rank() != 2
-                || own.strides[axis] != b.strides[column]
-                || own.dims[axis] != b.dims[column]
-            {
-                return None;
+    let (a, scale_a, axis_a) = hidden(graph, views, graph.operand(id, 0))?;
+    let (b, scale_b, axis_b) = hidden(graph, views, graph.operand(id, 1))?;
+    let along = |view: &View, dim: usize, axis: Option<usize>| {
+        axis.is_none_or(|axis| runs_along(graph, view, dim..dim + 1, axis))
+    };
+    let mut over_batch = false;
+    let fits = match graph.op(id) {
+        Op::Matmul { transpose_a, transpose_b } => {
+            a.as_matrices()?;
+            b.as_matrices()?;
+            let last = a.dims.len() - 1;
+            let row = if *transpose_a { last } else { last - 1 };
+            let column = if *transpose_b { last - 1 } else { last };
+            if let Some(axis) = axis_a.filter(|_| !along(&a, row, axis_a)) {
+                let shared = b.strides[..last - 1].iter().all(|stride| stride.scale == 0);
+                over_batch = shared && !transpose_a && runs_along(graph, &a, 0..last, axis);
+                if !over_batch {
+                    return None;
+                }
             }
-            true
+            along(&b, column, axis_b)
+        }
+        Op::Conv2d(_) => along(&a, 0, axis_a) && along(&b, 0, axis_b),
+        Op::Conv2dGradInput(geometry) => {
+            // Weights are OIHW. Where every channel is convolved by itself, it has the same number on both sides.
+            let groups = Some(&geometry.groups.into());
+            let alone = graph.ty(id).shape.0.last() == groups && b.dims.first() == groups;
+            let of_group = !alone && geometry.groups > 1;
+            along(&a, 0, axis_a)
+                && along(&b, usize::from(!alone), axis_b)
+                && (axis_b.is_none() || !of_group)
+        }
+        Op::Conv2dGradWeight(geometry) => {
+            let [height, width] = geometry.output()?;
+            let depthwise = geometry.groups > 1 && a.dims.last() == Some(&geometry.groups.into());
+            along(&a, 3, axis_a)
+                && along(&b, 3, axis_b)
+                && !depthwise
+                && height.checked_mul(width)? <= MOST_PIXELS
         }
         _ => return None,
     };
-    let fits = match graph.op(id) {
-        Op::Matmul { .. } => a.as_matrices().is_some() && b.as_matrices().is_some(),
-        _ => a.is_dense() && b.is_dense(),
+    let fits = fits && (matches!(graph.op(id), Op::Matmul { .. }) || a.is_dense() && b.is_dense());
+    let scales = Scales {
+        a: scale_a,
+        per_row: axis_a.is_some(),
+        over_batch,
+        b: scale_b,
+        per_channel: axis_b.is_some(),
     };
-    let scales = Some(Scales { a: scale_a, b: scale_b, per_channel });
-    fits.then_some(LowOperands { a, b, scales })
+    fits.then_some(LowOperands { a, b, scales: Some(scales) })
+}
+
+/// Whether these dims of a view, one after the other, are an axis of the value beneath, as it lies in memory.
+fn runs_along(graph: &Graph, view: &View, dims: Range<usize>, axis: usize) -> bool {
+    let own = View::dense(view.base, &graph.ty(view.base).shape);
+    let run = merged(&view.dims[dims.clone()], &view.strides[dims]);
+    run == Some((own.dims[axis], own.strides[axis]))
+}
+
+/// What an exchange sends of `id` where that is `dequantize(q[rows, row], scale[rows])`, whole: the memory of the codes
+/// and of the scales, and the codes of a row.
+pub(crate) fn exchanged_codes(
+    graph: &Graph,
+    views: &[View],
+    id: NodeId,
+) -> Option<(NodeId, NodeId, usize)> {
+    let view = &views[id.index()];
+    let (q, scale, axis) = hidden(graph, views, id)?;
+    let scale = &views[scale.index()];
+    let shape = graph.ty(view.base).shape.as_fixed()?;
+    let whole = |view: &View| view.is_dense() && view.offset == Affine::ZERO;
+    let fits = axis == Some(0)
+        && whole(view)
+        && whole(&q)
+        && whole(scale)
+        && graph.ty(scale.base).dtype == DType::F32
+        && graph.ty(id).shape.elements() == graph.ty(q.base).shape.elements()
+        && !graph.op(scale.base).is_leaf();
+    match shape[..] {
+        [_, row] if fits && row > 0 => Some((q.base, scale.base, row)),
+        _ => None,
+    }
 }
 
 /// If `id` views a `dequantize` of i8: the view of the integers, the scale and its axis.
 fn hidden(graph: &Graph, views: &[View], id: NodeId) -> Option<(View, NodeId, Option<usize>)> {
     let view = &views[id.index()];
     let Op::Dequantize { axis } = *graph.op(view.base) else { return None };
-    // With a zero point, the product is in f32.
-    let [q, scale] = graph.operands(view.base)[..] else { return None };
+    // With a zero point other than 0, the product is in f32.
+    let (q, scale) = match graph.operands(view.base)[..] {
+        [q, scale] => (q, scale),
+        [q, scale, zero_point] if is_zero(graph, zero_point) => (q, scale),
+        _ => return None,
+    };
     let under = &views[q.index()];
-    if graph.ty(q).dtype != DType::I8 || !under.is_dense() {
+    // Codes of i4 are a byte each, and small i8.
+    if !matches!(graph.ty(q).dtype, DType::I8 | DType::I4) || !under.is_dense() {
         return None;
     }
     let offset = view.offset.plus(under.offset)?;
@@ -91,4 +165,12 @@ fn hidden(graph: &Graph, views: &[View], id: NodeId) -> Option<(View, NodeId, Op
     // The axis of the scale counts dims of the dequantized value, which must be those of the integers' memory.
     let same_dims = graph.ty(under.base).shape == graph.ty(q).shape;
     (axis.is_none() || same_dims).then_some((view, scale, axis))
+}
+
+/// Whether a value is a constant 0 throughout.
+fn is_zero(graph: &Graph, mut id: NodeId) -> bool {
+    while let Op::Broadcast(_) | Op::Reshape(_) = graph.op(id) {
+        id = graph.operand(id, 0);
+    }
+    matches!(graph.op(id), Op::Const(tensor) if tensor.splat() == Some(0.0))
 }

@@ -3,12 +3,13 @@
 use crate::attention::attention;
 use crate::build::PlanError;
 use crate::fuse::{Fusion, Group, Kind};
+use crate::low::exchanged_codes;
 use crate::memory::{Item, Memory, stored};
 use crate::nest_builder::NestBuilder;
 use crate::plan::dense_strides;
 use crate::primitives::primitive;
 use crate::view::View;
-use crate::{Affine, Kernel, LoopNest, Place, Primitive, Step};
+use crate::{Affine, Codes, Exchanged, Kernel, LoopNest, Place, Primitive, Step};
 use qcompile_ir::{DType, Dim, Graph, NodeId, Op, Region};
 use std::collections::BTreeSet;
 
@@ -189,7 +190,14 @@ impl Lowering<'_> {
                 steps.push(loops(graph.node(id).name.as_str(), group.region, nest));
             }
             let elements = graph.ty(id).shape.elements().expect("verified: types are bounded");
-            members.push((place, elements.scale));
+            let whole = |id: NodeId| Place { slot: self.memory.slot_of[&id], offset: Affine::ZERO };
+            let codes = exchanged_codes(graph, &self.fusion.views, operand);
+            let codes = codes.map(|(codes, scales, row)| Codes {
+                codes: whole(codes),
+                scales: whole(scales),
+                row,
+            });
+            members.push(Exchanged { value: place, elements: elements.scale, codes });
         }
         let Op::AllReduce(op) = *graph.op(group.members[0]) else {
             unreachable!("verified: only all_reduce is a collective")

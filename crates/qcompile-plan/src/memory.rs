@@ -92,6 +92,17 @@ pub(crate) fn readers(fusion: &Fusion) -> BTreeMap<NodeId, Vec<usize>> {
     readers
 }
 
+/// Bytes of what the forward region stores for later regions, as far as they depend on the batch size.
+pub(crate) fn saved(graph: &Graph, fusion: &Fusion) -> Affine {
+    let region = |group: usize| fusion.groups[group].region;
+    let saved = readers(fusion).into_iter().filter(|(id, readers)| {
+        let computed = fusion.producer(*id).is_some_and(|from| region(from) == Region::Forward);
+        let large = graph.ty(*id).shape.elements().is_some_and(|elements| elements.batch);
+        computed && large && readers.iter().any(|&reader| region(reader) > Region::Forward)
+    });
+    saved.fold(Affine::ZERO, |sum, (id, _)| sum.plus(bytes_of(graph.ty(id))).unwrap_or(sum))
+}
+
 /// The bases that someone reads from memory; what only its own group uses stays in registers.
 pub(crate) fn stored(graph: &Graph, fusion: &Fusion) -> BTreeSet<NodeId> {
     let mut stored: BTreeSet<NodeId> = readers(fusion).into_keys().collect();
@@ -225,6 +236,11 @@ impl Memory {
                 ending[last[&id]].push(id);
             }
         }
+        let region = |at: usize| match schedule[at] {
+            Item::Group(group) => fusion.groups[group].region,
+            Item::Output(position) => graph.node(graph.outputs()[position].1).region,
+            Item::Next(..) => Region::Update,
+        };
         let mut free: Vec<SlotId> = Vec::new();
         for at in 0..schedule.len() {
             for &id in &starting[at] {
@@ -234,7 +250,10 @@ impl Memory {
                 };
                 let slot = match ending[at].iter().position(over) {
                     Some(dying) => self.slot_of[&ending[at].swap_remove(dying)],
-                    None => self.take(&mut free, bytes_of(graph.ty(id)), batch),
+                    None => {
+                        let stays = region(last[&id]) > region(at);
+                        self.take(&mut free, bytes_of(graph.ty(id)), batch, stays)
+                    }
                 };
                 self.slot_of.insert(id, slot);
             }
@@ -245,18 +264,21 @@ impl Memory {
         }
     }
 
-    /// The free slot that wastes least: the smallest that is large enough, else the largest, grown.
-    fn take(&mut self, free: &mut Vec<SlotId>, bytes: Affine, batch: usize) -> SlotId {
+    /// The free slot that wastes least: the smallest that is large enough, else the largest, grown. What `stays` for
+    /// another region would withhold what it wastes for most of the step.
+    fn take(&mut self, free: &mut Vec<SlotId>, bytes: Affine, batch: usize, stays: bool) -> SlotId {
         let wanted = bytes.at(batch);
         let waste = |slot: SlotId| {
             let size = self.slots[slot.index()].bytes.at(batch);
             (size < wanted, size.abs_diff(wanted), slot)
         };
         let best = (0..free.len()).min_by_key(|&at| waste(free[at]));
-        // A slot more than four times too large is left for those who need it.
+        // A slot that is much too large is left for those who need it.
         let best = best.filter(|&at| {
             let size = self.slots[free[at].index()].bytes.at(batch);
-            size <= wanted.saturating_mul(4).max(4096)
+            let most =
+                if stays { wanted.saturating_add(wanted / 4) } else { wanted.saturating_mul(4) };
+            size <= most.max(4096)
         });
         match best {
             Some(at) => {

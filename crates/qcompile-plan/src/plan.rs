@@ -151,9 +151,51 @@ pub enum Kernel {
     AllReduce {
         /// How ranks combine.
         op: CollectiveOp,
-        /// The f32 values: where and how many elements.
-        members: Vec<(crate::Place, usize)>,
+        /// The f32 values.
+        members: Vec<Exchanged>,
     },
+}
+
+/// An f32 value that ranks combine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exchanged {
+    /// Where it is, and the result afterwards.
+    pub value: crate::Place,
+    /// How many elements it has.
+    pub elements: usize,
+    /// What ranks send in its place.
+    pub codes: Option<Codes>,
+}
+
+/// An f32 value as `codes[rows, row] · scales[rows]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Codes {
+    /// Where the i8 codes are.
+    pub codes: crate::Place,
+    /// Where the f32 scales are.
+    pub scales: crate::Place,
+    /// Codes of one scale.
+    pub row: usize,
+}
+
+impl Exchanged {
+    /// Bytes that a rank receives from the others. A value in f32 is exchanged by shards: each rank gets its shard of the
+    /// others' values, and then the other shards of the sum. Codes are exchanged whole: a shard of the sum would have to be
+    /// rounded again.
+    #[must_use]
+    pub fn received(&self, ranks: usize) -> usize {
+        let others = ranks.saturating_sub(1);
+        match self.codes {
+            Some(codes) => others * (self.elements + 4 * self.elements.div_ceil(codes.row.max(1))),
+            None => Exchanged::received_in_f32(self.elements, ranks),
+        }
+    }
+
+    /// The same for so many elements in f32.
+    #[must_use]
+    pub fn received_in_f32(elements: usize, ranks: usize) -> usize {
+        8 * elements * ranks.saturating_sub(1) / ranks.max(1)
+    }
 }
 
 /// One kernel at its place in the schedule.
@@ -184,6 +226,8 @@ pub struct Plan {
     pub(crate) consts: Vec<Binding>,
     pub(crate) meta: BTreeMap<String, String>,
     pub(crate) batch_size: usize,
+    /// Bytes that the forward region stores for the backward region.
+    pub(crate) saved: Affine,
     pub(crate) evaluation: Option<Arc<Plan>>,
 }
 
@@ -214,6 +258,7 @@ impl Plan {
             consts,
             meta: BTreeMap::new(),
             batch_size: 1,
+            saved: Affine::ZERO,
             evaluation: None,
         };
         crate::verify(&plan)?;
@@ -310,6 +355,13 @@ impl Plan {
     #[must_use]
     pub fn consts(&self) -> &[Binding] {
         &self.consts
+    }
+
+    /// Bytes of the values of samples that the forward region stores and later regions read, when the batch size is
+    /// `batch`. Inputs and what is computed again are not among them.
+    #[must_use]
+    pub fn saved_bytes(&self, batch: usize) -> usize {
+        self.saved.at(batch)
     }
 
     /// Bytes of all slots when the batch size is `batch` (without kernel scratch), each rounded up to 64.

@@ -32,7 +32,7 @@ pub enum Operands {
     F32,
     /// bf16; sums are f32.
     Bf16,
-    /// i8, with their scales; sums are i32 (not for the gradient of a convolution's weight).
+    /// i8, with their scales; sums are i32.
     Int8(Int8),
 }
 
@@ -60,11 +60,15 @@ impl Operands {
 /// Scales of a product of int8 operands: `y = (a · b) · scale_a · scale_b`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Int8 {
-    /// The scale of the first operand: one value.
+    /// The scale of the first operand.
     pub scale_a: Place,
+    /// Whether the first has one scale for each row of a matrix (matmul; the same for all of the batch), for each image
+    /// (convolution) or for each input channel (its gradient of the weight).
+    pub per_row: bool,
     /// The scale of the second operand.
     pub scale_b: Place,
-    /// Whether the second has one scale for each result column (matmul) or channel (convolution).
+    /// Whether the second has one scale for each result column (matmul), result channel (convolution) or output channel
+    /// (its gradient of the weight).
     pub per_channel: bool,
 }
 
@@ -123,9 +127,11 @@ pub struct Convolution {
     pub operands: Operands,
 }
 
-/// One 2-D pooling, NHWC, dense f32.
+/// One 2-D pooling, NHWC, dense f32; a maximum also of bf16 or i8.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pooling {
+    /// The type of all values.
+    pub dtype: DType,
     /// Maximum, else average.
     pub max: bool,
     /// The gradient rather than the pooling itself.
@@ -387,11 +393,14 @@ impl Primitive {
                     (Product::GradInput, Operands::F32) => "conv2d_grad_input",
                     (Product::GradInput, Operands::Bf16) => "conv2d_grad_input_bf16",
                     (Product::GradInput, Operands::Int8(_)) => "conv2d_grad_input_i8",
+                    (Product::GradWeight, Operands::F32) => "conv2d_grad_weight",
                     (Product::GradWeight, Operands::Bf16) => "conv2d_grad_weight_bf16",
-                    (Product::GradWeight, _) => "conv2d_grad_weight",
+                    (Product::GradWeight, Operands::Int8(_)) => "conv2d_grad_weight_i8",
                 }
             }
             Primitive::Pooling(pooling) => match (pooling.max, pooling.gradient) {
+                (true, false) if pooling.dtype == DType::I8 => "max_pool2d_i8",
+                (true, false) if pooling.dtype == DType::BF16 => "max_pool2d_bf16",
                 (true, false) => "max_pool2d",
                 (true, true) => "max_pool2d_grad",
                 (false, false) => "average_pool2d",

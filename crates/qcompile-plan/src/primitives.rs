@@ -1,13 +1,14 @@
 //! Nodes that run a hand-scheduled kernel, with their operands in slots.
 
 use crate::build::PlanError;
+use crate::low::LowOperands;
 use crate::lower::Lowering;
 use crate::view::View;
 use crate::{
     Affine, Convolution, Int8, LoopNest, Matmul, Matrix, Operands, Place, Pooling, Primitive,
     Product, Recurrent, SlotId,
 };
-use qcompile_ir::{ConvGeometry, DType, Dim, NodeId, Op, PoolGeometry, Recurrence};
+use qcompile_ir::{ConvGeometry, DType, Dim, NodeId, Op, PoolGeometry, Recurrence, TensorType};
 
 /// The primitive of a node. `epilogue` follows it within the same kernel.
 pub(crate) fn primitive(
@@ -114,13 +115,17 @@ pub(crate) fn primitive(
     })
 }
 
-/// The kernels take f32 (the gather moves any type; products of low precision were recognised before).
+/// The kernels take f32 (the gather moves any type, a maximum is also taken of bf16 and i8; products of low precision were recognised before).
 fn check_types(lowering: &Lowering, id: NodeId) -> Result<(), PlanError> {
     let graph = lowering.graph;
     if *graph.op(id) == Op::Gather {
         return Ok(());
     }
     let mut types = graph.operands(id).into_iter().map(|operand| graph.ty(operand));
+    let pooled = |ty: &TensorType| matches!(ty.dtype, DType::BF16 | DType::I8);
+    if matches!(graph.op(id), Op::MaxPool2d(_)) && types.clone().all(pooled) {
+        return Ok(());
+    }
     match types.find(|ty| ty.dtype != DType::F32 && ty.dtype != DType::I64) {
         None => Ok(()),
         Some(ty) => Err(PlanError::Unsupported {
@@ -159,6 +164,7 @@ impl Lowering<'_> {
         let Some(scales) = low.scales else { return Operands::Bf16 };
         Operands::Int8(Int8 {
             scale_a: self.dense_place(scales.a),
+            per_row: scales.per_row,
             scale_b: self.dense_place(scales.b),
             per_channel: scales.per_channel,
         })
@@ -196,8 +202,13 @@ fn matmul(lowering: &Lowering, id: NodeId, transposed: [bool; 2], c: Place) -> M
         };
         (matrix, batch, rows.0, cols.0)
     };
-    let (a, batch, m, k) = matrix(&a, transposed[0]);
+    let (mut a, mut batch, mut m, k) = matrix(&a, transposed[0]);
     let (b, _, _, n) = matrix(&b, transposed[1]);
+    if lowering.fusion.low.get(&id).is_some_and(LowOperands::runs_over_batch) {
+        // Rows with a scale each go on from one matrix to the next.
+        m = batch.times(m).expect("verified: types are bounded");
+        (batch, a.batch_stride) = (Dim::ONE, Dim::fixed(0));
+    }
     Matmul { batch, m, n, k, a, b, c, operands: lowering.operands(id) }
 }
 
@@ -243,6 +254,7 @@ fn pooling(
     let x = lowering.dense_place(graph.operand(id, 0));
     let result = &graph.ty(id).shape.0;
     Primitive::Pooling(Pooling {
+        dtype: graph.ty(id).dtype,
         max,
         gradient,
         geometry: *geometry,

@@ -61,7 +61,7 @@ pub(crate) fn recomputed(graph: &Graph, order: &[NodeId], views: &[View]) -> Vec
         // Another value is kept in its place only if the forward region stores that anyway: for several readers.
         let pays = match new[..] {
             [] => true,
-            [source] => uses[source.index()].len() > 1,
+            [source] => uses[source.index()].len() > 1 && !narrows(graph, id),
             _ => false,
         };
         recipes[id.index()] = match (wanted, short && pays) {
@@ -95,6 +95,12 @@ fn uses(graph: &Graph, views: &[View]) -> Vec<Vec<NodeId>> {
         }
     }
     uses
+}
+
+/// Whether a value is stored to take less memory than what it is made from.
+fn narrows(graph: &Graph, id: NodeId) -> bool {
+    let of = |id: NodeId| graph.ty(id).dtype;
+    matches!(graph.op(id), Op::Cast(to) if to.size() < of(graph.operand(id, 0)).size())
 }
 
 fn is_small(graph: &Graph, id: NodeId, beside: NodeId) -> bool {
@@ -138,9 +144,11 @@ pub(crate) fn read_less(graph: &Graph, order: &[NodeId], fusion: &mut Fusion) {
         // A small value may be stored for this; a large one must be read by others.
         let large = graph.ty(id).shape.elements().is_some_and(|elements| elements.batch);
         let pays = large
+            && !narrows(graph, id)
             && sources
                 .iter()
                 .all(|source| is_small(graph, *source, id) || readers.contains_key(source));
+        let follows = fusion.follows(graph, id);
         let fits = others.iter().all(|&other| {
             let other = &fusion.groups[other];
             let loops = match other.kind {
@@ -155,6 +163,7 @@ pub(crate) fn read_less(graph: &Graph, order: &[NodeId], fusion: &mut Fusion) {
             other.region <= Region::Backward
                 && other.reads.len() + sources.len() <= MAX_READS
                 && !product
+                && (other.kind != Kind::Primitive || follows)
                 && loops.iter().flat_map(|&member| fusion.sources(graph, member)).all(|view| {
                     view.base != id || (view.is_whole(graph) && view.dims == other.domain)
                 })

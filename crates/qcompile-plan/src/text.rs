@@ -6,8 +6,8 @@
 //! ```
 
 use crate::{
-    Access, Kernel, LoopNest, Matrix, Place, Plan, Primitive, Scalar, SlotId, Storage, Strided,
-    Write,
+    Access, Codes, Kernel, LoopNest, Matrix, Place, Plan, Primitive, Scalar, SlotId, Storage,
+    Strided, Write,
 };
 use qcompile_ir::Dim;
 use std::fmt;
@@ -103,7 +103,15 @@ impl fmt::Display for Plan {
                 Kernel::AllReduce { op, members } => {
                     let members: Vec<String> = members
                         .iter()
-                        .map(|(place, elements)| format!("{place}[{elements}]"))
+                        .map(|member| {
+                            let value = format!("{}[{}]", member.value, member.elements);
+                            match member.codes {
+                                Some(Codes { codes, scales, row }) => {
+                                    format!("{value} of {codes}[{row}] by {scales}")
+                                }
+                                None => value,
+                            }
+                        })
                         .collect();
                     writeln!(f, "all_reduce {} {}", op.name(), members.join(", "))?;
                 }
@@ -275,6 +283,7 @@ fn write_attention(f: &mut fmt::Formatter<'_>, attention: &crate::Attention) -> 
 
 fn write_scales(f: &mut fmt::Formatter<'_>, operands: &crate::Operands) -> fmt::Result {
     let Some(int8) = operands.scales() else { return Ok(()) };
+    let rows = if int8.per_row { " per row" } else { "" };
     let channels = if int8.per_channel { " per channel" } else { "" };
-    write!(f, " scales {}, {}{channels}", int8.scale_a, int8.scale_b)
+    write!(f, " scales {}{rows}, {}{channels}", int8.scale_a, int8.scale_b)
 }

@@ -9,8 +9,9 @@
 
 use crate::plan::bytes_of;
 use crate::{
-    Access, Affine, Attention, AttentionResult, Binding, Convolution, Kernel, LoopNest, Matmul,
-    Place, Plan, Pooling, Primitive, Product, Recurrent, Scalar, SlotId, Storage, Strided, Write,
+    Access, Affine, Attention, AttentionResult, Binding, Convolution, Int8, Kernel, LoopNest,
+    Matmul, Place, Plan, Pooling, Primitive, Product, Recurrent, Scalar, SlotId, Storage, Strided,
+    Write,
 };
 use qcompile_ir::{DType, Dim, QuantizedRange, Region};
 use thiserror::Error;
@@ -167,9 +168,16 @@ fn check_kernel(plan: &Plan, kernel: &Kernel) -> Checked {
             Ok(())
         }
         Kernel::Primitive(primitive) => check_primitive(plan, primitive),
-        Kernel::AllReduce { members, .. } => members.iter().try_for_each(|(place, elements)| {
-            writable(plan, place.slot)?;
-            dense(plan, *place, DType::F32, Extent { fixed: *elements as i128, per_batch: 0 })
+        Kernel::AllReduce { members, .. } => members.iter().try_for_each(|member| {
+            let fixed = |elements: usize| Extent { fixed: elements as i128, per_batch: 0 };
+            writable(plan, member.value.slot)?;
+            dense(plan, member.value, DType::F32, fixed(member.elements))?;
+            let Some(codes) = member.codes else { return Ok(()) };
+            if codes.row == 0 || !member.elements.is_multiple_of(codes.row) {
+                return Err("rows of codes do not make up their value".to_owned());
+            }
+            dense(plan, codes.codes, DType::I8, fixed(member.elements))?;
+            dense(plan, codes.scales, DType::F32, fixed(member.elements / codes.row))
         }),
     }
 }
@@ -378,9 +386,7 @@ fn check_matmul(plan: &Plan, matmul: &Matmul, epilogue: Option<&LoopNest>) -> Ch
         check_access(plan, &[*batch, rows, cols], &access)?;
     }
     if let Some(int8) = operands.scales() {
-        let channels = if int8.per_channel { *n } else { Dim::ONE };
-        dense(plan, int8.scale_a, DType::F32, product(&[Dim::ONE])?)?;
-        dense(plan, int8.scale_b, DType::F32, product(&[channels])?)?;
+        check_scales(plan, int8, *m, *n)?;
     }
     let rows = batch.times(*m).ok_or("a product is quadratic in N")?;
     if epilogue.is_none() {
@@ -388,6 +394,14 @@ fn check_matmul(plan: &Plan, matmul: &Matmul, epilogue: Option<&LoopNest>) -> Ch
         dense(plan, *c, DType::F32, product(&[rows, *n])?)?;
     }
     check_epilogue(plan, epilogue, rows, *n)
+}
+
+/// The scales of a product, where there is one for each of these rows and channels.
+fn check_scales(plan: &Plan, int8: &Int8, rows: Dim, channels: Dim) -> Checked {
+    let rows = if int8.per_row { rows } else { Dim::ONE };
+    let channels = if int8.per_channel { channels } else { Dim::ONE };
+    dense(plan, int8.scale_a, DType::F32, product(&[rows])?)?;
+    dense(plan, int8.scale_b, DType::F32, product(&[channels])?)
 }
 
 fn check_convolution(
@@ -435,12 +449,11 @@ fn check_convolution(
     dense(plan, *a, dtype, first)?;
     dense(plan, *b, dtype, second)?;
     if let Some(int8) = operands.scales() {
-        if *kind == Product::GradWeight {
-            return Err("the gradient of a weight has no int8 form".to_owned());
-        }
-        let channels = if int8.per_channel { cols } else { 1 };
-        dense(plan, int8.scale_a, DType::F32, product(&[Dim::ONE])?)?;
-        dense(plan, int8.scale_b, DType::F32, product(&[channels.into()])?)?;
+        let (rows, channels) = match kind {
+            Product::Forward | Product::GradInput => (*images, cols),
+            Product::GradWeight => ((*in_channels).into(), *out_channels),
+        };
+        check_scales(plan, int8, rows, channels.into())?;
     }
     if epilogue.is_none() {
         writable(plan, c.slot)?;
@@ -492,7 +505,11 @@ fn check_attention(plan: &Plan, attention: &Attention) -> Checked {
 }
 
 fn check_pooling(plan: &Plan, pooling: &Pooling) -> Checked {
-    let Pooling { max, gradient, geometry, images, channels, x, dy, y } = pooling;
+    let Pooling { dtype, max, gradient, geometry, images, channels, x, dy, y } = pooling;
+    let narrow = *max && !*gradient && matches!(dtype, DType::BF16 | DType::I8);
+    if *dtype != DType::F32 && !narrow {
+        return Err(format!("no kernel pools {dtype}"));
+    }
     let output = geometry.output().ok_or("the window does not fit")?;
     let size = |[height, width]: [usize; 2]| {
         product(&[*images, height.into(), width.into(), (*channels).into()])
@@ -504,8 +521,8 @@ fn check_pooling(plan: &Plan, pooling: &Pooling) -> Checked {
         dense(plan, *y, DType::F32, input)?;
         if *max { dense(plan, *x, DType::F32, input) } else { Ok(()) }
     } else {
-        dense(plan, *x, DType::F32, input)?;
-        dense(plan, *y, DType::F32, output)
+        dense(plan, *x, *dtype, input)?;
+        dense(plan, *y, *dtype, output)
     }
 }
 

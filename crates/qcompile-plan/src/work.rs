@@ -1,6 +1,6 @@
 //! How much a step computes and moves, for measuring it against what the machine could do.
 
-use crate::{Access, AttentionResult, Kernel, LoopNest, Primitive, Step};
+use crate::{Access, AttentionResult, Exchanged, Kernel, LoopNest, Plan, Primitive, Step};
 
 /// What one run of a step amounts to.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -9,6 +9,30 @@ pub struct Work {
     pub flops: f64,
     /// Bytes that loops and epilogues read and write, each element of an access once.
     pub bytes: f64,
+}
+
+/// Bytes that each of several ranks receives from the others in a step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Received {
+    /// As they are exchanged.
+    pub bytes: usize,
+    /// If all were in f32.
+    pub f32_bytes: usize,
+}
+
+impl Plan {
+    /// What a rank of so many receives in a step.
+    #[must_use]
+    pub fn received(&self, ranks: usize) -> Received {
+        let members = self.steps().iter().flat_map(|step| match &step.kernel {
+            Kernel::AllReduce { members, .. } => &members[..],
+            _ => &[],
+        });
+        members.fold(Received::default(), |sum, member| Received {
+            bytes: sum.bytes + member.received(ranks),
+            f32_bytes: sum.f32_bytes + Exchanged::received_in_f32(member.elements, ranks),
+        })
+    }
 }
 
 impl Step {
@@ -24,7 +48,7 @@ impl Step {
                 bytes: primitive.epilogue().map_or(0.0, |nest| bytes(nest, batch)),
             },
             Kernel::AllReduce { members, .. } => {
-                let elements: usize = members.iter().map(|(_, elements)| elements).sum();
+                let elements: usize = members.iter().map(|member| member.elements).sum();
                 Work { flops: 0.0, bytes: 4.0 * elements as f64 }
             }
         }

@@ -65,6 +65,9 @@ pub enum RuntimeError {
     /// The system gave no threads.
     #[error("no threads: {0}")]
     Threads(#[from] std::io::Error),
+    /// What is exchanged cannot be said, or is no message.
+    #[error("exchange: {0}")]
+    Exchange(String),
     /// A thread panicked: a defect.
     #[error("internal error: {0}")]
     Panicked(String),

@@ -12,6 +12,7 @@ mod collective;
 mod error;
 mod inputs;
 mod replica;
+pub mod sparse;
 mod trainer;
 
 pub use error::RuntimeError;

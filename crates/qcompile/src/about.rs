@@ -51,10 +51,11 @@ pub struct Operations {
 }
 
 impl Operations {
-    /// Whether a product runs in int8.
+    /// Whether a product reads int8 or other codes.
     #[must_use]
-    pub fn has_int8(&self) -> bool {
-        [&self.forward, &self.grad_input, &self.grad_weight].into_iter().any(|word| word == "int8")
+    pub fn is_quantized(&self) -> bool {
+        let products = [&self.forward, &self.grad_input, &self.grad_weight];
+        products.into_iter().any(|word| word != "f32" && word != "bf16")
     }
 
     /// Whether a product runs in less than f32.
@@ -86,9 +87,10 @@ pub struct LayerDecision {
 }
 
 /// The word for an element type where precision is meant.
-fn word(dtype: qcompile_ir::DType) -> String {
+pub(crate) fn word(dtype: qcompile_ir::DType) -> String {
     match dtype {
         qcompile_ir::DType::I8 => "int8".to_owned(),
+        qcompile_ir::DType::I4 => "int4".to_owned(),
         other => other.name().to_owned(),
     }
 }

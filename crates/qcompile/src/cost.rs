@@ -1,5 +1,6 @@
 //! What int8 costs and saves on this CPU, measured: the time of a layer's forward product and of the gradient of its
-//! input in f32 and in int8, quantization included.
+//! input in int8, quantization included, and in what it would be otherwise: f32, or bf16 in a bf16 plan, where values are
+//! stored in bf16 in both cases.
 //!
 //! Each layer is built as a small plan of its own and run in turns in both precisions; layers of equal shape are
 //! measured once, and on one machine once for all (see [`Timings`]).
@@ -10,7 +11,8 @@ use crate::synthetic::{self, Random};
 use crate::terminal::{Progress, Show};
 use crate::timings::Timings;
 use qcompile_ir::{
-    DType, Graph, GraphError, Name, Op, Precision, Region, Tensor, TensorType, UnaryOp,
+    DType, Graph, GraphError, Name, Note, Op, Precision, Quantizer, Region, Tensor, TensorType,
+    UnaryOp,
 };
 use qcompile_passes::quantize::{self, Layer, LayerCost, layers};
 use qcompile_plan::{BuildOptions, build};
@@ -44,8 +46,7 @@ pub(crate) fn measure(
     loop {
         let decisions = quantize::decide(&mut graph.clone(), &decide)?;
         let chosen = decisions.iter().zip(&all).filter(|(decision, _)| {
-            let low = [decision.precision.forward, decision.precision.grad_input];
-            low.contains(&DType::I8) && !decide.cost.contains_key(&decision.node)
+            decision.precision.is_quantized() && !decide.cost.contains_key(&decision.node)
         });
         let chosen: Vec<(Name, &Layer)> =
             chosen.map(|(decision, layer)| (decision.node.clone(), layer)).collect();
@@ -83,6 +84,9 @@ struct Small {
     result: TensorType,
     forward: bool,
     backward: bool,
+    low: Precision,
+    high: Precision,
+    quantizer: Quantizer,
     batch: usize,
 }
 
@@ -102,14 +106,17 @@ impl Small {
             result: graph.ty(layer.node).clone(),
             forward: decide.operations.forward,
             backward: backward && decide.operations.backward,
+            low: decide.low(),
+            high: decide.high(),
+            quantizer: decide.numerics.quantizer(),
             batch,
         }
     }
 
     /// Equal for layers that take equally long.
     fn key(&self) -> String {
-        let Small { op, x, weight, forward, backward, batch, .. } = self;
-        format!("{op:?} {x} {weight:?} {forward} {backward} {batch}")
+        let Small { op, x, weight, forward, backward, low, high, quantizer, batch, .. } = self;
+        format!("{op:?} {x} {weight:?} {forward} {backward} {low:?} {high:?} {quantizer:?} {batch}")
     }
 
     /// The op that gives the gradient of the input.
@@ -123,40 +130,74 @@ impl Small {
         }
     }
 
+    /// The op that gives the gradient of the weight, and whether the incoming gradient is its first operand.
+    fn grad_weight(&self) -> (Op, bool) {
+        match &self.op {
+            Op::Conv2d(geometry) => (Op::Conv2dGradWeight(*geometry), false),
+            Op::Matmul { transpose_b, .. } => {
+                (Op::Matmul { transpose_a: true, transpose_b: false }, *transpose_b)
+            }
+            other => (other.clone(), false),
+        }
+    }
+
+    /// The type that values between products are stored in.
+    fn stored(&self) -> DType {
+        let bf16 = [self.high.forward, self.high.grad_input].contains(&DType::BF16);
+        if bf16 { DType::BF16 } else { DType::F32 }
+    }
+
     fn graph(&self, low: bool) -> std::result::Result<Graph, Error> {
         let mut graph = Graph::new("layer");
         self.products(&mut graph, low)?;
-        if low {
-            quantize::insert(&mut graph)?;
-            quantize::insert_backward(&mut graph)?;
-            quantize::optimise(&mut graph)?;
-        }
+        quantize::insert(&mut graph)?;
+        quantize::insert_backward(&mut graph)?;
+        quantize::optimise(&mut graph)?;
         Ok(graph)
     }
 
     fn products(&self, graph: &mut Graph, low: bool) -> std::result::Result<(), GraphError> {
         let mut random = Random::new(7);
         let weight = synthetic::normal(&self.weight, 0.05, &mut random);
-        let x = graph.add(Op::Input(self.x.clone()), &[], "x", Region::Forward)?;
         let weight = graph.add(Op::Param(Arc::new(weight)), &[], "w", Region::Forward)?;
-        let precision = low.then(|| {
-            let kind = |chosen: bool| if chosen { DType::I8 } else { DType::F32 };
-            Precision {
-                forward: kind(self.forward),
-                grad_input: kind(self.backward),
-                ..Precision::uniform(DType::F32)
+        let stored = self.stored();
+        let note = Note {
+            precision: Some(if low { self.low } else { self.high }),
+            stored: Some(stored),
+            quantizer: Some(self.quantizer),
+            ..Note::default()
+        };
+        let input = |graph: &mut Graph, name: &str, ty: &TensorType| {
+            let ty = TensorType { dtype: stored, ..ty.clone() };
+            let x = graph.add(Op::Input(ty), &[], name, Region::Forward)?;
+            match stored {
+                DType::F32 => Ok(x),
+                _ => graph.add(Op::Cast(DType::F32), &[x], format!("{name}.f32"), Region::Forward),
             }
-        });
+        };
+        let x = input(graph, "x", &self.x)?;
+        let dy = input(graph, "dy", &self.result)?;
+        let mut products = Vec::new();
         if self.forward {
-            let y = graph.add(self.op.clone(), &[x, weight], "y", Region::Forward)?;
-            graph.note_mut(y).precision = precision;
-            graph.add_output("y", y);
+            products.push((self.op.clone(), [x, weight], "y", Region::Forward));
         }
-        if let Some(op) = self.grad_input().filter(|_| self.backward) {
-            let dy = graph.add(Op::Input(self.result.clone()), &[], "dy", Region::Forward)?;
-            let dx = graph.add(op, &[dy, weight], "dx", Region::Backward)?;
-            graph.note_mut(dx).precision = precision;
-            graph.add_output("dx", dx);
+        if self.backward {
+            let grad_input = self.grad_input().map(|op| (op, [dy, weight], "dx", Region::Backward));
+            products.extend(grad_input);
+        }
+        // Only where int8 may change it.
+        if self.low.grad_weight != self.high.grad_weight {
+            let (op, flipped) = self.grad_weight();
+            let operands = if flipped { [dy, x] } else { [x, dy] };
+            products.push((op, operands, "dw", Region::Backward));
+        }
+        for (op, operands, name, region) in products {
+            let mut y = graph.add(op, &operands, name, region)?;
+            *graph.note_mut(y) = note.clone();
+            if stored != DType::F32 && name != "dw" {
+                y = graph.add(Op::Cast(stored), &[y], format!("{name}.stored"), region)?;
+            }
+            graph.add_output(name, y);
         }
         Small::report(graph)
     }
@@ -197,8 +238,8 @@ impl Small {
                 times.push((took.forward + took.backward).as_secs_f64() * 1e3);
             }
         }
-        let [f32_ms, low_ms] = times.map(|times| crate::timing::Quantiles::of(times).median);
-        Ok(LayerCost { f32_ms, low_ms })
+        let [high_ms, low_ms] = times.map(|times| crate::timing::Quantiles::of(times).median);
+        Ok(LayerCost { high_ms, low_ms })
     }
 }
 
@@ -212,16 +253,36 @@ mod tests {
         let x = TensorType::f32(Shape(vec![Dim::N, Dim::fixed(16)]));
         let result = TensorType::f32(Shape(vec![Dim::N, Dim::fixed(8)]));
         let op = Op::Matmul { transpose_a: false, transpose_b: true };
-        let small =
-            Small { op, x, weight: vec![8, 16], result, forward: true, backward: true, batch: 4 };
-        for low in [false, true] {
-            let graph = small.graph(low).unwrap();
-            verify(&graph).unwrap();
-            let quantized = graph.ids().filter(|&id| matches!(graph.op(id), Op::Quantize { .. }));
-            assert_eq!(quantized.count() > 2, low);
-            build(graph, &BuildOptions { batch_size: 4 }).unwrap();
+        for base in [DType::F32, DType::BF16] {
+            let small = Small {
+                op: op.clone(),
+                x: x.clone(),
+                weight: vec![8, 16],
+                result: result.clone(),
+                forward: true,
+                backward: true,
+                low: Precision { grad_weight: base, ..Precision::uniform(DType::I8) },
+                high: Precision::uniform(base),
+                quantizer: Quantizer::default(),
+                batch: 4,
+            };
+            for low in [false, true] {
+                let graph = small.graph(low).unwrap();
+                verify(&graph).unwrap();
+                let count =
+                    |op: fn(&Op) -> bool| graph.ids().filter(|&id| op(graph.op(id))).count();
+                assert_eq!(count(|op| matches!(op, Op::Quantize { .. })) > 2, low);
+                let plan = build(graph, &BuildOptions { batch_size: 4 }).unwrap();
+                let text = plan.to_string();
+                let word = match (low, base) {
+                    (true, _) => "matmul_i8",
+                    (_, DType::BF16) => "matmul_bf16",
+                    _ => "matmul",
+                };
+                assert_eq!(text.matches(&format!("= {word} [")).count(), 2, "{text}");
+            }
+            let cost = small.measure(&TrainerOptions::default()).unwrap();
+            assert!(cost.high_ms > 0.0 && cost.low_ms > 0.0);
         }
-        let cost = small.measure(&TrainerOptions::default()).unwrap();
-        assert!(cost.f32_ms > 0.0 && cost.low_ms > 0.0);
     }
 }

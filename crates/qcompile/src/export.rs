@@ -11,7 +11,7 @@ use crate::subgraph::with_values;
 use crate::tensors::to_array;
 use qcompile_ir::{DType, Graph, Op, Tensor};
 use qcompile_onnx::{Export, ExportOptions};
-use qcompile_passes::{quantize, simplify};
+use qcompile_passes::{quantize, simplify, update};
 use qcompile_runtime::{Values, checkpoint};
 use safetensors::tensor::TensorView;
 use serde_json::json;
@@ -90,13 +90,23 @@ impl Exported {
             graph = with_values(&graph, values)?;
             form = with_values(&form, values)?;
         }
+        if about.options.get("master-weights").is_some_and(|word| word == "off") {
+            update::widen(&mut form)?;
+        }
         let trained = about.options.contains_key("qat").then(|| form.clone());
         let low = about.decisions.iter().filter(|decision| decision.precision.is_low()).count();
         let widened = low > 0 && quantize::remove(&mut form)?;
         if widened {
             simplify::run(&mut form, &simplify::Options { keep_stop_gradient: false })?;
         }
-        let exported = Exported::new(&graph, form, about, Vec::new())?;
+        let mut exported = Exported::new(&graph, form, about, Vec::new())?;
+        for (name, tensor) in &mut exported.parameters {
+            // What is stored in bf16 for training only leaves as the f32 that the form has.
+            let leaf = exported.form.find(name).map(|id| exported.form.op(id));
+            if let Some(Op::Param(wide)) = leaf.filter(|_| tensor.dtype() == DType::BF16) {
+                *tensor = wide.as_ref().clone();
+            }
+        }
         Ok(Exported { widened: if widened { low } else { 0 }, trained, ..exported })
     }
 
@@ -141,7 +151,7 @@ impl Exported {
             qdq::trained(&mut form)?;
             self.form = form;
             let all = self.about.decisions.len();
-            let layers = self.about.decisions.iter().filter(|layer| layer.precision.has_int8());
+            let layers = self.about.decisions.iter().filter(|layer| layer.precision.is_quantized());
             let layers = layers.count();
             return Ok(Quantized { layers, kept: all - layers, samples: 0 });
         }

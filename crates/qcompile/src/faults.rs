@@ -153,6 +153,7 @@ impl From<RuntimeError> for Error {
             RuntimeError::Index { .. } => Code::DataIndex,
             RuntimeError::Memory { .. } | RuntimeError::Threads(_) => Code::Limit,
             RuntimeError::Checkpoint(_) => Code::CheckpointFormat,
+            RuntimeError::Exchange(_) => Code::Internal,
             RuntimeError::Codegen(_) | RuntimeError::Panicked(_) => Code::Internal,
         };
         Error::new(code, text)

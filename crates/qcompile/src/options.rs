@@ -1,12 +1,14 @@
 //! What a compile is asked for, with the defaults filled in.
 
+use crate::about::word;
 use crate::cli::{BatchNormMode, CompileArgs, ImportArgs, Machine, RangedArgs};
 use crate::error::{Error, Result};
 use qcompile_ir::{DType, Tensor};
 use qcompile_kernels::Tier;
 use qcompile_passes::attach_loss::LossKind;
 use qcompile_passes::calibrate::Method;
-use qcompile_passes::quantize::{Codes, Operations, PrecisionChoice, Weights};
+use qcompile_passes::quantize::{Codes, Numerics, Operations, PrecisionChoice, Weights};
+use qcompile_passes::saved;
 use qcompile_passes::sensitivity::Metric;
 use qcompile_passes::update::Optimizer;
 use std::collections::BTreeMap;
@@ -62,6 +64,12 @@ pub struct Options {
     pub weights: Weights,
     /// How ranges are chosen.
     pub calibration: Method,
+    /// Whether the weights of layers whose update is of lower precision are kept in f32, else in bf16.
+    pub master_weights: bool,
+    /// How values are saved for the backward pass; of several rules that match, the last counts.
+    pub saved: Vec<saved::Rule>,
+    /// How quantized products are rounded.
+    pub numerics: Numerics,
     /// Scores to be read instead of measured.
     pub scores: Option<PathBuf>,
     /// The text of `--data`.
@@ -76,6 +84,8 @@ pub struct Options {
     pub timings: Option<PathBuf>,
     /// Whether [`compile`](crate::compile()) measures the time of the whole step, for its summary.
     pub measure: bool,
+    /// Whether layers that measure no faster in int8 are kept from it, whatever the choice of precision.
+    pub measure_layers: bool,
 }
 
 impl Default for Options {
@@ -102,6 +112,9 @@ impl Default for Options {
             activations: Codes::default(),
             weights: Weights { dtype: DType::I8, block: None },
             calibration: Method::default(),
+            master_weights: true,
+            saved: Vec::new(),
+            numerics: Numerics::default(),
             scores: None,
             data: None,
             samples: SAMPLES,
@@ -109,6 +122,7 @@ impl Default for Options {
             tier: None,
             timings: None,
             measure: false,
+            measure_layers: false,
         }
     }
 }
@@ -140,6 +154,9 @@ impl Options {
             max_loss_increase: precision.max_loss_increase.unwrap_or(standard.max_loss_increase),
             keep_f32: precision.keep.clone(),
             operations: precision.quantize_ops.unwrap_or(operations),
+            master_weights: precision.master_weights.unwrap_or(standard.master_weights),
+            saved: args.compress.clone(),
+            numerics: precision.numerics.numerics(),
             scores: precision.scores.clone(),
             samples: precision.samples.unwrap_or(standard.samples),
             threads: machine.threads,
@@ -194,10 +211,31 @@ impl Options {
         }
         let thresholds =
             [("--threshold", self.threshold), ("--channel-threshold", self.channel_threshold)];
-        let given = thresholds.into_iter().find(|(_, value)| value.is_some());
-        match given {
-            Some((flag, _)) if !self.precision.has_int8() => Err(Error::usage(format!(
-                "{flag} decides what becomes int8, and --precision {} leaves int8 out",
+        if !self.master_weights && !self.operations.update {
+            return Err(Error::usage(
+                "--master-weights off is for layers whose update is of lower precision, and --quantize-ops does not name update",
+            ));
+        }
+        if self.master_weights && self.operations.update && self.optimizer == Optimizer::Sgd {
+            return Err(Error::usage("--quantize-ops update: the optimizer sgd keeps no state")
+                .help("--master-weights off updates weights in bf16; momentum, nesterov, adam and adamw have 8-bit state"));
+        }
+        let twice =
+            self.saved.iter().enumerate().find(|(at, rule)| {
+                self.saved[..*at].iter().any(|other| other.pattern == rule.pattern)
+            });
+        if let Some((_, rule)) = twice {
+            return Err(Error::usage(format!(
+                "--compress {rule}: the same values have another rule"
+            )));
+        }
+        let given = thresholds.into_iter().filter(|(_, value)| value.is_some());
+        let numerics = numerics_said(&self.numerics);
+        let flags = given.map(|(flag, _)| flag.to_owned());
+        let mut flags = flags.chain(numerics.into_iter().map(|(flag, _)| format!("--{flag}")));
+        match flags.next() {
+            Some(flag) if !self.precision.has_int8() => Err(Error::usage(format!(
+                "{flag} is about what becomes int8, and --precision {} leaves int8 out",
                 self.precision.name()
             ))),
             _ => Ok(()),
@@ -239,7 +277,12 @@ impl Options {
         say("batch-norm", self.batch_norm.name().to_owned());
         say("sync-batch-norm", self.sync_batch_norm.to_string());
         let operations = &self.operations;
-        let words = [(operations.forward, "forward"), (operations.backward, "backward")];
+        let words = [
+            (operations.forward, "forward"),
+            (operations.backward, "backward"),
+            (operations.mean, "mean"),
+            (operations.update, "update"),
+        ];
         let words: Vec<&str> =
             words.iter().filter(|(chosen, _)| *chosen).map(|(_, word)| *word).collect();
         say("quantize-ops", words.join(","));
@@ -254,6 +297,9 @@ impl Options {
                 say("block-size", block.to_string());
             }
         }
+        if !self.master_weights {
+            say("master-weights", "off".to_owned());
+        }
         let thresholds =
             [("threshold", self.threshold), ("channel-threshold", self.channel_threshold)];
         for (flag, value) in thresholds {
@@ -261,11 +307,16 @@ impl Options {
                 say(flag, value.to_string());
             }
         }
+        for (flag, value) in numerics_said(&self.numerics) {
+            say(flag, value);
+        }
         let dims = self.dims.iter().map(|(name, size)| format!("{name}={size}"));
         let text = |tensor: &Tensor| tensor.to_f64().iter().map(f64::to_string).collect::<Vec<_>>();
         let constants =
             self.constants.iter().map(|(name, value)| format!("{name}={}", text(value).join(",")));
+        let compress = self.saved.iter().map(ToString::to_string);
         let lists = [
+            ("compress", compress.collect()),
             ("freeze", self.freeze.clone()),
             ("train", self.train.clone()),
             ("keep", self.keep_f32.clone()),
@@ -284,9 +335,28 @@ impl Options {
     #[must_use]
     pub fn needs_scores(&self) -> bool {
         match self.precision {
-            PrecisionChoice::F32 | PrecisionChoice::Bf16 | PrecisionChoice::F32OrBf16 => false,
             PrecisionChoice::Int8 => self.channel_threshold.is_some(),
-            PrecisionChoice::Auto | PrecisionChoice::F32OrInt8 | PrecisionChoice::Mixed => true,
+            choice => choice.has_int8(),
         }
     }
+
+    /// Whether a threshold says what becomes int8.
+    #[must_use]
+    pub fn has_threshold(&self) -> bool {
+        self.threshold.is_some() || self.channel_threshold.is_some()
+    }
+}
+
+/// What of the ways to round is not the default, by the names of the flags.
+fn numerics_said(numerics: &Numerics) -> Vec<(&'static str, String)> {
+    let usual = Numerics::default();
+    let Numerics { types, granularity, rounding, scaling, grad_weight } = *numerics;
+    let all = [
+        ("operand-types", types != usual.types, types.text()),
+        ("granularity", granularity != usual.granularity, granularity.name().to_owned()),
+        ("rounding", rounding != usual.rounding, rounding.name().to_owned()),
+        ("scaling", scaling != usual.scaling, scaling.name().to_owned()),
+        ("grad-weight", grad_weight.is_some(), grad_weight.map_or_else(String::new, word)),
+    ];
+    all.into_iter().filter(|(_, other, _)| *other).map(|(flag, _, text)| (flag, text)).collect()
 }

@@ -115,11 +115,11 @@ pub(crate) fn post_training(
         // What ran in f32 for its speed, or in bf16, may be integers here.
         form.note_mut(id).precision = None;
     }
-    if about.decisions.iter().any(|decision| decision.precision.has_int8()) {
+    if about.decisions.iter().any(|decision| decision.precision.is_quantized()) {
         for layer in quantize::layers(form) {
             let name = form.node(layer.node).name.as_str();
             let decision = about.decisions.iter().find(|decision| decision.node == name);
-            if decision.is_some_and(|decision| !decision.precision.has_int8()) {
+            if decision.is_some_and(|decision| !decision.precision.is_quantized()) {
                 form.note_mut(layer.node).precision = Some(Precision::uniform(DType::F32));
             }
         }

@@ -10,7 +10,6 @@ use crate::synthetic;
 use crate::terminal::{Progress, Show};
 use crate::wants::Wants;
 use qcompile_ir::{Graph, Name, Op, Region, Tensor};
-use qcompile_passes::quantize::{self, PrecisionChoice};
 use qcompile_passes::sensitivity::{self, Evaluate, LayerScore, Metric, Scores};
 use qcompile_plan::{BuildOptions, build};
 use qcompile_runtime::{Trainer, TrainerOptions, Values};
@@ -189,7 +188,11 @@ pub fn score(
     show: Show,
 ) -> Result<Scores> {
     let mut compiled = Compiled::new(calibration, options);
-    let of_pass = sensitivity::Options { metric: options.metric, samples: calibration.samples() };
+    let of_pass = sensitivity::Options {
+        metric: options.metric,
+        samples: calibration.samples(),
+        numerics: options.numerics,
+    };
     let total = qcompile_passes::quantize::layers(graph).len() as u64;
     let mut progress = Progress::start(show, "Scoring", total);
     let scores = sensitivity::run(graph, &mut compiled, &of_pass, &mut |done, _, next| {
@@ -199,31 +202,27 @@ pub fn score(
     Ok(scores)
 }
 
-/// By how much bf16 throughout increases the loss of a draft that has one: `(loss in bf16 - loss in f32) / |loss in f32|`
-/// over the calibration data.
+/// By how much roundings increase the loss of a draft that has one: `(loss with them - loss in f32) / |loss in f32|` over
+/// the calibration data.
 ///
 /// # Errors
-/// Of loading the data, and of running the graph.
-pub(crate) fn bf16_increase(draft: &Draft, options: &Options) -> Result<f64> {
-    let calibration = Calibration::new(&draft.graph, &draft.about, options)?;
-    let mut compiled = Compiled::new(&calibration, options);
-    let mut low = draft.graph.clone();
-    let bf16 = quantize::Options {
-        precision: PrecisionChoice::Bf16,
-        keep_f32: options.keep_f32.clone(),
-        operations: options.operations,
-        ..Default::default()
-    };
-    quantize::run(&mut low, &bf16)?;
+/// Of running the graphs.
+pub(crate) fn increase(
+    draft: &Draft,
+    quantized: &Graph,
+    calibration: &Calibration,
+    options: &Options,
+) -> Result<f64> {
+    let mut compiled = Compiled::new(calibration, options);
     let mut loss = |graph: &Graph| {
         let loss = compiled.loss(graph);
         loss.map_err(|reason| Error::new(Code::Internal, format!("sensitivity: {reason}")))
     };
-    let (before, after) = match &draft.scores {
-        Some(scores) => (scores.baseline_loss, loss(&low)?),
-        None => (loss(&draft.graph)?, loss(&low)?),
+    let before = match &draft.scores {
+        Some(scores) => scores.baseline_loss,
+        None => loss(&draft.graph)?,
     };
-    Ok((after - before) / before.abs().max(f64::MIN_POSITIVE))
+    Ok((loss(quantized)? - before) / before.abs().max(f64::MIN_POSITIVE))
 }
 
 /// The file of scores.

@@ -8,12 +8,23 @@ use std::path::Path;
 
 /// The word for a layer as a whole.
 fn precision(decision: &LayerDecision) -> String {
-    match (decision.precision.forward.as_str(), decision.precision.grad_input.as_str()) {
+    let of = &decision.precision;
+    let mut word = match (of.forward.as_str(), of.grad_input.as_str()) {
         (forward, backward) if forward == backward => forward.to_owned(),
         (forward, "f32") => format!("{forward} forward"),
         ("f32", backward) => format!("{backward} backward"),
         (forward, backward) => format!("{forward} forward, {backward} backward"),
+    };
+    // Beside int8 the gradient of the weight is f32 unless something is said.
+    if of.grad_weight != "f32" && word != "bf16" && word != "bf16 backward" {
+        word.push_str(&format!(", {} grad weight", of.grad_weight));
     }
+    for (operation, precision) in [("mean", &of.mean), ("update", &of.update)] {
+        if precision != "f32" {
+            word.push_str(&format!(", {precision} {operation}"));
+        }
+    }
+    word
 }
 
 /// The kind of a reason: what is the same for many layers.
@@ -67,6 +78,9 @@ pub(crate) fn by_layer(decisions: &[LayerDecision]) -> String {
         ("op", Align::Left),
         ("forward", Align::Left),
         ("grad input", Align::Left),
+        ("grad weight", Align::Left),
+        ("mean", Align::Left),
+        ("update", Align::Left),
         ("f32 channels", Align::Right),
         ("score", Align::Right),
         ("why", Align::Left),
@@ -77,6 +91,9 @@ pub(crate) fn by_layer(decisions: &[LayerDecision]) -> String {
             decision.op.clone(),
             decision.precision.forward.clone(),
             decision.precision.grad_input.clone(),
+            decision.precision.grad_weight.clone(),
+            decision.precision.mean.clone(),
+            decision.precision.update.clone(),
             decision.channels_high.to_string(),
             decision.score.map_or_else(|| "-".to_owned(), |score| format!("{score:.2e}")),
             decision.reason.clone(),
@@ -115,6 +132,10 @@ pub(crate) fn text(compiled: &Compiled, verbose: bool) -> String {
     if let Some(predicted) = compiled.predicted {
         line("predicted", format!("{:+.3} % of the loss", 100.0 * predicted));
     }
+    if let Some(how) = compiled.about.options.get("compress") {
+        let saved = compiled.plan.saved_bytes(compiled.plan.batch_size());
+        line("saved", format!("{} for the backward pass ({how})", bytes(saved as u64)));
+    }
     match &compiled.measured {
         Some(steps) => {
             let chosen = &steps.chosen;
@@ -125,6 +146,11 @@ pub(crate) fn text(compiled: &Compiled, verbose: bool) -> String {
                     let before = milliseconds(f32.step_ms.median);
                     let gain = f32.step_ms.median / chosen.step_ms.median;
                     line("step time", format!("f32 {before} -> {now}, {gain:.2}x  ({how})"));
+                    if let Some(bf16) = &steps.bf16 {
+                        let before = milliseconds(bf16.step_ms.median);
+                        let gain = bf16.step_ms.median / chosen.step_ms.median;
+                        line("", format!("bf16 {before} -> {now}, {gain:.2}x"));
+                    }
                     let before = bytes(f32.peak_bytes as u64);
                     line("memory", format!("f32 {before} -> {}", bytes(chosen.peak_bytes as u64)));
                 }
@@ -141,6 +167,11 @@ pub(crate) fn text(compiled: &Compiled, verbose: bool) -> String {
         }
     }
     out
+}
+
+/// Bytes of what is kept between steps beside parameters.
+fn state_bytes(plan: &qcompile_plan::Plan) -> usize {
+    plan.states().iter().map(|state| qcompile_plan::plan::bytes_of(&state.ty).at(1)).sum()
 }
 
 /// The document of `--json`.
@@ -164,7 +195,10 @@ pub(crate) fn document(compiled: &Compiled, model: &Path, plan: Option<&Path>) -
         "decisions": compiled.decisions,
         "step_ms": steps.map(|steps| median(&steps.chosen)),
         "f32_step_ms": f32.map(median),
+        "bf16_step_ms": steps.and_then(|steps| steps.bf16.as_ref()).map(median),
         "peak_bytes": bytes,
+        "state_bytes": state_bytes(&compiled.plan),
+        "saved_bytes": compiled.plan.saved_bytes(compiled.plan.batch_size()),
         "warnings": compiled.warnings,
     })
 }

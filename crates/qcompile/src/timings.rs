@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 /// What the file holds.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 struct Kept {
-    /// Milliseconds in f32 and with int8, by machine and what was measured.
+    /// Milliseconds in high and in low precision, by machine and what was measured.
     #[serde(default)]
     times: BTreeMap<String, [f64; 2]>,
 }
@@ -64,11 +64,11 @@ impl Timings {
         measure: impl FnOnce() -> Result<LayerCost>,
     ) -> Result<LayerCost> {
         let key = format!("{}: {work}", self.machine);
-        if let Some(&[f32_ms, low_ms]) = self.kept.times.get(&key) {
-            return Ok(LayerCost { f32_ms, low_ms });
+        if let Some(&[high_ms, low_ms]) = self.kept.times.get(&key) {
+            return Ok(LayerCost { high_ms, low_ms });
         }
         let cost = measure()?;
-        self.kept.times.insert(key, [cost.f32_ms, cost.low_ms]);
+        self.kept.times.insert(key, [cost.high_ms, cost.low_ms]);
         self.changed = true;
         Ok(cost)
     }
@@ -95,7 +95,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("new/timings.json");
         let options = Options { timings: Some(path.clone()), ..Options::default() };
-        let cost = |f32_ms| LayerCost { f32_ms, low_ms: 1.0 / 3.0 };
+        let cost = |high_ms| LayerCost { high_ms, low_ms: 1.0 / 3.0 };
         let mut timings = Timings::load(&options);
         let mut late = timings.clone();
         assert_eq!(timings.find_or("a", || Ok(cost(0.1))).unwrap(), cost(0.1));

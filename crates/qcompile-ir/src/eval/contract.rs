@@ -151,13 +151,25 @@ fn windows(geometry: &PoolGeometry, output: &[usize], mut visit: impl FnMut(usiz
     }
 }
 
+/// The largest value of each window; of a window that is all padding, the smallest that the type has.
 pub(super) fn max_pool2d(geometry: &PoolGeometry, x: &Value, shape: &[usize]) -> Data {
-    let mut y = vec![0.0; shape.iter().product()];
-    let x = x.data.floats();
-    windows(geometry, shape, |at, places| {
-        y[at] = places.iter().map(|&place| x[place]).fold(f64::NEG_INFINITY, maximum);
-    });
-    Data::Float(y)
+    let elements = shape.iter().product();
+    match &x.data {
+        Data::Float(x) => {
+            let mut y = vec![0.0; elements];
+            windows(geometry, shape, |at, places| {
+                y[at] = places.iter().map(|&place| x[place]).fold(f64::NEG_INFINITY, maximum);
+            });
+            Data::Float(y)
+        }
+        Data::Int(x) => {
+            let mut y = vec![0; elements];
+            windows(geometry, shape, |at, places| {
+                y[at] = places.iter().map(|&place| x[place]).fold(i8::MIN.into(), i64::max);
+            });
+            Data::Int(y)
+        }
+    }
 }
 
 pub(super) fn max_pool2d_grad(geometry: &PoolGeometry, x: &Value, dy: &Value) -> Data {

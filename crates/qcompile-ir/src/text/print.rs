@@ -1,7 +1,7 @@
 //! Canonical text: leaves, then regions in order, statements in [`Graph::order`].
 
 use super::{attribute, literal};
-use crate::{Graph, Name, NodeId, Note, Op, Precision};
+use crate::{Graph, Name, NodeId, Note, Op, Precision, Quantizer};
 use std::fmt;
 
 impl fmt::Display for Graph {
@@ -80,7 +80,7 @@ fn leaf_value(f: &mut fmt::Formatter<'_>, op: &Op) -> fmt::Result {
 }
 
 fn notes(f: &mut fmt::Formatter<'_>, note: &Note) -> fmt::Result {
-    let Note { origin, sensitivity, outliers, precision } = note;
+    let Note { origin, sensitivity, outliers, precision, stored, quantizer } = note;
     if let Some(origin) = origin {
         write!(f, " !origin({})", quoted(origin))?;
     }
@@ -101,6 +101,17 @@ fn notes(f: &mut fmt::Formatter<'_>, note: &Note) -> fmt::Result {
                 " !precision(forward={forward}, grad_input={grad_input}, grad_weight={grad_weight}, mean={mean}, update={update})"
             )?;
         }
+    }
+    if let Some(stored) = stored {
+        write!(f, " !stored({stored})")?;
+    }
+    if let Some(Quantizer { weight, granularity, rounding, scaling }) = quantizer {
+        let (granularity, rounding, scaling) =
+            (granularity.name(), rounding.name(), scaling.name());
+        write!(
+            f,
+            " !quantizer(weight={weight}, granularity={granularity}, rounding={rounding}, scaling={scaling})"
+        )?;
     }
     Ok(())
 }

@@ -526,7 +526,7 @@ fn rows(bench: &Bench) {
         let mut y = vec![0.0_f32; shape.batch * out * out * channels];
         let (xp, yp) = (x.as_mut_ptr(), y.as_mut_ptr());
         let input = x.clone();
-        let args = MaxPoolArgs { x: xp, y: yp, shape };
+        let args = MaxPoolArgs { x: xp.cast(), y: yp.cast(), shape };
         report(&format!("{name} max"), inputs, KernelId::MaxPool, &args);
         let args = MaxPoolGradArgs { x: input.as_ptr(), dy: yp, dx: xp, shape };
         report(&format!("{name} max grad"), inputs, KernelId::MaxPoolGrad, &args);

@@ -2,8 +2,8 @@ use super::check::{ALONE, Collector, Guarded, Random, assert_close, run, scratch
 use super::matrix::exact;
 use crate::KernelId;
 use crate::args::{
-    Conv2dArgs, Conv2dGradInputArgs, Conv2dGradInputI8Args, Conv2dGradWeightArgs, Conv2dI8Args,
-    ConvShape,
+    Conv2dArgs, Conv2dGradInputArgs, Conv2dGradInputI8Args, Conv2dGradWeightArgs,
+    Conv2dGradWeightI8Args, Conv2dI8Args, ConvShape, MOST_I8_PIXELS,
 };
 use crate::lanes::Element;
 use std::ptr::{from_mut, null, null_mut};
@@ -321,6 +321,75 @@ fn int8_is_exact_on_every_tier() {
             }
         );
     }
+}
+
+/// Checks an int8 gradient of the weight on every tier and split, bit for bit.
+fn check_int8_grad_weight(
+    shape: ConvShape,
+    x: &[i8],
+    dy: &[i8],
+    [x_stride, dy_stride]: [usize; 2],
+) {
+    let (nx, nw, ny) = sizes(&shape);
+    assert_eq!((x.len(), dy.len()), (nx, ny));
+    let mut sums = vec![0_i64; nw];
+    products(&shape, |i, j, k| sums[j] += i64::from(x[i]) * i64::from(dy[k]));
+    let mut random = Random(8);
+    let (x_scale, dy_scale) =
+        (random.reals(shape.in_channels.max(1)), random.reals(shape.out_channels.max(1)));
+    let kernel = shape.kernel_height * shape.kernel_width;
+    let (inner, outer) = (shape.in_channels / shape.groups, shape.out_channels / shape.groups);
+    let scale = |at: usize| {
+        let (o, i) = (at / kernel / inner, at / kernel % inner);
+        x_scale[(o / outer * inner + i) * x_stride] * dy_scale[o * dy_stride]
+    };
+    let scaled = sums.iter().enumerate().map(|(at, &sum)| (sum as f32 * scale(at)).to_bits());
+    let expected: Vec<u32> = scaled.collect();
+    for table in tables() {
+        let what = format!("{shape:?} on {}", table.tier);
+        let gradient = Conv2dGradWeightArgs {
+            x: x.as_ptr(),
+            dy: dy.as_ptr(),
+            dw: null_mut(),
+            shape,
+            scratch: null_mut(),
+        };
+        let mut args = Conv2dGradWeightI8Args {
+            gradient,
+            x_scale: x_scale.as_ptr(),
+            x_scale_stride: x_stride,
+            dy_scale: dy_scale.as_ptr(),
+            dy_scale_stride: dy_stride,
+        };
+        let mut space = scratch(table, KernelId::Conv2dGradWeightI8, &args);
+        args.gradient.scratch = space.as_mut_ptr().cast();
+        for pieces in [1, 7, ALONE] {
+            let mut dw = Guarded::new(nw);
+            args.gradient.dw = dw.as_mut_ptr();
+            run(table, KernelId::Conv2dGradWeightI8, &args, pieces);
+            let dw: Vec<u32> = dw.checked(&what).iter().map(|v| v.to_bits()).collect();
+            assert_eq!(dw, expected, "{what}");
+        }
+    }
+}
+
+#[test]
+fn int8_grad_weight_is_exact_on_every_tier() {
+    let mut random = Random(6);
+    for (at, shape) in shapes().into_iter().enumerate() {
+        let (nx, _, ny) = sizes(&shape);
+        let (x, dy) = (random.bytes(nx), random.bytes(ny));
+        check_int8_grad_weight(shape, &x, &dy, [at % 2, at / 2 % 2]);
+    }
+}
+
+/// More pixels than an i32 holds products of, all as large as can be.
+#[test]
+fn int8_grad_weight_does_not_overflow() {
+    let shape = shape([6, 210, 211, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1]);
+    let (nx, _, ny) = sizes(&shape);
+    assert!(ny > 2 * MOST_I8_PIXELS);
+    check_int8_grad_weight(shape, &vec![-128; nx], &vec![-128; ny], [0, 0]);
 }
 
 #[test]

@@ -97,9 +97,25 @@ fn max_pool_and_gradient() {
         for table in tables() {
             let what = format!("{shape:?} on {}", table.tier);
             let mut actual = vec![7.0; ny];
-            let args = MaxPoolArgs { x: x.as_ptr(), y: actual.as_mut_ptr(), shape };
+            let args = MaxPoolArgs { x: x.as_ptr().cast(), y: actual.as_mut_ptr().cast(), shape };
             run(table, KernelId::MaxPool, &args, 3);
             assert_eq!(actual, y, "{what}");
+            // Small whole numbers are the same in every type.
+            let (codes, mut small) = (x.iter().map(|&x| x as i8).collect::<Vec<i8>>(), vec![7; ny]);
+            let args =
+                MaxPoolArgs { x: codes.as_ptr().cast(), y: small.as_mut_ptr().cast(), shape };
+            run(table, KernelId::MaxPoolI8, &args, 3);
+            assert_eq!(
+                small,
+                y.iter().map(|&y| y.max(-128.0) as i8).collect::<Vec<i8>>(),
+                "{what}"
+            );
+            let bits = |x: &f32| (x.to_bits() >> 16) as u16;
+            let (narrow, mut half) = (x.iter().map(bits).collect::<Vec<u16>>(), vec![7; ny]);
+            let args =
+                MaxPoolArgs { x: narrow.as_ptr().cast(), y: half.as_mut_ptr().cast(), shape };
+            run(table, KernelId::MaxPoolBf16, &args, 3);
+            assert_eq!(half, y.iter().map(bits).collect::<Vec<u16>>(), "{what}");
             let mut actual = vec![7.0; nx];
             let (x, dy) = (x.as_ptr(), dy.as_ptr());
             let args = MaxPoolGradArgs { x, dy, dx: actual.as_mut_ptr(), shape };
@@ -167,7 +183,7 @@ fn line(width: usize, out_width: usize, kernel_width: usize, pad_left: usize) ->
 /// Forward and gradient of max pooling along a line, with `dy` = 1, 2, 3 and so on.
 fn max_line(table: &crate::Kernels, shape: PoolShape, x: &[f32]) -> (Vec<f32>, Vec<f32>) {
     let (mut y, mut dx) = (Guarded::new(shape.out_width), Guarded::new(x.len()));
-    let args = MaxPoolArgs { x: x.as_ptr(), y: y.as_mut_ptr(), shape };
+    let args = MaxPoolArgs { x: x.as_ptr().cast(), y: y.as_mut_ptr().cast(), shape };
     run(table, KernelId::MaxPool, &args, 1);
     let dy: Vec<f32> = (0..shape.out_width).map(|i| i as f32 + 1.0).collect();
     let args = MaxPoolGradArgs { x: x.as_ptr(), dy: dy.as_ptr(), dx: dx.as_mut_ptr(), shape };
@@ -215,7 +231,8 @@ fn pooling_splits_do_not_change_a_bit() {
                 let mut out = [ny, nx, ny, nx].map(Guarded::new);
                 let [max, max_grad, mean, mean_grad] = out.each_mut().map(Guarded::as_mut_ptr);
                 let (x, dy) = (x.as_ptr(), dy.as_ptr());
-                run(table, KernelId::MaxPool, &MaxPoolArgs { x, y: max, shape }, pieces);
+                let args = MaxPoolArgs { x: x.cast(), y: max.cast(), shape };
+                run(table, KernelId::MaxPool, &args, pieces);
                 let args = MaxPoolGradArgs { x, dy, dx: max_grad, shape };
                 run(table, KernelId::MaxPoolGrad, &args, pieces);
                 let args = AveragePoolArgs { x, y: mean, count_include_pad: 0, shape };

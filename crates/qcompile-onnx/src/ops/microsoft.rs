@@ -4,7 +4,7 @@ use super::Results;
 use super::elementwise::{float_input, gelu_of};
 use super::linear::{numpy_product, product};
 use super::norm::LastAxes;
-use super::{elementwise, linear, norm, quantized};
+use super::{elementwise, linear, norm, qlinear, quantized};
 use crate::draft::{Draft, ValueId};
 use crate::error::Obstacle;
 use crate::node::OnnxNode;
@@ -13,15 +13,20 @@ use qcompile_ir::{BinaryOp, DType, UnaryOp};
 type Value = Result<ValueId, Obstacle>;
 
 pub(super) fn convert(draft: &mut Draft, node: &mut OnnxNode) -> Results {
+    if let Some(results) = qlinear::microsoft(draft, node) {
+        return results;
+    }
     match node.op {
         "BiasGelu" => biased_gelu(draft, node, "none"),
         "FastGelu" => biased_gelu(draft, node, "tanh"),
         "FusedConv" => fused_conv(draft, node),
+        "DequantizeLinear" => quantized::dequantize_linear(draft, node),
         "FusedGemm" => fused_gemm(draft, node),
         "FusedMatMul" => fused_matmul(draft, node),
         "Gelu" => elementwise::gelu(draft, node),
         "LayerNormalization" => norm::layer_normalization(draft, node),
         "QuickGelu" => elementwise::swish(draft, node, 1.702),
+        "QuantizeLinear" => quantized::quantize_linear(draft, node),
         "SimplifiedLayerNormalization" => norm::rms_normalization(draft, node),
         "SkipLayerNormalization" => skip_normalization(draft, node, true),
         "SkipSimplifiedLayerNormalization" => skip_normalization(draft, node, false),
@@ -99,7 +104,7 @@ fn fused_conv(draft: &mut Draft, node: &mut OnnxNode) -> Results {
     let mut operands = vec![node.input(0)?, node.input(1)?];
     operands.extend(node.optional(2));
     let added = node.optional(3);
-    let mut result = quantized::convolution(draft, node, &operands)?;
+    let mut result = qlinear::convolution(draft, node, &operands)?;
     if let Some(added) = added {
         result = draft.add(result, added)?;
     }

@@ -12,6 +12,7 @@ mod elements;
 mod elementwise;
 mod gate;
 mod indexing;
+mod integer;
 mod interpolation;
 mod legacy;
 mod linear;
@@ -22,6 +23,7 @@ mod norm;
 mod optimizer;
 mod pad;
 mod pool;
+mod qlinear;
 mod quantized;
 mod random;
 mod recurrent;
@@ -108,7 +110,7 @@ fn convert_onnx(draft: &mut Draft, node: &mut OnnxNode) -> Results {
         "Constant" => constant::constant(draft, node),
         "ConstantOfShape" => constant::constant_of_shape(draft, node),
         "Conv" => conv::conv(draft, node),
-        "ConvInteger" => quantized::conv_integer(draft, node),
+        "ConvInteger" => integer::conv_integer(draft, node),
         "ConvTranspose" => conv::conv_transpose(draft, node),
         "Cos" => elementwise::unary(draft, node, UnaryOp::Cos),
         "Cosh" => trigonometric::function(draft, node, trigonometric::cosh),
@@ -160,7 +162,7 @@ fn convert_onnx(draft: &mut Draft, node: &mut OnnxNode) -> Results {
         "LRN" => norm::lrn(draft, node),
         "LSTM" => recurrent::lstm(draft, node),
         "MatMul" => linear::matmul(draft, node),
-        "MatMulInteger" => quantized::matmul_integer(draft, node),
+        "MatMulInteger" => integer::matmul_integer(draft, node),
         "Max" => elementwise::variadic(draft, node, BinaryOp::Max),
         "MaxPool" => pool::max_pool(draft, node),
         "MaxUnpool" => pool::max_unpool(draft, node),
@@ -179,8 +181,8 @@ fn convert_onnx(draft: &mut Draft, node: &mut OnnxNode) -> Results {
         "Pad" => pad::pad(draft, node),
         "Pow" => elementwise::pow(draft, node),
         "PRelu" => elementwise::prelu(draft, node),
-        "QLinearConv" => quantized::qlinear_conv(draft, node),
-        "QLinearMatMul" => quantized::qlinear_matmul(draft, node),
+        "QLinearConv" => qlinear::qlinear_conv(draft, node),
+        "QLinearMatMul" => qlinear::qlinear_matmul(draft, node),
         "QuantizeLinear" => quantized::quantize_linear(draft, node),
         "RandomNormal" | "RandomNormalLike" => random::random_normal(draft, node),
         "RandomUniform" | "RandomUniformLike" => random::random_uniform(draft, node),

@@ -1,20 +1,285 @@
-//! Quantization to 8-bit integers, and products of such integers. Rounding passes gradients straight through within the
-//! range of the integers; products are exact.
+//! Quantization: `QuantizeLinear` and its inverse as the graph's own ops, which pass gradients straight through within
+//! the range of the codes.
 
 use super::Results;
-use super::linear::{numpy_product, product};
 use crate::draft::{Draft, ValueId};
 use crate::error::Obstacle;
 use crate::node::{OnnxNode, axis_of};
 use crate::tensor;
-use qcompile_ir::{BinaryOp, CompareOp, DType, Dim, Op, ReduceOp, UnaryOp};
+use qcompile_ir::{
+    BinaryOp, CompareOp, DType, Dim, Op, QuantizedRange, ReduceOp, Shape, Tensor, UnaryOp,
+};
+use std::sync::Arc;
 
 type Value = Result<ValueId, Obstacle>;
 
-/// Products of two numbers below 256 that f32 adds exactly.
-const EXACT_TERMS: usize = 256;
-/// Most parts that a convolution is taken apart into.
-const MOST_PARTS: usize = 1024;
+/// The smallest scale that is learned.
+const SMALLEST_SCALE: f64 = 1e-30;
+
+/// By what a value is quantized, or was.
+#[derive(Clone, Debug)]
+pub(super) struct Parameters {
+    /// f32: a scalar, or one for each index of the axis.
+    scale: ValueId,
+    /// Of the type of the codes and the shape of the scale; none if all are 0 and that changes nothing.
+    zero_point: Option<ValueId>,
+    axis: Option<usize>,
+    /// The scale as the model has it, if it is there.
+    given: Option<Arc<Tensor>>,
+}
+
+/// Whether a value is known to be 0 throughout.
+fn is_zero(draft: &Draft, id: ValueId) -> bool {
+    draft.fixed_tensor(id).is_some_and(|tensor| tensor.splat() == Some(0.0))
+}
+
+/// Refuses a scale that is known and no positive number.
+fn check_scale(draft: &Draft, scale: ValueId) -> Result<(), Obstacle> {
+    if !draft.dtype(scale).is_float() {
+        return Err(Obstacle::invalid(format!("the scale is {}, not floats", draft.ty(scale))));
+    }
+    let Some(tensor) = draft.tensor(scale) else { return Ok(()) };
+    let values = tensor.to_f64();
+    let bad = values.iter().position(|value| !(value.is_finite() && *value > 0.0));
+    bad.map_or(Ok(()), |at| {
+        let place = if values.len() > 1 { format!("element {at} of ") } else { String::new() };
+        Err(Obstacle::invalid(format!(
+            "{place}the scale is {}: a scale is a number above 0",
+            values[at]
+        )))
+    })
+}
+
+/// A scale in f32. Scales are no weights, whoever holds them, unless `--train` names them.
+fn scale_input(draft: &mut Draft, scale: ValueId) -> Value {
+    check_scale(draft, scale)?;
+    if !draft.learns_scales || draft.fixed_tensor(scale).is_some() || draft.tensor(scale).is_none()
+    {
+        return draft.frozen(scale);
+    }
+    if let Some(&held) = draft.derived.get(&scale) {
+        return Ok(held);
+    }
+    // A step of training must not take it to 0 or below.
+    let wide = draft.cast(scale, DType::F32)?;
+    let held = draft.binary_scalar(BinaryOp::Max, wide, SMALLEST_SCALE)?;
+    draft.derived.insert(scale, held);
+    Ok(held)
+}
+
+/// A scale or zero point under other dimensions and as another type; a constant stays one.
+fn converted(draft: &mut Draft, id: ValueId, dtype: DType, dims: &[Dim]) -> Value {
+    if draft.dtype(id) == dtype && draft.dims(id) == dims {
+        return Ok(id);
+    }
+    let sizes = Shape(dims.to_vec()).as_fixed();
+    if let (Some(tensor), Some(sizes)) = (draft.fixed_tensor(id), sizes) {
+        let splat = tensor.splat().filter(|_| tensor.elements() == 1);
+        let values = match splat {
+            Some(value) => vec![value; sizes.iter().product()],
+            None => tensor.to_f64(),
+        };
+        if let Some(tensor) = Tensor::from_f64(dtype, &sizes, &values) {
+            return draft.emit(Op::Const(Arc::new(tensor)), &[]);
+        }
+    }
+    let value = draft.cast(id, dtype)?;
+    if draft.ty(value).shape.elements() == Some(Dim::ONE) {
+        let scalar = draft.reshape(value, &[])?;
+        return draft.broadcast(scalar, dims);
+    }
+    draft.reshape(value, dims)
+}
+
+impl Parameters {
+    /// Scale and zero point for codes of `dtype` in a value of these dimensions: of one element, or along `axis`.
+    pub(super) fn new(
+        draft: &mut Draft,
+        (dtype, whole): (DType, &[Dim]),
+        scale: ValueId,
+        zero_point: Option<ValueId>,
+        axis: i64,
+    ) -> Result<Parameters, Obstacle> {
+        let given = draft.tensor(scale);
+        let scale = scale_input(draft, scale)?;
+        let one = |dims: &[Dim]| dims.is_empty() || dims == [Dim::ONE];
+        let (dims, axis) = match draft.dims(scale) {
+            dims if one(dims) => (Vec::new(), None),
+            &[count] => {
+                let axis = axis_of(axis, whole.len())?;
+                if count != whole[axis] {
+                    return Err(misfit(draft, scale, whole));
+                }
+                (vec![count], Some(axis))
+            }
+            _ => return Err(misfit(draft, scale, whole)),
+        };
+        let scale = converted(draft, scale, DType::F32, &dims)?;
+        let mut kept = None;
+        if let Some(zero_point) = zero_point {
+            let fits = draft.dims(zero_point) == dims || one(draft.dims(zero_point));
+            if draft.dtype(zero_point) != dtype || !fits {
+                return Err(Obstacle::invalid(format!(
+                    "the zero point is {}, the codes are {dtype} and the scale is {}",
+                    draft.ty(zero_point),
+                    draft.ty(scale)
+                )));
+            }
+            kept = Some(Parameters::zero_point(draft, zero_point, &dims)?);
+        }
+        Ok(Parameters { scale, zero_point: kept.flatten(), axis, given })
+    }
+
+    /// A zero point of these dimensions; none where it changes nothing.
+    fn zero_point(
+        draft: &mut Draft,
+        zero_point: ValueId,
+        dims: &[Dim],
+    ) -> Result<Option<ValueId>, Obstacle> {
+        let dtype = draft.dtype(zero_point);
+        if QuantizedRange::of(dtype, true) == QuantizedRange::of(dtype, false)
+            && is_zero(draft, zero_point)
+        {
+            return Ok(None);
+        }
+        // Integers of 16 bits are carried in i32, whose zero point is subtracted.
+        if QuantizedRange::of(dtype, true).is_none() && dtype != DType::I32 {
+            if is_zero(draft, zero_point) {
+                return Ok(None);
+            }
+            return Err(Obstacle::invalid(format!("a zero point of {dtype} that is not 0")));
+        }
+        converted(draft, zero_point, dtype, dims).map(Some)
+    }
+
+    fn operands(&self, x: ValueId) -> Vec<ValueId> {
+        [x, self.scale].into_iter().chain(self.zero_point).collect()
+    }
+
+    /// With the zero point of ONNX's range where none was given: signed codes begin one lower than symmetric ones.
+    fn of_whole_range(mut self, draft: &mut Draft, dtype: DType) -> Result<Parameters, Obstacle> {
+        let symmetric = QuantizedRange::of(dtype, false);
+        let whole = QuantizedRange::of(dtype, true);
+        if self.zero_point.is_none() && whole.is_some() && whole != symmetric {
+            let zero = draft.emit(Op::Const(Arc::new(Tensor::scalar(dtype, 0.0))), &[])?;
+            let dims = draft.dims(self.scale).to_vec();
+            self.zero_point = Some(converted(draft, zero, dtype, &dims)?);
+        }
+        Ok(self)
+    }
+}
+
+fn misfit(draft: &Draft, parameter: ValueId, whole: &[Dim]) -> Obstacle {
+    Obstacle::invalid(format!(
+        "the scale {} for a value of dimensions {}",
+        draft.ty(parameter),
+        Shape(whole.to_vec())
+    ))
+}
+
+/// `x` as codes of `dtype`.
+pub(super) fn quantized(
+    draft: &mut Draft,
+    x: ValueId,
+    dtype: DType,
+    parameters: Parameters,
+) -> Value {
+    if !draft.dtype(x).is_float() {
+        return Err(Obstacle::invalid(format!("{} is not of floats", draft.ty(x))));
+    }
+    let parameters = parameters.of_whole_range(draft, dtype)?;
+    draft.emit(Op::Quantize { dtype, axis: parameters.axis }, &parameters.operands(x))
+}
+
+/// Codes as f32. Codes of a weight that is trained are computed in each step, from the float weight that they were.
+pub(super) fn dequantized(draft: &mut Draft, codes: ValueId, mut parameters: Parameters) -> Value {
+    let axis = parameters.axis;
+    if QuantizedRange::of(draft.dtype(codes), false).is_none() {
+        return Err(Obstacle::invalid(format!("{} is not quantized", draft.ty(codes))));
+    }
+    if let Some(value) = master(draft, codes, &parameters)? {
+        return Ok(value);
+    }
+    if let Some(float) = draft.exact_float(codes) {
+        return carried_value(draft, float, parameters);
+    }
+    if let (DType::I32, Some(zero_point)) = (draft.dtype(codes), parameters.zero_point) {
+        let zero_point = column(draft, zero_point, axis, draft.rank(codes))?;
+        let codes = draft.sub(codes, zero_point)?;
+        return draft.emit(Op::Dequantize { axis }, &[codes, parameters.scale]);
+    }
+    // Computed codes have the zero point that their quantization has, so that they are a pair.
+    if draft.fixed_tensor(codes).is_none() {
+        parameters = parameters.of_whole_range(draft, draft.dtype(codes))?;
+    } else if parameters.zero_point.is_some_and(|zero_point| is_zero(draft, zero_point)) {
+        parameters.zero_point = None;
+    }
+    draft.emit(Op::Dequantize { axis }, &parameters.operands(codes))
+}
+
+/// The value of the codes of a trained weight: a float parameter that begins as what the codes mean, quantized and
+/// dequantized. None for other codes, or parameters that are computed.
+fn master(
+    draft: &mut Draft,
+    codes: ValueId,
+    parameters: &Parameters,
+) -> Result<Option<ValueId>, Obstacle> {
+    let &Parameters { zero_point, axis, .. } = parameters;
+    let dtype = draft.dtype(codes);
+    let Some(name) = draft.trained_codes.get(&codes).cloned() else { return Ok(None) };
+    if let Some(&value) = draft.derived.get(&codes) {
+        return Ok(Some(value));
+    }
+    let zero_tensor = match zero_point {
+        None => None,
+        Some(zero_point) => match draft.fixed_tensor(zero_point) {
+            None => return Ok(None),
+            tensor => tensor,
+        },
+    };
+    let (Some(tensor), Some(scales)) = (draft.fixed_tensor(codes), parameters.given.clone()) else {
+        return Ok(None);
+    };
+    // Symmetric where it can be, which is what products of integers take.
+    let range = QuantizedRange::of(dtype, false);
+    let codes_fit = range.is_some_and(|range| {
+        (0..tensor.elements()).all(|at| tensor.get_f64(at) >= f64::from(range.low))
+    });
+    let zero_point = zero_point.filter(|_| {
+        zero_tensor.as_ref().is_some_and(|zeros| zeros.splat() != Some(0.0)) || !codes_fit
+    });
+    let begins = meaning(&tensor, &scales, zero_tensor.as_deref(), axis);
+    let param = draft.emit(Op::Param(Arc::new(begins)), &[])?;
+    draft.set_name(param, &name);
+    let parameters = Parameters { zero_point, ..parameters.clone() };
+    let codes_now = draft.emit(Op::Quantize { dtype, axis }, &parameters.operands(param))?;
+    let value = draft.emit(Op::Dequantize { axis }, &parameters.operands(codes_now))?;
+    draft.derived.insert(codes, value);
+    Ok(Some(value))
+}
+
+/// `(q - zero_point) · scale` in f32, with one scale or one for each index of an axis.
+#[allow(clippy::cast_possible_truncation, reason = "the result is f32")]
+fn meaning(
+    codes: &Tensor,
+    scales: &Tensor,
+    zero_points: Option<&Tensor>,
+    axis: Option<usize>,
+) -> Tensor {
+    let shape = codes.shape();
+    let inner = axis.map_or(usize::MAX, |axis| shape[axis + 1..].iter().product::<usize>().max(1));
+    let size = scales.elements().max(1);
+    let bytes = (0..codes.elements())
+        .flat_map(|at| {
+            let index = at / inner % size;
+            let zero = zero_points.map_or(0.0, |zeros| zeros.get_f64(index));
+            let whole = (codes.get_f64(at) - zero) as f32;
+            (whole * scales.get_f64(index) as f32).to_le_bytes()
+        })
+        .collect();
+    Tensor::from_bytes(DType::F32, shape.to_vec(), bytes)
+        .unwrap_or_else(|| Tensor::zeros(DType::F32, shape))
+}
 
 /// The number of the element type that an attribute names; none for 0, its default.
 fn type_number(node: &OnnxNode, name: &str) -> Result<Option<i32>, Obstacle> {
@@ -27,186 +292,191 @@ fn type_number(node: &OnnxNode, name: &str) -> Result<Option<i32>, Obstacle> {
     Ok(Some(number))
 }
 
-/// The element type that an attribute names; none for 0, its default.
-fn type_attribute(node: &OnnxNode, name: &str) -> Result<Option<DType>, Obstacle> {
-    type_number(node, name)?.map(tensor::dtype).transpose()
+/// A value seen as rows that are blocks along an axis, each with its own scale.
+struct Blocks {
+    /// The dimensions of the value, and those that they become where the axis is no multiple of a block.
+    own: Vec<Dim>,
+    whole: Vec<Dim>,
+    axis: usize,
+    /// The dimensions with the number of blocks on the axis, and the size of a block.
+    apart: Vec<Dim>,
+    block: Dim,
+    rows: Dim,
 }
 
-/// Integers that values are rounded to: their element type in the graph, the smallest and the largest.
-#[derive(Clone, Copy)]
-struct Integers {
+impl Blocks {
+    /// The blocks of `x` that a node asks for; none without the attribute.
+    fn of(draft: &Draft, node: &OnnxNode, x: ValueId) -> Result<Option<Blocks>, Obstacle> {
+        let block = node.attributes.int("block_size", 0)?;
+        if block == 0 {
+            return Ok(None);
+        }
+        let block = usize::try_from(block)
+            .map_err(|_| Obstacle::invalid(format!("attribute block_size is {block}")))?;
+        let own = draft.dims(x).to_vec();
+        let axis = axis_of(node.attributes.int("axis", 1)?, own.len())?;
+        let length = own[axis].as_fixed().ok_or_else(|| {
+            Obstacle::batch(format!("blocks along axis {axis}, which depends on the batch size"))
+        })?;
+        let block = block.min(length.max(1));
+        let count = length.div_ceil(block);
+        let mut whole = own.clone();
+        whole[axis] = Dim::fixed(count.saturating_mul(block));
+        let mut apart = own.clone();
+        apart[axis] = Dim::fixed(count);
+        let rows = Shape(apart.clone()).elements();
+        let rows =
+            rows.ok_or_else(|| Obstacle::batch("blocks that depend on the batch size twice"))?;
+        Ok(Some(Blocks { own, whole, axis, apart, block: Dim::fixed(block), rows }))
+    }
+
+    /// The value as a matrix of blocks.
+    fn rows(&self, draft: &mut Draft, mut x: ValueId) -> Value {
+        let high = self.whole[self.axis].scale - self.own[self.axis].scale;
+        if high > 0 {
+            let pad = Op::Pad { axis: self.axis, low: 0, high, interior: 0, value: 0.0 };
+            x = draft.emit(pad, &[x])?;
+        }
+        let mut split = self.apart.clone();
+        split.insert(self.axis + 1, self.block);
+        let split = draft.reshape(x, &split)?;
+        let last = draft.move_axis(split, self.axis + 1, self.whole.len())?;
+        draft.reshape(last, &[self.rows, self.block])
+    }
+
+    /// The value that has these blocks.
+    fn value(&self, draft: &mut Draft, rows: ValueId) -> Value {
+        let mut apart = self.apart.clone();
+        apart.push(self.block);
+        let apart = draft.reshape(rows, &apart)?;
+        let split = draft.move_axis(apart, self.whole.len(), self.axis + 1)?;
+        let joined = draft.reshape(split, &self.whole)?;
+        draft.slice(joined, self.axis, 0, self.own[self.axis].scale)
+    }
+
+    /// A scale or zero point of each block.
+    fn parameter(&self, draft: &mut Draft, parameter: ValueId) -> Value {
+        if draft.dims(parameter) != self.apart {
+            return Err(misfit(draft, parameter, &self.own));
+        }
+        draft.reshape(parameter, &[self.rows])
+    }
+}
+
+/// Applies `each` to operand 0 of a node, or to its blocks, by the node's scale and zero point for codes of `dtype`.
+fn by_parameters(
+    draft: &mut Draft,
+    node: &OnnxNode,
     dtype: DType,
-    low: f64,
-    high: f64,
-}
-
-impl Integers {
-    const U8: Integers = Integers { dtype: DType::U8, low: 0.0, high: 255.0 };
-
-    /// Those of the element type of a zero point.
-    fn of(dtype: DType) -> Result<Integers, Obstacle> {
-        match dtype {
-            DType::I8 => Ok(Integers { dtype, low: -128.0, high: 127.0 }),
-            DType::U8 => Ok(Integers::U8),
-            other => Err(Obstacle::unsupported(format!("quantization to {other}"))),
-        }
-    }
-
-    /// Those of an ONNX element type, which may be of 16 bits.
-    fn numbered(number: i32) -> Result<Integers, Obstacle> {
-        let dtype = tensor::dtype(number)?;
-        match tensor::range(number) {
-            Some((low, count)) if count <= 1 << 16 => {
-                #[allow(clippy::cast_precision_loss, reason = "numbers of 16 bits")]
-                let (low, count) = (low as f64, count as f64);
-                Ok(Integers { dtype, low, high: low + count - 1.0 })
-            }
-            _ => Integers::of(dtype),
-        }
-    }
-}
-
-/// A scale or zero point as `x` needs it: one for all, one for each index of an axis, or one for each block along it.
-fn aligned(draft: &mut Draft, node: &OnnxNode, parameter: ValueId) -> Value {
+    each: &dyn Fn(&mut Draft, ValueId, Parameters) -> Value,
+) -> Value {
     let x = node.input(0)?;
-    let block = node.attributes.int("block_size", 0)?;
+    let (scale, zero_point) = (node.input(1)?, node.optional(2));
     let axis = node.attributes.int("axis", 1)?;
-    let dims = draft.dims(parameter).to_vec();
-    let whole = draft.dims(x).to_vec();
-    let misfit = |draft: &Draft| {
-        Obstacle::invalid(format!("{} scales {}", draft.ty(parameter), draft.ty(x)))
+    let Some(blocks) = Blocks::of(draft, node, x)? else {
+        let whole = draft.dims(x).to_vec();
+        let parameters = Parameters::new(draft, (dtype, &whole), scale, zero_point, axis)?;
+        return each(draft, x, parameters);
     };
-    if dims.is_empty() || dims == [Dim::ONE] && block == 0 {
-        return draft.reshape(parameter, &[]);
-    }
-    let axis = axis_of(axis, whole.len())?;
-    if block == 0 {
-        if dims != [whole[axis]] {
-            return Err(misfit(draft));
+    check_scale(draft, scale)?;
+    let scale = blocks.parameter(draft, scale)?;
+    let zero_point = match zero_point {
+        None => None,
+        Some(zero_point) => Some(blocks.parameter(draft, zero_point)?),
+    };
+    let whole = [blocks.rows, blocks.block];
+    let parameters = Parameters::new(draft, (dtype, &whole), scale, zero_point, 0)?;
+    let rows = blocks.rows(draft, x)?;
+    let rows = each(draft, rows, parameters)?;
+    blocks.value(draft, rows)
+}
+
+/// What a node quantizes to: its type in the graph, and the range of codes where the graph has a wider type for them.
+#[derive(Clone, Copy)]
+struct Codes {
+    dtype: DType,
+    carried: Option<(f64, f64)>,
+}
+
+impl Codes {
+    fn of(draft: &Draft, node: &OnnxNode) -> Result<Codes, Obstacle> {
+        let zero_point = node.optional(2);
+        let codes = match type_number(node, "output_dtype")? {
+            None => {
+                let dtype = zero_point.map_or(DType::U8, |zero_point| draft.dtype(zero_point));
+                Codes { dtype, carried: None }
+            }
+            Some(number) => {
+                let dtype = tensor::dtype(number)?;
+                if let Some(other) = zero_point.filter(|&zero| draft.dtype(zero) != dtype) {
+                    return Err(Obstacle::invalid(format!(
+                        "output_dtype is {}, but the zero point {}",
+                        tensor::dtype_name(number),
+                        draft.ty(other)
+                    )));
+                }
+                #[allow(clippy::cast_precision_loss, reason = "numbers of 16 bits")]
+                let carried = tensor::range(number)
+                    .filter(|&(_, count)| count <= 1 << 16)
+                    .map(|(low, count)| (low as f64, (low + count - 1) as f64));
+                Codes { dtype, carried }
+            }
+        };
+        let quantized = QuantizedRange::of(codes.dtype, false).is_some();
+        if codes.carried.is_some() || (quantized && codes.dtype != DType::I32) {
+            return Ok(codes);
         }
-        let mut column = vec![Dim::ONE; whole.len()];
-        column[axis] = whole[axis];
-        return draft.reshape(parameter, &column);
+        Err(Obstacle::unsupported(format!("quantization to {}", codes.dtype)))
     }
-    let length = whole[axis].as_fixed().ok_or_else(|| {
-        Obstacle::batch(format!("blocks along axis {axis}, which depends on the batch size"))
-    })?;
-    let block = usize::try_from(block)
-        .map_err(|_| Obstacle::invalid(format!("attribute block_size is {block}")))?
-        .min(length.max(1));
-    let mut expected = whole.clone();
-    expected[axis] = Dim::fixed(length.div_ceil(block));
-    if dims != expected {
-        return Err(misfit(draft));
-    }
-    let mut apart = dims;
-    apart.insert(axis + 1, Dim::ONE);
-    let one = draft.reshape(parameter, &apart)?;
-    apart[axis + 1] = Dim::fixed(block);
-    let many = draft.broadcast(one, &apart)?;
-    apart.remove(axis + 1);
-    apart[axis] = Dim::fixed(length.div_ceil(block).saturating_mul(block));
-    let joined = draft.reshape(many, &apart)?;
-    draft.slice(joined, axis, 0, length)
-}
-
-/// `ratio + zero`, rounded and held within the range of integers. What rounds into the range has the gradient of the
-/// ratio.
-fn rounded(draft: &mut Draft, ratio: ValueId, zero: Option<ValueId>, to: Integers) -> Value {
-    let (mut low, mut high) = (draft.scalar(DType::F32, to.low), draft.scalar(DType::F32, to.high));
-    if let Some(zero) = zero {
-        low = draft.sub(low, zero)?;
-        high = draft.sub(high, zero)?;
-    }
-    // Zero points are integers, so rounding and shifting may change places.
-    let whole = draft.unary(UnaryOp::Round, ratio)?;
-    let whole = held(draft, whole, low, high)?;
-    low = draft.binary_scalar(BinaryOp::Sub, low, 0.5)?;
-    high = draft.binary_scalar(BinaryOp::Add, high, 0.5)?;
-    let held = held(draft, ratio, low, high)?;
-    let error = draft.sub(whole, held)?;
-    let error = draft.unary(UnaryOp::StopGradient, error)?;
-    let mut through = draft.add(held, error)?;
-    if let Some(zero) = zero {
-        through = draft.add(through, zero)?;
-    }
-    let integer = draft.cast(through, to.dtype)?;
-    draft.set_exact_float(integer, through);
-    Ok(integer)
-}
-
-fn held(draft: &mut Draft, x: ValueId, low: ValueId, high: ValueId) -> Value {
-    let above = draft.binary(BinaryOp::Max, x, low)?;
-    draft.binary(BinaryOp::Min, above, high)
-}
-
-/// A scale in f32. Scales are no weights, whoever holds them.
-fn scale_input(draft: &mut Draft, node: &OnnxNode, at: usize) -> Value {
-    let scale = draft.frozen(node.input(at)?)?;
-    draft.cast(scale, DType::F32)
 }
 
 pub(super) fn quantize_linear(draft: &mut Draft, node: &OnnxNode) -> Results {
-    let x = node.input(0)?;
-    // Only conversions to float8 do not saturate.
-    node.attributes.flag("saturate", true)?;
-    let scale = draft.frozen(node.input(1)?)?;
-    let scale = aligned(draft, node, scale)?;
-    let precision = type_attribute(node, "precision")?.unwrap_or(draft.dtype(scale));
-    let declared = type_number(node, "output_dtype")?;
-    let zero = node.optional(2);
-    let to = match (declared, zero) {
-        (Some(number), _) => Integers::numbered(number)?,
-        (None, Some(zero)) => Integers::of(draft.dtype(zero))?,
-        (None, None) => Integers::U8,
+    let codes = Codes::of(draft, node)?;
+    if !node.attributes.flag("saturate", true)? && codes.dtype.is_float8() {
+        return Err(Obstacle::unsupported("a conversion to float8 that does not saturate"));
+    }
+    if let Some(number) = type_number(node, "precision")? {
+        // The quotient is f32, which has every bit of the types that may be asked for.
+        tensor::dtype(number)?;
+    }
+    let Codes { dtype, carried } = codes;
+    let code = |draft: &mut Draft, x: ValueId, parameters: Parameters| match carried {
+        Some(range) => carried_codes(draft, x, parameters, dtype, range),
+        None => quantized(draft, x, dtype, parameters),
     };
-    let zero = match zero {
-        None => None,
-        Some(zero) if draft.dtype(zero) == to.dtype => {
-            let zero = draft.cast(zero, DType::F32)?;
-            Some(aligned(draft, node, zero)?)
-        }
-        Some(zero) => {
-            let text =
-                format!("output_dtype is {}, but the zero point {}", to.dtype, draft.ty(zero));
-            return Err(Obstacle::invalid(text));
-        }
-    };
-    let (x, scale) = (draft.cast(x, precision)?, draft.cast(scale, precision)?);
-    let ratio = draft.binary(BinaryOp::Div, x, scale)?;
-    let ratio = draft.cast(ratio, DType::F32)?;
-    Ok(vec![rounded(draft, ratio, zero, to)?])
+    Ok(vec![by_parameters(draft, node, dtype, &code)?])
 }
 
 pub(super) fn dequantize_linear(draft: &mut Draft, node: &OnnxNode) -> Results {
-    let x = node.input(0)?;
-    let declared = type_attribute(node, "output_dtype")?;
-    let to = declared.unwrap_or(draft.dtype(node.input(1)?));
-    let mut whole = match draft.exact_float(x) {
-        Some(float) => float,
-        None => draft.cast(x, DType::F32)?,
+    let (codes, scale) = (node.input(0)?, node.input(1)?);
+    let to = match type_number(node, "output_dtype")? {
+        Some(number) => tensor::dtype(number)?,
+        None => draft.dtype(scale),
     };
-    if let Some(zero) = node.optional(2) {
-        if draft.dtype(zero) != draft.dtype(x) {
-            return Err(Obstacle::invalid(format!(
-                "the zero point is {} for {}",
-                draft.ty(zero),
-                draft.ty(x)
-            )));
-        }
-        let zero = draft.cast(zero, DType::F32)?;
-        let zero = aligned(draft, node, zero)?;
-        whole = draft.sub(whole, zero)?;
-    }
-    let scale = scale_input(draft, node, 1)?;
-    let scale = aligned(draft, node, scale)?;
-    let y = draft.mul(whole, scale)?;
+    let dtype = draft.dtype(codes);
+    let y = by_parameters(draft, node, dtype, &dequantized)?;
     Ok(vec![draft.cast(y, to)?])
 }
 
 /// To unsigned integers, by a scale and a zero point from the extremes, among which 0 is counted.
 pub(super) fn dynamic_quantize_linear(draft: &mut Draft, node: &OnnxNode) -> Results {
     let x = super::elementwise::float_input(draft, node, 0)?;
+    let (scale, zero_point) = dynamic_parameters(draft, x)?;
+    let parameters = Parameters { scale, zero_point: Some(zero_point), axis: None, given: None };
+    let y = quantized(draft, x, DType::U8, parameters)?;
+    Ok(vec![y, scale, zero_point])
+}
+
+/// A value rounded to codes of 8 bits by its extremes.
+pub(super) fn dynamically(draft: &mut Draft, x: ValueId) -> Value {
+    let (scale, zero_point) = dynamic_parameters(draft, x)?;
+    let parameters = Parameters { scale, zero_point: Some(zero_point), axis: None, given: None };
+    let codes = quantized(draft, x, DType::U8, parameters.clone())?;
+    dequantized(draft, codes, parameters)
+}
+
+/// The scale and the zero point that a value has by its extremes; no gradient goes through them.
+fn dynamic_parameters(draft: &mut Draft, x: ValueId) -> Result<(ValueId, ValueId), Obstacle> {
     let axes: Vec<usize> = (0..draft.rank(x)).collect();
     let negated = draft.unary(UnaryOp::Neg, x)?;
     let mut extremes = [x, negated];
@@ -223,225 +493,69 @@ pub(super) fn dynamic_quantize_linear(draft: &mut Draft, node: &OnnxNode) -> Res
     let (zero, one) = (draft.scalar(DType::F32, 0.0), draft.scalar(DType::F32, 1.0));
     let null = draft.compare(CompareOp::Equal, scale, zero)?;
     let scale = draft.select(null, one, scale)?;
-    let point = draft.binary(BinaryOp::Div, below, scale)?;
-    let point = rounded(draft, point, None, Integers::U8)?;
-    let shift = draft.cast(point, DType::F32)?;
-    let ratio = draft.binary(BinaryOp::Div, x, scale)?;
-    let y = rounded(draft, ratio, Some(shift), Integers::U8)?;
-    Ok(vec![y, scale, point])
+    let zero_point = draft.emit(Op::Quantize { dtype: DType::U8, axis: None }, &[below, scale])?;
+    Ok((scale, zero_point))
 }
 
-/// Operand `at` less its zero point, in f32.
-fn less_zero(draft: &mut Draft, x: ValueId, zero: Option<ValueId>) -> Value {
-    if !matches!(draft.dtype(x), DType::I8 | DType::U8) {
-        return Err(Obstacle::invalid(format!("{} is not of 8-bit integers", draft.ty(x))));
-    }
-    let whole = draft.cast(x, DType::F32)?;
-    let Some(zero) = zero else {
-        return Ok(whole);
-    };
-    let zero = draft.cast(zero, DType::F32)?;
-    let dims = draft.dims(whole).to_vec();
-    let difference = draft.sub(whole, zero)?;
-    if draft.dims(difference) != dims {
-        let text = format!("the zero point {} for {}", draft.ty(zero), draft.ty(whole));
-        return Err(Obstacle::invalid(text));
-    }
-    Ok(difference)
-}
-
-/// One number for each row of a matrix, as a column.
-fn of_rows(draft: &mut Draft, parameter: ValueId) -> Value {
-    match *draft.dims(parameter) {
-        [rows] if rows != Dim::ONE => draft.reshape(parameter, &[rows, Dim::ONE]),
-        _ => Ok(parameter),
-    }
-}
-
-/// The product of matrices of integers of less than 9 bits, held in f32; i32. Parts that f32 adds exactly are added as
-/// integers.
-fn integer_product(draft: &mut Draft, a: ValueId, b: ValueId) -> Value {
-    let (rank_a, rank_b) = (draft.rank(a), draft.rank(b));
-    let inner = draft.dims(a)[rank_a - 1];
-    let Some(length) = inner.as_fixed() else {
-        return Err(Obstacle::batch("a sum of integers that depends on the batch size"));
-    };
-    if length <= EXACT_TERMS || inner != draft.dims(b)[rank_b - 2] {
-        let product = product(draft, a, b)?;
-        return draft.cast(product, DType::I32);
-    }
-    let rank = rank_a.max(rank_b);
-    let parts = length.div_ceil(EXACT_TERMS);
-    let high = parts.saturating_mul(EXACT_TERMS) - length;
-    // [..., m, k] -> [parts, ..., m, terms] and [..., k, n] -> [parts, ..., terms, n]
-    let mut split = |x: ValueId, axis_from_end: usize| {
-        let axis = draft.rank(x) - axis_from_end;
-        let pad = Op::Pad { axis, low: 0, high, interior: 0, value: 0.0 };
-        let padded = if high > 0 { draft.emit(pad, &[x])? } else { x };
-        let mut dims = vec![Dim::ONE; rank - draft.rank(x)];
-        let axis = axis + dims.len();
-        dims.extend(draft.dims(padded));
-        dims[axis] = Dim::fixed(EXACT_TERMS);
-        dims.insert(axis, Dim::fixed(parts));
-        let apart = draft.reshape(padded, &dims)?;
-        draft.move_axis(apart, axis, 0)
-    };
-    let (a, b) = (split(a, 1)?, split(b, 2)?);
-    let products = product(draft, a, b)?;
-    let products = draft.cast(products, DType::I32)?;
-    let sum = draft.reduce(ReduceOp::Sum, products, &[0])?;
-    draft.squeeze(sum, &[0])
-}
-
-pub(super) fn matmul_integer(draft: &mut Draft, node: &OnnxNode) -> Results {
-    let zero = match node.optional(2) {
-        Some(zero) => Some(of_rows(draft, zero)?),
-        None => None,
-    };
-    let a = less_zero(draft, node.input(0)?, zero)?;
-    let b = less_zero(draft, node.input(1)?, node.optional(3))?;
-    Ok(vec![numpy_product(draft, a, b, integer_product)?])
-}
-
-/// `sum · scale`, rounded to the type of a zero point.
-fn requantized(draft: &mut Draft, sum: ValueId, scale: ValueId, zero: ValueId) -> Value {
-    let to = Integers::of(draft.dtype(zero))?;
-    let sum = draft.cast(sum, DType::F32)?;
-    let dims = draft.dims(sum).to_vec();
-    let zero = draft.cast(zero, DType::F32)?;
-    let scaled = draft.mul(sum, scale)?;
-    let y = rounded(draft, scaled, Some(zero), to)?;
-    if draft.dims(y) != dims {
-        return Err(Obstacle::invalid("scales or zero points do not fit the result"));
-    }
-    Ok(y)
-}
-
-pub(super) fn qlinear_matmul(draft: &mut Draft, node: &OnnxNode) -> Results {
-    let a_zero = of_rows(draft, node.input(2)?)?;
-    let a = less_zero(draft, node.input(0)?, Some(a_zero))?;
-    let b = less_zero(draft, node.input(3)?, Some(node.input(5)?))?;
-    let sum = numpy_product(draft, a, b, integer_product)?;
-    let (a_scale, y_scale) = (scale_input(draft, node, 1)?, scale_input(draft, node, 6)?);
-    let (a_scale, y_scale) = (of_rows(draft, a_scale)?, of_rows(draft, y_scale)?);
-    let b_scale = scale_input(draft, node, 4)?;
-    let scale = draft.mul(a_scale, b_scale)?;
-    let mut scale = draft.binary(BinaryOp::Div, scale, y_scale)?;
-    if draft.ty(scale).shape.elements() == Some(Dim::ONE) {
-        scale = draft.reshape(scale, &[])?;
-    }
-    let y_zero = of_rows(draft, node.input(7)?)?;
-    let y_zero = if draft.ty(y_zero).shape.elements() == Some(Dim::ONE) {
-        draft.reshape(y_zero, &[])?
-    } else {
-        y_zero
-    };
-    Ok(vec![requantized(draft, sum, scale, y_zero)?])
-}
-
-/// The convolution that the node's attributes say, of other operands.
-pub(super) fn convolution(draft: &mut Draft, node: &mut OnnxNode, operands: &[ValueId]) -> Value {
-    let operands = operands.iter().map(|&operand| Some(operand)).collect();
-    let inputs = std::mem::replace(&mut node.inputs, operands);
-    let op = std::mem::replace(&mut node.op, "Conv");
-    let results = super::conv::conv(draft, node);
-    (node.inputs, node.op) = (inputs, op);
-    Ok(results?[0])
-}
-
-/// The convolution of integers of less than 9 bits, held in f32; i32. Parts that f32 adds exactly are added as
-/// integers.
-fn integer_convolution(
-    draft: &mut Draft,
-    node: &mut OnnxNode,
-    x: ValueId,
-    weight: ValueId,
-) -> Value {
-    let given = node.attributes.int("group", 1)?;
-    let sizes = draft.ty(weight).shape.as_fixed().unwrap_or_default();
-    let (groups, channels) = (usize::try_from(given).unwrap_or(0), sizes.get(1).copied());
-    let channels = channels.unwrap_or(0);
-    let places = sizes.iter().skip(2).try_fold(1_usize, |count, &size| count.checked_mul(size));
-    let step = EXACT_TERMS / places.unwrap_or(usize::MAX).max(1);
-    let fits =
-        draft.rank(x) > 2 && groups.checked_mul(channels).map(Dim::fixed) == Some(draft.dims(x)[1]);
-    if step >= channels || !fits {
-        let result = convolution(draft, node, &[x, weight])?;
-        return draft.cast(result, DType::I32);
-    }
-    if step == 0 || channels.div_ceil(step) > MOST_PARTS {
-        return Err(Obstacle::unsupported(format!(
-            "a convolution of integers with the weight {}",
-            draft.ty(weight)
-        )));
-    }
-    let dims = draft.dims(x).to_vec();
-    let mut grouped = dims.clone();
-    grouped.splice(1..2, [Dim::fixed(groups), Dim::fixed(channels)]);
-    let grouped = draft.reshape(x, &grouped)?;
-    let mut sum = None;
-    for start in (0..channels).step_by(step) {
-        let end = channels.min(start + step);
-        let part = draft.slice(grouped, 2, start, end)?;
-        let mut joined = dims.clone();
-        joined[1] = Dim::fixed(groups * (end - start));
-        let part = draft.reshape(part, &joined)?;
-        let weight = draft.slice(weight, 1, start, end)?;
-        let part = convolution(draft, node, &[part, weight])?;
-        let part = draft.cast(part, DType::I32)?;
-        sum = Some(match sum {
-            None => part,
-            Some(sum) => draft.add(sum, part)?,
-        });
-    }
-    sum.ok_or_else(|| Obstacle::invalid("a weight without channels"))
-}
-
-/// One number for each output channel, along an axis of a value of a rank.
-fn of_channels(draft: &mut Draft, parameter: ValueId, axis: usize, rank: usize) -> Value {
-    let [count] = *draft.dims(parameter) else {
-        return Ok(parameter);
-    };
+/// A scale or zero point as what it scales needs it for elementwise ops.
+fn column(draft: &mut Draft, parameter: ValueId, axis: Option<usize>, rank: usize) -> Value {
+    let Some(axis) = axis else { return Ok(parameter) };
     let mut dims = vec![Dim::ONE; rank];
-    if let Some(dim) = dims.get_mut(axis) {
-        *dim = count;
-    }
+    dims[axis] = draft.dims(parameter)[0];
     draft.reshape(parameter, &dims)
 }
 
-pub(super) fn conv_integer(draft: &mut Draft, node: &mut OnnxNode) -> Results {
-    let (x, weight) = (node.input(0)?, node.input(1)?);
-    let zero = match node.optional(3) {
-        Some(zero) => Some(of_channels(draft, zero, 0, draft.rank(weight))?),
-        None => None,
+/// Codes of 16 bits, as floats that are known to be whole, cast to the type that carries them. What rounds into their range has the
+/// gradient of the quotient.
+fn carried_codes(
+    draft: &mut Draft,
+    x: ValueId,
+    parameters: Parameters,
+    dtype: DType,
+    (low, high): (f64, f64),
+) -> Value {
+    let Parameters { scale, zero_point, axis, .. } = parameters;
+    let rank = draft.rank(x);
+    let x = draft.cast(x, DType::F32)?;
+    let scale = column(draft, scale, axis, rank)?;
+    let mut ratio = draft.binary(BinaryOp::Div, x, scale)?;
+    let [mut low, mut high] = [low, high].map(|end| draft.scalar(DType::F32, end));
+    let mut shift = None;
+    if let Some(zero_point) = zero_point {
+        let zero_point = draft.cast(zero_point, DType::F32)?;
+        let zero_point = column(draft, zero_point, axis, rank)?;
+        low = draft.sub(low, zero_point)?;
+        high = draft.sub(high, zero_point)?;
+        shift = Some(zero_point);
+    }
+    let held = |draft: &mut Draft, x: ValueId, low: ValueId, high: ValueId| {
+        let above = draft.binary(BinaryOp::Max, x, low)?;
+        draft.binary(BinaryOp::Min, above, high)
     };
-    let x = less_zero(draft, x, node.optional(2))?;
-    let weight = less_zero(draft, weight, zero)?;
-    Ok(vec![integer_convolution(draft, node, x, weight)?])
+    let whole = draft.unary(UnaryOp::Round, ratio)?;
+    let whole = held(draft, whole, low, high)?;
+    low = draft.binary_scalar(BinaryOp::Sub, low, 0.5)?;
+    high = draft.binary_scalar(BinaryOp::Add, high, 0.5)?;
+    ratio = held(draft, ratio, low, high)?;
+    let error = draft.sub(whole, ratio)?;
+    let error = draft.unary(UnaryOp::StopGradient, error)?;
+    let mut through = draft.add(ratio, error)?;
+    if let Some(zero_point) = shift {
+        through = draft.add(through, zero_point)?;
+    }
+    let codes = draft.cast(through, dtype)?;
+    draft.set_exact_float(codes, through);
+    Ok(codes)
 }
 
-pub(super) fn qlinear_conv(draft: &mut Draft, node: &mut OnnxNode) -> Results {
-    let (x, weight) = (node.input(0)?, node.input(3)?);
-    let rank = draft.rank(weight);
-    let zero = of_channels(draft, node.input(5)?, 0, rank)?;
-    let x = less_zero(draft, x, Some(node.input(2)?))?;
-    let weight = less_zero(draft, weight, Some(zero))?;
-    let scales = [1, 4, 6].map(|at| scale_input(draft, node, at));
-    let [x_scale, weight_scale, y_scale] = scales;
-    let weight_scale = of_channels(draft, weight_scale?, 1, rank)?;
-    let y_zero = draft.reshape(node.input(7)?, &[])?;
-    let bias = node.optional(8);
-    let mut sum = integer_convolution(draft, node, x, weight)?;
-    if let Some(bias) = bias {
-        let bias = of_channels(draft, bias, 1, rank)?;
-        sum = draft.add(sum, bias)?;
+/// What codes that are floats mean.
+fn carried_value(draft: &mut Draft, mut codes: ValueId, parameters: Parameters) -> Value {
+    let rank = draft.rank(codes);
+    if let Some(zero_point) = parameters.zero_point {
+        let zero_point = draft.cast(zero_point, DType::F32)?;
+        let zero_point = column(draft, zero_point, parameters.axis, rank)?;
+        codes = draft.sub(codes, zero_point)?;
     }
-    let scale = draft.mul(x_scale?, weight_scale)?;
-    let scale = draft.binary(BinaryOp::Div, scale, y_scale?)?;
-    let scale = if draft.ty(scale).shape.elements() == Some(Dim::ONE) {
-        draft.reshape(scale, &[])?
-    } else {
-        scale
-    };
-    Ok(vec![requantized(draft, sum, scale, y_zero)?])
+    let scale = column(draft, parameters.scale, parameters.axis, rank)?;
+    draft.mul(codes, scale)
 }

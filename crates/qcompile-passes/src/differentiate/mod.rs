@@ -23,7 +23,7 @@ pub use rules::carries_gradient;
 
 use crate::PassError;
 use crate::builder::Builder;
-use qcompile_ir::{Graph, Name, Node, NodeId, Op, Region};
+use qcompile_ir::{Graph, Name, Node, NodeId, Note, Op, Region};
 use std::collections::BTreeMap;
 
 /// What was built, by node (valid until the next sweep).
@@ -204,10 +204,8 @@ fn note_product(graph: &mut Graph, forward: NodeId, product: NodeId) {
     if !matches!(op, Op::Matmul { .. } | Op::Conv2d(_)) {
         return;
     }
-    let (origin, precision) = (note.origin.clone(), note.precision);
-    let note = graph.note_mut(product);
-    note.origin = origin;
-    note.precision = precision;
+    let note = Note { sensitivity: None, outliers: Vec::new(), ..note.clone() };
+    *graph.note_mut(product) = note;
 }
 
 #[cfg(test)]

@@ -75,9 +75,12 @@ pub fn carries_gradient(graph: &Graph, id: NodeId, position: usize) -> bool {
         Op::Select => position > 0,
         Op::Scatter { .. } => position > 0 && graph.ty(id).dtype.is_float(),
         Op::Gather => position == 0 && graph.ty(id).dtype.is_float(),
-        Op::CrossEntropy | Op::Quantize { .. } | Op::Dequantize { .. } | Op::MaxPool2dGrad(_) => {
-            position == 0
-        }
+        Op::CrossEntropy | Op::Quantize { .. } | Op::MaxPool2dGrad(_) => position == 0,
+        Op::Dequantize { .. } => match position {
+            0 => true,
+            1 => quantized::learned(graph, graph.operand(id, 1)),
+            _ => false,
+        },
         Op::CrossEntropyGrad => position != 1,
         Op::StraightThrough { .. } => position < 2,
         Op::Recurrence(layer) => layer.operands().lengths != Some(position),

@@ -1,43 +1,88 @@
-//! Quantizes the products that give the gradients of layer inputs.
+//! Quantizes the products of the backward pass.
 
-use super::insert::Inserted;
-use super::layer::{parameter, unquantized};
+use super::insert::{Inserted, Operand, Role, is_quantized, rows};
+use super::layer::{Gradient, unquantized};
+use super::scale;
 use crate::PassError;
 use crate::builder::Builder;
-use qcompile_ir::{DType, Graph, NodeId, Op, ReduceOp, Region, Shape};
+use qcompile_ir::{DType, Graph, NodeId, Op, Precision, ReduceOp, Region, Shape};
 
-/// Rounds the operands of every backward `conv2d_grad_input` and `matmul` whose note says that `grad_input` is int8:
-/// the incoming gradient and the weight, both per tensor, since the product sums over the weight's output channels.
-/// The gradient of the weight is not touched and sees the unrounded gradient. Returns the number of products quantized.
+/// Lets the gradient pass where its value was rounded by the scale of its own largest magnitude: nothing is clamped then,
+/// so the gradient of the rounding is 1 everywhere.
+pub(super) fn pass_straight(graph: &mut Graph) -> Result<(), PassError> {
+    for id in graph.order() {
+        let Op::StraightThrough { dtype, axis } = *graph.op(id) else { continue };
+        let [x, dy, scale] = graph.operands(id)[..] else { continue };
+        if scale::is_current(graph, scale, x, axis, dtype) {
+            graph.replace_uses(id, dy)?;
+        }
+    }
+    Ok(())
+}
+
+/// Rounds the operands of every product of the backward pass whose note says so. Of the gradient of an input: the incoming
+/// gradient per tensor or row, and the weight per tensor, since the product sums over the weight's output channels. Of
+/// the gradient of a weight: the data and the incoming gradient, both per tensor, since it sums over rows; in any other
+/// precision it sees the unrounded gradient. Returns the number of products quantized.
 pub(super) fn insert(graph: &mut Graph) -> Result<usize, PassError> {
     let mut inserted = Inserted::default();
     let mut count = 0;
     for id in graph.order() {
         let node = graph.node(id);
-        let product = matches!(node.op, Op::Conv2dGradInput(_) | Op::Matmul { .. });
-        let asked = node.note.precision.is_some_and(|note| note.grad_input == DType::I8);
-        if node.region != Region::Backward || !product || !asked || node.ty.dtype != DType::F32 {
+        let (Some(product), Some(precision)) = (Gradient::of(graph, id), node.note.precision)
+        else {
+            continue;
+        };
+        let dtype = product.precision(&precision);
+        if !is_quantized(dtype) || node.ty.dtype != DType::F32 {
             continue;
         }
-        let operands = graph.operands(id);
-        let of_weight: Vec<bool> = operands
-            .iter()
-            .map(|&operand| {
-                graph.node(operand).region == Region::Forward && parameter(graph, operand).is_some()
-            })
-            .collect();
-        let (weight, gradient) = match of_weight[..] {
-            [false, true] => (1, 0),
-            [true, false] => (0, 1),
-            _ => continue,
+        let quantizer = node.note.quantizer.unwrap_or_default();
+        let mut incoming = Operand { role: Role::Gradient, axis: None, dtype, quantizer };
+        let gradient = match product {
+            Gradient::Input { weight, gradient } => {
+                let how = Operand { role: Role::Weight, dtype: quantizer.weight, ..incoming };
+                let quantized =
+                    quantized_weight(graph, graph.operand(id, weight), how, &mut inserted)?;
+                graph.set_operand(id, weight, quantized)?;
+                if gradient == 0 {
+                    incoming.axis = rows(graph, id, quantizer);
+                }
+                gradient
+            }
+            Gradient::Weight { data, gradient } => {
+                let dtype = activation(&precision);
+                let how = Operand { role: Role::Activation, dtype, ..incoming };
+                let quantized = quantized_data(graph, graph.operand(id, data), how, &mut inserted)?;
+                graph.set_operand(id, data, quantized)?;
+                gradient
+            }
         };
-        let quantized = quantized_weight(graph, operands[weight], &mut inserted)?;
-        graph.set_operand(id, weight, quantized)?;
-        let quantized = inserted.quantized(graph, operands[gradient], None, Region::Backward)?;
+        let operand = graph.operand(id, gradient);
+        let quantized = inserted.quantized(graph, operand, incoming, Region::Backward)?;
         graph.set_operand(id, gradient, quantized)?;
         count += 1;
     }
     Ok(count)
+}
+
+/// The codes of a layer's data: those of its forward product; those of its gradients, where that has none.
+fn activation(precision: &Precision) -> DType {
+    if is_quantized(precision.forward) { precision.forward } else { precision.grad_weight }
+}
+
+/// The data below `operand` rounded per tensor, as the forward product has it where it has.
+fn quantized_data(
+    graph: &mut Graph,
+    operand: NodeId,
+    how: Operand,
+    inserted: &mut Inserted,
+) -> Result<NodeId, PassError> {
+    if matches!(graph.op(operand), Op::Dequantize { axis: None }) {
+        return Ok(operand);
+    }
+    let data = unquantized(graph, operand);
+    inserted.quantized(graph, data, how, Region::Backward)
 }
 
 /// The weight below `operand` rounded per tensor. Where the forward product has a scale per channel, the largest of
@@ -45,22 +90,24 @@ pub(super) fn insert(graph: &mut Graph) -> Result<usize, PassError> {
 fn quantized_weight(
     graph: &mut Graph,
     operand: NodeId,
+    how: Operand,
     inserted: &mut Inserted,
 ) -> Result<NodeId, PassError> {
+    if matches!(graph.op(operand), Op::Dequantize { axis: None }) {
+        return Ok(operand);
+    }
     let weight = unquantized(graph, operand);
-    if let Some(known) = inserted.find(weight, None) {
+    if let Some(known) = inserted.find(weight, None, how.dtype) {
         return Ok(known);
     }
     if weight == operand {
-        return inserted.quantized(graph, weight, None, Region::Backward);
+        return inserted.quantized(graph, weight, how, Region::Backward);
     }
-    let mut scale = graph.operand(operand, 1);
-    if graph.ty(scale).shape.rank() > 0 {
-        let prefix = graph.node(scale).name.as_str().to_owned();
-        let mut builder = Builder::new(graph, Region::Backward, &prefix);
-        let peak = Op::Reduce { op: ReduceOp::Max, axes: vec![0] };
-        let peak = builder.add("peak", peak, &[scale])?;
-        scale = builder.reshape("tensor", peak, Shape::scalar())?;
-    }
-    inserted.rounded(graph, weight, scale, None, Region::Backward)
+    let scale = graph.operand(operand, 1);
+    let prefix = graph.node(scale).name.as_str().to_owned();
+    let mut builder = Builder::new(graph, Region::Backward, &prefix);
+    let peak = Op::Reduce { op: ReduceOp::Max, axes: vec![0] };
+    let peak = builder.add("peak", peak, &[scale])?;
+    let scale = builder.reshape("tensor", peak, Shape::scalar())?;
+    inserted.rounded(graph, weight, scale, how, Region::Backward)
 }

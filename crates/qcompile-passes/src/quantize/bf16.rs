@@ -3,20 +3,24 @@
 //!
 //! A rounding is the pair `cast f32 (cast bf16 x)`. A product of two such values runs on the bf16 that is stored and sums
 //! in f32. Parameters stay f32: only products see them rounded, and their gradients are f32. Losses, softmax, statistics
-//! of normalisation and everything else between products computes in f32, from values that are stored in bf16.
+//! of normalisation and everything else between products computes in f32, from values that are stored in bf16. int8
+//! products among them read and give what is stored so.
 
-use super::layer::parameter;
+use super::insert::is_quantized;
+use super::layer::{Gradient, parameter, unquantized};
 use crate::PassError;
 use crate::builder::Builder;
 use crate::simplify::splat;
 use qcompile_ir::{BinaryOp, DType, Graph, NodeId, Op, Region, Tensor, UnaryOp};
 
-/// Rounds operands and results of the forward products whose note says bf16.
+/// Rounds operands and results of the forward products whose note says bf16, and of int8 products between which bf16 is
+/// stored; their weights are rounded once only, by `quantize`.
 pub(super) fn insert_forward(graph: &mut Graph) -> Result<(), PassError> {
     let asked = |graph: &Graph, id: NodeId| {
         let node = graph.node(id);
-        node.region == Region::Forward
-            && node.note.precision.is_some_and(|p| p.forward == DType::BF16)
+        let stored = node.note.stored == Some(DType::BF16);
+        let low = |forward| forward == DType::BF16 || (stored && is_quantized(forward));
+        node.region == Region::Forward && node.note.precision.is_some_and(|p| low(p.forward))
     };
     let products: Vec<NodeId> = graph.order().into_iter().filter(|&id| asked(graph, id)).collect();
     for &product in &products {
@@ -30,11 +34,13 @@ pub(super) fn insert_forward(graph: &mut Graph) -> Result<(), PassError> {
             narrow_attention(graph, product)?;
             continue;
         }
+        let bf16 = graph.node(product).note.precision.is_some_and(|p| p.forward == DType::BF16);
         for (position, operand) in graph.operands(product).into_iter().enumerate() {
-            if views_bf16(graph, operand) {
+            let weight = parameter(graph, operand).is_some();
+            if views_bf16(graph, operand) || (weight && !bf16) {
                 continue;
             }
-            if parameter(graph, operand).is_some() || matches!(graph.op(operand), Op::Input(_)) {
+            if weight || matches!(graph.op(operand), Op::Input(_)) {
                 let rounded = rounded(graph, operand)?;
                 graph.set_operand(product, position, rounded)?;
             } else {
@@ -46,34 +52,34 @@ pub(super) fn insert_forward(graph: &mut Graph) -> Result<(), PassError> {
 }
 
 /// Rounds the operands of the backward products whose note says bf16, where they are not rounded yet: gradients that
-/// came through a rounding of the forward pass are. Returns how many products read bf16.
+/// came through a rounding of the forward pass are. What int8 products will read is rounded where bf16 is stored between
+/// them. A bf16 product beside an int8 one reads the values before their rounding to int8. Returns how many products read
+/// bf16, or will read what is stored so.
 pub(super) fn insert_backward(graph: &mut Graph) -> Result<usize, PassError> {
     let mut count = 0;
     for id in graph.order() {
-        let node = graph.node(id);
-        let Some(precision) = node.note.precision.filter(|_| node.region == Region::Backward)
-        else {
+        let note = &graph.node(id).note;
+        let (stored, precision) = (note.stored, note.precision);
+        let (Some(gradient), Some(precision)) = (Gradient::of(graph, id), precision) else {
             continue;
         };
-        let operands = graph.operands(id);
-        let of_weight = |&operand: &NodeId| {
-            graph.node(operand).region == Region::Forward && parameter(graph, operand).is_some()
+        let positions = match (gradient.precision(&precision), gradient) {
+            (DType::BF16, _) => vec![0, 1],
+            (dtype, _) if !is_quantized(dtype) || stored != Some(DType::BF16) => continue,
+            (_, Gradient::Input { gradient, .. }) => vec![gradient],
+            (_, Gradient::Weight { .. }) => vec![0, 1],
         };
-        let asked = match node.op {
-            Op::Conv2dGradInput(_) => precision.grad_input,
-            Op::Conv2dGradWeight(_) => precision.grad_weight,
-            Op::Matmul { .. } if operands.iter().any(of_weight) => precision.grad_input,
-            Op::Matmul { .. } => precision.grad_weight,
-            _ => continue,
-        };
-        if asked != DType::BF16 {
-            continue;
-        }
-        for (position, operand) in operands.into_iter().enumerate() {
-            if !views_bf16(graph, operand) {
-                let rounded = rounded(graph, operand)?;
-                graph.set_operand(id, position, rounded)?;
+        let bf16 = gradient.precision(&precision) == DType::BF16;
+        for position in positions {
+            let mut operand = graph.operand(id, position);
+            if bf16 {
+                operand = unquantized(graph, operand);
+            } else if unquantized(graph, operand) != operand {
+                continue;
             }
+            let rounded =
+                if views_bf16(graph, operand) { operand } else { rounded(graph, operand)? };
+            graph.set_operand(id, position, rounded)?;
         }
         count += 1;
     }

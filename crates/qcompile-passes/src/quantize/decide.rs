@@ -2,84 +2,16 @@
 
 use super::PASS;
 use super::channels;
+use super::choice::PrecisionChoice;
 use super::layer::{Layer, layers};
+use super::numerics::Numerics;
+use super::weights;
 use crate::PassError;
 use crate::sensitivity::Scores;
-use qcompile_ir::{DType, Graph, Name, Precision};
+use qcompile_ir::{DType, Graph, Name, Precision, Quantizer};
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::str::FromStr;
-
-/// How precision is chosen.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub enum PrecisionChoice {
-    /// What measures fastest: f32, bf16 throughout, or int8 where the score allows it and it does not measure slower.
-    #[default]
-    Auto,
-    /// The same without bf16.
-    F32OrInt8,
-    /// The same without int8.
-    F32OrBf16,
-    /// f32 everywhere.
-    F32,
-    /// bf16 in every product and between them.
-    Bf16,
-    /// int8 in every layer.
-    Int8,
-    /// int8 where the score allows it.
-    Mixed,
-}
-
-impl PrecisionChoice {
-    /// Every choice, the default first.
-    pub const ALL: [PrecisionChoice; 7] = [
-        PrecisionChoice::Auto,
-        PrecisionChoice::F32OrInt8,
-        PrecisionChoice::F32OrBf16,
-        PrecisionChoice::F32,
-        PrecisionChoice::Bf16,
-        PrecisionChoice::Int8,
-        PrecisionChoice::Mixed,
-    ];
-
-    /// The word on the command line.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            PrecisionChoice::Auto => "auto",
-            PrecisionChoice::F32OrInt8 => "f32,int8",
-            PrecisionChoice::F32OrBf16 => "f32,bf16",
-            PrecisionChoice::F32 => "f32",
-            PrecisionChoice::Bf16 => "bf16",
-            PrecisionChoice::Int8 => "int8",
-            PrecisionChoice::Mixed => "mixed",
-        }
-    }
-}
-
-impl PrecisionChoice {
-    /// Whether measured times have a say.
-    #[must_use]
-    pub const fn is_measured(self) -> bool {
-        matches!(
-            self,
-            PrecisionChoice::Auto | PrecisionChoice::F32OrInt8 | PrecisionChoice::F32OrBf16
-        )
-    }
-
-    /// Whether layers may be int8.
-    #[must_use]
-    pub const fn has_int8(self) -> bool {
-        !matches!(self, PrecisionChoice::F32 | PrecisionChoice::Bf16 | PrecisionChoice::F32OrBf16)
-    }
-}
-
-impl FromStr for PrecisionChoice {
-    type Err = ();
-    fn from_str(text: &str) -> Result<Self, ()> {
-        PrecisionChoice::ALL.into_iter().find(|choice| choice.name() == text).ok_or(())
-    }
-}
 
 /// Which operations of a layer may be quantized.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,9 +21,9 @@ pub struct Operations {
     /// The product that gives the gradient of the layer's input; in bf16 also that of its weight, which beside int8 stays
     /// f32.
     pub backward: bool,
-    /// The mean of gradients over ranks: not available.
+    /// The mean of gradients over ranks: what they exchange.
     pub mean: bool,
-    /// The weight update: not available.
+    /// The weight update: what the optimizer keeps.
     pub update: bool,
 }
 
@@ -128,8 +60,8 @@ impl FromStr for Operations {
 /// Measured time of a layer's quantizable operations in one step, quantization included.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LayerCost {
-    /// In f32, milliseconds.
-    pub f32_ms: f64,
+    /// In what it would be otherwise (f32, or bf16 in a plan that is bf16 but for int8 layers), milliseconds.
+    pub high_ms: f64,
     /// In low precision, milliseconds.
     pub low_ms: f64,
 }
@@ -150,10 +82,12 @@ pub struct Options {
     pub keep_f32: Vec<String>,
     /// Which operations are quantized.
     pub operations: Operations,
-    /// Measured times by layer; a layer that measures slower in int8 stays f32 under [`PrecisionChoice::Auto`].
+    /// Measured times by layer; a layer that measures no faster in int8 does not become it.
     pub cost: BTreeMap<Name, LayerCost>,
     /// Scores per layer and channel. A layer without one here has that of its note `sensitivity`.
     pub scores: Option<Scores>,
+    /// How quantized products are rounded.
+    pub numerics: Numerics,
 }
 
 impl Default for Options {
@@ -167,19 +101,47 @@ impl Default for Options {
             operations: Operations::default(),
             cost: BTreeMap::new(),
             scores: None,
+            numerics: Numerics::default(),
         }
     }
 }
 
-/// The products of a layer that may be of low precision in bf16; the mean of its gradient and its update in f32.
-pub(super) fn bf16(operations: Operations) -> Precision {
+impl Options {
+    /// The precision of a layer that is not quantized: that of the plan in the operations that may be of low precision.
+    #[must_use]
+    pub fn high(&self) -> Precision {
+        high(self.operations, self.precision.base())
+    }
+
+    /// The precision of a layer that is.
+    #[must_use]
+    pub fn low(&self) -> Precision {
+        let mut precision = self.high();
+        if self.operations.forward {
+            precision.forward = self.numerics.types.activation;
+        }
+        if self.operations.backward {
+            precision.grad_input = self.numerics.types.gradient;
+            precision.grad_weight = match self.numerics.grad_weight {
+                Some(DType::I8) => self.numerics.types.gradient,
+                Some(other) => other,
+                None => precision.grad_weight,
+            };
+        }
+        precision
+    }
+}
+
+/// The precision of a plan in the operations that may be of low precision; the mean of the gradient and the update in
+/// f32.
+pub(super) fn high(operations: Operations, base: DType) -> Precision {
     let mut precision = Precision::uniform(DType::F32);
     if operations.forward {
-        precision.forward = DType::BF16;
+        precision.forward = base;
     }
     if operations.backward {
-        precision.grad_input = DType::BF16;
-        precision.grad_weight = DType::BF16;
+        precision.grad_input = base;
+        precision.grad_weight = base;
     }
     precision
 }
@@ -201,11 +163,11 @@ pub struct Decision {
     pub reason: String,
 }
 
-/// Decides for every layer, in graph order, and notes `sensitivity`, `precision` and `outliers`. A layer whose
-/// `precision` is noted already keeps it.
+/// Decides for every layer, in graph order, and notes `sensitivity`, `precision`, `outliers` and, where an int8 layer
+/// stands in a bf16 plan, `stored`. A layer whose `precision` is noted already keeps it.
 ///
 /// # Errors
-/// [`PassError::Unsupported`] for quantized mean or update, a pattern that no layer matches, a threshold that is not
+/// [`PassError::Unsupported`] for a pattern that no layer matches, a threshold that is not
 /// a number, and a channel threshold without channel scores.
 pub fn decide(graph: &mut Graph, options: &Options) -> Result<Vec<Decision>, PassError> {
     let layers = layers(graph);
@@ -215,12 +177,19 @@ pub fn decide(graph: &mut Graph, options: &Options) -> Result<Vec<Decision>, Pas
     }
     let within_budget = within_budget(graph, &layers, options);
     let decide = |layer: &Layer| decide_layer(graph, layer, options, &within_budget);
-    let decided: Vec<(Decision, Vec<u32>)> = layers.iter().map(decide).collect();
+    let mut decided: Vec<(Decision, Vec<u32>)> = layers.iter().map(decide).collect();
+    weights::decide(graph, &layers, options, decided.iter_mut().map(|(decision, _)| decision));
     for (layer, (decision, outliers)) in layers.iter().zip(&decided) {
         let note = graph.note_mut(layer.node);
+        if decision.precision.is_quantized() && note.precision.is_none() {
+            note.stored = Some(options.precision.base()).filter(|&base| base != DType::F32);
+            note.quantizer =
+                Some(options.numerics.quantizer()).filter(|one| *one != Quantizer::default());
+        }
         note.precision = Some(decision.precision);
         note.outliers.clone_from(outliers);
     }
+    weights::note(graph, &layers);
     Ok(decided.into_iter().map(|(decision, _)| decision).collect())
 }
 
@@ -229,14 +198,6 @@ fn refusal(reason: impl Into<String>) -> PassError {
 }
 
 fn check(graph: &Graph, layers: &[Layer], options: &Options) -> Result<(), PassError> {
-    let Operations { mean, update, .. } = options.operations;
-    for (asked, name) in [(mean, "mean"), (update, "update")] {
-        if asked {
-            return Err(refusal(format!(
-                "the operation `{name}` cannot be quantized; forward and backward can"
-            )));
-        }
-    }
     let thresholds = [
         ("threshold", options.threshold),
         ("channel threshold", options.channel_threshold),
@@ -249,6 +210,9 @@ fn check(graph: &Graph, layers: &[Layer], options: &Options) -> Result<(), PassE
     }
     if options.channel_threshold.is_some() && options.scores.is_none() {
         return Err(refusal("a channel threshold needs the scores of the channels"));
+    }
+    if let Some(reason) = options.numerics.contradiction(options.operations) {
+        return Err(refusal(reason));
     }
     for pattern in &options.keep_f32 {
         if !layers.iter().any(|layer| is_named(graph, layer, pattern)) {
@@ -265,7 +229,7 @@ fn is_named(graph: &Graph, layer: &Layer, pattern: &str) -> bool {
 }
 
 /// Whether `text` fits a pattern of literal characters, `*` and `?`; linear in the product of the lengths.
-fn matches(pattern: &str, text: &str) -> bool {
+pub(crate) fn matches(pattern: &str, text: &str) -> bool {
     let mut fits = vec![true];
     let text: Vec<char> = text.chars().collect();
     fits.resize(text.len() + 1, false);
@@ -283,14 +247,11 @@ fn matches(pattern: &str, text: &str) -> bool {
     fits[text.len()]
 }
 
-/// Why the layer stays f32 whatever its score, if so.
-fn barred(graph: &Graph, layer: &Layer, options: &Options) -> Option<String> {
+/// Why the layer is f32 in any plan, if so.
+pub(super) fn must_be_f32(graph: &Graph, layer: &Layer, options: &Options) -> Option<String> {
     let Operations { forward, backward, .. } = options.operations;
     if options.precision == PrecisionChoice::F32 {
         return Some("f32 was asked for".to_owned());
-    }
-    if options.precision == PrecisionChoice::F32OrBf16 {
-        return Some("int8 is not among the choices".to_owned());
     }
     if !forward && !backward {
         return Some("no operation is to be quantized".to_owned());
@@ -299,23 +260,32 @@ fn barred(graph: &Graph, layer: &Layer, options: &Options) -> Option<String> {
         return Some(format!("`{pattern}` is to stay f32"));
     }
     let dtype = graph.ty(layer.node).dtype;
-    if dtype != DType::F32 {
-        return Some(format!("its values are {dtype}"));
+    (dtype != DType::F32).then(|| format!("its values are {dtype}"))
+}
+
+/// Why the layer is not int8 whatever its score, if so.
+pub(super) fn barred(graph: &Graph, layer: &Layer, options: &Options) -> Option<String> {
+    if !options.precision.has_int8() {
+        let asked = options.precision == PrecisionChoice::Bf16;
+        let reason = if asked { "bf16 was asked for" } else { "int8 is not among the choices" };
+        return Some(reason.to_owned());
     }
-    if options.precision.is_measured() {
-        let cost = options.cost.get(&graph.node(layer.node).name)?;
-        // A time that is not a number compares as nothing, and keeps f32.
-        if cost.low_ms.partial_cmp(&cost.f32_ms) != Some(Ordering::Less) {
-            return Some(format!("int8 measures {:.3} ms, f32 {:.3} ms", cost.low_ms, cost.f32_ms));
-        }
-    }
-    None
+    let LayerCost { high_ms, low_ms } = *options.cost.get(&graph.node(layer.node).name)?;
+    // A time that is not a number compares as nothing, and bars int8.
+    let faster = low_ms.partial_cmp(&high_ms) == Some(Ordering::Less);
+    let base = options.precision.base();
+    (!faster).then(|| format!("int8 measures {low_ms:.3} ms, {base} {high_ms:.3} ms"))
 }
 
 /// The layers that the budget of `max_loss_increase` takes, by name, with the sum up to and with each.
-fn within_budget(graph: &Graph, layers: &[Layer], options: &Options) -> BTreeMap<Name, f32> {
+pub(super) fn within_budget(
+    graph: &Graph,
+    layers: &[Layer],
+    options: &Options,
+) -> BTreeMap<Name, f32> {
     let mut candidates: Vec<(f32, Name)> = layers
         .iter()
+        .filter(|layer| must_be_f32(graph, layer, options).is_none())
         .filter(|layer| barred(graph, layer, options).is_none())
         .filter_map(|layer| {
             let node = graph.node(layer.node);
@@ -336,7 +306,7 @@ fn within_budget(graph: &Graph, layers: &[Layer], options: &Options) -> BTreeMap
 }
 
 /// Whether the score lets the layer be int8, and why.
-fn by_score(
+pub(super) fn by_score(
     graph: &Graph,
     layer: &Layer,
     options: &Options,
@@ -384,12 +354,12 @@ fn decide_layer(
     if let Some(precision) = node.note.precision {
         return decision(precision, node.note.outliers.clone(), "the graph notes it".to_owned());
     }
-    let high = |reason| decision(Precision::uniform(DType::F32), Vec::new(), reason);
+    if let Some(reason) = must_be_f32(graph, layer, options) {
+        return decision(Precision::uniform(DType::F32), Vec::new(), reason);
+    }
+    let high = |reason| decision(options.high(), Vec::new(), reason);
     if let Some(reason) = barred(graph, layer, options) {
         return high(reason);
-    }
-    if options.precision == PrecisionChoice::Bf16 {
-        return decision(bf16(options.operations), Vec::new(), "bf16 was asked for".to_owned());
     }
     let (low, reason) = by_score(graph, layer, options, within_budget);
     if !low {
@@ -399,14 +369,7 @@ fn decide_layer(
         Ok(outliers) => outliers,
         Err(reason) => return high(reason),
     };
-    let mut precision = Precision::uniform(DType::F32);
-    if options.operations.forward {
-        precision.forward = DType::I8;
-    }
-    if options.operations.backward {
-        precision.grad_input = DType::I8;
-    }
-    decision(precision, outliers, reason)
+    decision(options.low(), outliers, reason)
 }
 
 #[cfg(test)]

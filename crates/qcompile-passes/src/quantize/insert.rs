@@ -1,125 +1,133 @@
 //! Puts `quantize`, `dequantize` pairs before the operands of a product, with the scales they need.
 
 use super::layer::{Layer, unquantized};
+use super::scale;
+use super::stochastic::{Draws, quantize_stochastically};
 use crate::PassError;
 use crate::builder::Builder;
-use qcompile_ir::{BinaryOp, DType, Graph, NodeId, Op, ReduceOp, Region, Shape, UnaryOp};
+use crate::stochastic::{digest, step};
+use qcompile_ir::{
+    DType, GradientRounding, Granularity, Graph, NodeId, Op, Quantizer, Region, Scaling,
+};
 use std::collections::BTreeMap;
 
-/// Largest magnitude of the symmetric range of i8.
-const I8_MAX: f64 = 127.0;
+/// What an operand is to its product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    Weight,
+    Activation,
+    Gradient,
+}
 
-/// The smallest scale: an all-zero tensor quantizes to zeros instead of dividing zero by zero.
-const SMALLEST_SCALE: f64 = 1e-30;
+/// How an operand is rounded.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Operand {
+    pub(super) role: Role,
+    /// The axis that scales run along; none for one scale.
+    pub(super) axis: Option<usize>,
+    pub(super) dtype: DType,
+    pub(super) quantizer: Quantizer,
+}
 
-/// Rounded values inserted so far by the value and the axis of its scale, so that none is rounded twice.
+/// Rounded values inserted so far by the value, the axis of its scale and the codes, so that none is rounded twice.
 #[derive(Debug, Default)]
-pub(crate) struct Inserted(BTreeMap<(NodeId, Option<usize>), NodeId>);
+pub(crate) struct Inserted(BTreeMap<(NodeId, Option<usize>, DType), NodeId>);
 
 impl Inserted {
-    /// `x` rounded to i8 by its own absolute maximum: per tensor, or per index of `axis`.
+    /// `x` rounded by a scale of its own.
     pub(super) fn quantized(
         &mut self,
         graph: &mut Graph,
         x: NodeId,
-        axis: Option<usize>,
+        operand: Operand,
         region: Region,
     ) -> Result<NodeId, PassError> {
-        if let Some(&known) = self.0.get(&(x, axis)) {
+        let Operand { role, axis, dtype, quantizer } = operand;
+        if let Some(known) = self.find(x, axis, dtype) {
             return Ok(known);
         }
-        let scale = scale(graph, x, axis, region)?;
-        self.rounded(graph, x, scale, axis, region)
+        let delayed = role != Role::Weight && quantizer.scaling == Scaling::Delayed;
+        let scale = if delayed && axis.is_none() {
+            scale::delayed(graph, x, dtype, region)?
+        } else {
+            scale::current(graph, x, axis, dtype, region)?
+        };
+        self.rounded(graph, x, scale, operand, region)
     }
 
-    /// `x` rounded to i8 by this scale.
+    /// `x` rounded by this scale.
     pub(super) fn rounded(
         &mut self,
         graph: &mut Graph,
         x: NodeId,
         scale: NodeId,
-        axis: Option<usize>,
+        operand: Operand,
         region: Region,
     ) -> Result<NodeId, PassError> {
-        let mut builder = Builder::new(graph, region, &name(graph, x));
-        let q = builder.add("q", Op::Quantize { dtype: DType::I8, axis }, &[x, scale])?;
+        let Operand { role, axis, dtype, quantizer } = operand;
+        let name = graph.node(x).name.as_str().to_owned();
+        let stochastic = quantizer.rounding == GradientRounding::Stochastic;
+        let q = if stochastic && role == Role::Gradient {
+            // Positive as i64.
+            let draws = Draws { seed: digest(&name) >> 1, step: step(graph)? };
+            quantize_stochastically(graph, x, scale, axis, dtype, draws, region)?
+        } else {
+            let op = Op::Quantize { dtype, axis };
+            Builder::new(graph, region, &name).add("q", op, &[x, scale])?
+        };
+        let mut builder = Builder::new(graph, region, &name);
         let value = builder.add("dq", Op::Dequantize { axis }, &[q, scale])?;
-        self.0.insert((x, axis), value);
+        self.0.insert((x, axis, dtype), value);
         Ok(value)
     }
 
     /// What is known of `x` along `axis`.
-    pub(super) fn find(&self, x: NodeId, axis: Option<usize>) -> Option<NodeId> {
-        self.0.get(&(x, axis)).copied()
+    pub(super) fn find(&self, x: NodeId, axis: Option<usize>, dtype: DType) -> Option<NodeId> {
+        self.0.get(&(x, axis, dtype)).copied()
     }
 }
 
-fn name(graph: &Graph, id: NodeId) -> String {
-    graph.node(id).name.as_str().to_owned()
+/// The axis of the rows of a product's left operand, if each is to have a scale: of a matrix or of images.
+pub(super) fn rows(graph: &Graph, product: NodeId, quantizer: Quantizer) -> Option<usize> {
+    let fits = match graph.op(product) {
+        Op::Matmul { transpose_a: false, .. } => graph.ty(product).shape.rank() == 2,
+        Op::Conv2d(_) | Op::Conv2dGradInput(_) => true,
+        _ => false,
+    };
+    (fits && quantizer.granularity == Granularity::Row).then_some(0)
 }
 
-/// The largest magnitude of `x`, per tensor (a scalar) or per index of `axis`.
-pub(super) fn amax(
-    graph: &mut Graph,
-    x: NodeId,
-    axis: Option<usize>,
-    region: Region,
-) -> Result<NodeId, PassError> {
-    let shape = graph.ty(x).shape.clone();
-    let kept = axis.map_or(Shape::scalar(), |axis| Shape(vec![shape.0[axis]]));
-    let axes = (0..shape.rank()).filter(|&at| Some(at) != axis).collect();
-    let mut builder = Builder::new(graph, region, &name(graph, x));
-    let magnitude = builder.unary("abs", UnaryOp::Abs, x)?;
-    let peak = builder.add("peak", Op::Reduce { op: ReduceOp::Max, axes }, &[magnitude])?;
-    builder.reshape("amax", peak, kept)
-}
-
-/// The operand x, if `id` is the scalar [`amax`] of it.
-pub(super) fn amax_operand(graph: &Graph, id: NodeId) -> Option<NodeId> {
-    if !matches!(graph.op(id), Op::Reshape(shape) if shape.rank() == 0) {
-        return None;
-    }
-    let peak = graph.operand(id, 0);
-    let Op::Reduce { op: ReduceOp::Max, axes } = graph.op(peak) else { return None };
-    let magnitude = graph.operand(peak, 0);
-    let of_all = axes.len() == graph.ty(magnitude).shape.rank();
-    let of_f32 = graph.ty(magnitude).dtype == DType::F32;
-    let is_abs = *graph.op(magnitude) == Op::Unary(UnaryOp::Abs);
-    (of_all && of_f32 && is_abs).then(|| graph.operand(magnitude, 0))
-}
-
-/// `max(amax / 127, tiny)` where amax is the largest magnitude of `x`, per tensor or per index of `axis`.
-fn scale(
-    graph: &mut Graph,
-    x: NodeId,
-    axis: Option<usize>,
-    region: Region,
-) -> Result<NodeId, PassError> {
-    let amax = amax(graph, x, axis, region)?;
-    let kept = graph.ty(amax).shape.clone();
-    let mut builder = Builder::new(graph, region, &name(graph, x));
-    let limit = builder.scalar(DType::F32, I8_MAX)?;
-    let limit = builder.broadcast("limit", limit, kept.clone())?;
-    let step = builder.binary("step", BinaryOp::Div, amax, limit)?;
-    let smallest = builder.scalar(DType::F32, SMALLEST_SCALE)?;
-    let smallest = builder.broadcast("smallest", smallest, kept)?;
-    builder.binary("scale", BinaryOp::Max, step, smallest)
-}
-
-/// Rounds both operands of a layer's product: data per tensor, weight per output channel. A layer whose operands
-/// are quantized already stays as it is.
+/// Rounds both operands of a layer's product: data per tensor or row, weight per output channel or tensor. One that is
+/// quantized already stays as it is.
 pub(crate) fn forward(
     graph: &mut Graph,
     layer: &Layer,
     inserted: &mut Inserted,
 ) -> Result<(), PassError> {
-    for (position, axis) in [(0, None), (1, Some(layer.weight_axis))] {
+    let note = &graph.node(layer.node).note;
+    let quantizer = note.quantizer.unwrap_or_default();
+    let activation = match note.precision {
+        Some(precision) if is_quantized(precision.forward) => precision.forward,
+        _ => DType::I8,
+    };
+    let per_channel = quantizer.granularity != Granularity::Tensor;
+    let channels = per_channel.then_some(layer.weight_axis);
+    let data = rows(graph, layer.node, quantizer);
+    let operands = [
+        Operand { role: Role::Activation, axis: data, dtype: activation, quantizer },
+        Operand { role: Role::Weight, axis: channels, dtype: quantizer.weight, quantizer },
+    ];
+    for (position, how) in operands.into_iter().enumerate() {
         let operand = graph.operand(layer.node, position);
-        if unquantized(graph, operand) != operand {
-            continue;
+        if unquantized(graph, operand) == operand {
+            let quantized = inserted.quantized(graph, operand, how, Region::Forward)?;
+            graph.set_operand(layer.node, position, quantized)?;
         }
-        let quantized = inserted.quantized(graph, operand, axis, Region::Forward)?;
-        graph.set_operand(layer.node, position, quantized)?;
     }
     Ok(())
+}
+
+/// Whether products of these values read codes.
+pub(super) fn is_quantized(dtype: DType) -> bool {
+    matches!(dtype, DType::I8 | DType::I4 | DType::F8E4M3 | DType::F8E5M2)
 }

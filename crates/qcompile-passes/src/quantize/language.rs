@@ -1,7 +1,7 @@
 //! The terms of the e-graphs: ops that `quantize` and `dequantize` can move past, and what is known of each class.
 
 use egg::{Analysis, DidMerge, EGraph, Id, define_language};
-use qcompile_ir::{BinaryOp, DType, Op, Shape, TensorType, UnaryOp, infer};
+use qcompile_ir::{BinaryOp, DType, Op, PoolGeometry, Shape, TensorType, UnaryOp, infer};
 use std::fmt;
 use std::str::FromStr;
 
@@ -18,6 +18,10 @@ pub(super) enum Leaf {
     Slice([usize; 4]),
     /// The axis of a concat or of a scale.
     Axis(usize),
+    /// The result of a cast or of a quantize.
+    Type(DType),
+    /// The windows of a pool.
+    Pool(PoolGeometry),
 }
 
 impl fmt::Display for Leaf {
@@ -44,17 +48,23 @@ impl FromStr for Leaf {
 }
 
 define_language! {
-    /// Attributes come last; scales before them. `_along` has a scale per index of an axis, the others a scalar one.
+    /// Values come first, attributes last.
     pub(super) enum Term {
         "relu" = Relu([Id; 1]),
+        "cast" = Cast([Id; 2]),
+        "max_pool" = MaxPool([Id; 2]),
         "reshape" = Reshape([Id; 2]),
         "transpose" = Transpose([Id; 2]),
         "slice" = Slice([Id; 2]),
         "concat" = Concat([Id; 3]),
-        "quantize" = Quantize([Id; 2]),
+        // The value, the parameters and the type.
+        "quantize" = Quantize([Id; 3]),
         "dequantize" = Dequantize([Id; 2]),
-        "quantize_along" = QuantizeAlong([Id; 3]),
-        "dequantize_along" = DequantizeAlong([Id; 3]),
+        // The parameters of both: a scale, which may run along an axis, and perhaps a zero point.
+        "scale" = Scale([Id; 1]),
+        "scale_along" = ScaleAlong([Id; 2]),
+        "affine" = Affine([Id; 2]),
+        "affine_along" = AffineAlong([Id; 3]),
         // The largest magnitude of all elements, a scalar: abs, reduce_max, reshape.
         "amax" = Amax([Id; 1]),
         "div" = Div([Id; 2]),
@@ -63,48 +73,99 @@ define_language! {
     }
 }
 
+/// By what values are quantized.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Parameters {
+    pub(super) scale: Id,
+    pub(super) zero_point: Option<Id>,
+    /// The axis that they run along.
+    pub(super) axis: Option<usize>,
+}
+
+impl Parameters {
+    /// As a term.
+    pub(super) fn term(self, egraph: &mut EGraph<Term, Facts>) -> Term {
+        let axis = self.axis.map(|axis| egraph.add(Term::Leaf(Leaf::Axis(axis))));
+        match (self.zero_point, axis) {
+            (None, None) => Term::Scale([self.scale]),
+            (None, Some(axis)) => Term::ScaleAlong([self.scale, axis]),
+            (Some(zero_point), None) => Term::Affine([self.scale, zero_point]),
+            (Some(zero_point), Some(axis)) => Term::AffineAlong([self.scale, zero_point, axis]),
+        }
+    }
+}
+
 impl Term {
-    /// Its children that are values, in the order of the op's operands.
-    pub(super) fn operands(&self) -> &[Id] {
+    /// Its children that are values, in the order of the op's operands, those of its parameters among them.
+    pub(super) fn operands(&self, egraph: &EGraph<Term, Facts>) -> Vec<Id> {
+        let with_parameters = |x: Id, parameters: Id| {
+            let known = egraph[parameters].data.parameters;
+            let both = known.map(|known| [Some(known.scale), known.zero_point]);
+            std::iter::once(x).chain(both.into_iter().flatten().flatten()).collect()
+        };
         match self {
-            Term::Relu(ids) | Term::Amax(ids) => ids,
-            Term::Reshape(ids) | Term::Transpose(ids) | Term::Slice(ids) => &ids[..1],
-            Term::Concat(ids) | Term::QuantizeAlong(ids) | Term::DequantizeAlong(ids) => &ids[..2],
-            Term::Quantize(ids) | Term::Dequantize(ids) | Term::Div(ids) | Term::Max(ids) => ids,
-            Term::Leaf(_) => &[],
+            Term::Relu(ids) | Term::Amax(ids) => ids.to_vec(),
+            Term::Cast(ids)
+            | Term::MaxPool(ids)
+            | Term::Reshape(ids)
+            | Term::Transpose(ids)
+            | Term::Slice(ids) => vec![ids[0]],
+            Term::Concat(ids) => ids[..2].to_vec(),
+            Term::Quantize([x, parameters, _]) | Term::Dequantize([x, parameters]) => {
+                with_parameters(*x, *parameters)
+            }
+            Term::Div(ids) | Term::Max(ids) => ids.to_vec(),
+            Term::Scale(_)
+            | Term::ScaleAlong(_)
+            | Term::Affine(_)
+            | Term::AffineAlong(_)
+            | Term::Leaf(_) => Vec::new(),
         }
     }
 
-    /// The op it stands for, given the attribute of a class; none for leaves and [`Term::Amax`].
-    pub(super) fn op<'a>(&self, attribute: impl Fn(Id) -> Option<&'a Leaf>) -> Option<Op> {
-        let axis = |id| match attribute(id) {
-            Some(Leaf::Axis(axis)) => Some(*axis),
-            _ => None,
-        };
+    /// The op it stands for; none for leaves, parameters and [`Term::Amax`].
+    pub(super) fn op(&self, egraph: &EGraph<Term, Facts>) -> Option<Op> {
+        let attribute = |id: &Id| egraph[*id].data.attribute.as_ref();
+        let axis = |parameters: &Id| Some(egraph[*parameters].data.parameters?.axis);
         Some(match self {
             Term::Relu(_) => Op::Unary(UnaryOp::Relu),
-            Term::Reshape([_, shape]) => match attribute(*shape)? {
+            Term::Cast([_, to]) => match attribute(to)? {
+                Leaf::Type(dtype) => Op::Cast(*dtype),
+                _ => return None,
+            },
+            Term::MaxPool([_, geometry]) => match attribute(geometry)? {
+                Leaf::Pool(geometry) => Op::MaxPool2d(*geometry),
+                _ => return None,
+            },
+            Term::Reshape([_, shape]) => match attribute(shape)? {
                 Leaf::Shape(shape) => Op::Reshape(shape.clone()),
                 _ => return None,
             },
-            Term::Transpose([_, permutation]) => match attribute(*permutation)? {
+            Term::Transpose([_, permutation]) => match attribute(permutation)? {
                 Leaf::Permutation(permutation) => Op::Transpose(permutation.clone()),
                 _ => return None,
             },
-            Term::Slice([_, slice]) => match attribute(*slice)? {
+            Term::Slice([_, slice]) => match attribute(slice)? {
                 &Leaf::Slice([axis, start, end, step]) => Op::Slice { axis, start, end, step },
                 _ => return None,
             },
-            Term::Concat([_, _, at]) => Op::Concat { axis: axis(*at)? },
-            Term::Quantize(_) => Op::Quantize { dtype: DType::I8, axis: None },
-            Term::Dequantize(_) => Op::Dequantize { axis: None },
-            Term::QuantizeAlong([_, _, at]) => {
-                Op::Quantize { dtype: DType::I8, axis: Some(axis(*at)?) }
-            }
-            Term::DequantizeAlong([_, _, at]) => Op::Dequantize { axis: Some(axis(*at)?) },
+            Term::Concat([_, _, at]) => match attribute(at)? {
+                Leaf::Axis(axis) => Op::Concat { axis: *axis },
+                _ => return None,
+            },
+            Term::Quantize([_, parameters, to]) => match attribute(to)? {
+                Leaf::Type(dtype) => Op::Quantize { dtype: *dtype, axis: axis(parameters)? },
+                _ => return None,
+            },
+            Term::Dequantize([_, parameters]) => Op::Dequantize { axis: axis(parameters)? },
             Term::Div(_) => Op::Binary(BinaryOp::Div),
             Term::Max(_) => Op::Binary(BinaryOp::Max),
-            Term::Amax(_) | Term::Leaf(_) => return None,
+            Term::Amax(_)
+            | Term::Scale(_)
+            | Term::ScaleAlong(_)
+            | Term::Affine(_)
+            | Term::AffineAlong(_)
+            | Term::Leaf(_) => return None,
         })
     }
 }
@@ -116,9 +177,11 @@ pub(super) struct Fact {
     pub(super) ty: Option<TensorType>,
     /// The attribute, if it is one.
     pub(super) attribute: Option<Leaf>,
-    /// Every element is a normal number above 0.
+    /// The parameters, if it is such.
+    pub(super) parameters: Option<Parameters>,
+    /// Every element, or every scale of the parameters, is a normal number above 0.
     pub(super) positive: bool,
-    /// i8 without -128: what `quantize` makes.
+    /// Within the symmetric range, i8 without -128: what `quantize` without a zero point makes.
     pub(super) in_range: bool,
 }
 
@@ -132,8 +195,16 @@ pub(super) struct Facts {
 impl Facts {
     fn of(egraph: &EGraph<Term, Facts>, term: &Term) -> Fact {
         let fact = |id: Id| &egraph[id].data;
-        let all =
-            |property: fn(&Fact) -> bool| term.operands().iter().all(|&id| property(fact(id)));
+        let parameters = |scale: Id, zero_point: Option<Id>, axis: Option<Id>| {
+            let axis = axis.and_then(|id| match fact(id).attribute {
+                Some(Leaf::Axis(axis)) => Some(axis),
+                _ => None,
+            });
+            let parameters = Some(Parameters { scale, zero_point, axis });
+            Fact { parameters, positive: fact(scale).positive, ..Fact::default() }
+        };
+        let operands = term.operands(egraph);
+        let all = |property: fn(&Fact) -> bool| operands.iter().all(|&id| property(fact(id)));
         let (positive, in_range) = match term {
             Term::Leaf(Leaf::Value(index)) => {
                 return egraph.analysis.values.get(*index).cloned().unwrap_or_default();
@@ -141,14 +212,21 @@ impl Facts {
             Term::Leaf(attribute) => {
                 return Fact { attribute: Some(attribute.clone()), ..Fact::default() };
             }
+            Term::Scale([scale]) => return parameters(*scale, None, None),
+            Term::ScaleAlong([scale, axis]) => return parameters(*scale, None, Some(*axis)),
+            Term::Affine([scale, zero]) => return parameters(*scale, Some(*zero), None),
+            Term::AffineAlong([scale, zero, axis]) => {
+                return parameters(*scale, Some(*zero), Some(*axis));
+            }
             Term::Amax(_) => {
                 let ty = Some(TensorType::f32(Shape::scalar()));
                 return Fact { ty, ..Fact::default() };
             }
-            Term::Quantize(_) | Term::QuantizeAlong(_) => (false, true),
+            Term::Quantize(_) => (false, operands.len() == 2),
             Term::Max([a, b]) => (fact(*a).positive || fact(*b).positive, false),
-            // A quotient of positive numbers may round to zero, a product with them too.
-            Term::Div(_) | Term::Dequantize(_) | Term::DequantizeAlong(_) => (false, false),
+            // A quotient of positive numbers may round to zero, a product with them and a narrower type too.
+            // A window of a pool may be all padding.
+            Term::Div(_) | Term::Dequantize(_) | Term::Cast(_) | Term::MaxPool(_) => (false, false),
             Term::Relu(_)
             | Term::Reshape(_)
             | Term::Transpose(_)
@@ -156,12 +234,9 @@ impl Facts {
             | Term::Concat(_) => (all(|fact| fact.positive), all(|fact| fact.in_range)),
         };
         let types: Option<Vec<&TensorType>> =
-            term.operands().iter().map(|&id| fact(id).ty.as_ref()).collect();
-        let ty = term
-            .op(|id| fact(id).attribute.as_ref())
-            .zip(types)
-            .and_then(|(op, types)| infer(&op, &types).ok());
-        Fact { ty, attribute: None, positive, in_range }
+            operands.iter().map(|&id| fact(id).ty.as_ref()).collect();
+        let ty = term.op(egraph).zip(types).and_then(|(op, types)| infer(&op, &types).ok());
+        Fact { ty, positive, in_range, ..Fact::default() }
     }
 }
 
@@ -177,6 +252,7 @@ impl Analysis<Term> for Facts {
         let merged = Fact {
             ty: a.ty.clone().or_else(|| b.ty.clone()),
             attribute: a.attribute.clone().or_else(|| b.attribute.clone()),
+            parameters: a.parameters.or(b.parameters),
             positive: a.positive || b.positive,
             in_range: a.in_range || b.in_range,
         };

@@ -1,6 +1,6 @@
 //! What a layer is: a forward product of data and a trained weight.
 
-use qcompile_ir::{DType, Graph, NodeId, Op, Region};
+use qcompile_ir::{DType, Graph, NodeId, Op, Precision, Region};
 use std::collections::BTreeSet;
 
 /// A forward `conv2d` or `matmul` whose first operand depends on an input and whose second is a parameter, perhaps
@@ -124,5 +124,51 @@ pub(super) fn unquantized(graph: &Graph, id: NodeId) -> NodeId {
         graph.operand(quantized, 0)
     } else {
         id
+    }
+}
+
+/// What a product of the backward pass computes, with the positions of its operands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Gradient {
+    /// The gradient of a layer's input, of the weight and the incoming gradient.
+    Input { weight: usize, gradient: usize },
+    /// The gradient of a layer's weight, of the data and the incoming gradient; also both gradients of a product of two
+    /// computed values.
+    Weight { data: usize, gradient: usize },
+}
+
+impl Gradient {
+    /// The gradient that `id` computes, if it is a product of the backward pass.
+    pub(super) fn of(graph: &Graph, id: NodeId) -> Option<Gradient> {
+        let node = graph.node(id);
+        if node.region != Region::Backward {
+            return None;
+        }
+        let forward = |position: usize| {
+            let operand = graph.operand(id, position);
+            graph.node(operand).region == Region::Forward
+        };
+        let of_weight = |position: usize| {
+            forward(position) && parameter(graph, graph.operand(id, position)).is_some()
+        };
+        match node.op {
+            Op::Conv2dGradInput(_) => Some(Gradient::Input { weight: 1, gradient: 0 }),
+            Op::Conv2dGradWeight(_) => Some(Gradient::Weight { data: 0, gradient: 1 }),
+            Op::Matmul { .. } => Some(match [0, 1].map(of_weight) {
+                [false, true] => Gradient::Input { weight: 1, gradient: 0 },
+                [true, false] => Gradient::Input { weight: 0, gradient: 1 },
+                _ if forward(0) => Gradient::Weight { data: 0, gradient: 1 },
+                _ => Gradient::Weight { data: 1, gradient: 0 },
+            }),
+            _ => None,
+        }
+    }
+
+    /// Its own among the precisions of a layer.
+    pub(super) fn precision(self, precision: &Precision) -> DType {
+        match self {
+            Gradient::Input { .. } => precision.grad_input,
+            Gradient::Weight { .. } => precision.grad_weight,
+        }
     }
 }

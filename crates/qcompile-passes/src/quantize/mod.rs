@@ -13,29 +13,38 @@ mod activations;
 mod backward;
 mod bf16;
 mod channels;
+mod choice;
 mod codes;
 mod decide;
 mod extract;
 mod insert;
 mod language;
 mod layer;
+mod numerics;
 mod pack;
+mod pairs;
 mod ranged;
 mod remove;
 mod rules;
+mod scale;
 mod split;
 mod stochastic;
 #[cfg(test)]
 mod tests;
+mod weights;
 mod window;
 
 pub use activations::activations;
+pub use choice::PrecisionChoice;
 pub use codes::Codes;
-pub use decide::{Decision, LayerCost, Operations, Options, PrecisionChoice, decide};
+pub(crate) use decide::matches;
+pub use decide::{Decision, LayerCost, Operations, Options, decide};
 pub(crate) use insert::{Inserted, forward as insert_forward};
 pub use layer::{Layer, layers};
 pub(crate) use layer::{is_stored, parameter};
+pub use numerics::{Numerics, OperandTypes};
 pub use pack::{pack4, unpack4};
+pub use pairs::join_pairs;
 pub use ranged::{Held, Scheme, Weights, insert_ranged, round_biases};
 pub use remove::remove;
 pub use rules::rule_names;
@@ -48,13 +57,14 @@ use qcompile_ir::{DType, Graph, Op, Region};
 /// The pass's word in errors.
 const PASS: &str = "quantize";
 
-/// Decides and inserts the forward pairs. Call before `differentiate`.
+/// Joins the pairs that the model has, decides, and inserts those of the forward pass. Call before `differentiate`.
 ///
 /// # Errors
 /// [`PassError::Unsupported`] if the options ask for what is not there; see [`decide`].
 pub fn run(graph: &mut Graph, options: &Options) -> Result<Vec<Decision>, PassError> {
+    join_pairs(graph)?;
     let decisions = decide(graph, options)?;
-    if options.precision == PrecisionChoice::Bf16 {
+    if options.precision.base() == DType::BF16 {
         note_other_products(graph, options.operations);
     }
     insert(graph)?;
@@ -67,7 +77,8 @@ fn note_other_products(graph: &mut Graph, operations: Operations) {
         let node = graph.node(id);
         let product = matches!(node.op, Op::Matmul { .. } | Op::Conv2d(_) | Op::Attention { .. });
         if product && node.region == Region::Forward && node.ty.dtype == DType::F32 {
-            graph.note_mut(id).precision.get_or_insert(decide::bf16(operations));
+            let precision = decide::high(operations, DType::BF16);
+            graph.note_mut(id).precision.get_or_insert(precision);
         }
     }
 }
@@ -78,34 +89,39 @@ fn note_other_products(graph: &mut Graph, operations: Operations) {
 /// # Errors
 /// [`PassError::Graph`], a defect of this pass.
 pub fn insert_backward(graph: &mut Graph) -> Result<usize, PassError> {
-    let int8 = backward::insert(graph)?;
+    backward::pass_straight(graph)?;
     let bf16 = bf16::insert_backward(graph)?;
     if bf16 > 0 {
         bf16::save_rounded(graph)?;
         bf16::store_exact(graph)?;
     }
+    let int8 = backward::insert(graph)?;
     graph.sweep();
     Ok(int8 + bf16)
 }
 
-/// Inserts forward pairs as the notes say: layers whose `precision` is int8 in the forward product, but for the
-/// channels in `outliers`; products whose `precision` is bf16.
+/// Inserts forward roundings as the notes say: products whose `precision` is bf16 or that are `stored` so, and layers
+/// whose `precision` is int8 in the forward product, but for the channels in `outliers`.
 ///
 /// # Errors
 /// [`PassError::Unsupported`] if a note asks for what cannot be done.
 pub fn insert(graph: &mut Graph) -> Result<(), PassError> {
-    let mut inserted = Inserted::default();
     for layer in layers(graph) {
         let note = &graph.node(layer.node).note;
-        let Some(precision) = note.precision else { continue };
-        let low = precision.forward == DType::I8 || precision.grad_input == DType::I8;
-        if low && !note.outliers.is_empty() {
-            split::outliers(graph, &layer, &mut inserted)?;
-        } else if precision.forward == DType::I8 {
-            insert_forward(graph, &layer, &mut inserted)?;
+        if note.precision.is_some_and(|precision| precision.is_quantized())
+            && !note.outliers.is_empty()
+        {
+            split::outliers(graph, &layer)?;
         }
     }
     bf16::insert_forward(graph)?;
+    let mut inserted = Inserted::default();
+    for layer in layers(graph) {
+        let precision = graph.node(layer.node).note.precision;
+        if precision.is_some_and(|precision| insert::is_quantized(precision.forward)) {
+            insert_forward(graph, &layer, &mut inserted)?;
+        }
+    }
     graph.sweep();
     Ok(())
 }

@@ -7,15 +7,14 @@
 use super::PASS;
 use super::activations::{activations, chosen, is_move};
 use super::codes::{Codes, Parameters, SMALLEST_SCALE};
-use super::insert::amax;
 use super::layer::{Layer, stored_layers, unquantized};
+use super::scale;
 use crate::PassError;
 use crate::builder::Builder;
 use crate::calibrate::Range;
 use crate::fold_batch_norm::per_channel;
 use qcompile_ir::{
-    BinaryOp, DType, Dim, Graph, Name, NodeId, Op, QuantizedRange, ReduceOp, Region, Shape, Tensor,
-    UnaryOp,
+    BinaryOp, DType, Dim, Graph, Name, NodeId, Op, ReduceOp, Region, Shape, Tensor, UnaryOp,
 };
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -217,15 +216,10 @@ fn rounded_along(
     axis: usize,
     dtype: DType,
 ) -> Result<NodeId, PassError> {
-    let largest = QuantizedRange::of(dtype, false).map_or(1.0, |range| f64::from(range.high));
-    let amax = amax(graph, weight, Some(axis), Region::Forward)?;
+    let axis = Some(axis);
+    let scale = scale::current(graph, weight, axis, dtype, Region::Forward)?;
     let name = graph.node(weight).name.as_str().to_owned();
     let mut b = Builder::new(graph, Region::Forward, &name);
-    let largest = b.splat_like("largest", amax, largest)?;
-    let step = b.binary("step", BinaryOp::Div, amax, largest)?;
-    let smallest = b.splat_like("smallest", step, f64::from(SMALLEST_SCALE))?;
-    let scale = b.binary("scale", BinaryOp::Max, step, smallest)?;
-    let axis = Some(axis);
     let q = b.add("q", Op::Quantize { dtype, axis }, &[weight, scale])?;
     b.add("dq", Op::Dequantize { axis }, &[q, scale])
 }

@@ -3,8 +3,9 @@
 //! Rounding is not an equality, so nothing here inserts or removes a `quantize` but where a `dequantize` by the same
 //! scale stands right below it. Nothing is associative or commutative either: such rules only grow the e-graph.
 
-use super::language::{Fact, Facts, Leaf, Term};
+use super::language::{Fact, Facts, Leaf, Parameters, Term};
 use egg::{Applier, EGraph, Id, PatternAst, Rewrite, Subst, Symbol, Var, rewrite};
+use qcompile_ir::DType;
 
 type Egraph = EGraph<Term, Facts>;
 
@@ -12,24 +13,30 @@ type Egraph = EGraph<Term, Facts>;
 #[rustfmt::skip]
 pub(super) fn rules() -> Vec<Rewrite<Term, Facts>> {
     [
-        rewrite!("relu-past-dequantize"; "(relu (dequantize ?q ?s))" <=> "(dequantize (relu ?q) ?s)" if positive("?s")),
-        rewrite!("reshape-past-dequantize"; "(reshape (dequantize ?q ?s) ?a)" <=> "(dequantize (reshape ?q ?a) ?s)"),
-        rewrite!("transpose-past-dequantize"; "(transpose (dequantize ?q ?s) ?a)" <=> "(dequantize (transpose ?q ?a) ?s)"),
-        rewrite!("slice-past-dequantize"; "(slice (dequantize ?q ?s) ?a)" <=> "(dequantize (slice ?q ?a) ?s)"),
-        rewrite!("concat-past-dequantize"; "(concat (dequantize ?p ?s) (dequantize ?q ?s) ?a)" <=> "(dequantize (concat ?p ?q ?a) ?s)"),
-        rewrite!("relu-past-quantize"; "(quantize (relu ?x) ?s)" <=> "(relu (quantize ?x ?s))" if positive("?s")),
-        rewrite!("reshape-past-quantize"; "(quantize (reshape ?x ?a) ?s)" <=> "(reshape (quantize ?x ?s) ?a)"),
-        rewrite!("transpose-past-quantize"; "(quantize (transpose ?x ?a) ?s)" <=> "(transpose (quantize ?x ?s) ?a)"),
-        rewrite!("slice-past-quantize"; "(quantize (slice ?x ?a) ?s)" <=> "(slice (quantize ?x ?s) ?a)"),
-        rewrite!("concat-past-quantize"; "(quantize (concat ?x ?y ?a) ?s)" <=> "(concat (quantize ?x ?s) (quantize ?y ?s) ?a)" if same_dtype("?x", "?y")),
-        rewrite!("relu-past-dequantize-along"; "(relu (dequantize_along ?q ?s ?i))" <=> "(dequantize_along (relu ?q) ?s ?i)" if positive("?s")),
-        rewrite!("relu-past-quantize-along"; "(quantize_along (relu ?x) ?s ?i)" <=> "(relu (quantize_along ?x ?s ?i))" if positive("?s")),
-        vec![rewrite!("transpose-past-dequantize-along"; "(transpose (dequantize_along ?q ?s ?i) ?a)" => { Along::outwards(Term::DequantizeAlong) })],
-        vec![rewrite!("transpose-past-dequantize-along-rev"; "(dequantize_along (transpose ?q ?a) ?s ?i)" => { Along::inwards(Term::DequantizeAlong) })],
-        vec![rewrite!("transpose-past-quantize-along"; "(quantize_along (transpose ?q ?a) ?s ?i)" => { Along::inwards(Term::QuantizeAlong) })],
-        vec![rewrite!("transpose-past-quantize-along-rev"; "(transpose (quantize_along ?q ?s ?i) ?a)" => { Along::outwards(Term::QuantizeAlong) })],
-        vec![rewrite!("quantize-of-dequantize"; "(quantize (dequantize ?q ?s) ?s)" => "?q" if in_range("?q") if positive("?s"))],
-        vec![rewrite!("quantize-of-dequantize-along"; "(quantize_along (dequantize_along ?q ?s ?i) ?s ?i)" => "?q" if in_range("?q") if positive("?s"))],
+        rewrite!("relu-past-dequantize"; "(relu (dequantize ?q ?p))" <=> "(dequantize (relu ?q) ?p)" if keeps_sign("?p") if of_type("?q", &[DType::I8])),
+        rewrite!("max-pool-past-dequantize"; "(max_pool (dequantize ?q ?p) ?a)" <=> "(dequantize (max_pool ?q ?a) ?p)" if positive("?p") if pools("?q", "?p", "?a")),
+        rewrite!("reshape-past-dequantize"; "(reshape (dequantize ?q ?p) ?a)" <=> "(dequantize (reshape ?q ?a) ?p)" if per_tensor("?p")),
+        rewrite!("slice-past-dequantize"; "(slice (dequantize ?q ?p) ?a)" <=> "(dequantize (slice ?q ?a) ?p)" if runs_elsewhere("?p", "?a")),
+        rewrite!("concat-past-dequantize"; "(concat (dequantize ?o ?p) (dequantize ?q ?p) ?a)" <=> "(dequantize (concat ?o ?q ?a) ?p)" if runs_elsewhere("?p", "?a") if same_dtype("?o", "?q")),
+        rewrite!("relu-past-quantize"; "(quantize (relu ?x) ?p ?t)" <=> "(relu (quantize ?x ?p ?t))" if keeps_sign("?p") if is_type("?t", &[DType::I8])),
+        rewrite!("max-pool-past-quantize"; "(quantize (max_pool ?x ?a) ?p ?t)" <=> "(max_pool (quantize ?x ?p ?t) ?a)" if positive("?p") if pools("?x", "?p", "?a") if is_type("?t", POOLED)),
+        rewrite!("reshape-past-quantize"; "(quantize (reshape ?x ?a) ?p ?t)" <=> "(reshape (quantize ?x ?p ?t) ?a)" if per_tensor("?p")),
+        rewrite!("slice-past-quantize"; "(quantize (slice ?x ?a) ?p ?t)" <=> "(slice (quantize ?x ?p ?t) ?a)" if runs_elsewhere("?p", "?a")),
+        rewrite!("concat-past-quantize"; "(quantize (concat ?x ?y ?a) ?p ?t)" <=> "(concat (quantize ?x ?p ?t) (quantize ?y ?p ?t) ?a)" if runs_elsewhere("?p", "?a") if same_dtype("?x", "?y")),
+        rewrite!("relu-past-cast"; "(relu (cast ?x ?t))" <=> "(cast (relu ?x) ?t)"),
+        rewrite!("max-pool-past-cast"; "(max_pool (cast ?x ?t) ?a)" <=> "(cast (max_pool ?x ?a) ?t)" if of_type("?x", POOLED) if is_type("?t", POOLED)),
+        rewrite!("reshape-past-cast"; "(reshape (cast ?x ?t) ?a)" <=> "(cast (reshape ?x ?a) ?t)"),
+        rewrite!("transpose-past-cast"; "(transpose (cast ?x ?t) ?a)" <=> "(cast (transpose ?x ?a) ?t)"),
+        rewrite!("slice-past-cast"; "(slice (cast ?x ?t) ?a)" <=> "(cast (slice ?x ?a) ?t)"),
+        rewrite!("concat-past-cast"; "(concat (cast ?x ?t) (cast ?y ?t) ?a)" <=> "(cast (concat ?x ?y ?a) ?t)" if same_dtype("?x", "?y")),
+        vec![rewrite!("transpose-past-dequantize"; "(transpose (dequantize ?q ?p) ?a)" => { Swap::outwards(None) })],
+        vec![rewrite!("transpose-past-dequantize-rev"; "(dequantize (transpose ?q ?a) ?p)" => { Swap::inwards(None) })],
+        vec![rewrite!("transpose-past-quantize"; "(quantize (transpose ?q ?a) ?p ?t)" => { Swap::inwards(Some("?t")) })],
+        vec![rewrite!("transpose-past-quantize-rev"; "(transpose (quantize ?q ?p ?t) ?a)" => { Swap::outwards(Some("?t")) })],
+        vec![rewrite!("quantize-of-dequantize"; "(quantize (dequantize ?q ?p) ?p ?t)" => "?q" if comes_back("?q", "?p", "?t"))],
+        vec![rewrite!("quantize-of-cast"; "(quantize (cast ?x ?t) ?p ?u)" => "(quantize ?x ?p ?u)" if widens("?x", "?t"))],
+        vec![rewrite!("cast-of-cast"; "(cast (cast ?x ?t) ?u)" => "(cast ?x ?u)" if widens("?x", "?t"))],
+        vec![rewrite!("cast-to-own-type"; "(cast ?x ?t)" => "?x" if own_type("?x", "?t"))],
         vec![rewrite!("amax-of-reshape"; "(amax (reshape ?x ?a))" => "(amax ?x)")],
         vec![rewrite!("amax-of-transpose"; "(amax (transpose ?x ?a))" => "(amax ?x)")],
         vec![rewrite!("amax-of-concat"; "(amax (concat ?x ?y ?a))" => "(max (amax ?x) (amax ?y))")],
@@ -59,16 +66,113 @@ fn fact<'e>(egraph: &'e Egraph, subst: &Subst, var: Var) -> &'e Fact {
     &egraph[subst[var]].data
 }
 
-/// All elements are known to be normal numbers above 0.
-fn positive(name: &str) -> impl Fn(&mut Egraph, Id, &Subst) -> bool + use<> {
-    let name = var(name);
-    move |egraph, _, subst| fact(egraph, subst, name).positive
+/// Every scale of the parameters is known to be a normal number above 0.
+fn positive(parameters: &str) -> impl Fn(&mut Egraph, Id, &Subst) -> bool + use<> {
+    let parameters = var(parameters);
+    move |egraph, _, subst| fact(egraph, subst, parameters).positive
 }
 
-/// i8 without -128, which `quantize` never makes.
-fn in_range(name: &str) -> impl Fn(&mut Egraph, Id, &Subst) -> bool + use<> {
+fn parameters(egraph: &Egraph, subst: &Subst, var: Var) -> Option<Parameters> {
+    fact(egraph, subst, var).parameters
+}
+
+/// Codes have the sign of what they stand for: scales are above 0, and there is no zero point.
+fn keeps_sign(name: &str) -> impl Fn(&mut Egraph, Id, &Subst) -> bool + use<> {
     let name = var(name);
-    move |egraph, _, subst| fact(egraph, subst, name).in_range
+    move |egraph, _, subst| {
+        fact(egraph, subst, name).positive
+            && parameters(egraph, subst, name).is_some_and(|known| known.zero_point.is_none())
+    }
+}
+
+/// The parameters have no axis.
+fn per_tensor(name: &str) -> impl Fn(&mut Egraph, Id, &Subst) -> bool + use<> {
+    let name = var(name);
+    move |egraph, _, subst| {
+        parameters(egraph, subst, name).is_some_and(|known| known.axis.is_none())
+    }
+}
+
+/// The parameters run along no axis, or along another than a slice or a concat.
+fn runs_elsewhere(name: &str, at: &str) -> impl Fn(&mut Egraph, Id, &Subst) -> bool + use<> {
+    let (name, at) = (var(name), var(at));
+    move |egraph, _, subst| {
+        let Some(known) = parameters(egraph, subst, name) else { return false };
+        match fact(egraph, subst, at).attribute {
+            Some(Leaf::Axis(axis) | Leaf::Slice([axis, ..])) => known.axis != Some(axis),
+            _ => false,
+        }
+    }
+}
+
+/// Types that max-pooling has a kernel for.
+const POOLED: &[DType] = &[DType::F32, DType::BF16, DType::I8];
+
+/// The values can be pooled, every window has a value, and the parameters are the same within a window.
+fn pools(x: &str, name: &str, at: &str) -> impl Fn(&mut Egraph, Id, &Subst) -> bool + use<> {
+    let (x, name, at) = (var(x), var(name), var(at));
+    move |egraph, _, subst| {
+        let Some(known) = parameters(egraph, subst, name) else { return false };
+        let Some(Leaf::Pool(geometry)) = &fact(egraph, subst, at).attribute else { return false };
+        let kernel =
+            fact(egraph, subst, x).ty.as_ref().is_some_and(|ty| POOLED.contains(&ty.dtype));
+        kernel && geometry.meets_input() && !matches!(known.axis, Some(1 | 2))
+    }
+}
+
+/// The value is of one of these types.
+fn of_type(x: &str, types: &'static [DType]) -> impl Fn(&mut Egraph, Id, &Subst) -> bool + use<> {
+    let x = var(x);
+    move |egraph, _, subst| {
+        fact(egraph, subst, x).ty.as_ref().is_some_and(|ty| types.contains(&ty.dtype))
+    }
+}
+
+/// It is one of these types.
+fn is_type(
+    name: &str,
+    types: &'static [DType],
+) -> impl Fn(&mut Egraph, Id, &Subst) -> bool + use<> {
+    let name = var(name);
+    move |egraph, _, subst| match fact(egraph, subst, name).attribute {
+        Some(Leaf::Type(dtype)) => types.contains(&dtype),
+        _ => false,
+    }
+}
+
+/// The value is of the type.
+fn own_type(x: &str, name: &str) -> impl Fn(&mut Egraph, Id, &Subst) -> bool + use<> {
+    let (x, name) = (var(x), var(name));
+    move |egraph, _, subst| match (&fact(egraph, subst, x).ty, &fact(egraph, subst, name).attribute)
+    {
+        (Some(ty), Some(Leaf::Type(dtype))) => ty.dtype == *dtype,
+        _ => false,
+    }
+}
+
+/// The type holds every value of the type of x.
+fn widens(x: &str, name: &str) -> impl Fn(&mut Egraph, Id, &Subst) -> bool + use<> {
+    let (x, name) = (var(x), var(name));
+    move |egraph, _, subst| match (&fact(egraph, subst, x).ty, &fact(egraph, subst, name).attribute)
+    {
+        (Some(ty), Some(Leaf::Type(dtype))) => *dtype == DType::F32 && ty.dtype.is_float(),
+        _ => false,
+    }
+}
+
+/// Codes that are dequantized and quantized again by the same positive scale are what they were: integers of at most 8
+/// bits within the range to which `quantize` clamps. The quotient is off by some parts in 2^24, which rounds away.
+fn comes_back(q: &str, name: &str, t: &str) -> impl Fn(&mut Egraph, Id, &Subst) -> bool + use<> {
+    let (q, name, t) = (var(q), var(name), var(t));
+    move |egraph, _, subst| {
+        let (codes, known) = (fact(egraph, subst, q), fact(egraph, subst, name));
+        let (Some(ty), Some(parameters)) = (&codes.ty, &known.parameters) else {
+            return false;
+        };
+        let same = fact(egraph, subst, t).attribute == Some(Leaf::Type(ty.dtype));
+        let clamped = codes.in_range || parameters.zero_point.is_some();
+        same && ty.dtype.size() == 1 && !ty.dtype.is_float() && known.positive && clamped
+    }
 }
 
 /// Both have one element type, so that they can be joined; both may be any float before they are rounded.
@@ -148,30 +252,38 @@ impl Applier<Term, Facts> for Compose {
     }
 }
 
-/// Swaps a transpose by `a` with an op whose scale runs along axis i: along axis `a[i]` of the transpose's operand.
-struct Along {
-    term: fn([Id; 3]) -> Term,
-    /// Whether the op ends up outside the transpose.
+/// Swaps a transpose by `a` with a quantization whose parameters run along axis i: along axis `a[i]` of the
+/// transpose's operand.
+struct Swap {
+    /// The type of a `quantize`; none of a `dequantize`.
+    to: Option<Var>,
+    /// Whether the quantization ends up outside the transpose.
     outwards: bool,
     q: Var,
     a: Var,
-    s: Var,
-    i: Var,
+    p: Var,
 }
 
-impl Along {
-    /// The op, which is outside, goes inside.
-    fn inwards(term: fn([Id; 3]) -> Term) -> Along {
-        Along { term, outwards: false, q: var("?q"), a: var("?a"), s: var("?s"), i: var("?i") }
+impl Swap {
+    /// The quantization, which is outside, goes inside.
+    fn inwards(to: Option<&str>) -> Swap {
+        Swap { to: to.map(var), outwards: false, q: var("?q"), a: var("?a"), p: var("?p") }
     }
 
-    /// The op, which is inside, goes outside.
-    fn outwards(term: fn([Id; 3]) -> Term) -> Along {
-        Along { outwards: true, ..Along::inwards(term) }
+    /// The quantization, which is inside, goes outside.
+    fn outwards(to: Option<&str>) -> Swap {
+        Swap { outwards: true, ..Swap::inwards(to) }
+    }
+
+    fn quantization(&self, subst: &Subst, x: Id, parameters: Id) -> Term {
+        match self.to {
+            Some(to) => Term::Quantize([x, parameters, subst[to]]),
+            None => Term::Dequantize([x, parameters]),
+        }
     }
 }
 
-impl Applier<Term, Facts> for Along {
+impl Applier<Term, Facts> for Swap {
     fn apply_one(
         &self,
         egraph: &mut Egraph,
@@ -180,24 +292,26 @@ impl Applier<Term, Facts> for Along {
         _: Option<&PatternAst<Term>>,
         rule: Symbol,
     ) -> Vec<Id> {
-        let (q, scale, permuted) = (subst[self.q], subst[self.s], subst[self.a]);
+        let (q, permuted) = (subst[self.q], subst[self.a]);
         let Some(axes) = permutation(egraph, subst, self.a) else { return Vec::new() };
-        let Some(Leaf::Axis(axis)) = fact(egraph, subst, self.i).attribute else {
-            return Vec::new();
+        let Some(known) = parameters(egraph, subst, self.p) else { return Vec::new() };
+        let moved = |axis: usize| match self.outwards {
+            true => axes.iter().position(|&from| from == axis),
+            false => axes.get(axis).copied(),
         };
-        let moved = if self.outwards {
-            axes.iter().position(|&from| from == axis)
-        } else {
-            axes.get(axis).copied()
+        let axis = match known.axis.map(moved) {
+            Some(None) => return Vec::new(),
+            Some(moved) => moved,
+            None => None,
         };
-        let Some(moved) = moved else { return Vec::new() };
-        let moved = egraph.add(Term::Leaf(Leaf::Axis(moved)));
+        let parameters = Parameters { axis, ..known }.term(egraph);
+        let parameters = egraph.add(parameters);
         let term = if self.outwards {
             let inner = egraph.add(Term::Transpose([q, permuted]));
-            (self.term)([inner, scale, moved])
+            self.quantization(subst, inner, parameters)
         } else {
-            let inner = egraph.add((self.term)([q, scale, moved]));
-            Term::Transpose([inner, permuted])
+            let inner = self.quantization(subst, q, parameters);
+            Term::Transpose([egraph.add(inner), permuted])
         };
         unite(egraph, class, term, rule)
     }

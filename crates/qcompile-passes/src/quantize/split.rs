@@ -1,11 +1,11 @@
 //! Channel-wise precision: a layer as two, its sensitive output channels in f32 and the others in int8.
 
 use super::PASS;
-use super::insert::{Inserted, forward};
+use super::insert::is_quantized;
 use super::layer::Layer;
 use crate::PassError;
 use crate::builder::Builder;
-use qcompile_ir::{DType, Graph, NodeId, Op, Precision, Region};
+use qcompile_ir::{DType, Graph, NodeId, Note, Op, Precision, Region};
 
 /// Neighbouring channels of one precision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,13 +28,9 @@ fn runs(channels: usize, outliers: &[u32]) -> Vec<Run> {
     runs
 }
 
-/// Replaces the layer by an f32 product of its noted outliers, a product of the other channels (quantized as the
-/// note says), and the concatenation of both in the old order of channels.
-pub(super) fn outliers(
-    graph: &mut Graph,
-    layer: &Layer,
-    inserted: &mut Inserted,
-) -> Result<(), PassError> {
+/// Replaces the layer by a product of its noted outliers in high precision, a product of the other channels (noted as
+/// the layer was), and the concatenation of both in the old order of channels.
+pub(super) fn outliers(graph: &mut Graph, layer: &Layer) -> Result<(), PassError> {
     let node = graph.node(layer.node).clone();
     let outliers = &node.note.outliers;
     let ascending = outliers.is_sorted_by(|a, b| a < b);
@@ -59,22 +55,35 @@ pub(super) fn outliers(
         let note = graph.note_mut(product);
         note.origin.clone_from(&node.note.origin);
         note.sensitivity = node.note.sensitivity;
-        note.precision =
-            if high { Some(Precision::uniform(DType::F32)) } else { node.note.precision };
+        note.precision = node.note.precision;
+        note.stored = node.note.stored;
+        note.quantizer = node.note.quantizer;
+        if high {
+            note.precision = Some(high_precision(&node.note));
+        }
         Ok(product)
     };
     let high = product(graph, true)?;
     let low = product(graph, false)?;
-    let low_layer = Layer { node: low, channels: layer.channels - outliers.len(), ..layer.clone() };
-    if node.note.precision.is_some_and(|precision| precision.forward == DType::I8) {
-        forward(graph, &low_layer, inserted)?;
-    }
     let joined = join(graph, layer, &runs, low, high, &name)?;
     let note = graph.note_mut(joined);
     note.origin = node.note.origin;
     note.outliers = node.note.outliers;
     graph.replace_uses(layer.node, joined)?;
     Ok(())
+}
+
+/// What the sensitive channels of a layer run in: codes give way to the type that the values are stored in.
+fn high_precision(note: &Note) -> Precision {
+    let stored = note.stored.unwrap_or(DType::F32);
+    let high = |dtype| if is_quantized(dtype) { stored } else { dtype };
+    let low = note.precision.unwrap_or(Precision::uniform(DType::F32));
+    Precision {
+        forward: high(low.forward),
+        grad_input: high(low.grad_input),
+        grad_weight: high(low.grad_weight),
+        ..Precision::uniform(DType::F32)
+    }
 }
 
 /// These index ranges of `axis`, one after the other.

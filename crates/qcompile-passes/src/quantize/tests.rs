@@ -47,3 +47,11 @@ fn every_rule_does_what_its_file_wants_and_nothing_else_does() {
         assert_eq!(with, optimised(&with, ""), "{rule}: a second run changes nothing");
     }
 }
+
+#[test]
+fn what_many_share_is_built_once() {
+    let quantized = |rule: &str| optimised(&file(rule), "").matches("= quantize").count();
+    // Seven slices, each cheapest by itself; a form for the forward pass and one for the backward pass.
+    assert_eq!(quantized("shared-by-many"), 1);
+    assert_eq!(quantized("forward-and-backward-share"), 1);
+}

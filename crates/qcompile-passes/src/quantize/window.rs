@@ -1,9 +1,9 @@
 //! The windows of a graph: connected parts that only move, round or scale values, each with its own e-graph.
 
-use super::extract::Extraction;
-use super::insert::amax_operand;
-use super::language::{Fact, Facts, Leaf, Term};
+use super::extract::{Extraction, Forms};
+use super::language::{Fact, Facts, Leaf, Parameters, Term};
 use super::rules::rules;
+use super::scale::amax_operand;
 use crate::PassError;
 use egg::{EGraph, Id, Rewrite, Runner, SimpleScheduler, StopReason};
 use qcompile_ir::{BinaryOp, DType, Graph, NodeId, Op, ReduceOp, UnaryOp};
@@ -20,7 +20,7 @@ const ITERATION_LIMIT: usize = 30;
 /// What [`optimise`] did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Moves {
-    /// Windows that hold a `quantize` or `dequantize`.
+    /// Windows that hold a `quantize`, a `dequantize` or a cast between floats.
     pub windows: usize,
     /// Values that are computed in another way than before.
     pub changed: usize,
@@ -29,7 +29,7 @@ pub struct Moves {
     pub unsaturated: usize,
 }
 
-/// Moves, merges and cancels `quantize`, `dequantize`, transposes and reshapes in all regions, by the rules of
+/// Moves, merges and cancels `quantize`, `dequantize`, casts, transposes and reshapes in all regions, by the rules of
 /// docs/quantization.md. All values that are used elsewhere keep their bits. Call after `differentiate`.
 ///
 /// # Errors
@@ -66,15 +66,26 @@ fn term_operands(graph: &Graph, id: NodeId) -> Option<Vec<NodeId>> {
     let operands = graph.operands(id);
     let small = node.ty.dtype == DType::F32 && node.ty.shape.rank() <= 1;
     let movable = match &node.op {
-        Op::Unary(UnaryOp::Relu) | Op::Reshape(_) | Op::Transpose(_) | Op::Slice { .. } => true,
+        Op::Unary(UnaryOp::Relu)
+        | Op::Reshape(_)
+        | Op::Transpose(_)
+        | Op::Slice { .. }
+        | Op::MaxPool2d(_)
+        | Op::Quantize { .. }
+        | Op::Dequantize { .. } => true,
+        Op::Cast(_) => is_float_cast(graph, id),
         Op::Concat { .. } => operands.len() > 1,
-        Op::Quantize { dtype, .. } => *dtype == DType::I8 && operands.len() == 2,
-        Op::Dequantize { .. } => graph.ty(operands[0]).dtype == DType::I8 && operands.len() == 2,
         // The arithmetic of scales.
         Op::Binary(BinaryOp::Div | BinaryOp::Max) => small,
         _ => false,
     };
     movable.then_some(operands)
+}
+
+/// Whether it converts a float to a float.
+fn is_float_cast(graph: &Graph, id: NodeId) -> bool {
+    matches!(graph.op(id), Op::Cast(to) if to.is_float())
+        && graph.ty(graph.operand(id, 0)).dtype.is_float()
 }
 
 /// Nodes of one window in graph order, each with the operands of its term.
@@ -83,7 +94,7 @@ struct Window {
     operands: BTreeMap<NodeId, Vec<NodeId>>,
 }
 
-/// The windows that hold a `quantize` or `dequantize`. Two nodes are in one window if one uses the other or both use
+/// The windows that hold a rounding. Two nodes are in one window if one uses the other or both use
 /// the same value that is not a constant.
 fn windows(graph: &Graph) -> Vec<Window> {
     let order = graph.order();
@@ -110,11 +121,13 @@ fn windows(graph: &Graph) -> Vec<Window> {
     for &id in order.iter().filter(|id| movable.contains_key(id)) {
         members.entry(find(&mut parent, id.index())).or_default().push(id);
     }
-    let quantizes =
-        |&id: &NodeId| matches!(graph.op(id), Op::Quantize { .. } | Op::Dequantize { .. });
+    let rounds = |&id: &NodeId| {
+        matches!(graph.op(id), Op::Quantize { .. } | Op::Dequantize { .. })
+            || is_float_cast(graph, id)
+    };
     members
         .into_values()
-        .filter(|nodes| nodes.iter().any(quantizes))
+        .filter(|nodes| nodes.iter().any(rounds))
         .map(|nodes| {
             let operands = nodes.iter().map(|id| (*id, movable[id].clone())).collect();
             Window { nodes, operands }
@@ -147,8 +160,9 @@ impl Window {
         if !matches!(runner.stop_reason, Some(StopReason::Saturated)) {
             moves.unsaturated += 1;
         }
+        let forms = Forms::new(&runner.egraph, &terms);
         let mut extraction =
-            Extraction::new(&runner.egraph, &terms, &self.nodes, &values, &classes);
+            Extraction::new(&runner.egraph, &forms, &self.nodes, &values, &classes, &roots);
         for root in roots {
             let class = classes[&root];
             let region = graph.node(root).region;
@@ -251,16 +265,22 @@ impl<'w> Terms<'w> {
                     Term::Slice([x, self.leaf(Leaf::Slice([axis, start, end, step]))])
                 }
                 &Op::Concat { axis } => return self.add_concat(id, operands, axis),
-                &Op::Quantize { axis: Some(axis), .. } => {
-                    let (x, scale) = (class(0), class(1));
-                    Term::QuantizeAlong([x, scale, self.leaf(Leaf::Axis(axis))])
+                &Op::Quantize { dtype, axis } => {
+                    let (x, parameters) = (class(0), self.parameters(&operands[1..], axis));
+                    Term::Quantize([x, parameters, self.leaf(Leaf::Type(dtype))])
                 }
-                &Op::Dequantize { axis: Some(axis) } => {
-                    let (x, scale) = (class(0), class(1));
-                    Term::DequantizeAlong([x, scale, self.leaf(Leaf::Axis(axis))])
+                &Op::Dequantize { axis } => {
+                    let q = class(0);
+                    Term::Dequantize([q, self.parameters(&operands[1..], axis)])
                 }
-                Op::Quantize { axis: None, .. } => Term::Quantize([class(0), class(1)]),
-                Op::Dequantize { axis: None } => Term::Dequantize([class(0), class(1)]),
+                &Op::Cast(dtype) => {
+                    let x = class(0);
+                    Term::Cast([x, self.leaf(Leaf::Type(dtype))])
+                }
+                &Op::MaxPool2d(geometry) => {
+                    let x = class(0);
+                    Term::MaxPool([x, self.leaf(Leaf::Pool(geometry))])
+                }
                 Op::Binary(BinaryOp::Div) => Term::Div([class(0), class(1)]),
                 _ => Term::Max([class(0), class(1)]),
             }
@@ -276,6 +296,14 @@ impl<'w> Terms<'w> {
             self.insert(id, Term::Concat([joined, self.classes[operand], axis]));
             joined = self.classes[&id];
         }
+    }
+
+    /// A scale, and perhaps a zero point.
+    fn parameters(&mut self, operands: &[NodeId], axis: Option<usize>) -> Id {
+        let scale = self.classes[&operands[0]];
+        let zero_point = operands.get(1).map(|id| self.classes[id]);
+        let term = Parameters { scale, zero_point, axis }.term(&mut self.egraph);
+        self.egraph.add(term)
     }
 
     fn leaf(&mut self, leaf: Leaf) -> Id {
@@ -294,14 +322,14 @@ impl<'w> Terms<'w> {
 fn value_fact(graph: &Graph, id: NodeId) -> Fact {
     Fact {
         ty: Some(graph.ty(id).clone()),
-        attribute: None,
         positive: is_positive(graph, id),
-        in_range: matches!(graph.op(id), Op::Quantize { .. }),
+        in_range: matches!(graph.op(id), Op::Quantize { .. }) && graph.operands(id).len() == 2,
+        ..Fact::default()
     }
 }
 
-/// Whether the value is a constant, perhaps reshaped, of normal numbers above 0.
-fn is_positive(graph: &Graph, mut id: NodeId) -> bool {
+/// Whether the value is a constant, perhaps reshaped, of normal numbers above 0, or held above such.
+pub(super) fn is_positive(graph: &Graph, mut id: NodeId) -> bool {
     loop {
         match graph.op(id) {
             Op::Const(tensor) => {
@@ -309,6 +337,7 @@ fn is_positive(graph: &Graph, mut id: NodeId) -> bool {
                     && tensor.to_f32().iter().all(|value| value.is_normal() && *value > 0.0);
             }
             Op::Reshape(_) | Op::Broadcast(_) => id = graph.operand(id, 0),
+            Op::Binary(BinaryOp::Max) => id = graph.operand(id, 1),
             _ => return false,
         }
     }

@@ -10,9 +10,9 @@
 mod noise;
 
 use crate::PassError;
-use crate::quantize::{Inserted, Layer, insert_forward, layers};
+use crate::quantize::{Inserted, Layer, Numerics, insert_forward, layers};
 use noise::Noise;
-use qcompile_ir::{Graph, Name, Tensor};
+use qcompile_ir::{Graph, Name, Precision, Tensor};
 
 const PASS: &str = "sensitivity";
 
@@ -74,6 +74,8 @@ pub struct Options {
     pub metric: Metric,
     /// Number of calibration samples that the evaluator holds; repeated in [`Scores`].
     pub samples: usize,
+    /// How layers are rounded.
+    pub numerics: Numerics,
 }
 
 /// The scores of one layer.
@@ -149,15 +151,15 @@ pub fn run(
         progress(done, layers.len(), node.name.as_str());
         let (score, channels) = match options.metric {
             Metric::LeaveOneOut => (
-                loss_increase(graph, layer, evaluator, baseline_loss)?,
-                weight_noise(graph, layer, evaluator)?,
+                loss_increase(graph, layer, evaluator, options, baseline_loss)?,
+                weight_noise(graph, layer, evaluator, options)?,
             ),
             Metric::WeightSqnr => {
-                let channels = weight_noise(graph, layer, evaluator)?;
+                let channels = weight_noise(graph, layer, evaluator, options)?;
                 (noise::total(&channels).ratio(), channels)
             }
             Metric::OutputSqnr => {
-                let channels = output_noise(graph, layer, evaluator)?;
+                let channels = output_noise(graph, layer, evaluator, options)?;
                 (noise::total(&channels).ratio(), channels)
             }
         };
@@ -170,7 +172,7 @@ pub fn run(
         });
     }
     progress(layers.len(), layers.len(), "");
-    let Options { metric, samples } = *options;
+    let Options { metric, samples, .. } = *options;
     let scores = Scores { layers: measured, metric, baseline_loss, samples };
     scores.annotate(graph);
     Ok(scores)
@@ -186,8 +188,15 @@ fn finite_ratio(noise: Noise) -> f32 {
 }
 
 /// The graph with only this layer in int8.
-fn with_layer_quantized(graph: &Graph, layer: &Layer) -> Result<Graph, PassError> {
+fn with_layer_quantized(
+    graph: &Graph,
+    layer: &Layer,
+    options: &Options,
+) -> Result<Graph, PassError> {
     let mut variant = graph.clone();
+    let note = variant.note_mut(layer.node);
+    note.quantizer = Some(options.numerics.quantizer());
+    note.precision = Some(Precision::uniform(options.numerics.types.activation));
     insert_forward(&mut variant, layer, &mut Inserted::default())?;
     Ok(variant)
 }
@@ -197,9 +206,10 @@ fn loss_increase(
     graph: &Graph,
     layer: &Layer,
     evaluator: &mut dyn Evaluate,
+    options: &Options,
     baseline: f64,
 ) -> Result<f32, PassError> {
-    let loss = evaluator.loss(&with_layer_quantized(graph, layer)?).map_err(failure)?;
+    let loss = evaluator.loss(&with_layer_quantized(graph, layer, options)?).map_err(failure)?;
     if !loss.is_finite() {
         return Ok(f32::INFINITY);
     }
@@ -224,19 +234,25 @@ fn weight_noise(
     graph: &Graph,
     layer: &Layer,
     evaluator: &mut dyn Evaluate,
+    options: &Options,
 ) -> Result<Vec<Noise>, PassError> {
     let name = &graph.node(graph.operand(layer.node, 1)).name;
-    Ok(noise::of_weight(&value(graph, evaluator, name)?, layer.weight_axis))
+    Ok(noise::of_weight(
+        &value(graph, evaluator, name)?,
+        layer.weight_axis,
+        options.numerics.types.weight,
+    ))
 }
 
 fn output_noise(
     graph: &Graph,
     layer: &Layer,
     evaluator: &mut dyn Evaluate,
+    options: &Options,
 ) -> Result<Vec<Noise>, PassError> {
     let name = &graph.node(layer.node).name;
     let exact = value(graph, evaluator, name)?;
-    let variant = with_layer_quantized(graph, layer)?;
+    let variant = with_layer_quantized(graph, layer, options)?;
     let rounded = value(&variant, evaluator, name)?;
     noise::between(&exact, &rounded, layer.result_axis)
         .ok_or_else(|| failure(format!("{name} changed its shape")))

@@ -1,6 +1,6 @@
 //! Quantization noise of a tensor, computed on the host.
 
-use qcompile_ir::Tensor;
+use qcompile_ir::{DType, QuantizedRange, Tensor};
 
 /// Energy of a signal and of its quantization noise.
 #[derive(Clone, Copy, Debug, Default)]
@@ -37,23 +37,33 @@ fn channel_of(shape: &[usize], axis: usize) -> impl Fn(usize) -> usize {
     move |element| element / inner % channels
 }
 
-/// Noise per index of `axis` of what rounding to i8 with one scale per index leaves of `weight`.
-pub(super) fn of_weight(weight: &Tensor, axis: usize) -> Vec<Noise> {
+/// Noise per index of `axis` of what rounding to codes of `dtype` with one scale per index leaves of `weight`.
+#[allow(clippy::cast_possible_truncation, reason = "codes are small")]
+pub(super) fn of_weight(weight: &Tensor, axis: usize, dtype: DType) -> Vec<Noise> {
     let values = weight.to_f32();
     let channel = channel_of(weight.shape(), axis);
+    let largest = QuantizedRange::of(dtype, false).map_or(127.0, |range| range.high);
     let mut scales = vec![0.0_f32; weight.shape()[axis]];
     for (element, value) in values.iter().enumerate() {
         let scale = &mut scales[channel(element)];
         *scale = scale.max(value.abs());
     }
     for scale in &mut scales {
-        *scale = (*scale / 127.0).max(1e-30);
+        *scale = (*scale / largest).max(1e-30);
+    }
+    let quotient = |(element, value): (usize, &f32)| {
+        f64::from((value / scales[channel(element)]).clamp(-largest, largest))
+    };
+    let mut codes: Vec<f64> = values.iter().enumerate().map(quotient).collect();
+    if dtype.is_float() {
+        codes = Tensor::from_f64(dtype, &[codes.len()], &codes).map_or(codes, |t| t.to_f64());
+    } else {
+        codes.iter_mut().for_each(|code| *code = code.round_ties_even());
     }
     let mut noise = vec![Noise::default(); scales.len()];
-    for (element, &value) in values.iter().enumerate() {
+    for (element, (&value, code)) in values.iter().zip(codes).enumerate() {
         let at = channel(element);
-        let rounded = (value / scales[at]).round_ties_even().clamp(-127.0, 127.0) * scales[at];
-        noise[at].add(f64::from(value), f64::from(rounded));
+        noise[at].add(f64::from(value), f64::from(code as f32 * scales[at]));
     }
     noise
 }
@@ -78,12 +88,17 @@ mod tests {
     #[test]
     fn noise_of_a_channel_ignores_the_size_of_the_others() {
         let weight = Tensor::from_f32(&[2, 3], &[0.1, 0.25, 0.7, 100.0, 250.0, 700.0]).expect("6");
-        let noise = of_weight(&weight, 0);
+        let noise = of_weight(&weight, 0, DType::I8);
         let (a, b) = (noise[0].ratio(), noise[1].ratio());
         assert!(a > 0.0 && (a - b).abs() < 1e-3 * a, "{a} {b}");
+        let coarse = total(&of_weight(&weight, 0, DType::I4)).ratio();
+        assert!(coarse > 100.0 * a, "{coarse}");
         // By columns, the large row drowns the small one: more noise than by rows.
-        assert!(total(&of_weight(&weight, 1)).ratio() > 0.0);
-        assert_eq!(total(&of_weight(&Tensor::zeros(weight.dtype(), &[2, 2]), 0)).ratio(), 0.0);
+        assert!(total(&of_weight(&weight, 1, DType::I8)).ratio() > 0.0);
+        assert_eq!(
+            total(&of_weight(&Tensor::zeros(weight.dtype(), &[2, 2]), 0, DType::I8)).ratio(),
+            0.0
+        );
     }
 
     #[test]

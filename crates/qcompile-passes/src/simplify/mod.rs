@@ -58,6 +58,8 @@ fn replace(graph: &mut Graph, old: NodeId, new: NodeId) -> Result<(), PassError>
     kept.origin = kept.origin.take().or(note.origin);
     kept.sensitivity = kept.sensitivity.or(note.sensitivity);
     kept.precision = kept.precision.or(note.precision);
+    kept.stored = kept.stored.or(note.stored);
+    kept.quantizer = kept.quantizer.or(note.quantizer);
     if kept.outliers.is_empty() {
         kept.outliers = note.outliers;
     }

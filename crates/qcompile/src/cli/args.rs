@@ -1,15 +1,17 @@
 //! Groups of flags that several commands take.
 
 use super::words::{
-    above_zero, calibration, codes, constant, dim, finite, fraction, keep, loss, metric,
-    not_negative, operations, optimizer, positive, precision, weights,
+    above_zero, calibration, codes, constant, dim, finite, fraction, grad_weight, granularity,
+    keep, loss, metric, not_negative, on_or_off, operand_types, operations, optimizer, positive,
+    precision, rounding, scaling, weights,
 };
 use crate::error::{Error, Result};
 use clap::{Args, ValueEnum};
-use qcompile_ir::{DType, Tensor};
+use qcompile_ir::{DType, GradientRounding, Granularity, Scaling, Tensor};
 use qcompile_passes::attach_loss::LossKind;
 use qcompile_passes::calibrate::Method;
-use qcompile_passes::quantize::{Codes, Operations, PrecisionChoice};
+use qcompile_passes::quantize::{Codes, Numerics, OperandTypes, Operations, PrecisionChoice};
+use qcompile_passes::saved;
 use qcompile_passes::sensitivity::Metric;
 use qcompile_passes::update::Optimizer;
 use std::path::PathBuf;
@@ -51,6 +53,10 @@ pub struct CompileArgs {
     /// What --qat rounds to what.
     #[command(flatten)]
     pub ranged: RangedArgs,
+    /// Save what the backward pass reads of the forward pass in bf16, int8 or int4: saved=int8, or of some nodes only
+    /// saved=int4:PATTERN; of several that match the last counts.
+    #[arg(long, value_name = "saved=FORMAT[:PATTERN]", help_heading = "Precision")]
+    pub compress: Vec<saved::Rule>,
     /// The batch size that is tuned and measured for; any batch runs [default: 32].
     #[arg(long, value_name = "N", value_parser = positive, help_heading = "Training")]
     pub batch_size: Option<usize>,
@@ -66,6 +72,17 @@ impl CompileArgs {
             Some(flag) if !self.precision.qat => {
                 Err(Error::usage(format!("{flag} is for --qat, and for export --format qdq-onnx")))
             }
+            _ => self.check_qat(),
+        }
+    }
+
+    fn check_qat(&self) -> Result<()> {
+        let numerics = self.precision.numerics.given();
+        match numerics.into_iter().find(|(_, given)| *given) {
+            Some((flag, _)) if self.precision.qat => Err(Error::usage(format!(
+                "{flag} is about scales that follow a step, and --qat computes with ranges"
+            ))
+            .help("--activations and --weights say what is rounded to what")),
             _ => Ok(()),
         }
     }
@@ -129,9 +146,10 @@ impl BatchNormMode {
 /// Flags of the choice of precision.
 #[derive(Debug, Clone, Default, Args)]
 pub struct PrecisionArgs {
-    /// auto: bf16, or int8 layers, where that measures fastest and the loss allows it; f32,int8 and f32,bf16: the same
-    /// from these only; f32, bf16 or int8 throughout; mixed: int8 where the loss allows it [default: auto].
-    #[arg(long, value_name = "KIND", value_parser = precision(), help_heading = "Precision")]
+    /// What layers run in: a set of f32, bf16 and int8 with commas, of which the fastest step is measured that the loss
+    /// allows (int8 layer by layer); auto: all three; one alone: throughout; mixed and bf16+int8: int8 where the loss
+    /// allows it, else f32 or bf16 [default: auto].
+    #[arg(long, value_name = "SET", value_parser = precision(), help_heading = "Precision")]
     pub precision: Option<PrecisionChoice>,
     /// What a layer's score is [default: leave-one-out].
     #[arg(long, value_name = "METRIC", value_parser = metric(), help_heading = "Precision")]
@@ -148,9 +166,16 @@ pub struct PrecisionArgs {
     /// Keep layers as they are: f32=PATTERN.
     #[arg(long, value_name = "f32=PATTERN", value_parser = keep, help_heading = "Precision")]
     pub keep: Vec<String>,
-    /// Operations of a layer that may be of lower precision: forward, backward [default: forward,backward].
+    /// Operations of a layer that may be of lower precision: forward, backward, mean (workers exchange 8-bit gradients),
+    /// update (the optimizer keeps 8-bit state) [default: forward,backward].
     #[arg(long, value_name = "LIST", value_parser = operations, help_heading = "Precision")]
     pub quantize_ops: Option<Operations>,
+    /// off: weights of the layers whose update is of lower precision are kept in bf16 only, rounded at random [default: on].
+    #[arg(long, value_name = "on|off", value_parser = on_or_off, help_heading = "Precision")]
+    pub master_weights: Option<bool>,
+    /// How int8 products are rounded.
+    #[command(flatten)]
+    pub numerics: NumericsArgs,
     /// Scores that `qcompile sensitivity` wrote, instead of measuring.
     #[arg(long, value_name = "FILE", help_heading = "Precision")]
     pub scores: Option<PathBuf>,
@@ -191,6 +216,94 @@ impl RangedArgs {
             ("--calibration", self.calibration.is_some()),
         ];
         flags.into_iter().find_map(|(flag, given)| given.then_some(flag))
+    }
+}
+
+/// Flags of how int8 products are rounded.
+#[derive(Debug, Clone, Copy, Default, Args)]
+pub struct NumericsArgs {
+    /// How far one scale reaches: the tensor; a row (token, image) of activations and gradients and an output channel of
+    /// weights; the tensor, and an output channel of weights [default: channel].
+    #[arg(long, value_name = "KIND", value_parser = granularity(), help_heading = "Rounding")]
+    pub granularity: Option<Granularity>,
+    /// How gradients are rounded to int8 [default: nearest].
+    #[arg(long, value_name = "KIND", value_parser = rounding(), help_heading = "Rounding")]
+    pub rounding: Option<GradientRounding>,
+    /// What the scales of activations and gradients follow: the values of the step, or the largest of the 16 steps before
+    /// [default: current].
+    #[arg(long, value_name = "KIND", value_parser = scaling(), help_heading = "Rounding")]
+    pub scaling: Option<Scaling>,
+    /// What int8 stands for, by operand: weight=TYPE,activation=TYPE,gradient=TYPE, of int8, int4, f8e4m3 and f8e5m2
+    /// [default: int8].
+    #[arg(long, value_name = "LIST", value_parser = operand_types, help_heading = "Rounding")]
+    pub operand_types: Option<OperandTypes>,
+    /// What the gradient of the weight of an int8 layer runs in; auto: bf16 in a bf16 plan, else f32 [default: auto].
+    #[arg(long, value_name = "KIND", value_parser = grad_weight(), help_heading = "Rounding")]
+    pub grad_weight: Option<GradWeight>,
+}
+
+impl NumericsArgs {
+    /// The flags given, the defaults for the others.
+    #[must_use]
+    pub fn numerics(&self) -> Numerics {
+        Numerics {
+            types: self.operand_types.unwrap_or_default(),
+            granularity: self.granularity.unwrap_or_default(),
+            rounding: self.rounding.unwrap_or_default(),
+            scaling: self.scaling.unwrap_or_default(),
+            grad_weight: self.grad_weight.and_then(GradWeight::dtype),
+        }
+    }
+
+    /// The flags that are given.
+    #[must_use]
+    pub fn given(&self) -> [(&'static str, bool); 5] {
+        [
+            ("--granularity", self.granularity.is_some()),
+            ("--rounding", self.rounding.is_some()),
+            ("--scaling", self.scaling.is_some()),
+            ("--operand-types", self.operand_types.is_some()),
+            ("--grad-weight", self.grad_weight.is_some()),
+        ]
+    }
+}
+
+/// What the gradient of a weight may be asked for in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GradWeight {
+    /// What the plan has beside int8.
+    Auto,
+    /// f32.
+    F32,
+    /// bf16.
+    Bf16,
+    /// int8.
+    Int8,
+}
+
+impl GradWeight {
+    /// Every word.
+    pub const ALL: [GradWeight; 4] =
+        [GradWeight::Auto, GradWeight::F32, GradWeight::Bf16, GradWeight::Int8];
+
+    /// The word on the command line.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            GradWeight::Auto => "auto",
+            GradWeight::F32 => "f32",
+            GradWeight::Bf16 => "bf16",
+            GradWeight::Int8 => "int8",
+        }
+    }
+
+    const fn dtype(self) -> Option<DType> {
+        match self {
+            GradWeight::Auto => None,
+            GradWeight::F32 => Some(DType::F32),
+            GradWeight::Bf16 => Some(DType::BF16),
+            GradWeight::Int8 => Some(DType::I8),
+        }
     }
 }
 

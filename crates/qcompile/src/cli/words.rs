@@ -1,11 +1,12 @@
 //! The words and numbers of the command line, as clap parses them.
 
+use super::args::GradWeight;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use qcompile_ir::{DType, Tensor};
+use qcompile_ir::{DType, GradientRounding, Granularity, Scaling, Tensor};
 use qcompile_kernels::Tier;
 use qcompile_passes::attach_loss::LossKind;
 use qcompile_passes::calibrate::Method;
-use qcompile_passes::quantize::{Codes, Operations, PrecisionChoice};
+use qcompile_passes::quantize::{Codes, OperandTypes, Operations, PrecisionChoice};
 use qcompile_passes::sensitivity::Metric;
 use qcompile_passes::update::Optimizer;
 
@@ -34,23 +35,31 @@ pub(super) fn metric() -> impl TypedValueParser<Value = Metric> {
 
 /// A choice, or the set to choose from in any order.
 pub(super) fn precision() -> impl TypedValueParser<Value = PrecisionChoice> {
-    let aliases = |choice: PrecisionChoice| -> &'static [&'static str] {
-        match choice {
-            PrecisionChoice::Auto => &["f32,bf16,int8", "f32,int8,bf16"],
-            PrecisionChoice::F32OrInt8 => &["int8,f32"],
-            PrecisionChoice::F32OrBf16 => &["bf16,f32"],
-            _ => &[],
-        }
+    let word = |choice: PrecisionChoice| {
+        PossibleValue::new(choice.name()).aliases(choice.aliases().iter().copied())
     };
-    let word = move |choice: PrecisionChoice| {
-        PossibleValue::new(choice.name()).aliases(aliases(choice).iter().copied())
-    };
-    PossibleValuesParser::new(PrecisionChoice::ALL.map(word)).map(move |word| {
-        let named = |choice: &PrecisionChoice| {
-            choice.name() == word || aliases(*choice).contains(&word.as_str())
-        };
-        PrecisionChoice::ALL.into_iter().find(named).unwrap_or_default()
-    })
+    PossibleValuesParser::new(PrecisionChoice::ALL.map(word))
+        .try_map(|word| word.parse().map_err(|()| format!("`{word}` is not known")))
+}
+
+pub(super) fn granularity() -> impl TypedValueParser<Value = Granularity> {
+    words(&Granularity::ALL, |kind| kind.name())
+}
+
+pub(super) fn rounding() -> impl TypedValueParser<Value = GradientRounding> {
+    words(&GradientRounding::ALL, |kind| kind.name())
+}
+
+pub(super) fn scaling() -> impl TypedValueParser<Value = Scaling> {
+    words(&Scaling::ALL, |kind| kind.name())
+}
+
+pub(super) fn grad_weight() -> impl TypedValueParser<Value = GradWeight> {
+    words(&GradWeight::ALL, |kind| kind.name())
+}
+
+pub(super) fn operand_types(text: &str) -> Result<OperandTypes, String> {
+    text.parse()
 }
 
 pub(super) fn run_precision() -> impl TypedValueParser<Value = PrecisionChoice> {
@@ -165,11 +174,15 @@ pub(super) fn calibration(text: &str) -> Result<Method, String> {
 }
 
 pub(super) fn operations(text: &str) -> Result<Operations, String> {
-    let operations: Operations = text.parse()?;
-    if operations.mean || operations.update {
-        return Err("forward and backward can be quantized, mean and update cannot".to_owned());
+    text.parse()
+}
+
+pub(super) fn on_or_off(text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("on or off is wanted".to_owned()),
     }
-    Ok(operations)
 }
 
 /// An opset that can be written.

@@ -63,8 +63,9 @@ pub(super) fn run(cli: &Cli) -> Result<()> {
         say_times(command, &spent);
         return write_dump(&draft, output.as_deref());
     }
-    let compiled =
-        finish(draft, &options, show, &mut each).map_err(|e| place(e, model, &options))?;
+    let told = command.time_passes || !command.dump_after.is_empty();
+    let compiled = finish(draft, &options, show, told.then_some(&mut each))
+        .map_err(|e| place(e, model, &options))?;
     say_times(command, &spent);
     match (command.emit, &output) {
         (Emit::Plan | Emit::Graph, _) => {}
@@ -164,7 +165,7 @@ pub(super) fn in_passing(model: &Path, options: &Options, show: Show) -> Result<
     let draft = draft(&target, model, options)?;
     drop(target);
     say_verb(show, "Importing", &imported(model, &draft));
-    finish(draft, options, show, &mut |_, _, _| Ok(())).map_err(|e| place(e, model, options))
+    finish(draft, options, show, None).map_err(|e| place(e, model, options))
 }
 
 /// An error of the passes with its place: the data, if it is about data, else the model.

@@ -9,12 +9,12 @@ use crate::model::{CHECKPOINT_PLAN, CHECKPOINT_STATE, Target, at_path, open, rea
 use crate::options::Options;
 use crate::output::{check_writable, print, write_atomically};
 use crate::subgraph::with_values;
-use crate::terminal::{Progress as Bar, milliseconds, say_verb};
+use crate::terminal::{Progress as Bar, bytes, milliseconds, say_verb};
 use crate::train::{
     EpochLog, Evaluation, Progress, Rate, Run, Settings, StepLog, digest, evaluate,
 };
 use crate::wants::Wants;
-use qcompile_plan::{BuildOptions, Plan, build};
+use qcompile_plan::{BuildOptions, Plan, Received, build};
 use qcompile_runtime::{Trainer, Values, checkpoint};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -62,7 +62,14 @@ pub(super) fn run(command: &TrainCommand) -> Result<()> {
     if run.left_out() > 0 {
         say_verb(show, "Note", &format!("{} samples of each epoch are left out", run.left_out()));
     }
-    let teller = Teller { command, evaluating: eval.is_some() };
+    let received = plan.received(command.workers);
+    if command.workers > 1 {
+        let f32 = bytes(received.f32_bytes as u64);
+        let now = bytes(received.bytes as u64);
+        let text = format!("each worker receives {now} a step, {f32} if all were f32");
+        say_verb(show, "Exchange", &text);
+    }
+    let teller = Teller { command, evaluating: eval.is_some(), received };
     let first = run.progress.epochs;
     if first >= command.epochs {
         say_verb(show, "Note", &format!("all {first} epochs are done already"));
@@ -157,6 +164,8 @@ fn check_flags(args: &CompileArgs, plan: &Plan) -> Result<()> {
         ("--max-loss-increase", precision.max_loss_increase.is_some()),
         ("--keep", !precision.keep.is_empty()),
         ("--quantize-ops", precision.quantize_ops.is_some()),
+        ("--master-weights", precision.master_weights.is_some()),
+        ("--compress", !args.compress.is_empty()),
         ("--scores", precision.scores.is_some()),
         ("--samples", precision.samples.is_some()),
         ("--qat", precision.qat && option("qat") != "true"),
@@ -164,6 +173,7 @@ fn check_flags(args: &CompileArgs, plan: &Plan) -> Result<()> {
     wrong.extend(
         given
             .iter()
+            .chain(&precision.numerics.given())
             .filter(|(_, given)| *given)
             .map(|(flag, _)| format!("{flag}: decided when a model is compiled")),
     );
@@ -285,6 +295,8 @@ fn trained(plan: &Plan, values: &Values) -> Result<Plan> {
 struct Teller<'c> {
     command: &'c TrainCommand,
     evaluating: bool,
+    /// What each worker receives from the others in a step.
+    received: Received,
 }
 
 impl Teller<'_> {
@@ -338,6 +350,8 @@ impl Teller<'_> {
         if self.command.talk.json {
             return print_json(
                 &json!({
+                    "received_bytes": self.received.bytes,
+                    "received_f32_bytes": self.received.f32_bytes,
                     "epoch": log.epoch,
                     "loss": log.loss,
                     "eval_loss": eval.map(|eval| eval.loss),

@@ -16,10 +16,10 @@ use crate::sensitivity::{self, Calibration};
 use crate::terminal::Show;
 use qcompile_ir::{Graph, verify};
 use qcompile_passes::attach_loss::{self, LossKind};
-use qcompile_passes::quantize::{self, Held, LayerCost};
+use qcompile_passes::quantize::{self, Held, LayerCost, OperandTypes};
 use qcompile_passes::sensitivity::{LayerScore, Scores};
 use qcompile_passes::{
-    PassError, attention, differentiate, distribute, evaluation, simplify, update,
+    PassError, attention, differentiate, distribute, evaluation, saved, simplify, update,
 };
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -49,11 +49,13 @@ pub enum Pass {
     Update,
     /// Removes what the passes before have left over.
     Finish,
+    /// Compresses what is saved for the backward pass.
+    Compress,
 }
 
 impl Pass {
     /// Every pass in order.
-    pub const ALL: [Pass; 11] = [
+    pub const ALL: [Pass; 12] = [
         Pass::Simplify,
         Pass::Attention,
         Pass::AttachLoss,
@@ -65,10 +67,11 @@ impl Pass {
         Pass::Distribute,
         Pass::Update,
         Pass::Finish,
+        Pass::Compress,
     ];
 
     /// The last pass.
-    pub const LAST: Pass = Pass::Finish;
+    pub const LAST: Pass = Pass::Compress;
 
     /// The word on the command line and in dumps.
     #[must_use]
@@ -82,6 +85,7 @@ impl Pass {
             Pass::Differentiate => "differentiate",
             Pass::QuantizeBackward => "quantize-backward",
             Pass::MoveRoundings => "move-roundings",
+            Pass::Compress => "compress",
             Pass::Distribute => "distribute",
             Pass::Update => "update",
             Pass::Finish => "finish",
@@ -176,7 +180,7 @@ impl<'a> Street<'a> {
     }
 
     fn advance(&mut self, draft: &mut Draft, pass: Pass) -> Result<()> {
-        let Draft { graph, about, .. } = draft;
+        let Draft { graph, about, evaluation, .. } = draft;
         match pass {
             Pass::Simplify => {
                 simplify::run(graph, &simplify::Options { keep_stop_gradient: true })?
@@ -206,8 +210,21 @@ impl<'a> Street<'a> {
             Pass::MoveRoundings => {
                 quantize::optimise(graph)?;
             }
+            Pass::Compress if self.options.saved.is_empty() => {}
+            Pass::Compress => {
+                let saved = saved::run(graph, &self.options.saved)?;
+                let sensible = saved.compressed.is_empty();
+                about.warnings.extend(sensible.then(|| {
+                    "--compress: the backward pass reads no value that can be compressed".to_owned()
+                }));
+            }
             Pass::Distribute => distribute::run(graph)?,
             Pass::Update => {
+                if !self.options.master_weights {
+                    for graph in std::iter::once(&mut *graph).chain(evaluation) {
+                        update::store_in_bf16(graph)?;
+                    }
+                }
                 update::run(graph, &update::Options { optimizer: self.options.optimizer })?;
                 self.options.optimizer.name().clone_into(&mut about.optimizer);
                 about.options = self.options.said();
@@ -282,8 +299,10 @@ impl<'a> Street<'a> {
             operations: self.options.operations,
             cost: BTreeMap::new(),
             scores: draft.scores.clone(),
+            numerics: self.options.numerics,
         };
-        if options.precision.is_measured() && options.precision.has_int8() {
+        let measured = options.precision.is_measured() || self.options.measure_layers;
+        if measured && options.precision.has_int8() {
             options.cost = cost::measure(&draft.graph, &options, self.options, self.show)?;
         }
         let decided = if self.options.qat {
@@ -296,14 +315,23 @@ impl<'a> Street<'a> {
         } else {
             quantize::run(&mut draft.graph, &options)?
         };
+        let OperandTypes { weight, activation, gradient } = options.numerics.types;
+        let float = [weight, activation, gradient].into_iter().find(|dtype| dtype.is_float());
+        if let Some(float) =
+            float.filter(|_| decided.iter().any(|one| one.precision.is_quantized()))
+        {
+            draft.about.warnings.push(format!(
+                "{float} codes are multiplied in f32: they show what training in {float} does to the loss, and are not faster"
+            ));
+        }
         let decisions: Vec<LayerDecision> =
             decided.iter().map(|decision| LayerDecision::new(&draft.graph, decision)).collect();
         draft.about.decisions.clone_from(&decisions);
         for (decision, layer) in draft.about.decisions.iter_mut().zip(&decided) {
             // A measured time would make every plan another.
             let slower =
-                options.cost.get(&layer.node).is_some_and(|cost| cost.low_ms >= cost.f32_ms);
-            if slower && !decision.precision.is_low() {
+                options.cost.get(&layer.node).is_some_and(|cost| cost.low_ms >= cost.high_ms);
+            if slower && !decision.precision.is_quantized() {
                 "int8 does not measure faster".clone_into(&mut decision.reason);
             }
         }

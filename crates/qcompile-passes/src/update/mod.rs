@@ -18,16 +18,24 @@
 //!   `m = beta1 · m + (1 - beta1) · g`, `v = beta2 · v + (1 - beta2) · g²`,
 //!   `w -= lr / bias_correction1 · m / (√v / √bias_correction2 + epsilon)`, where `bias_correctionK = 1 - betaK^t`.
 //!
+//! Where the note of a parameter says `update=i8`, its state is 8-bit ([`moments`]). [`store_in_bf16`] keeps such a
+//! parameter itself in bf16: it is widened, updated in f32, and rounded at random ([`crate::stochastic`]).
+//!
 //! No value that is not finite reaches a parameter or state: if the loss or the norm of all gradients is not finite,
 //! every leaf keeps its value. Running statistics that the model updates itself are guarded the same way.
 
+mod moments;
+mod weights;
+
+pub use weights::{store_in_bf16, widen};
+
 use crate::PassError;
 use crate::builder::Builder;
-use crate::differentiate;
+use crate::{blocks, differentiate, stochastic};
+use moments::{Sign, blocks_of};
 use qcompile_ir::{
-    BinaryOp, CompareOp, DType, Graph, NodeId, Op, Region, Shape, Tensor, TensorType, UnaryOp,
+    BinaryOp, CompareOp, DType, Graph, NodeId, Op, Region, Shape, TensorType, UnaryOp,
 };
-use std::sync::Arc;
 
 /// Which optimizer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -142,6 +150,11 @@ pub fn run(graph: &mut Graph, options: &Options) -> Result<(), PassError> {
         finite,
         rest: rest.to_vec(),
     };
+    let rounds = |&(param, _): &(NodeId, NodeId)| weights::updates_low(graph, param);
+    if gradients.iter().any(rounds) {
+        // Before its next value is guarded with the others.
+        stochastic::step(graph)?;
+    }
     guard_state(graph, finite)?;
     for &(param, gradient) in &gradients {
         step.update(graph, param, gradient)?;
@@ -251,6 +264,7 @@ impl Step {
     fn update(&self, graph: &mut Graph, param: NodeId, gradient: NodeId) -> Result<(), PassError> {
         let name = graph.node(param).name.as_str().to_owned();
         let dtype = graph.ty(param).dtype;
+        let low = weights::updates_low(graph, param);
         let mut b = Builder::new(graph, Region::Update, &name);
         let gradient = b.cast("grad.f32", gradient, DType::F32)?;
         let weight = b.cast("f32", param, DType::F32)?;
@@ -264,19 +278,42 @@ impl Step {
             let decay = b.times("decay", weight, self.weight_decay)?;
             (weight, b.binary("grad.decayed", BinaryOp::Add, clipped, decay)?)
         };
+        let blocks = blocks_of(&b, param).filter(|_| self.optimizer != Optimizer::Sgd);
+        let blocks = blocks.as_ref();
+        let gradient = match blocks {
+            Some(blocks) => b.reshape("grad.blocks", gradient, blocks.clone())?,
+            None => gradient,
+        };
         let change = match self.optimizer {
             Optimizer::Sgd => b.times("change", gradient, self.lr)?,
             Optimizer::Momentum { nesterov } => {
-                let direction = self.momentum(&mut b, &name, gradient, nesterov)?;
+                let direction = self.momentum(&mut b, &name, gradient, nesterov, blocks)?;
                 b.times("change", direction, self.lr)?
             }
-            Optimizer::Adam | Optimizer::AdamW => self.adam(&mut b, &name, gradient)?,
+            Optimizer::Adam | Optimizer::AdamW => self.adam(&mut b, &name, gradient, blocks)?,
         };
+        let shape = b.shape(weight);
+        let change = b.reshape("change.whole", change, shape)?;
         let new = b.binary("stepped", BinaryOp::Sub, weight, change)?;
-        let new = b.cast("stepped.cast", new, dtype)?;
+        let new = if low && dtype == DType::BF16 {
+            self.narrowed(&mut b, new)?
+        } else {
+            b.cast("stepped.cast", new, dtype)?
+        };
         let next = b.keep_unless(self.finite, new, param)?;
         graph.set_next(param, next)?;
         Ok(())
+    }
+
+    /// A new parameter in bf16, rounded at random.
+    fn narrowed(&self, b: &mut Builder<'_>, new: NodeId) -> Result<NodeId, PassError> {
+        let Some(blocks) = blocks::shape(b.graph, new) else {
+            return b.cast("stepped.cast", new, DType::BF16);
+        };
+        let whole = b.shape(new);
+        let new = b.reshape("stepped.blocks", new, blocks)?;
+        let new = b.stochastic_bf16("stepped.cast", new)?;
+        b.reshape("stepped.whole", new, whole)
     }
 
     fn momentum(
@@ -285,14 +322,16 @@ impl Step {
         name: &str,
         gradient: NodeId,
         nesterov: bool,
+        blocks: Option<&Shape>,
     ) -> Result<NodeId, PassError> {
         let [momentum] = self.rest[..] else {
             return Err(unsupported("momentum is not an input".to_owned()));
         };
-        let buffer = state(b, &format!("{name}.momentum"), gradient)?;
+        let state = format!("{name}.momentum");
+        let (moment, buffer) = self.moment(b, &state, gradient, Sign::Signed, blocks)?;
         let decayed = b.times("momentum.decayed", buffer, momentum)?;
         let new = b.binary("momentum.new", BinaryOp::Add, decayed, gradient)?;
-        self.keep(b, &format!("{name}.momentum"), buffer, new)?;
+        self.keep_moment(b, &state, &moment, new)?;
         if nesterov {
             let ahead = b.times("momentum.ahead", new, momentum)?;
             return b.binary("direction", BinaryOp::Add, gradient, ahead);
@@ -300,13 +339,22 @@ impl Step {
         Ok(new)
     }
 
-    fn adam(&self, b: &mut Builder<'_>, name: &str, gradient: NodeId) -> Result<NodeId, PassError> {
+    fn adam(
+        &self,
+        b: &mut Builder<'_>,
+        name: &str,
+        gradient: NodeId,
+        blocks: Option<&Shape>,
+    ) -> Result<NodeId, PassError> {
         let [beta1, beta2, epsilon, correction1, correction2] = self.rest[..] else {
             return Err(unsupported("Adam's numbers are not inputs".to_owned()));
         };
-        let mean = self.average(b, &format!("{name}.exp_avg"), gradient, beta1)?;
+        let average = |b: &mut Builder<'_>, state: &str, value, beta, sign| {
+            self.average(b, &format!("{name}.{state}"), value, beta, (sign, blocks))
+        };
+        let mean = average(b, "exp_avg", gradient, beta1, Sign::Signed)?;
         let square = b.binary("grad.square", BinaryOp::Mul, gradient, gradient)?;
-        let variance = self.average(b, &format!("{name}.exp_avg_sq"), square, beta2)?;
+        let variance = average(b, "exp_avg_sq", square, beta2, Sign::Unsigned)?;
         let root = b.unary("exp_avg_sq.root", UnaryOp::Sqrt, variance)?;
         let correction = b.unary("bias_correction2.root", UnaryOp::Sqrt, correction2)?;
         let shape = b.shape(root);
@@ -326,15 +374,16 @@ impl Step {
         name: &str,
         value: NodeId,
         beta: NodeId,
+        (sign, blocks): (Sign, Option<&Shape>),
     ) -> Result<NodeId, PassError> {
-        let state = state(b, name, value)?;
+        let (moment, state) = self.moment(b, name, value, sign, blocks)?;
         let b = &mut Builder::new(b.graph, Region::Update, name);
         let old = b.times("decayed", state, beta)?;
         let one = b.scalar(DType::F32, 1.0)?;
         let rest = b.binary("rest", BinaryOp::Sub, one, beta)?;
         let share = b.times("share", value, rest)?;
         let new = b.binary("new", BinaryOp::Add, old, share)?;
-        self.keep(b, name, state, new)?;
+        self.keep_moment(b, name, &moment, new)?;
         Ok(new)
     }
 
@@ -350,14 +399,4 @@ impl Step {
             Builder::new(b.graph, Region::Update, name).keep_unless(self.finite, new, state)?;
         Ok(b.graph.set_next(state, next)?)
     }
-}
-
-/// A state of zeros of the shape of `like`, in f32.
-fn state(b: &mut Builder<'_>, name: &str, like: NodeId) -> Result<NodeId, PassError> {
-    let sizes = b
-        .shape(like)
-        .as_fixed()
-        .ok_or_else(|| unsupported(format!("{name} would depend on the batch size")))?;
-    let zeros = Arc::new(Tensor::zeros(DType::F32, &sizes));
-    Ok(b.graph.add(Op::State(zeros), &[], name, Region::Forward)?)
 }

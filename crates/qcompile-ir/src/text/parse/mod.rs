@@ -1,9 +1,11 @@
 //! Text to a graph, line by line: an error ends its line, not the parse.
 
+mod notes;
+
 use super::attribute::{self, Attribute, natural};
 use super::lex::{Placed, Token, tokens};
 use super::literal::{self, Distribution, MAX_NESTING};
-use crate::{DType, Graph, NodeId, Note, Op, Precision, Region, Shape, Tensor, TensorType};
+use crate::{DType, Graph, NodeId, Op, Region, Shape, Tensor, TensorType};
 use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
@@ -504,50 +506,5 @@ impl<'l, 'a> Line<'l, 'a> {
                 return Ok(words);
             }
         }
-    }
-
-    fn notes(&mut self) -> Result<Note, LineError> {
-        let mut note = Note::default();
-        while let Some(Token::Note(key)) = self.peek() {
-            self.at += 1;
-            self.sign('(')?;
-            match *key {
-                "origin" => note.origin = Some(self.text()?),
-                "sensitivity" => note.sensitivity = Some(self.read("a number", literal::number)?),
-                "outliers" => loop {
-                    let channel = self.read("a channel", natural)?;
-                    if note.outliers.last().is_some_and(|&last| last >= channel) {
-                        return self.error("outliers ascend");
-                    }
-                    note.outliers.push(channel);
-                    if !self.is_sign(',') {
-                        break;
-                    }
-                },
-                "precision" => note.precision = Some(self.precision()?),
-                _ => return self.error(format!("there is no note {key:?}")),
-            }
-            self.sign(')')?;
-        }
-        Ok(note)
-    }
-
-    fn precision(&mut self) -> Result<Precision, LineError> {
-        const KEYS: [&str; 5] = ["forward", "grad_input", "grad_weight", "mean", "update"];
-        if !self.word(KEYS[0]) {
-            return Ok(Precision::uniform(self.dtype()?));
-        }
-        self.sign('=')?;
-        let mut precision = Precision::uniform(self.dtype()?);
-        let Precision { forward: _, grad_input, grad_weight, mean, update } = &mut precision;
-        for (key, dtype) in KEYS[1..].iter().zip([grad_input, grad_weight, mean, update]) {
-            self.sign(',')?;
-            if !self.word(key) {
-                return self.error(format!("expected {key}="));
-            }
-            self.sign('=')?;
-            *dtype = self.dtype()?;
-        }
-        Ok(precision)
     }
 }
