@@ -227,7 +227,7 @@ const fn table<S: Simd>(tier: Tier) -> Kernels {
             gather::scatter_primitive::<S>(),
             top_k::primitive(),
             generate::iota_primitive(),
-            generate::random_primitive(),
+            generate::random_primitive::<S>(),
             recurrence::primitive::<S>(),
             recurrence::grad_primitive::<S>(),
         ],

@@ -10,7 +10,7 @@ use crate::deviations::{self, crosses_rows, deviations};
 use crate::low::{LowOperands, exchanged_codes, low_products};
 use crate::merge::merge;
 use crate::recompute::{read_less, recomputed};
-use crate::view::View;
+use crate::view::{View, first_parameter};
 use qcompile_ir::{Dim, Graph, NodeId, Op, Region};
 use std::collections::BTreeMap;
 
@@ -446,10 +446,17 @@ impl Fusion {
             }
             _ => true,
         };
-        down && self
-            .sources(graph, id)
-            .iter()
-            .all(|view| view.as_matrix().is_some() || Fusion::is_immediate(graph, view.base))
+        let (op, dims) = (graph.op(id), &graph.ty(id).shape.0);
+        let fits = |(position, operand): (usize, NodeId)| {
+            let view = &self.views[operand.index()];
+            let is_matrix = |view: &View| view.as_matrix().is_some();
+            match self.recomputed[view.base.index()] {
+                _ if position >= first_parameter(op) => is_matrix(&view.along_axis(op, dims)),
+                true => self.follows(graph, view.base),
+                false => is_matrix(view) || Fusion::is_immediate(graph, view.base),
+            }
+        };
+        down && graph.operands(id).into_iter().enumerate().all(fits)
     }
 
     /// What a node reads: its operands, or in place of one that it computes for itself, the operands of that.

@@ -60,6 +60,13 @@ fn bf16_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<LowOperand
 /// `product(dequantize(q, s), dequantize(r, t))` as a product of `q` and `r`, if the kernels have it: a scale may belong
 /// to whatever the sums do not run over.
 fn int8_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<LowOperands> {
+    let product = matches!(
+        graph.op(id),
+        Op::Matmul { .. } | Op::Conv2d(_) | Op::Conv2dGradInput(_) | Op::Conv2dGradWeight(_)
+    );
+    if !product {
+        return None;
+    }
     let (a, scale_a, axis_a) = hidden(graph, views, graph.operand(id, 0))?;
     let (b, scale_b, axis_b) = hidden(graph, views, graph.operand(id, 1))?;
     let along = |view: &View, dim: usize, axis: Option<usize>| {

@@ -3,7 +3,7 @@
 use crate::fuse::Fusion;
 use crate::lower::Lowering;
 use crate::plan::dense_strides;
-use crate::view::{View, collapse};
+use crate::view::{View, collapse, first_parameter};
 use crate::{Access, Affine, LoopNest, Place, Scalar, Write};
 use qcompile_ir::{DType, Dim, NodeId, Op};
 use std::collections::BTreeMap;
@@ -140,12 +140,7 @@ impl<'a> NestBuilder<'a> {
 
     fn compute(&mut self, id: NodeId) -> usize {
         let graph = self.lowering.graph;
-        // Scales and zero points.
-        let first_parameter = match graph.op(id) {
-            Op::Quantize { .. } | Op::Dequantize { .. } => 1,
-            Op::StraightThrough { .. } => 2,
-            _ => usize::MAX,
-        };
+        let first_parameter = first_parameter(graph.op(id));
         let mut operands = Vec::new();
         for (position, operand) in graph.operands(id).into_iter().enumerate() {
             operands.push(if position >= first_parameter {
@@ -178,20 +173,10 @@ impl<'a> NestBuilder<'a> {
 
     /// A scale or zero point has its own shape: it is read along its axis of the domain.
     fn parameter(&mut self, id: NodeId, parameter: NodeId) -> usize {
-        let axis = match *self.lowering.graph.op(id) {
-            Op::Quantize { axis, .. }
-            | Op::Dequantize { axis }
-            | Op::StraightThrough { axis, .. } => axis,
-            _ => None,
-        };
         let view = &self.lowering.fusion.views[parameter.index()];
         // One of the group's own is as large as the domain, so it is used at the index where it is computed.
         let value = self.values.get(&view.base).copied().unwrap_or_else(|| {
-            let mut strides = vec![Dim::fixed(0); self.domain.len()];
-            if let (Some(axis), Some(&stride)) = (axis, view.strides.first()) {
-                strides[axis] = stride;
-            }
-            self.read_view(&View { strides, dims: self.domain.clone(), ..view.clone() })
+            self.read_view(&view.along_axis(self.lowering.graph.op(id), &self.domain))
         });
         self.widened(value, view.base, self.lowering.graph.ty(parameter).dtype)
     }

@@ -136,11 +136,35 @@ impl View {
         ])
     }
 
+    /// How `op`, whose result has these dims, reads a scale or zero point: along its axis only.
+    pub(crate) fn along_axis(&self, op: &Op, dims: &[Dim]) -> View {
+        let axis = match *op {
+            Op::Quantize { axis, .. }
+            | Op::Dequantize { axis }
+            | Op::StraightThrough { axis, .. } => axis,
+            _ => None,
+        };
+        let mut strides = vec![NO_STRIDE; dims.len()];
+        if let (Some(axis), Some(&stride)) = (axis, self.strides.first()) {
+            strides[axis] = stride;
+        }
+        View { strides, dims: dims.to_vec(), ..self.clone() }
+    }
+
     /// Strides over `[rows, columns]`, the rows being all dims but the last; `None` if they do not merge.
     pub(crate) fn as_matrix(&self) -> Option<[Dim; 2]> {
         let last = self.dims.len().checked_sub(1)?;
         let (_, row_stride) = merged(&self.dims[..last], &self.strides[..last])?;
         Some([row_stride, self.strides[last]])
+    }
+}
+
+/// Position of the first operand that is a scale or zero point, where an op has such.
+pub(crate) fn first_parameter(op: &Op) -> usize {
+    match op {
+        Op::Quantize { .. } | Op::Dequantize { .. } => 1,
+        Op::StraightThrough { .. } => 2,
+        _ => usize::MAX,
     }
 }
 

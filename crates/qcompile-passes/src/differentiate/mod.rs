@@ -19,6 +19,7 @@ mod recurrence;
 mod rules;
 mod shape;
 
+pub(crate) use quantized::{is_constant, learned};
 pub use rules::carries_gradient;
 
 use crate::PassError;

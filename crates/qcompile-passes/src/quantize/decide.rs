@@ -3,6 +3,7 @@
 use super::PASS;
 use super::channels;
 use super::choice::PrecisionChoice;
+use super::insert::is_quantized;
 use super::layer::{Layer, layers};
 use super::numerics::Numerics;
 use super::weights;
@@ -361,7 +362,7 @@ fn decide_layer(
     if let Some(reason) = barred(graph, layer, options) {
         return high(reason);
     }
-    let (low, reason) = by_score(graph, layer, options, within_budget);
+    let (low, mut reason) = by_score(graph, layer, options, within_budget);
     if !low {
         return high(reason);
     }
@@ -369,7 +370,12 @@ fn decide_layer(
         Ok(outliers) => outliers,
         Err(reason) => return high(reason),
     };
-    decision(options.low(), outliers, reason)
+    let mut precision = options.low();
+    if is_quantized(precision.grad_weight) && layer.depthwise {
+        precision.grad_weight = options.high().grad_weight;
+        reason.push_str("; the gradient of a depthwise weight has no int8 kernel");
+    }
+    decision(precision, outliers, reason)
 }
 
 #[cfg(test)]

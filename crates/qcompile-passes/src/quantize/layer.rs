@@ -1,5 +1,6 @@
 //! What a layer is: a forward product of data and a trained weight.
 
+use crate::differentiate::{is_constant, learned};
 use qcompile_ir::{DType, Graph, NodeId, Op, Precision, Region};
 use std::collections::BTreeSet;
 
@@ -17,6 +18,8 @@ pub struct Layer {
     pub channels: usize,
     /// Whether it is a convolution of more than one group.
     pub grouped: bool,
+    /// Whether each group has one input channel.
+    pub depthwise: bool,
 }
 
 impl Layer {
@@ -53,6 +56,7 @@ impl Layer {
             result_axis: result_rank - 1,
             channels: shape[weight_axis],
             grouped: conv.is_some_and(|geometry| geometry.groups != 1),
+            depthwise: conv.is_some_and(|geometry| geometry.groups != 1) && shape[1] == 1,
         })
     }
 }
@@ -96,6 +100,24 @@ pub(crate) fn is_stored(graph: &Graph, id: NodeId) -> bool {
     true
 }
 
+/// Forward products that are no layers, so that no int8 kernel runs them: of two computed values, attention, the recurrent
+/// ones.
+#[must_use]
+pub fn other_products(graph: &Graph) -> Vec<NodeId> {
+    let layers: Vec<NodeId> = layers(graph).into_iter().map(|layer| layer.node).collect();
+    let product = |id: &NodeId| {
+        let node = graph.node(*id);
+        let op = &node.op;
+        node.region == Region::Forward
+            && matches!(
+                op,
+                Op::Matmul { .. } | Op::Conv2d(_) | Op::Attention { .. } | Op::Recurrence(_)
+            )
+            && !layers.contains(id)
+    };
+    graph.order().into_iter().filter(product).collect()
+}
+
 /// The parameter whose elements `id` holds, if only their layout or precision changed on the way.
 pub(crate) fn parameter(graph: &Graph, mut id: NodeId) -> Option<NodeId> {
     loop {
@@ -114,17 +136,27 @@ pub(crate) fn parameter(graph: &Graph, mut id: NodeId) -> Option<NodeId> {
     }
 }
 
-/// A weight as it is before any quantization: the operand of `quantize` below a `dequantize`, else itself.
+/// A value as it is before rounding to codes by a computed scale: the operand of `quantize` below a `dequantize`, else itself.
+/// What is rounded by a constant or a learned scale is the model's own, and stays.
 pub(super) fn unquantized(graph: &Graph, id: NodeId) -> NodeId {
-    if !matches!(graph.op(id), Op::Dequantize { .. }) {
+    let (Op::Dequantize { .. }, [quantized, scale]) = (graph.op(id), &graph.operands(id)[..])
+    else {
         return id;
+    };
+    let own = is_constant(graph, *scale) || learned(graph, *scale);
+    match graph.op(*quantized) {
+        Op::Quantize { .. } if !own => graph.operand(*quantized, 0),
+        _ => id,
     }
-    let quantized = graph.operand(id, 0);
-    if matches!(graph.op(quantized), Op::Quantize { .. }) {
-        graph.operand(quantized, 0)
-    } else {
-        id
+}
+
+/// Whether a value is dequantized, perhaps under another shape.
+pub(super) fn reads_quantized(graph: &Graph, mut id: NodeId) -> bool {
+    while let Op::Reshape(_) | Op::Transpose(_) | Op::Broadcast(_) | Op::Slice { .. } = graph.op(id)
+    {
+        id = graph.operand(id, 0);
     }
+    matches!(graph.op(id), Op::Dequantize { .. })
 }
 
 /// What a product of the backward pass computes, with the positions of its operands.

@@ -23,6 +23,8 @@ mod layer;
 mod numerics;
 mod pack;
 mod pairs;
+#[cfg(test)]
+mod pairs_tests;
 mod ranged;
 mod remove;
 mod rules;
@@ -40,7 +42,7 @@ pub use codes::Codes;
 pub(crate) use decide::matches;
 pub use decide::{Decision, LayerCost, Operations, Options, decide};
 pub(crate) use insert::{Inserted, forward as insert_forward};
-pub use layer::{Layer, layers};
+pub use layer::{Layer, layers, other_products};
 pub(crate) use layer::{is_stored, parameter};
 pub use numerics::{Numerics, OperandTypes};
 pub use pack::{pack4, unpack4};

@@ -16,7 +16,7 @@ use crate::sensitivity::{self, Calibration};
 use crate::terminal::Show;
 use qcompile_ir::{Graph, verify};
 use qcompile_passes::attach_loss::{self, LossKind};
-use qcompile_passes::quantize::{self, Held, LayerCost, OperandTypes};
+use qcompile_passes::quantize::{self, Held, LayerCost, OperandTypes, PrecisionChoice};
 use qcompile_passes::sensitivity::{LayerScore, Scores};
 use qcompile_passes::{
     PassError, attention, differentiate, distribute, evaluation, saved, simplify, update,
@@ -322,6 +322,17 @@ impl<'a> Street<'a> {
         {
             draft.about.warnings.push(format!(
                 "{float} codes are multiplied in f32: they show what training in {float} does to the loss, and are not faster"
+            ));
+        }
+        let others = quantize::other_products(&draft.graph);
+        if self.options.precision == PrecisionChoice::Int8
+            && let Some(first) = others.first().map(|&id| draft.graph.node(id))
+        {
+            draft.about.warnings.push(format!(
+                "{} products stay f32, as no int8 kernel has them: {} ({}) and others of two computed values or of recurrent layers",
+                others.len(),
+                first.note.origin.as_deref().unwrap_or(first.name.as_str()),
+                first.op.name()
             ));
         }
         let decisions: Vec<LayerDecision> =
