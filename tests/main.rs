@@ -16,6 +16,7 @@ mod properties;
 mod quantized_nets;
 mod quantizers;
 mod random_graph;
+mod ranged;
 mod refusals;
 mod state;
 mod support;

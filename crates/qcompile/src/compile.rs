@@ -276,6 +276,7 @@ impl<'a> Candidates<'a> {
     /// The options with this choice.
     fn fixed(&self, precision: PrecisionChoice) -> Options {
         let mut fixed = Options { precision, ..self.options.clone() };
+        fixed.qat &= precision.has_int8();
         fixed.measure_layers = self.options.precision.is_measured();
         if !precision.has_int8() {
             (fixed.threshold, fixed.channel_threshold) = (None, None);

@@ -50,6 +50,7 @@ mod machine;
 pub mod model;
 mod options;
 pub mod output;
+mod qdq;
 pub mod sensitivity;
 pub mod street;
 mod subgraph;

@@ -2,6 +2,7 @@
 
 use crate::differentiate::{is_constant, learned};
 use qcompile_ir::{DType, Graph, NodeId, Op, Precision, Region};
+use std::collections::BTreeSet;
 
 /// A forward `conv2d` or `matmul` whose first operand depends on an input and whose second is a parameter, perhaps
 /// reshaped or transposed.
@@ -29,7 +30,12 @@ pub struct Layer {
 
 impl Layer {
     /// The layer that `node` is, if its operands are data and a weight.
-    fn of(graph: &Graph, node: NodeId, from_data: &[bool]) -> Option<Layer> {
+    fn of(
+        graph: &Graph,
+        node: NodeId,
+        from_data: &[bool],
+        is_weight: &dyn Fn(NodeId) -> bool,
+    ) -> Option<Layer> {
         if graph.node(node).region != Region::Forward {
             return None;
         }
@@ -39,10 +45,9 @@ impl Layer {
             _ => return None,
         };
         let [x, weight] = graph.operands(node)[..] else { return None };
-        if !from_data[x.index()] || from_data[weight.index()] {
+        if !from_data[x.index()] || from_data[weight.index()] || !is_weight(weight) {
             return None;
         }
-        parameter(graph, weight)?;
         let shape = graph.ty(weight).shape.as_fixed()?;
         let rank = shape.len();
         let result_rank = graph.ty(node).shape.rank();
@@ -69,13 +74,40 @@ impl Layer {
 /// Every layer, in [`Graph::order`].
 #[must_use]
 pub fn layers(graph: &Graph) -> Vec<Layer> {
+    with_weights(graph, &|weight| parameter(graph, weight).is_some())
+}
+
+/// Every product of data and of what is computed from stored values.
+pub(crate) fn stored_layers(graph: &Graph) -> Vec<Layer> {
+    with_weights(graph, &|weight| is_stored(graph, weight))
+}
+
+fn with_weights(graph: &Graph, is_weight: &dyn Fn(NodeId) -> bool) -> Vec<Layer> {
     let order = graph.order();
     let mut from_data = vec![false; graph.len()];
     for &id in &order {
         from_data[id.index()] = matches!(graph.op(id), Op::Input(_))
             || graph.operands(id).iter().any(|operand| from_data[operand.index()]);
     }
-    order.into_iter().filter_map(|id| Layer::of(graph, id, &from_data)).collect()
+    order.into_iter().filter_map(|id| Layer::of(graph, id, &from_data, is_weight)).collect()
+}
+
+/// Whether a value is computed from stored values only.
+pub(crate) fn is_stored(graph: &Graph, id: NodeId) -> bool {
+    let mut stack = vec![id];
+    let mut seen = BTreeSet::new();
+    while let Some(id) = stack.pop() {
+        if !seen.insert(id) {
+            continue;
+        }
+        match graph.op(id) {
+            Op::Param(_) | Op::State(_) | Op::Const(_) => {}
+            Op::Random { .. } | Op::AllReduce(_) => return false,
+            op if op.is_leaf() => return false,
+            _ => stack.extend(graph.operands(id)),
+        }
+    }
+    true
 }
 
 /// Forward products that are no layers, so that no int8 kernel runs them: of two computed values, attention, the recurrent

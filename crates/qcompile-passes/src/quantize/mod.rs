@@ -9,10 +9,12 @@
 //! After `differentiate`, [`insert_backward`] does the same for the products of the backward pass, and [`optimise`] moves, merges and cancels pairs by equalities that hold bit for bit.
 //! docs/quantization.md has the formulas and every rule.
 
+mod activations;
 mod backward;
 mod bf16;
 mod channels;
 mod choice;
+mod codes;
 mod decide;
 mod extract;
 mod insert;
@@ -24,6 +26,7 @@ mod pairs;
 #[cfg(test)]
 mod pairs_tests;
 mod permute;
+mod ranged;
 mod remove;
 mod rules;
 mod scale;
@@ -34,16 +37,19 @@ mod tests;
 mod weights;
 mod window;
 
+pub use activations::activations;
 pub use channels::ChannelPolicy;
 pub use choice::PrecisionChoice;
+pub use codes::Codes;
 pub(crate) use decide::matches;
 pub use decide::{Decision, LayerCost, Operations, Options, decide};
 pub(crate) use insert::{Inserted, forward as insert_forward};
-pub(crate) use layer::parameter;
 pub use layer::{Layer, layers, other_products};
+pub(crate) use layer::{is_stored, parameter};
 pub use numerics::{Numerics, OperandTypes};
 pub use pack::{pack4, unpack4};
 pub use pairs::join_pairs;
+pub use ranged::{Held, Scheme, Weights, insert_ranged, round_biases};
 pub use remove::remove;
 pub use rules::rule_names;
 pub use stochastic::{Draws, quantize_stochastically};

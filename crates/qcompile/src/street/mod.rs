@@ -11,11 +11,12 @@ use crate::about::{About, LayerDecision};
 use crate::cost;
 use crate::error::{Code, Error, Result};
 use crate::options::Options;
+use crate::qdq;
 use crate::sensitivity::{self, Calibration};
 use crate::terminal::Show;
 use qcompile_ir::{Graph, verify};
 use qcompile_passes::attach_loss::{self, LossKind};
-use qcompile_passes::quantize::{self, LayerCost, OperandTypes, PrecisionChoice};
+use qcompile_passes::quantize::{self, Held, LayerCost, OperandTypes, PrecisionChoice};
 use qcompile_passes::sensitivity::{LayerScore, Metric, Scores};
 use qcompile_passes::{
     PassError, attention, differentiate, distribute, evaluation, saved, simplify, update,
@@ -312,7 +313,16 @@ impl<'a> Street<'a> {
         if measured && options.precision.has_int8() {
             options.cost = cost::measure(&draft.graph, &options, self.options, self.show)?;
         }
-        let decided = quantize::run(&mut draft.graph, &options)?;
+        let decided = if self.options.qat {
+            let decided = quantize::decide(&mut draft.graph, &options)?;
+            let calibrated = qdq::calibrate(&draft.graph, &draft.about, self.options)?;
+            draft.about.warnings.extend(calibrated.notes.iter().cloned());
+            let scheme = qdq::scheme(self.options, Held::State);
+            quantize::insert_ranged(&mut draft.graph, &calibrated.ranges, &scheme)?;
+            decided
+        } else {
+            quantize::run(&mut draft.graph, &options)?
+        };
         let OperandTypes { weight, activation, gradient } = options.numerics.types;
         let float = [weight, activation, gradient].into_iter().find(|dtype| dtype.is_float());
         if let Some(float) =
