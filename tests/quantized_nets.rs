@@ -290,7 +290,7 @@ fn gradients_of_quantized_nets_are_near() {
     // A relu of a rounded value may be on where the other is off, which changes a small net's gradient much.
     errors.sort_by(f64::total_cmp);
     let (most, worst) = (errors[errors.len() * 9 / 10], errors[errors.len() - 1]);
-    assert!(most < 0.02 && worst < 0.5, "nine of ten {most}, worst {worst}");
+    assert!(most < 0.05 && worst < 0.5, "nine of ten {most}, worst {worst}");
 }
 
 #[test]
