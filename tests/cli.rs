@@ -326,6 +326,25 @@ fn scores_are_written_and_used() {
     let number = |value: &Value| value.as_f64().map(|score| score as f32);
     assert_eq!(number(&decision["score"]), number(&scores["layers"][0]["score"]));
     assert_eq!(decision["precision"]["forward"], "int8");
+    // The three worst channels of the first layer.
+    let mut channels: Vec<f64> = scores["layers"][0]["channels"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|score| score.as_f64().unwrap())
+        .collect();
+    channels.sort_by(f64::total_cmp);
+    let threshold = channels[channels.len() - 4];
+    for (policy, set) in [("split", "outliers"), ("multipoint", "points")] {
+        let compile = format!(
+            "{MLP} --json --precision int8 --scores scores.json --channel-threshold {threshold} --channel-policy {policy}"
+        );
+        let decisions = place.run(&compile).json()["decisions"].clone();
+        let apart = &decisions[0]["channels"][set];
+        assert_eq!(apart.as_array().map(Vec::len), Some(3), "{decisions}");
+        let table = place.run("inspect mlp.qplan").stdout;
+        assert!(table.contains(if policy == "split" { "high " } else { "points " }), "{table}");
+    }
     let foreign = place.try_run("@/mnist_cnn.onnx --scores scores.json");
     assert_eq!(foreign.code, 2, "{foreign:?}");
 }

@@ -407,7 +407,7 @@ fn wrong_exports_are_refused() {
     for (line, code, text) in [
         ("export mlp.qplan -o out.bin", 2, "--format says what is written"),
         ("export mlp.qplan -o out.onnx --format tflite", 2, "tflite"),
-        ("export mlp.qplan -o out.onnx --format qdq-onnx", 2, "qdq-onnx"),
+        ("export mlp.qplan -o out.onnx --format qdq-onnx", 2, "give --data"),
         ("export mlp.qplan -o out.onnx --opset 12", 2, "13 to 23"),
         ("export mlp.qplan -o out.npz --opset 17", 2, "--opset is for --format onnx"),
         ("export mlp.qplan -o none/out.onnx", 74, "none/out.onnx"),

@@ -43,6 +43,12 @@ fn quantize() {
     check("quantize", |mut graph| shown(quantize::optimise(&mut graph).map(|_| graph)));
 }
 
+/// Layers whose notes name channels.
+#[test]
+fn channels() {
+    check("channels", |mut graph| shown(quantize::insert(&mut graph).map(|()| graph)));
+}
+
 /// The step in bf16, forward and backward.
 #[test]
 fn bf16() {
@@ -169,7 +175,16 @@ fn every_op_with_a_gradient_has_a_file() {
 
 #[test]
 fn every_file_says_its_idea_in_its_first_line() {
-    for kind in ["attention", "evaluation", "gradients", "plan", "quantize", "simplify", "verify"] {
+    for kind in [
+        "attention",
+        "channels",
+        "evaluation",
+        "gradients",
+        "plan",
+        "quantize",
+        "simplify",
+        "verify",
+    ] {
         for path in cases(kind) {
             let text = std::fs::read_to_string(&path).expect("readable");
             assert!(text.starts_with("; "), "{} does not say what it is about", path.display());
@@ -179,7 +194,7 @@ fn every_file_says_its_idea_in_its_first_line() {
 
 #[test]
 fn no_snapshot_is_left_over() {
-    for kind in ["attention", "evaluation", "plan", "quantize", "simplify"] {
+    for kind in ["attention", "channels", "evaluation", "plan", "quantize", "simplify"] {
         let names: BTreeSet<_> =
             cases(kind).iter().map(|path| path.file_stem().map(|stem| stem.to_owned())).collect();
         for entry in std::fs::read_dir(root().join("snapshots").join(kind)).expect("snapshots") {

@@ -22,7 +22,7 @@ fn imported(model: &str) -> Graph {
 }
 
 /// The forward graph with its loss, as `quantize` finds it.
-fn with_loss(model: &str) -> Graph {
+pub(crate) fn with_loss(model: &str) -> Graph {
     let mut graph = imported(model);
     let options = simplify::Options { keep_stop_gradient: true };
     simplify::run(&mut graph, &options).expect("simplifies");
@@ -32,7 +32,7 @@ fn with_loss(model: &str) -> Graph {
 }
 
 /// From the quantized forward graph to the whole training step.
-fn finish(graph: &mut Graph) {
+pub(crate) fn finish(graph: &mut Graph) {
     differentiate::run(graph).expect("differentiates");
     quantize::insert_backward(graph).expect("inserts");
     quantize::optimise(graph).expect("optimises");
@@ -67,7 +67,7 @@ fn shown(graph: &Graph) -> String {
 }
 
 /// Made up: the first layer suffers most, the last channel of every layer more than the others.
-fn scores(graph: &Graph) -> Scores {
+pub(crate) fn scores(graph: &Graph) -> Scores {
     let layers = quantize::layers(graph);
     let score = |position: usize, layer: &quantize::Layer| {
         let node = graph.node(layer.node);
@@ -106,7 +106,8 @@ fn quantized_models_are_as_in_the_snapshots() {
         qcompile_ir::verify(&graph).expect("valid");
         let mut text = String::new();
         for decision in decisions {
-            let quantize::Decision { node, op, precision, channels_high, reason, .. } = decision;
+            let quantize::Decision { node, op, precision, channels, reason, .. } = decision;
+            let channels_high = channels.outliers.len();
             let forward = precision.forward;
             let _ =
                 writeln!(text, "; {node} {op}: {forward}, {channels_high} channels f32; {reason}");

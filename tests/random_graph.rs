@@ -2,9 +2,9 @@
 
 use crate::support::Random;
 use qcompile_ir::{
-    AttentionOperand, BinaryOp, CollectiveOp, CompareOp, ConvGeometry, DType, Dim, Granularity,
-    Graph, NodeId, Note, Op, PoolGeometry, Precision, QuantizedRange, Quantizer, ReduceOp, Region,
-    Scaling, ScatterOp, Shape, Tensor, TensorType, UnaryOp,
+    AttentionOperand, BinaryOp, Channels, CollectiveOp, CompareOp, ConvGeometry, DType, Dim,
+    Granularity, Graph, NodeId, Note, Op, PoolGeometry, Precision, QuantizedRange, Quantizer,
+    ReduceOp, Region, Scaling, ScatterOp, Shape, Tensor, TensorType, UnaryOp,
 };
 use std::sync::Arc;
 
@@ -132,6 +132,15 @@ impl Drawing {
         Some(id)
     }
 
+    fn channels(&mut self) -> Channels {
+        match self.random.below(8) {
+            0 => Channels { outliers: vec![0, 2], ..Channels::default() },
+            1 => Channels { input_outliers: vec![1], ..Channels::default() },
+            2 => Channels { points: vec![(0, 2), (2, 3)], ..Channels::default() },
+            _ => Channels::default(),
+        }
+    }
+
     fn note(&mut self) -> Note {
         let precision = Precision {
             forward: *self.random.pick(&[DType::F32, DType::I8]),
@@ -141,7 +150,7 @@ impl Drawing {
         Note {
             origin: self.random.chance(50).then(|| "Conv_0 \"x\"".to_owned()),
             sensitivity: self.random.chance(50).then_some(0.25),
-            outliers: if self.random.chance(30) { vec![0, 2] } else { Vec::new() },
+            channels: self.channels(),
             precision: self.random.chance(50).then_some(precision),
             stored: self.random.chance(20).then_some(DType::BF16),
             quantizer: self.random.chance(20).then(|| Quantizer {
@@ -202,7 +211,11 @@ impl Drawing {
             14 => self.part(x, region),
             15 => self.product(x, region),
             16 => self.window(x, region),
-            17 => self.quantized(x, region),
+            17 => match self.random.below(3) {
+                0 => self.quantized_along(x, region),
+                1 => self.narrowed(x, region),
+                _ => self.quantized(x, region),
+            },
             18 => self.rows(x, region),
             _ => self.other(x, region),
         };
@@ -375,7 +388,7 @@ impl Drawing {
         let scale = *self.random.pick(&scales);
         let others =
             [DType::I8, DType::U8, DType::I4, DType::U4, DType::F8E4M3, DType::F8E5M2, DType::I32];
-        // The rules move int8 without zero point.
+        // Most rules are about int8 without a zero point.
         let moved = self.random.chance(60);
         let dtype = if moved { DType::I8 } else { *self.random.pick(&others) };
         let mut parameters = vec![scale];
@@ -385,10 +398,11 @@ impl Drawing {
         }
         let with = |first: &[NodeId]| [first, &parameters].concat();
         let q = self.add(Op::Quantize { dtype, axis: None }, &with(&[x]), region)?;
-        let moved = match self.random.below(4) {
+        let moved = match self.random.below(5) {
             0 => self.add(Op::Unary(UnaryOp::Relu), &[q], region),
             1 => self.reshape(q, region),
             2 => self.part(q, region),
+            3 => self.max_pool(q, region),
             _ => None,
         };
         let y = self.add(Op::Dequantize { axis: None }, &with(&[moved.unwrap_or(q)]), region)?;
@@ -396,10 +410,76 @@ impl Drawing {
             self.add(Op::StraightThrough { dtype, axis: None }, &with(&[x, x]), region);
         }
         if self.random.chance(50) {
-            let y = self.add(Op::Unary(UnaryOp::Relu), &[y], region)?;
+            let y = match self.random.below(3) {
+                0 => self.max_pool(y, region).unwrap_or(y),
+                1 => self.part(y, region).unwrap_or(y),
+                _ => self.add(Op::Unary(UnaryOp::Relu), &[y], region)?,
+            };
             self.add(Op::Quantize { dtype, axis: None }, &with(&[y]), region);
         }
         Some(y)
+    }
+
+    /// A scale for each index of an axis.
+    fn quantized_along(&mut self, x: NodeId, region: Region) -> Option<NodeId> {
+        if self.wanted.smooth {
+            return None;
+        }
+        let dims = self.graph.ty(x).shape.0.clone();
+        let axis = self.random.below(dims.len().max(1));
+        let size = dims.get(axis)?.as_fixed()?;
+        let scales: Vec<f64> = (0..size).map(|at| 0.01 * (at + 1) as f64).collect();
+        let scales = Tensor::from_f64(DType::F32, &[size], &scales)?;
+        let scale = self.add(Op::Const(Arc::new(scales)), &[], Region::Forward)?;
+        let axis = Some(axis);
+        let q = self.add(Op::Quantize { dtype: DType::I8, axis }, &[x, scale], region)?;
+        let y = self.add(Op::Dequantize { axis }, &[q, scale], region)?;
+        let moved = match self.random.below(4) {
+            0 => self.add(Op::Unary(UnaryOp::Relu), &[y], region),
+            1 => self.part(y, region),
+            2 => self.max_pool(y, region),
+            _ => self.moved(y, region),
+        };
+        if let Some(y) = moved {
+            self.add(Op::Quantize { dtype: DType::I8, axis }, &[y, scale], region);
+        }
+        Some(y)
+    }
+
+    /// A value rounded to 16 bits, and what moves.
+    fn narrowed(&mut self, x: NodeId, region: Region) -> Option<NodeId> {
+        if self.wanted.smooth || !self.graph.ty(x).dtype.is_float() {
+            return None;
+        }
+        let dtype = *self.random.pick(&[DType::BF16, DType::F16]);
+        let narrow = self.add(Op::Cast(dtype), &[x], region)?;
+        let wide = self.add(Op::Cast(DType::F32), &[narrow], region)?;
+        let moved = match self.random.below(4) {
+            0 => self.add(Op::Unary(UnaryOp::Relu), &[wide], region),
+            1 => self.part(wide, region),
+            2 => self.max_pool(wide, region),
+            _ => self.moved(wide, region),
+        };
+        self.add(Op::Cast(dtype), &[moved.unwrap_or(wide)], region)
+    }
+
+    /// Transposed.
+    fn moved(&mut self, x: NodeId, region: Region) -> Option<NodeId> {
+        let rank = self.graph.ty(x).shape.rank();
+        self.add(Op::Transpose((0..rank).rev().collect()), &[x], region)
+    }
+
+    fn max_pool(&mut self, x: NodeId, region: Region) -> Option<NodeId> {
+        let [_, height, width, _] = self.graph.ty(x).shape.0[..] else { return None };
+        let geometry = PoolGeometry {
+            input: [height.as_fixed()?, width.as_fixed()?],
+            kernel: [2, 2],
+            strides: [1 + self.random.below(2), 1],
+            pads: [0; 4].map(|_: usize| self.random.below(2)),
+            dilations: [1, 1],
+            count_include_pad: false,
+        };
+        self.add(Op::MaxPool2d(geometry), &[x], region)
     }
 
     fn rows(&mut self, x: NodeId, region: Region) -> Option<NodeId> {

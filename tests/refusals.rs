@@ -72,6 +72,12 @@ fn bad_input_is_refused_with_code_place_and_help() {
         (3, "good.npz".to_owned()),
         (2, "@/digits_mlp.onnx --freeze fc9".to_owned()),
         (2, "@/digits_mlp.onnx --keep f32=fc9 --precision int8".to_owned()),
+        (2, "@/digits_mlp.onnx --channel-policy split --precision int8".to_owned()),
+        (2, "@/digits_mlp.onnx --channel-threshold 1 --precision bf16".to_owned()),
+        (
+            2,
+            "@/digits_mlp.onnx --channel-policy multipoint --channel-threshold 9 --metric activation-range --precision int8".to_owned(),
+        ),
         (2, "@/digits_mlp.onnx --loss output".to_owned()),
         (2, "@/digits_mlp.onnx --dim m=3".to_owned()),
         (74, "@/digits_mlp.onnx -o folder".to_owned()),

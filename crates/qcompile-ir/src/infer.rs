@@ -1,11 +1,12 @@
 //! The type of a node from its op and the types of its operands: one function per family of ops.
 
 mod indexing;
+mod pooling;
 mod recurrence;
 
 use crate::{
-    AttentionOperand, BinaryOp, ConvGeometry, DType, Dim, Op, PoolGeometry, QuantizedRange, Shape,
-    TensorType, UnaryOp,
+    AttentionOperand, BinaryOp, ConvGeometry, DType, Dim, Op, QuantizedRange, Shape, TensorType,
+    UnaryOp,
 };
 use thiserror::Error;
 
@@ -95,25 +96,10 @@ fn infer_type(op: &Op, operands: Types) -> Result<TensorType, String> {
         Op::Conv2d(geometry) => conv2d(geometry, operands),
         Op::Conv2dGradInput(geometry) => conv2d_grad_input(geometry, operands),
         Op::Conv2dGradWeight(geometry) => conv2d_grad_weight(geometry, operands),
-        Op::MaxPool2d(geometry) => {
-            let [x] = exactly(operands)?;
-            if x.dtype != DType::I8 {
-                float(x)?;
-            }
-            pooled(geometry, x)
-        }
-        Op::AveragePool2d(geometry) => {
-            let [x] = exactly(operands)?;
-            float(x)?;
-            pooled(geometry, x)
-        }
-        Op::MaxPool2dGrad(geometry) => {
-            let [x, dy] = exactly(operands)?;
-            float(x)?;
-            same(&pooled(geometry, x)?, dy)?;
-            Ok(x.clone())
-        }
-        Op::AveragePool2dGrad(geometry) => average_pool_grad(geometry, operands),
+        Op::MaxPool2d(geometry) => pooling::maximum(geometry, operands),
+        Op::AveragePool2d(geometry) => pooling::average(geometry, operands),
+        Op::MaxPool2dGrad(geometry) => pooling::maximum_grad(geometry, operands),
+        Op::AveragePool2dGrad(geometry) => pooling::average_grad(geometry, operands),
         Op::Reshape(shape) => {
             let [x] = exactly(operands)?;
             if x.shape.elements().is_none() || x.shape.elements() != shape.elements() {
@@ -442,24 +428,6 @@ fn conv2d_grad_weight(geometry: &ConvGeometry, operands: Types) -> Result<Tensor
         x.dtype,
         Shape::fixed(&[out, channels / geometry.groups, kernel_h, kernel_w]),
     ))
-}
-
-fn pooled(geometry: &PoolGeometry, x: &TensorType) -> Result<TensorType, String> {
-    let (n, channels) = images(x, geometry.input)?;
-    let [height, width] = geometry
-        .output()
-        .ok_or_else(|| format!("the window does not fit the input: {geometry:?}"))?;
-    Ok(TensorType::new(x.dtype, Shape(vec![n, height.into(), width.into(), channels.into()])))
-}
-
-fn average_pool_grad(geometry: &PoolGeometry, operands: Types) -> Result<TensorType, String> {
-    let [dy] = exactly(operands)?;
-    let output = geometry
-        .output()
-        .ok_or_else(|| format!("the window does not fit the input: {geometry:?}"))?;
-    let (n, channels) = nhwc(dy, output)?;
-    let [height, width] = geometry.input;
-    Ok(TensorType::new(dy.dtype, Shape(vec![n, height.into(), width.into(), channels.into()])))
 }
 
 fn transpose(permutation: &[usize], operands: Types) -> Result<TensorType, String> {

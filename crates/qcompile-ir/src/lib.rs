@@ -32,7 +32,7 @@ pub use float8::Float8;
 pub use graph::{Graph, GraphError, Node, NodeId, Region};
 pub use infer::{TypeError, infer};
 pub use name::Name;
-pub use note::{GradientRounding, Granularity, Note, Precision, Quantizer, Scaling};
+pub use note::{Channels, GradientRounding, Granularity, Note, Precision, Quantizer, Scaling};
 pub use op::{
     AttentionOperand, BinaryOp, CollectiveOp, CompareOp, ConvGeometry, Op, PoolGeometry, ReduceOp,
     ScatterOp, UnaryOp,

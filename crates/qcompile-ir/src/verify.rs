@@ -9,7 +9,7 @@
 //! 7. `next` leads from a param or state of the graph to a value of the same type. A leaf without `next` keeps its
 //!    value.
 //! 8. `all_reduce` is in the comm region, or in forward and backward for statistics that ranks share; not in update.
-//! 9. Notes fit: a sensitivity is not NaN, outliers ascend.
+//! 9. Notes fit: a sensitivity is not NaN, channels ascend.
 //!
 //! The doors of [`Graph`] keep 1 to 4 on their own; they are checked again because a graph comes from many hands.
 
@@ -106,8 +106,8 @@ impl Verifier<'_> {
         if note.sensitivity.is_some_and(f32::is_nan) {
             self.report(id, "its sensitivity is not a number");
         }
-        if !note.outliers.is_sorted_by(|a, b| a < b) {
-            self.report(id, "its outliers do not ascend");
+        if let Some(defect) = note.channels.defect() {
+            self.report(id, defect);
         }
     }
 
@@ -153,7 +153,7 @@ impl Verifier<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Graph, Note, UnaryOp, text};
+    use crate::{Channels, Graph, Note, UnaryOp, text};
     use std::collections::BTreeMap;
     use std::path::Path;
 
@@ -201,7 +201,10 @@ mod tests {
         let source = "graph @g {\n  input %x : f32[2]\nforward:\n  %y : f32[2] = relu %x\n}";
         let mut graph = text::parse(source, &|_| None).expect("parses");
         let y = graph.find("y").expect("defined");
-        *graph.note_mut(y) = Note { outliers: vec![3, 1], ..Note::default() };
+        *graph.note_mut(y) = Note {
+            channels: Channels { outliers: vec![3, 1], ..Channels::default() },
+            ..Note::default()
+        };
         let other = Graph::new("other");
         assert_eq!(verify(&other), Ok(()));
         let mut larger = graph.clone();

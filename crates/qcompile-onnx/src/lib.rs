@@ -23,6 +23,8 @@ mod ops;
 mod order;
 mod pattern;
 #[cfg(test)]
+mod quantized_tests;
+#[cfg(test)]
 mod refusal_tests;
 mod scan;
 mod survey;

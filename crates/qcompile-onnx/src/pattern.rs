@@ -56,8 +56,17 @@ fn distance(a: &str, b: &str) -> usize {
 }
 
 /// Operators that pass a weight on, as far as patterns go.
-const PASSING: [&str; 7] =
-    ["Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Flatten"];
+const PASSING: [&str; 9] = [
+    "Identity",
+    "Transpose",
+    "Reshape",
+    "Squeeze",
+    "Unsqueeze",
+    "Cast",
+    "Flatten",
+    "QuantizeLinear",
+    "DequantizeLinear",
+];
 
 /// Names of the initializers to be trained, if floats: those that `train` matches (all, if it is empty) and `freeze`
 /// does not. The nodes of `body` count in the order of the file, with those of their subgraphs. An initializer without

@@ -32,6 +32,93 @@ fn weight(dims: &[i64]) -> TensorProto {
     tensor("w", FLOAT, dims, &vec![1; usize::try_from(count).expect("small")])
 }
 
+/// A scalar or vector of these floats, in hundredths.
+fn scale(dims: &[i64], hundredths: &[f32]) -> TensorProto {
+    let mut proto = tensor("s", FLOAT, dims, &[]);
+    proto.float_data = hundredths.iter().map(|value| value / 100.0).collect();
+    proto
+}
+
+/// Quantization by what ONNX does not allow, or cannot mean.
+fn quantization_cases() -> Vec<Case> {
+    let zero = |kind: i32, dims: &[i64], value: i32| {
+        let mut proto = tensor("z", kind, dims, &[]);
+        let count: i64 = dims.iter().product();
+        proto.int32_data = vec![value; usize::try_from(count).expect("small")];
+        proto
+    };
+    let (i8, u8, f8) = (3, 2, 17);
+    let axis = |axis: i64| [("axis", int(axis))];
+    let linear = "QuantizeLinear";
+    vec![
+        case(linear, &["x", "s"], &[], vec![scale(&[], &[0.0])], "the scale is 0"),
+        case(linear, &["x", "s"], &[], vec![scale(&[], &[-2.0])], "the scale is -0.02"),
+        case(linear, &["x", "s"], &[], vec![scale(&[], &[f32::NAN])], "the scale is NaN"),
+        case(linear, &["x", "s"], &[], vec![scale(&[], &[f32::INFINITY])], "the scale is inf"),
+        case(
+            linear,
+            &["x", "s"],
+            &axis(1),
+            vec![scale(&[3], &[1.0, 0.0, 2.0])],
+            "element 1 of the scale is 0",
+        ),
+        case(linear, &["x", "s"], &axis(4), vec![scale(&[3], &[1.0; 3])], "axis 4"),
+        case(linear, &["x", "s"], &axis(-5), vec![scale(&[3], &[1.0; 3])], "axis -5"),
+        case(linear, &["x", "s"], &axis(1), vec![scale(&[4], &[1.0; 4])], "f32[4]"),
+        case(linear, &["x", "s"], &axis(1), vec![scale(&[1, 3], &[1.0; 3])], "f32[1, 3]"),
+        case(
+            linear,
+            &["x", "s", "z"],
+            &axis(1),
+            vec![scale(&[3], &[1.0; 3]), zero(i8, &[2], 1)],
+            "the zero point is i8[2]",
+        ),
+        case(
+            linear,
+            &["x", "s", "z"],
+            &[("output_dtype", int(2))],
+            vec![scale(&[], &[1.0]), zero(i8, &[], 1)],
+            "output_dtype is uint8, but the zero point i8[]",
+        ),
+        case(
+            linear,
+            &["x", "s", "z"],
+            &[],
+            vec![scale(&[], &[1.0]), zero(f8, &[], 0x38)],
+            "a zero point of f8e4m3 that is not 0",
+        ),
+        case(
+            linear,
+            &["x", "s"],
+            &[("block_size", int(-1))],
+            vec![scale(&[], &[1.0])],
+            "block_size is -1",
+        ),
+        case(
+            linear,
+            &["x", "s"],
+            &[("axis", int(3)), ("block_size", int(4))],
+            vec![scale(&[3], &[1.0; 3])],
+            "f32[3]",
+        ),
+        case("DequantizeLinear", &["x", "s"], &[], vec![scale(&[], &[1.0])], "is not quantized"),
+        case(
+            "DequantizeLinear",
+            &["q", "s", "z"],
+            &[],
+            vec![scale(&[], &[1.0]), zero(i8, &[], 1), tensor("q", u8, &[2], &[1, 2])],
+            "the zero point is i8[], the codes are u8",
+        ),
+        case(
+            "DequantizeLinear",
+            &["q", "s"],
+            &axis(2),
+            vec![scale(&[2], &[1.0; 2]), tensor("q", u8, &[2], &[1, 2])],
+            "axis 2",
+        ),
+    ]
+}
+
 fn cases() -> Vec<Case> {
     let huge = 1 << 62;
     let kernel = ("kernel_shape", ints(&[3, 3]));
@@ -152,7 +239,7 @@ fn range(start: i64, limit: i64, delta: i64) -> Vec<TensorProto> {
 #[test]
 fn each_contradiction_is_named_with_its_node() {
     let mut wrong = Vec::new();
-    for Case { node, weights, wanted } in cases() {
+    for Case { node, weights, wanted } in cases().into_iter().chain(quantization_cases()) {
         let op = node.op_type.clone();
         let attributes: Vec<String> = node.attribute.iter().map(|a| a.name.clone()).collect();
         let graph = body(

@@ -125,7 +125,7 @@ fn opset(domain: &str, version: i64) -> OperatorSetIdProto {
     OperatorSetIdProto { domain: domain.to_owned(), version, ..Default::default() }
 }
 
-fn model(graph: GraphProto, functions: Vec<FunctionProto>) -> Vec<u8> {
+pub(crate) fn model(graph: GraphProto, functions: Vec<FunctionProto>) -> Vec<u8> {
     let model = ModelProto {
         ir_version: 10,
         opset_import: vec![opset("", 17), opset("own", 1)],

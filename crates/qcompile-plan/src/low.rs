@@ -1,7 +1,6 @@
 //! Products of low precision: what `dequantize`, or a cast that widens, hides from the product that follows it.
 
 use crate::Affine;
-use crate::fuse::has_epilogue;
 use crate::view::{View, merged};
 use qcompile_ir::{DType, Graph, NodeId, Op};
 use std::collections::BTreeMap;
@@ -61,8 +60,11 @@ fn bf16_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<LowOperand
 /// `product(dequantize(q, s), dequantize(r, t))` as a product of `q` and `r`, if the kernels have it: a scale may belong
 /// to whatever the sums do not run over.
 fn int8_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<LowOperands> {
-    let product = |op: &Op| has_epilogue(op) || matches!(op, Op::Conv2dGradWeight(_));
-    if !product(graph.op(id)) {
+    let product = matches!(
+        graph.op(id),
+        Op::Matmul { .. } | Op::Conv2d(_) | Op::Conv2dGradInput(_) | Op::Conv2dGradWeight(_)
+    );
+    if !product {
         return None;
     }
     let (a, scale_a, axis_a) = hidden(graph, views, graph.operand(id, 0))?;

@@ -4,7 +4,7 @@
 
 use crate::data::Dtype;
 use crate::error::{Code, Error, Result};
-use qcompile_ir::Graph;
+use qcompile_ir::{Channels, Graph};
 use qcompile_passes::quantize::Decision;
 use qcompile_plan::Plan;
 use serde::{Deserialize, Serialize};
@@ -65,6 +65,53 @@ impl Operations {
     }
 }
 
+/// Channels of an int8 layer that one int8 product does not serve.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChannelSets {
+    /// Output channels in higher precision.
+    pub outliers: Vec<u32>,
+    /// Channels of the data in higher precision.
+    pub input_outliers: Vec<u32>,
+    /// Output channels with several int8 points, each with their number.
+    pub points: Vec<(u32, u32)>,
+}
+
+impl ChannelSets {
+    fn new(channels: &Channels) -> ChannelSets {
+        let Channels { outliers, input_outliers, points } = channels.clone();
+        ChannelSets { outliers, input_outliers, points }
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        *self == ChannelSets::default()
+    }
+}
+
+impl std::fmt::Display for ChannelSets {
+    /// In a few words, with the channels.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let list = |channels: &[u32]| -> String {
+            channels.iter().map(u32::to_string).collect::<Vec<_>>().join(",")
+        };
+        let ChannelSets { outliers, input_outliers, points } = self;
+        let points: Vec<String> =
+            points.iter().map(|(channel, count)| format!("{channel}x{count}")).collect();
+        let sets = [
+            ("high", list(outliers)),
+            ("high of data", list(input_outliers)),
+            ("points", points.join(",")),
+        ];
+        let said: Vec<String> = sets
+            .iter()
+            .filter(|(_, channels)| !channels.is_empty())
+            .map(|(what, channels)| format!("{what} {channels}"))
+            .collect();
+        f.write_str(&said.join("; "))
+    }
+}
+
 /// What was decided for one layer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LayerDecision {
@@ -76,8 +123,11 @@ pub struct LayerDecision {
     pub op: String,
     /// What runs in what.
     pub precision: Operations,
-    /// Output channels that stay f32 in an int8 layer.
+    /// Channels that stay in higher precision in an int8 layer.
     pub channels_high: usize,
+    /// Which these are, and which have several int8 points.
+    #[serde(default, skip_serializing_if = "ChannelSets::is_empty")]
+    pub channels: ChannelSets,
     /// Parameters of the layer's weight.
     pub parameters: u64,
     /// The predicted relative increase of the loss, if it was measured and is finite.
@@ -96,6 +146,12 @@ pub(crate) fn word(dtype: qcompile_ir::DType) -> String {
 }
 
 impl LayerDecision {
+    /// Whether some of its channels are not left to one int8 product.
+    #[must_use]
+    pub fn is_divided(&self) -> bool {
+        !self.channels.is_empty()
+    }
+
     /// A decision of the pass, for people and files.
     #[must_use]
     pub fn new(graph: &Graph, decision: &Decision) -> LayerDecision {
@@ -116,7 +172,9 @@ impl LayerDecision {
                 mean: word(precision.mean),
                 update: word(precision.update),
             },
-            channels_high: decision.channels_high,
+            channels_high: decision.channels.outliers.len()
+                + decision.channels.input_outliers.len(),
+            channels: ChannelSets::new(&decision.channels),
             parameters: parameters.unwrap_or(0),
             score: decision.score.filter(|score| score.is_finite()),
             reason: decision.reason.clone(),

@@ -163,7 +163,7 @@ impl Compiled {
             .map_err(|e| Error::new(Code::Internal, e.to_string()))?;
         Ok(Compiled {
             plan: Arc::new(plan),
-            warnings: draft.about.warnings.clone(),
+            warnings: draft.about.warnings.iter().cloned().chain(draft.remarks).collect(),
             about: draft.about,
             predicted: predicted(&draft.decisions, draft.scores.as_ref()),
             decisions: draft.decisions,
@@ -276,9 +276,11 @@ impl<'a> Candidates<'a> {
     /// The options with this choice.
     fn fixed(&self, precision: PrecisionChoice) -> Options {
         let mut fixed = Options { precision, ..self.options.clone() };
+        fixed.qat &= precision.has_int8();
         fixed.measure_layers = self.options.precision.is_measured();
         if !precision.has_int8() {
             (fixed.threshold, fixed.channel_threshold) = (None, None);
+            fixed.channel_policy = None;
         }
         fixed
     }

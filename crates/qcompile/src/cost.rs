@@ -2,6 +2,8 @@
 //! input in int8, quantization included, and in what it would be otherwise: f32, or bf16 in a bf16 plan, where values are
 //! stored in bf16 in both cases.
 //!
+//! Where channels are set apart, that counts for the forward product.
+//!
 //! Each layer is built as a small plan of its own and run in turns in both precisions; layers of equal shape are
 //! measured once, and on one machine once for all (see [`Timings`]).
 
@@ -11,10 +13,10 @@ use crate::synthetic::{self, Random};
 use crate::terminal::{Progress, Show};
 use crate::timings::Timings;
 use qcompile_ir::{
-    DType, Graph, GraphError, Name, Note, Op, Precision, Quantizer, Region, Tensor, TensorType,
-    UnaryOp,
+    Channels, DType, Graph, GraphError, Name, Note, Op, Precision, Quantizer, Region, Tensor,
+    TensorType, UnaryOp,
 };
-use qcompile_passes::quantize::{self, Layer, LayerCost, layers};
+use qcompile_passes::quantize::{self, Decision, Layer, LayerCost, layers};
 use qcompile_plan::{BuildOptions, build};
 use qcompile_runtime::{Trainer, TrainerOptions};
 use std::collections::BTreeMap;
@@ -48,18 +50,20 @@ pub(crate) fn measure(
         let chosen = decisions.iter().zip(&all).filter(|(decision, _)| {
             decision.precision.is_quantized() && !decide.cost.contains_key(&decision.node)
         });
-        let chosen: Vec<(Name, &Layer)> =
-            chosen.map(|(decision, layer)| (decision.node.clone(), layer)).collect();
+        let chosen: Vec<(&Decision, &Layer)> = chosen.collect();
         if chosen.is_empty() {
             break;
         }
-        for (name, layer) in chosen {
-            progress.update(decide.cost.len() as u64, name.as_str());
+        let mut costs = Vec::with_capacity(chosen.len());
+        for (decision, layer) in chosen {
+            let (done, name) = (decide.cost.len() + costs.len(), &decision.node);
+            progress.update(done as u64, name.as_str());
             let backward = trained[graph.operand(layer.node, 0).index()];
-            let small = Small::of(graph, layer, backward, &decide, options.batch_size);
+            let small = Small::of(graph, layer, backward, &decide, decision, options.batch_size);
             let cost = timings.find_or(&small.key(), || small.measure(&trainer))?;
-            decide.cost.insert(name, cost);
+            costs.push((name.clone(), cost));
         }
+        decide.cost.extend(costs);
     }
     progress.finish();
     timings.save();
@@ -87,6 +91,7 @@ struct Small {
     low: Precision,
     high: Precision,
     quantizer: Quantizer,
+    channels: Channels,
     batch: usize,
 }
 
@@ -96,8 +101,10 @@ impl Small {
         layer: &Layer,
         backward: bool,
         decide: &quantize::Options,
+        decision: &Decision,
         batch: usize,
     ) -> Small {
+        let channels = decision.channels.clone();
         let operands = graph.operands(layer.node);
         Small {
             op: graph.op(layer.node).clone(),
@@ -109,14 +116,19 @@ impl Small {
             low: decide.low(),
             high: decide.high(),
             quantizer: decide.numerics.quantizer(),
+            channels,
             batch,
         }
     }
 
     /// Equal for layers that take equally long.
     fn key(&self) -> String {
-        let Small { op, x, weight, forward, backward, low, high, quantizer, batch, .. } = self;
-        format!("{op:?} {x} {weight:?} {forward} {backward} {low:?} {high:?} {quantizer:?} {batch}")
+        let Small { op, x, weight, forward, backward, low, high, quantizer, channels, .. } = self;
+        let batch = self.batch;
+        let apart = if channels.is_empty() { String::new() } else { format!(" {channels:?}") };
+        format!(
+            "{op:?} {x} {weight:?} {forward} {backward} {low:?} {high:?} {quantizer:?} {batch}{apart}"
+        )
     }
 
     /// The op that gives the gradient of the input.
@@ -194,6 +206,9 @@ impl Small {
         for (op, operands, name, region) in products {
             let mut y = graph.add(op, &operands, name, region)?;
             *graph.note_mut(y) = note.clone();
+            if low && region == Region::Forward {
+                graph.note_mut(y).channels = self.channels.clone();
+            }
             if stored != DType::F32 && name != "dw" {
                 y = graph.add(Op::Cast(stored), &[y], format!("{name}.stored"), region)?;
             }
@@ -253,7 +268,11 @@ mod tests {
         let x = TensorType::f32(Shape(vec![Dim::N, Dim::fixed(16)]));
         let result = TensorType::f32(Shape(vec![Dim::N, Dim::fixed(8)]));
         let op = Op::Matmul { transpose_a: false, transpose_b: true };
-        for base in [DType::F32, DType::BF16] {
+        let split = Channels { outliers: vec![1, 2], ..Channels::default() };
+        let choices = [(DType::F32, Channels::default()), (DType::BF16, Channels::default())];
+        for (base, channels) in choices.into_iter().chain([(DType::F32, split)]) {
+            // The sensitive channels have a product of their own.
+            let products = if channels.is_empty() { 2 } else { 3 };
             let small = Small {
                 op: op.clone(),
                 x: x.clone(),
@@ -264,6 +283,7 @@ mod tests {
                 low: Precision { grad_weight: base, ..Precision::uniform(DType::I8) },
                 high: Precision::uniform(base),
                 quantizer: Quantizer::default(),
+                channels,
                 batch: 4,
             };
             for low in [false, true] {
@@ -280,6 +300,8 @@ mod tests {
                     _ => "matmul",
                 };
                 assert_eq!(text.matches(&format!("= {word} [")).count(), 2, "{text}");
+                let all = text.matches("= matmul").count();
+                assert_eq!(all, if low { products } else { 2 }, "{text}");
             }
             let cost = small.measure(&TrainerOptions::default()).unwrap();
             assert!(cost.high_ms > 0.0 && cost.low_ms > 0.0);

@@ -5,6 +5,7 @@ use crate::data::{Array, npz};
 use crate::error::{Code, Error, Result};
 use crate::model::{Target, checkpoint_values, draft};
 use crate::options::Options;
+use crate::qdq;
 use crate::street::evaluation_form;
 use crate::subgraph::with_values;
 use crate::tensors::to_array;
@@ -33,10 +34,23 @@ pub struct Exported {
     parameters: BTreeMap<String, Tensor>,
     /// Running statistics by their ONNX names.
     states: BTreeMap<String, Tensor>,
+    /// The form with the roundings that it was trained with.
+    trained: Option<Graph>,
     /// What the import changed or assumed, to be told.
     pub warnings: Vec<String>,
     /// Layers that the plan runs in less than f32, and the written model in f32.
     pub widened: usize,
+}
+
+/// What [`Exported::quantize`] did.
+#[derive(Debug, Clone, Copy)]
+pub struct Quantized {
+    /// Layers that compute on integers.
+    pub layers: usize,
+    /// Layers that stay f32.
+    pub kept: usize,
+    /// Samples that ranges were measured on.
+    pub samples: usize,
 }
 
 impl Exported {
@@ -79,6 +93,7 @@ impl Exported {
         if about.options.get("master-weights").is_some_and(|word| word == "off") {
             update::widen(&mut form)?;
         }
+        let trained = about.options.contains_key("qat").then(|| form.clone());
         let low = about.decisions.iter().filter(|decision| decision.precision.is_low()).count();
         let widened = low > 0 && quantize::remove(&mut form)?;
         if widened {
@@ -92,7 +107,7 @@ impl Exported {
                 *tensor = wide.as_ref().clone();
             }
         }
-        Ok(Exported { widened: if widened { low } else { 0 }, ..exported })
+        Ok(Exported { widened: if widened { low } else { 0 }, trained, ..exported })
     }
 
     fn new(graph: &Graph, form: Graph, about: About, warnings: Vec<String>) -> Result<Exported> {
@@ -110,7 +125,39 @@ impl Exported {
                 _ => {}
             }
         }
-        Ok(Exported { form, about, parameters, states, warnings, widened: 0 })
+        Ok(Exported { form, about, parameters, states, trained: None, warnings, widened: 0 })
+    }
+
+    /// Whether the model was trained with its roundings: it has ranges.
+    #[must_use]
+    pub fn is_trained(&self) -> bool {
+        self.trained.is_some()
+    }
+
+    /// Whether integers of 4 bits are stored.
+    #[must_use]
+    pub fn has_int4(&self) -> bool {
+        self.form.ids().any(|id| self.form.ty(id).dtype == DType::I4)
+    }
+
+    /// Makes the model compute on integers: with the ranges that it was trained with, or else with ranges measured on
+    /// `options.data`.
+    ///
+    /// # Errors
+    /// Usage, without data or with options that a trained model leaves no choice of; of calibration.
+    pub fn quantize(&mut self, options: &Options) -> Result<Quantized> {
+        self.widened = 0;
+        if let Some(mut form) = self.trained.take() {
+            qdq::trained(&mut form)?;
+            self.form = form;
+            let all = self.about.decisions.len();
+            let layers = self.about.decisions.iter().filter(|layer| layer.precision.is_quantized());
+            let layers = layers.count();
+            return Ok(Quantized { layers, kept: all - layers, samples: 0 });
+        }
+        let done = qdq::post_training(&mut self.form, &self.about, options)?;
+        self.warnings.extend(done.notes);
+        Ok(Quantized { layers: done.layers, kept: done.kept, samples: done.samples })
     }
 
     /// Number of trained parameters.

@@ -50,6 +50,7 @@ mod machine;
 pub mod model;
 mod options;
 pub mod output;
+mod qdq;
 pub mod sensitivity;
 pub mod street;
 mod subgraph;
@@ -70,7 +71,9 @@ pub use options::Options;
 pub use qcompile_ir::{DType, GradientRounding, Granularity, Region, Scaling, Tensor};
 pub use qcompile_kernels::Tier;
 pub use qcompile_passes::attach_loss::LossKind;
-pub use qcompile_passes::quantize::{Numerics, OperandTypes, Operations, PrecisionChoice};
+pub use qcompile_passes::quantize::{
+    ChannelPolicy, Numerics, OperandTypes, Operations, PrecisionChoice,
+};
 pub use qcompile_passes::sensitivity::Metric;
 pub use qcompile_passes::update::Optimizer;
 pub use qcompile_plan::Plan;

@@ -1,12 +1,15 @@
 //! What a compile is asked for, with the defaults filled in.
 
 use crate::about::word;
-use crate::cli::{BatchNormMode, CompileArgs, ImportArgs, Machine};
+use crate::cli::{BatchNormMode, CompileArgs, ImportArgs, Machine, RangedArgs};
 use crate::error::{Error, Result};
-use qcompile_ir::Tensor;
+use qcompile_ir::{DType, Tensor};
 use qcompile_kernels::Tier;
 use qcompile_passes::attach_loss::LossKind;
-use qcompile_passes::quantize::{Numerics, Operations, PrecisionChoice};
+use qcompile_passes::calibrate::Method;
+use qcompile_passes::quantize::{
+    ChannelPolicy, Codes, Numerics, Operations, PrecisionChoice, Weights,
+};
 use qcompile_passes::saved;
 use qcompile_passes::sensitivity::Metric;
 use qcompile_passes::update::Optimizer;
@@ -47,14 +50,24 @@ pub struct Options {
     pub metric: Metric,
     /// Layers with a score up to this become int8.
     pub threshold: Option<f32>,
-    /// Channels with a score above this stay f32.
+    /// Channels with a score above this are not left to one int8 product.
     pub channel_threshold: Option<f32>,
+    /// What becomes of them; none splits where that does not measure slower.
+    pub channel_policy: Option<ChannelPolicy>,
     /// Predicted relative increase of the loss that lower precision may cost.
     pub max_loss_increase: f32,
     /// Patterns of layers that stay f32.
     pub keep_f32: Vec<String>,
     /// Operations of a layer that may be of lower precision.
     pub operations: Operations,
+    /// Whether the forward pass computes with values rounded within ranges that are states.
+    pub qat: bool,
+    /// What activations with ranges are rounded to.
+    pub activations: Codes,
+    /// What the weights beside them are rounded to.
+    pub weights: Weights,
+    /// How ranges are chosen.
+    pub calibration: Method,
     /// Whether the weights of layers whose update is of lower precision are kept in f32, else in bf16.
     pub master_weights: bool,
     /// How values are saved for the backward pass; of several rules that match, the last counts.
@@ -96,9 +109,14 @@ impl Default for Options {
             metric: Metric::default(),
             threshold: None,
             channel_threshold: None,
+            channel_policy: None,
             max_loss_increase: 0.01,
             keep_f32: Vec::new(),
             operations: Operations::default(),
+            qat: false,
+            activations: Codes::default(),
+            weights: Weights { dtype: DType::I8, block: None },
+            calibration: Method::default(),
             master_weights: true,
             saved: Vec::new(),
             numerics: Numerics::default(),
@@ -120,18 +138,28 @@ impl Options {
     pub fn from_args(args: &CompileArgs, machine: &Machine) -> Options {
         let standard = Options::default();
         let precision = &args.precision;
+        let qat = precision.qat;
+        // What is trained is what runs in inference: the forward pass.
+        let forward = Operations { backward: false, ..standard.operations };
+        let (choice, operations) = if qat {
+            (PrecisionChoice::Int8, forward)
+        } else {
+            (standard.precision, standard.operations)
+        };
         Options {
+            qat,
             loss: args.loss,
             optimizer: args.optimizer.unwrap_or(standard.optimizer),
             batch_size: args.batch_size.unwrap_or(standard.batch_size),
             sync_batch_norm: args.sync_batch_norm,
-            precision: precision.precision.unwrap_or(standard.precision),
+            precision: precision.precision.unwrap_or(choice),
             metric: precision.metric.unwrap_or(standard.metric),
             threshold: precision.threshold,
             channel_threshold: precision.channel_threshold,
+            channel_policy: precision.channel_policy,
             max_loss_increase: precision.max_loss_increase.unwrap_or(standard.max_loss_increase),
             keep_f32: precision.keep.clone(),
-            operations: precision.quantize_ops.unwrap_or(standard.operations),
+            operations: precision.quantize_ops.unwrap_or(operations),
             master_weights: precision.master_weights.unwrap_or(standard.master_weights),
             saved: args.compress.clone(),
             numerics: precision.numerics.numerics(),
@@ -142,6 +170,7 @@ impl Options {
             ..standard
         }
         .with_import(&args.import)
+        .with_ranged(&args.ranged)
     }
 
     /// With the flags of the import.
@@ -157,6 +186,18 @@ impl Options {
         }
     }
 
+    /// With these flags of integers with ranges.
+    #[must_use]
+    pub fn with_ranged(self, args: &RangedArgs) -> Options {
+        let dtype = args.weights.unwrap_or(self.weights.dtype);
+        Options {
+            activations: args.activations.unwrap_or(self.activations),
+            weights: Weights { dtype, block: args.block_size },
+            calibration: args.calibration.unwrap_or(self.calibration),
+            ..self
+        }
+    }
+
     /// With this `--data`.
     #[must_use]
     pub fn with_data(self, data: Option<String>) -> Options {
@@ -168,6 +209,12 @@ impl Options {
     /// # Errors
     /// A usage error that names those that do not.
     pub fn check(&self) -> Result<()> {
+        if self.weights.block.is_some() && self.weights.dtype != DType::I4 {
+            return Err(Error::usage("--block-size is for --weights int4"));
+        }
+        if self.qat {
+            self.check_qat()?;
+        }
         let thresholds =
             [("--threshold", self.threshold), ("--channel-threshold", self.channel_threshold)];
         if !self.master_weights && !self.operations.update {
@@ -178,6 +225,12 @@ impl Options {
         if self.master_weights && self.operations.update && self.optimizer == Optimizer::Sgd {
             return Err(Error::usage("--quantize-ops update: the optimizer sgd keeps no state")
                 .help("--master-weights off updates weights in bf16; momentum, nesterov, adam and adamw have 8-bit state"));
+        }
+        if let Some(policy) = self.channel_policy.filter(|_| self.channel_threshold.is_none()) {
+            return Err(Error::usage(format!(
+                "--channel-policy {} says what becomes of channels above --channel-threshold, which is not given",
+                policy.name()
+            )));
         }
         let twice =
             self.saved.iter().enumerate().find(|(at, rule)| {
@@ -201,6 +254,30 @@ impl Options {
         }
     }
 
+    fn check_qat(&self) -> Result<()> {
+        if !matches!(self.precision, PrecisionChoice::Int8 | PrecisionChoice::Mixed) {
+            return Err(Error::usage(format!(
+                "--qat trains with roundings, whatever their speed, and --precision {} is another choice",
+                self.precision.name()
+            ))
+            .help("--precision int8 takes every layer, mixed those whose score allows it"));
+        }
+        if !self.operations.forward {
+            return Err(Error::usage(
+                "--qat rounds in the forward pass, and --quantize-ops leaves it out",
+            ));
+        }
+        if self.operations.backward && self.weights.dtype == DType::I4 {
+            return Err(Error::usage(
+                "the backward pass of int4 weights is f32: leave it out of --quantize-ops",
+            ));
+        }
+        if self.channel_threshold.is_some() {
+            return Err(Error::usage("--channel-threshold splits layers, and --qat does not"));
+        }
+        Ok(())
+    }
+
     /// What a plan says of the options that made it what it is, by the names of their flags.
     #[must_use]
     pub fn said(&self) -> BTreeMap<String, String> {
@@ -221,6 +298,17 @@ impl Options {
         let words: Vec<&str> =
             words.iter().filter(|(chosen, _)| *chosen).map(|(_, word)| *word).collect();
         say("quantize-ops", words.join(","));
+        if self.qat {
+            say("qat", "true".to_owned());
+            say("activations", self.activations.name().to_owned());
+            say(
+                "weights",
+                if self.weights.dtype == DType::I4 { "int4" } else { "int8" }.to_owned(),
+            );
+            if let Some(block) = self.weights.block {
+                say("block-size", block.to_string());
+            }
+        }
         if !self.master_weights {
             say("master-weights", "off".to_owned());
         }
@@ -230,6 +318,9 @@ impl Options {
             if let Some(value) = value {
                 say(flag, value.to_string());
             }
+        }
+        if let Some(policy) = self.channel_policy {
+            say("channel-policy", policy.name().to_owned());
         }
         for (flag, value) in numerics_said(&self.numerics) {
             say(flag, value);

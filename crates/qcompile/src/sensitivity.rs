@@ -92,12 +92,36 @@ impl Calibration {
 }
 
 /// Runs graphs as compiled code.
-struct Compiled<'c> {
+pub(crate) struct Compiled<'c> {
     calibration: &'c Calibration,
     trainer: TrainerOptions,
 }
 
-impl Compiled<'_> {
+impl<'c> Compiled<'c> {
+    pub(crate) fn new(calibration: &'c Calibration, options: &Options) -> Compiled<'c> {
+        let trainer = TrainerOptions { threads: options.threads, workers: 1, tier: options.tier };
+        Compiled { calibration, trainer }
+    }
+
+    /// Samples in a batch.
+    pub(crate) fn batch_size(&self) -> usize {
+        self.calibration.batch_size
+    }
+
+    /// Runs a graph on each batch, and shows its outputs.
+    pub(crate) fn each(
+        &self,
+        graph: Graph,
+        show: &mut dyn FnMut(&Values) -> std::result::Result<(), String>,
+    ) -> std::result::Result<(), String> {
+        let mut trainer = self.trainer(graph)?;
+        for (values, _) in &self.calibration.batches {
+            let values = taken(&trainer, values);
+            show(&trainer.run(&values, Region::Forward).map_err(|e| e.to_string())?)?;
+        }
+        Ok(())
+    }
+
     fn trainer(&self, graph: Graph) -> std::result::Result<Trainer, String> {
         let options = BuildOptions { batch_size: self.calibration.batch_size };
         let plan = build(graph, &options).map_err(|e| e.to_string())?;
@@ -163,8 +187,7 @@ pub fn score(
     options: &Options,
     show: Show,
 ) -> Result<Scores> {
-    let trainer = TrainerOptions { threads: options.threads, workers: 1, tier: options.tier };
-    let mut compiled = Compiled { calibration, trainer };
+    let mut compiled = Compiled::new(calibration, options);
     let of_pass = sensitivity::Options {
         metric: options.metric,
         samples: calibration.samples(),
@@ -190,8 +213,7 @@ pub(crate) fn increase(
     calibration: &Calibration,
     options: &Options,
 ) -> Result<f64> {
-    let trainer = TrainerOptions { threads: options.threads, workers: 1, tier: options.tier };
-    let mut compiled = Compiled { calibration, trainer };
+    let mut compiled = Compiled::new(calibration, options);
     let mut loss = |graph: &Graph| {
         let loss = compiled.loss(graph);
         loss.map_err(|reason| Error::new(Code::Internal, format!("sensitivity: {reason}")))

@@ -81,7 +81,7 @@ pub(crate) fn by_layer(decisions: &[LayerDecision]) -> String {
         ("grad weight", Align::Left),
         ("mean", Align::Left),
         ("update", Align::Left),
-        ("f32 channels", Align::Right),
+        ("channels", Align::Left),
         ("score", Align::Right),
         ("why", Align::Left),
     ]);
@@ -94,7 +94,7 @@ pub(crate) fn by_layer(decisions: &[LayerDecision]) -> String {
             decision.precision.grad_weight.clone(),
             decision.precision.mean.clone(),
             decision.precision.update.clone(),
-            decision.channels_high.to_string(),
+            if decision.is_divided() { decision.channels.to_string() } else { "-".to_owned() },
             decision.score.map_or_else(|| "-".to_owned(), |score| format!("{score:.2e}")),
             decision.reason.clone(),
         ]);

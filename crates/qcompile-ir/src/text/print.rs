@@ -1,7 +1,7 @@
 //! Canonical text: leaves, then regions in order, statements in [`Graph::order`].
 
 use super::{attribute, literal};
-use crate::{Graph, Name, NodeId, Note, Op, Precision, Quantizer};
+use crate::{Channels, Graph, Name, NodeId, Note, Op, Precision, Quantizer};
 use std::fmt;
 
 impl fmt::Display for Graph {
@@ -80,16 +80,24 @@ fn leaf_value(f: &mut fmt::Formatter<'_>, op: &Op) -> fmt::Result {
 }
 
 fn notes(f: &mut fmt::Formatter<'_>, note: &Note) -> fmt::Result {
-    let Note { origin, sensitivity, outliers, precision, stored, quantizer } = note;
+    let Note { origin, sensitivity, channels, precision, stored, quantizer } = note;
+    let Channels { outliers, input_outliers, points } = channels;
     if let Some(origin) = origin {
         write!(f, " !origin({})", quoted(origin))?;
     }
     if let Some(sensitivity) = sensitivity {
         write!(f, " !sensitivity({})", literal::float(*sensitivity))?;
     }
-    if !outliers.is_empty() {
-        let channels: Vec<String> = outliers.iter().map(u32::to_string).collect();
-        write!(f, " !outliers({})", channels.join(", "))?;
+    for (key, channels) in [("outliers", outliers), ("input_outliers", input_outliers)] {
+        if !channels.is_empty() {
+            let channels: Vec<String> = channels.iter().map(u32::to_string).collect();
+            write!(f, " !{key}({})", channels.join(", "))?;
+        }
+    }
+    if !points.is_empty() {
+        let points: Vec<String> =
+            points.iter().map(|(channel, count)| format!("{channel}={count}")).collect();
+        write!(f, " !points({})", points.join(", "))?;
     }
     if let Some(precision) = precision {
         let Precision { forward, grad_input, grad_weight, mean, update } = precision;

@@ -274,6 +274,17 @@ impl Exporter<'_> {
             return self.unsupported(id, "ONNX does not quantize to int32");
         }
         let zero = self.zero_point(id, dtype, axis, operands)?;
+        self.require_type(id, "QuantizeLinear", dtype)?;
+        let parameters = [scale.clone(), zero.clone()];
+        if let Some((codes, by)) = self.dequantized.get(&tensor.name)
+            && axis.is_none()
+            && *by == parameters
+        {
+            // Rounded already, by the same scale.
+            let codes = codes.clone();
+            self.place(id, codes, &order);
+            return Ok(());
+        }
         let attributes = quantized_axis(&order, axis);
         let inputs = vec![tensor.name, scale, zero];
         let symmetric = matches!(dtype, DType::I8 | DType::I4) && operands.len() == 2;
@@ -301,9 +312,13 @@ impl Exporter<'_> {
     ) -> Result<()> {
         let (order, tensor, scale) = self.scaled(axis, operands)?;
         let zero = self.zero_point(id, self.dtype(operands[0]), axis, operands)?;
+        self.require_type(id, "DequantizeLinear", self.dtype(operands[0]))?;
         let attributes = quantized_axis(&order, axis);
-        let inputs = vec![tensor.name, scale, zero];
+        let inputs = vec![tensor.name.clone(), scale.clone(), zero.clone()];
         let name = self.one("DequantizeLinear", inputs, self.name(id), attributes);
+        if axis.is_none() {
+            self.dequantized.insert(name.clone(), (tensor.clone(), [scale, zero]));
+        }
         self.place(id, Placed { name, dims: tensor.dims }, &order);
         Ok(())
     }

@@ -126,6 +126,7 @@ pub fn export(graph: &Graph, options: &ExportOptions) -> Result<Export> {
         arranged: BTreeMap::new(),
         reshaped: BTreeMap::new(),
         sliced: BTreeMap::new(),
+        dequantized: BTreeMap::new(),
         constants: BTreeMap::new(),
         batch: None,
         recurrences: BTreeMap::new(),
@@ -176,6 +177,8 @@ struct Exporter<'a> {
     reshaped: BTreeMap<String, Placed>,
     /// What a result of `Slice` was made from: the tensor, and the part along each axis.
     sliced: BTreeMap<String, (String, Vec<moves::Part>)>,
+    /// What a result of `DequantizeLinear` was made from, by which scale and zero point.
+    dequantized: BTreeMap<String, (Placed, [String; 2])>,
     /// Constants of the graph by their names.
     constants: BTreeMap<String, Arc<Tensor>>,
     /// The tensor `[1]` of int64 that holds the batch size.
@@ -338,6 +341,8 @@ impl<'a> Exporter<'a> {
         let needs = match (operator, dtype) {
             ("Add" | "Sub" | "Mul" | "Div", DType::I8 | DType::U8) => 14,
             ("Where", DType::BF16) => 16,
+            ("QuantizeLinear" | "DequantizeLinear", DType::F8E4M3 | DType::F8E5M2) => 19,
+            ("QuantizeLinear" | "DequantizeLinear", DType::I4 | DType::U4) => 21,
             ("Conv" | "ConvTranspose" | "MaxPool" | "AveragePool", DType::BF16)
             | ("Sin" | "Cos" | "Atan" | "Round", DType::BF16) => 22,
             _ => return Ok(()),

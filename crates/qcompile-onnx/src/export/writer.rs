@@ -84,7 +84,7 @@ impl Writer {
             name: name.to_owned(),
             dims: ints(tensor.shape()),
             data_type: onnx_number(tensor.dtype()),
-            raw_data: tensor.bytes().to_vec(),
+            raw_data: stored(tensor),
             ..TensorProto::default()
         });
     }
@@ -199,6 +199,17 @@ impl Writer {
             graph: MessageField::some(graph),
             ..ModelProto::default()
         }
+    }
+}
+
+/// The elements as a file has them: those of 4 bits two in a byte, the first in the lower half.
+fn stored(tensor: &Tensor) -> Vec<u8> {
+    match tensor.dtype() {
+        DType::I4 | DType::U4 => {
+            let second = |pair: &[u8]| pair.get(1).map_or(0, |byte| byte << 4);
+            tensor.bytes().chunks(2).map(|pair| pair[0] & 15 | second(pair)).collect()
+        }
+        _ => tensor.bytes().to_vec(),
     }
 }
 

@@ -19,11 +19,12 @@ mod recurrence;
 mod rules;
 mod shape;
 
+pub(crate) use quantized::{is_constant, learned};
 pub use rules::carries_gradient;
 
 use crate::PassError;
 use crate::builder::Builder;
-use qcompile_ir::{Graph, Name, Node, NodeId, Note, Op, Region};
+use qcompile_ir::{Channels, Graph, Name, Node, NodeId, Note, Op, Region};
 use std::collections::BTreeMap;
 
 /// What was built, by node (valid until the next sweep).
@@ -204,7 +205,7 @@ fn note_product(graph: &mut Graph, forward: NodeId, product: NodeId) {
     if !matches!(op, Op::Matmul { .. } | Op::Conv2d(_)) {
         return;
     }
-    let note = Note { sensitivity: None, outliers: Vec::new(), ..note.clone() };
+    let note = Note { sensitivity: None, channels: Channels::default(), ..note.clone() };
     *graph.note_mut(product) = note;
 }
 

@@ -14,7 +14,7 @@ type Gradient = Result<NodeId, PassError>;
 
 /// Whether a scale is trained: a parameter, perhaps under another shape or held above a constant. A scale that is computed from what
 /// it scales has no gradient.
-pub(super) fn learned(graph: &Graph, mut scale: NodeId) -> bool {
+pub(crate) fn learned(graph: &Graph, mut scale: NodeId) -> bool {
     loop {
         scale = match graph.op(scale) {
             Op::Param(_) => return true,
@@ -27,7 +27,8 @@ pub(super) fn learned(graph: &Graph, mut scale: NodeId) -> bool {
     }
 }
 
-fn is_constant(graph: &Graph, mut id: NodeId) -> bool {
+/// Whether a value is a constant, perhaps repeated or under another shape.
+pub(crate) fn is_constant(graph: &Graph, mut id: NodeId) -> bool {
     while let Op::Broadcast(_) | Op::Reshape(_) = graph.op(id) {
         id = graph.operand(id, 0);
     }

@@ -1,7 +1,7 @@
 //! Which layers run in int8, and why.
 
 use super::PASS;
-use super::channels;
+use super::channels::{self, ChannelPolicy};
 use super::choice::PrecisionChoice;
 use super::insert::is_quantized;
 use super::layer::{Layer, layers};
@@ -9,7 +9,7 @@ use super::numerics::Numerics;
 use super::weights;
 use crate::PassError;
 use crate::sensitivity::Scores;
-use qcompile_ir::{DType, Graph, Name, Precision, Quantizer};
+use qcompile_ir::{Channels, DType, Graph, Name, Precision, Quantizer};
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::str::FromStr;
@@ -74,8 +74,10 @@ pub struct Options {
     pub precision: PrecisionChoice,
     /// Layers with a score up to this are quantized; then `max_loss_increase` is not asked.
     pub threshold: Option<f32>,
-    /// Output channels with a score above this stay f32. Needs `scores`.
+    /// Channels with a score above this are not left to one int8 product. Needs `scores`.
     pub channel_threshold: Option<f32>,
+    /// What becomes of such output channels. One that is given is kept to even where it measures slower.
+    pub channel_policy: Option<ChannelPolicy>,
     /// Without a threshold, layers are quantized in ascending order of score while the sum of their scores
     /// (negative ones count 0) is at most this.
     pub max_loss_increase: f32,
@@ -97,6 +99,7 @@ impl Default for Options {
             precision: PrecisionChoice::default(),
             threshold: None,
             channel_threshold: None,
+            channel_policy: None,
             max_loss_increase: 0.01,
             keep_f32: Vec::new(),
             operations: Operations::default(),
@@ -156,15 +159,15 @@ pub struct Decision {
     pub op: &'static str,
     /// The precision of its operations.
     pub precision: Precision,
-    /// Output channels that stay f32 in a layer that is quantized otherwise.
-    pub channels_high: usize,
+    /// The channels that one int8 product does not serve, in a layer that is quantized otherwise.
+    pub channels: Channels,
     /// The layer's score, if it was measured.
     pub score: Option<f32>,
     /// Why, in words.
     pub reason: String,
 }
 
-/// Decides for every layer, in graph order, and notes `sensitivity`, `precision`, `outliers` and, where an int8 layer
+/// Decides for every layer, in graph order, and notes `sensitivity`, `precision`, `channels` and, where an int8 layer
 /// stands in a bf16 plan, `stored`. A layer whose `precision` is noted already keeps it.
 ///
 /// # Errors
@@ -178,9 +181,9 @@ pub fn decide(graph: &mut Graph, options: &Options) -> Result<Vec<Decision>, Pas
     }
     let within_budget = within_budget(graph, &layers, options);
     let decide = |layer: &Layer| decide_layer(graph, layer, options, &within_budget);
-    let mut decided: Vec<(Decision, Vec<u32>)> = layers.iter().map(decide).collect();
-    weights::decide(graph, &layers, options, decided.iter_mut().map(|(decision, _)| decision));
-    for (layer, (decision, outliers)) in layers.iter().zip(&decided) {
+    let mut decided: Vec<Decision> = layers.iter().map(decide).collect();
+    weights::decide(graph, &layers, options, decided.iter_mut());
+    for (layer, decision) in layers.iter().zip(&decided) {
         let note = graph.note_mut(layer.node);
         if decision.precision.is_quantized() && note.precision.is_none() {
             note.stored = Some(options.precision.base()).filter(|&base| base != DType::F32);
@@ -188,13 +191,13 @@ pub fn decide(graph: &mut Graph, options: &Options) -> Result<Vec<Decision>, Pas
                 Some(options.numerics.quantizer()).filter(|one| *one != Quantizer::default());
         }
         note.precision = Some(decision.precision);
-        note.outliers.clone_from(outliers);
+        note.channels.clone_from(&decision.channels);
     }
     weights::note(graph, &layers);
-    Ok(decided.into_iter().map(|(decision, _)| decision).collect())
+    Ok(decided)
 }
 
-fn refusal(reason: impl Into<String>) -> PassError {
+pub(super) fn refusal(reason: impl Into<String>) -> PassError {
     PassError::Unsupported { pass: PASS, reason: reason.into() }
 }
 
@@ -209,9 +212,7 @@ fn check(graph: &Graph, layers: &[Layer], options: &Options) -> Result<(), PassE
             return Err(refusal(format!("the {name} is not a number")));
         }
     }
-    if options.channel_threshold.is_some() && options.scores.is_none() {
-        return Err(refusal("a channel threshold needs the scores of the channels"));
-    }
+    channels::check(options)?;
     if let Some(reason) = options.numerics.contradiction(options.operations) {
         return Err(refusal(reason));
     }
@@ -275,7 +276,15 @@ pub(super) fn barred(graph: &Graph, layer: &Layer, options: &Options) -> Option<
     // A time that is not a number compares as nothing, and bars int8.
     let faster = low_ms.partial_cmp(&high_ms) == Some(Ordering::Less);
     let base = options.precision.base();
-    (!faster).then(|| format!("int8 measures {low_ms:.3} ms, {base} {high_ms:.3} ms"))
+    if faster {
+        return None;
+    }
+    let set = channels::choose(graph, layer, options).unwrap_or_default();
+    if options.channel_policy.is_some() && !set.is_empty() {
+        return None;
+    }
+    let what = channels::described(&set).map_or_else(String::new, |what| format!(" with {what}"));
+    Some(format!("int8{what} measures {low_ms:.3} ms, {base} {high_ms:.3} ms"))
 }
 
 /// The layers that the budget of `max_loss_increase` takes, by name, with the sum up to and with each.
@@ -339,26 +348,23 @@ fn decide_layer(
     layer: &Layer,
     options: &Options,
     within_budget: &BTreeMap<Name, f32>,
-) -> (Decision, Vec<u32>) {
+) -> Decision {
     let node = graph.node(layer.node);
-    let decision = |precision, outliers: Vec<u32>, reason| {
-        let decision = Decision {
-            node: node.name.clone(),
-            op: node.op.name(),
-            precision,
-            channels_high: outliers.len(),
-            score: node.note.sensitivity,
-            reason,
-        };
-        (decision, outliers)
+    let decision = |precision, channels: Channels, reason| Decision {
+        node: node.name.clone(),
+        op: node.op.name(),
+        precision,
+        channels,
+        score: node.note.sensitivity,
+        reason,
     };
     if let Some(precision) = node.note.precision {
-        return decision(precision, node.note.outliers.clone(), "the graph notes it".to_owned());
+        return decision(precision, node.note.channels.clone(), "the graph notes it".to_owned());
     }
     if let Some(reason) = must_be_f32(graph, layer, options) {
-        return decision(Precision::uniform(DType::F32), Vec::new(), reason);
+        return decision(Precision::uniform(DType::F32), Channels::default(), reason);
     }
-    let high = |reason| decision(options.high(), Vec::new(), reason);
+    let high = |reason| decision(options.high(), Channels::default(), reason);
     if let Some(reason) = barred(graph, layer, options) {
         return high(reason);
     }
@@ -366,8 +372,8 @@ fn decide_layer(
     if !low {
         return high(reason);
     }
-    let outliers = match channels::outliers(graph, layer, options) {
-        Ok(outliers) => outliers,
+    let channels = match channels::choose(graph, layer, options) {
+        Ok(channels) => channels,
         Err(reason) => return high(reason),
     };
     let mut precision = options.low();
@@ -375,7 +381,7 @@ fn decide_layer(
         precision.grad_weight = options.high().grad_weight;
         reason.push_str("; the gradient of a depthwise weight has no int8 kernel");
     }
-    decision(precision, outliers, reason)
+    decision(precision, channels, reason)
 }
 
 #[cfg(test)]

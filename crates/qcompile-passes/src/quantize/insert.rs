@@ -1,6 +1,6 @@
 //! Puts `quantize`, `dequantize` pairs before the operands of a product, with the scales they need.
 
-use super::layer::{Layer, unquantized};
+use super::layer::{Layer, reads_quantized};
 use super::scale;
 use super::stochastic::{Draws, quantize_stochastically};
 use crate::PassError;
@@ -119,7 +119,7 @@ pub(crate) fn forward(
     ];
     for (position, how) in operands.into_iter().enumerate() {
         let operand = graph.operand(layer.node, position);
-        if unquantized(graph, operand) == operand {
+        if !reads_quantized(graph, operand) {
             let quantized = inserted.quantized(graph, operand, how, Region::Forward)?;
             graph.set_operand(layer.node, position, quantized)?;
         }

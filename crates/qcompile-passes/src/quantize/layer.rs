@@ -1,6 +1,8 @@
 //! What a layer is: a forward product of data and a trained weight.
 
+use crate::differentiate::{is_constant, learned};
 use qcompile_ir::{DType, Graph, NodeId, Op, Precision, Region};
+use std::collections::BTreeSet;
 
 /// A forward `conv2d` or `matmul` whose first operand depends on an input and whose second is a parameter, perhaps
 /// reshaped or transposed.
@@ -14,6 +16,12 @@ pub struct Layer {
     pub result_axis: usize,
     /// Number of output channels.
     pub channels: usize,
+    /// The axis of the first operand that the product sums over: the last of NHWC, k of a matrix.
+    pub input_axis: usize,
+    /// The axis of the second operand that runs along it: 1 of OIHW, k of a matrix.
+    pub weight_input_axis: usize,
+    /// Number of channels of the data.
+    pub input_channels: usize,
     /// Whether it is a convolution of more than one group.
     pub grouped: bool,
     /// Whether each group has one input channel.
@@ -22,33 +30,41 @@ pub struct Layer {
 
 impl Layer {
     /// The layer that `node` is, if its operands are data and a weight.
-    fn of(graph: &Graph, node: NodeId, from_data: &[bool]) -> Option<Layer> {
+    fn of(
+        graph: &Graph,
+        node: NodeId,
+        from_data: &[bool],
+        is_weight: &dyn Fn(NodeId) -> bool,
+    ) -> Option<Layer> {
         if graph.node(node).region != Region::Forward {
             return None;
         }
-        let (conv, transpose_b) = match graph.op(node) {
-            Op::Conv2d(geometry) => (Some(*geometry), false),
-            Op::Matmul { transpose_b, .. } => (None, *transpose_b),
+        let (conv, [transpose_a, transpose_b]) = match graph.op(node) {
+            Op::Conv2d(geometry) => (Some(*geometry), [false; 2]),
+            Op::Matmul { transpose_a, transpose_b } => (None, [*transpose_a, *transpose_b]),
             _ => return None,
         };
         let [x, weight] = graph.operands(node)[..] else { return None };
-        if !from_data[x.index()] || from_data[weight.index()] {
+        if !from_data[x.index()] || from_data[weight.index()] || !is_weight(weight) {
             return None;
         }
-        parameter(graph, weight)?;
         let shape = graph.ty(weight).shape.as_fixed()?;
         let rank = shape.len();
         let result_rank = graph.ty(node).shape.rank();
-        let weight_axis = match (conv, transpose_b) {
-            (Some(_), _) => 0,
-            (None, true) => rank - 2,
-            (None, false) => rank - 1,
+        let [weight_axis, weight_input_axis] = match (conv, transpose_b) {
+            (Some(_), _) => [0, 1],
+            (None, true) => [rank - 2, rank - 1],
+            (None, false) => [rank - 1, rank - 2],
         };
+        let data_rank = graph.ty(x).shape.rank();
         Some(Layer {
             node,
             weight_axis,
             result_axis: result_rank - 1,
             channels: shape[weight_axis],
+            input_axis: data_rank - 1 - usize::from(transpose_a),
+            weight_input_axis,
+            input_channels: shape[weight_input_axis],
             grouped: conv.is_some_and(|geometry| geometry.groups != 1),
             depthwise: conv.is_some_and(|geometry| geometry.groups != 1) && shape[1] == 1,
         })
@@ -58,13 +74,40 @@ impl Layer {
 /// Every layer, in [`Graph::order`].
 #[must_use]
 pub fn layers(graph: &Graph) -> Vec<Layer> {
+    with_weights(graph, &|weight| parameter(graph, weight).is_some())
+}
+
+/// Every product of data and of what is computed from stored values.
+pub(crate) fn stored_layers(graph: &Graph) -> Vec<Layer> {
+    with_weights(graph, &|weight| is_stored(graph, weight))
+}
+
+fn with_weights(graph: &Graph, is_weight: &dyn Fn(NodeId) -> bool) -> Vec<Layer> {
     let order = graph.order();
     let mut from_data = vec![false; graph.len()];
     for &id in &order {
         from_data[id.index()] = matches!(graph.op(id), Op::Input(_))
             || graph.operands(id).iter().any(|operand| from_data[operand.index()]);
     }
-    order.into_iter().filter_map(|id| Layer::of(graph, id, &from_data)).collect()
+    order.into_iter().filter_map(|id| Layer::of(graph, id, &from_data, is_weight)).collect()
+}
+
+/// Whether a value is computed from stored values only.
+pub(crate) fn is_stored(graph: &Graph, id: NodeId) -> bool {
+    let mut stack = vec![id];
+    let mut seen = BTreeSet::new();
+    while let Some(id) = stack.pop() {
+        if !seen.insert(id) {
+            continue;
+        }
+        match graph.op(id) {
+            Op::Param(_) | Op::State(_) | Op::Const(_) => {}
+            Op::Random { .. } | Op::AllReduce(_) => return false,
+            op if op.is_leaf() => return false,
+            _ => stack.extend(graph.operands(id)),
+        }
+    }
+    true
 }
 
 /// Forward products that are no layers, so that no int8 kernel runs them: of two computed values, attention, the recurrent
@@ -103,17 +146,27 @@ pub(crate) fn parameter(graph: &Graph, mut id: NodeId) -> Option<NodeId> {
     }
 }
 
-/// A weight as it is before any quantization: the operand of `quantize` below a `dequantize`, else itself.
+/// A value as it is before rounding to codes by a computed scale: the operand of `quantize` below a `dequantize`, else itself.
+/// What is rounded by a constant or a learned scale is the model's own, and stays.
 pub(super) fn unquantized(graph: &Graph, id: NodeId) -> NodeId {
-    if !matches!(graph.op(id), Op::Dequantize { .. }) {
+    let (Op::Dequantize { .. }, [quantized, scale]) = (graph.op(id), &graph.operands(id)[..])
+    else {
         return id;
+    };
+    let own = is_constant(graph, *scale) || learned(graph, *scale);
+    match graph.op(*quantized) {
+        Op::Quantize { .. } if !own => graph.operand(*quantized, 0),
+        _ => id,
     }
-    let quantized = graph.operand(id, 0);
-    if matches!(graph.op(quantized), Op::Quantize { .. }) {
-        graph.operand(quantized, 0)
-    } else {
-        id
+}
+
+/// Whether a value is dequantized, perhaps under another shape.
+pub(super) fn reads_quantized(graph: &Graph, mut id: NodeId) -> bool {
+    while let Op::Reshape(_) | Op::Transpose(_) | Op::Broadcast(_) | Op::Slice { .. } = graph.op(id)
+    {
+        id = graph.operand(id, 0);
     }
+    matches!(graph.op(id), Op::Dequantize { .. })
 }
 
 /// What a product of the backward pass computes, with the positions of its operands.

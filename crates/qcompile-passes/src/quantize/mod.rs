@@ -9,10 +9,12 @@
 //! After `differentiate`, [`insert_backward`] does the same for the products of the backward pass, and [`optimise`] moves, merges and cancels pairs by equalities that hold bit for bit.
 //! docs/quantization.md has the formulas and every rule.
 
+mod activations;
 mod backward;
 mod bf16;
 mod channels;
 mod choice;
+mod codes;
 mod decide;
 mod extract;
 mod insert;
@@ -21,6 +23,10 @@ mod layer;
 mod numerics;
 mod pack;
 mod pairs;
+#[cfg(test)]
+mod pairs_tests;
+mod permute;
+mod ranged;
 mod remove;
 mod rules;
 mod scale;
@@ -31,15 +37,19 @@ mod tests;
 mod weights;
 mod window;
 
+pub use activations::activations;
+pub use channels::ChannelPolicy;
 pub use choice::PrecisionChoice;
+pub use codes::Codes;
 pub(crate) use decide::matches;
 pub use decide::{Decision, LayerCost, Operations, Options, decide};
 pub(crate) use insert::{Inserted, forward as insert_forward};
-pub(crate) use layer::parameter;
 pub use layer::{Layer, layers, other_products};
+pub(crate) use layer::{is_stored, parameter};
 pub use numerics::{Numerics, OperandTypes};
 pub use pack::{pack4, unpack4};
 pub use pairs::join_pairs;
+pub use ranged::{Held, Scheme, Weights, insert_ranged, round_biases};
 pub use remove::remove;
 pub use rules::rule_names;
 pub use stochastic::{Draws, quantize_stochastically};
@@ -95,17 +105,16 @@ pub fn insert_backward(graph: &mut Graph) -> Result<usize, PassError> {
 }
 
 /// Inserts forward roundings as the notes say: products whose `precision` is bf16 or that are `stored` so, and layers
-/// whose `precision` is int8 in the forward product, but for the channels in `outliers`.
+/// whose `precision` is int8 in the forward product, but for the channels noted.
 ///
 /// # Errors
 /// [`PassError::Unsupported`] if a note asks for what cannot be done.
 pub fn insert(graph: &mut Graph) -> Result<(), PassError> {
     for layer in layers(graph) {
         let note = &graph.node(layer.node).note;
-        if note.precision.is_some_and(|precision| precision.is_quantized())
-            && !note.outliers.is_empty()
-        {
-            split::outliers(graph, &layer)?;
+        let low = note.precision.is_some_and(|precision| precision.is_quantized());
+        if low && !note.channels.is_empty() {
+            split::channels(graph, &layer)?;
         }
     }
     bf16::insert_forward(graph)?;

@@ -194,11 +194,16 @@ pub(super) fn find(graph: &Graph, rules: &[Rule]) -> Result<Found, PassError> {
             }
             continue;
         }
+        if matches!(graph.op(id), Op::Dequantize { .. }) {
+            // Its codes are smaller than itself, and it comes out the same again.
+            found.values.insert(base(graph, graph.operand(id, 0)), Treatment::Plain);
+            found.values.insert(id, Treatment::MadeAgain);
+            continue;
+        }
         let exact = users.iter().any(|(user, position)| needs_exact(graph.op(*user), *position));
         let wide = ty.dtype.is_float() && per_sample >= FEW && !kept.contains(&id);
-        let narrow_already = matches!(graph.op(id), Op::Dequantize { .. });
         let mut treatment = Treatment::Plain;
-        if !exact && wide && !narrow_already {
+        if !exact && wide {
             if is_made_of_restored(graph, &found, id) {
                 treatment = Treatment::MadeAgain;
             } else if let Some(at) = rules.iter().rposition(|rule| fits(graph, rule, id)) {

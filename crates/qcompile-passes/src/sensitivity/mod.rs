@@ -43,11 +43,16 @@ pub enum Metric {
     WeightSqnr,
     /// The same of the layer's result, when only this layer is in int8.
     OutputSqnr,
+    /// The same of the layer's data, one scale for all of it. Channels are those of the data: the largest magnitude of
+    /// each over the median of those that are not all zero. Few channels of large magnitudes make the scale too coarse for
+    /// all others (Dettmers et al. 2022, arXiv:2208.07339).
+    ActivationRange,
 }
 
 impl Metric {
     /// Every metric, the default first.
-    pub const ALL: [Metric; 3] = [Metric::LeaveOneOut, Metric::WeightSqnr, Metric::OutputSqnr];
+    pub const ALL: [Metric; 4] =
+        [Metric::LeaveOneOut, Metric::WeightSqnr, Metric::OutputSqnr, Metric::ActivationRange];
 
     /// The word on the command line.
     #[must_use]
@@ -56,6 +61,7 @@ impl Metric {
             Metric::LeaveOneOut => "leave-one-out",
             Metric::WeightSqnr => "weight-sqnr",
             Metric::OutputSqnr => "output-sqnr",
+            Metric::ActivationRange => "activation-range",
         }
     }
 }
@@ -90,7 +96,7 @@ pub struct LayerScore {
     /// The layer's score; infinite if the quantized loss is not finite.
     pub score: f32,
     /// One score per output channel: the ratio noise : signal of the weight, or of the result for
-    /// [`Metric::OutputSqnr`].
+    /// [`Metric::OutputSqnr`]; for [`Metric::ActivationRange`] one per channel of the data.
     pub channels: Vec<f32>,
 }
 
@@ -152,15 +158,21 @@ pub fn run(
         let (score, channels) = match options.metric {
             Metric::LeaveOneOut => (
                 loss_increase(graph, layer, evaluator, options, baseline_loss)?,
-                weight_noise(graph, layer, evaluator, options)?,
+                ratios(&weight_noise(graph, layer, evaluator, options)?),
             ),
             Metric::WeightSqnr => {
                 let channels = weight_noise(graph, layer, evaluator, options)?;
-                (noise::total(&channels).ratio(), channels)
+                (noise::total(&channels).ratio(), ratios(&channels))
             }
             Metric::OutputSqnr => {
                 let channels = output_noise(graph, layer, evaluator, options)?;
-                (noise::total(&channels).ratio(), channels)
+                (noise::total(&channels).ratio(), ratios(&channels))
+            }
+            Metric::ActivationRange => {
+                let name = &graph.node(graph.operand(layer.node, 0)).name;
+                let data = value(graph, evaluator, name)?;
+                let noise = noise::of_tensor(&data, options.numerics.types.activation);
+                (noise.ratio(), noise::ranges(&data, layer.input_axis))
             }
         };
         measured.push(LayerScore {
@@ -168,7 +180,7 @@ pub fn run(
             origin: node.note.origin.clone(),
             op: node.op.name().to_owned(),
             score: if score.is_nan() { f32::INFINITY } else { score },
-            channels: channels.into_iter().map(finite_ratio).collect(),
+            channels,
         });
     }
     progress(layers.len(), layers.len(), "");
@@ -182,9 +194,9 @@ fn failure(reason: impl Into<String>) -> PassError {
     PassError::Evaluation { pass: PASS, reason: reason.into() }
 }
 
-fn finite_ratio(noise: Noise) -> f32 {
-    let ratio = noise.ratio();
-    if ratio.is_nan() { f32::INFINITY } else { ratio }
+fn ratios(channels: &[Noise]) -> Vec<f32> {
+    let ratio = |noise: &Noise| Some(noise.ratio()).filter(|ratio| !ratio.is_nan());
+    channels.iter().map(|noise| ratio(noise).unwrap_or(f32::INFINITY)).collect()
 }
 
 /// The graph with only this layer in int8.

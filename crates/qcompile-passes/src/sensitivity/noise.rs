@@ -68,6 +68,28 @@ pub(super) fn of_weight(weight: &Tensor, axis: usize, dtype: DType) -> Vec<Noise
     noise
 }
 
+/// Noise of what rounding to codes of `dtype` with one scale leaves of `data`.
+pub(super) fn of_tensor(data: &Tensor, dtype: DType) -> Noise {
+    let flat = Tensor::from_f32(&[1, data.elements()], &data.to_f32());
+    flat.map_or_else(Noise::default, |flat| total(&of_weight(&flat, 0, dtype)))
+}
+
+/// The largest magnitude per index of `axis`, over the median of those that are not 0.
+pub(super) fn ranges(data: &Tensor, axis: usize) -> Vec<f32> {
+    let channel = channel_of(data.shape(), axis);
+    let mut largest = vec![0.0_f32; data.shape()[axis]];
+    for (element, value) in data.to_f32().into_iter().enumerate() {
+        let most = &mut largest[channel(element)];
+        // A NaN is larger than all.
+        *most = if value.is_nan() { f32::INFINITY } else { most.max(value.abs()) };
+    }
+    let mut sorted: Vec<f32> = largest.iter().copied().filter(|most| *most > 0.0).collect();
+    sorted.sort_by(f32::total_cmp);
+    let median = sorted.get(sorted.len() / 2).copied().unwrap_or(1.0);
+    let ratio = |most: f32| if most.is_infinite() { most } else { most / median };
+    largest.into_iter().map(ratio).collect()
+}
+
 /// Noise per index of `axis` of `rounded` against `exact`; `None` if their shapes differ.
 pub(super) fn between(exact: &Tensor, rounded: &Tensor, axis: usize) -> Option<Vec<Noise>> {
     if exact.shape() != rounded.shape() {
@@ -99,6 +121,17 @@ mod tests {
             total(&of_weight(&Tensor::zeros(weight.dtype(), &[2, 2]), 0, DType::I8)).ratio(),
             0.0
         );
+    }
+
+    #[test]
+    fn ranges_are_relative_to_the_usual_one() {
+        let data = Tensor::from_f32(&[2, 4], &[0.0, 1.0, -2.0, 8.0, 0.0, -0.5, 1.0, 100.0]);
+        let data = data.expect("8");
+        assert_eq!(ranges(&data, 1), [0.0, 0.5, 1.0, 50.0]);
+        // One channel makes the scale too coarse for the others.
+        let others = Tensor::from_f32(&[2, 2], &[1.0, -2.0, -0.5, 1.0]).expect("4");
+        assert!(of_tensor(&others, DType::I8).ratio() > 0.0);
+        assert_eq!(of_tensor(&Tensor::zeros(data.dtype(), &[3]), DType::I8).ratio(), 0.0);
     }
 
     #[test]

@@ -60,8 +60,8 @@ fn replace(graph: &mut Graph, old: NodeId, new: NodeId) -> Result<(), PassError>
     kept.precision = kept.precision.or(note.precision);
     kept.stored = kept.stored.or(note.stored);
     kept.quantizer = kept.quantizer.or(note.quantizer);
-    if kept.outliers.is_empty() {
-        kept.outliers = note.outliers;
+    if kept.channels.is_empty() {
+        kept.channels = note.channels;
     }
     Ok(())
 }

@@ -1,14 +1,18 @@
 //! Groups of flags that several commands take.
 
 use super::words::{
-    above_zero, constant, dim, finite, fraction, grad_weight, granularity, keep, loss, metric,
-    not_negative, on_or_off, operand_types, operations, optimizer, positive, precision, rounding,
-    scaling,
+    above_zero, calibration, channel_policy, codes, constant, dim, finite, fraction, grad_weight,
+    granularity, keep, loss, metric, not_negative, on_or_off, operand_types, operations, optimizer,
+    positive, precision, rounding, scaling, weights,
 };
+use crate::error::{Error, Result};
 use clap::{Args, ValueEnum};
 use qcompile_ir::{DType, GradientRounding, Granularity, Scaling, Tensor};
 use qcompile_passes::attach_loss::LossKind;
-use qcompile_passes::quantize::{Numerics, OperandTypes, Operations, PrecisionChoice};
+use qcompile_passes::calibrate::Method;
+use qcompile_passes::quantize::{
+    ChannelPolicy, Codes, Numerics, OperandTypes, Operations, PrecisionChoice,
+};
 use qcompile_passes::saved;
 use qcompile_passes::sensitivity::Metric;
 use qcompile_passes::update::Optimizer;
@@ -48,6 +52,9 @@ pub struct CompileArgs {
     /// Precision of the layers.
     #[command(flatten)]
     pub precision: PrecisionArgs,
+    /// What --qat rounds to what.
+    #[command(flatten)]
+    pub ranged: RangedArgs,
     /// Save what the backward pass reads of the forward pass in bf16, int8 or int4: saved=int8, or of some nodes only
     /// saved=int4:PATTERN; of several that match the last counts.
     #[arg(long, value_name = "saved=FORMAT[:PATTERN]", help_heading = "Precision")]
@@ -55,6 +62,32 @@ pub struct CompileArgs {
     /// The batch size that is tuned and measured for; any batch runs [default: 32].
     #[arg(long, value_name = "N", value_parser = positive, help_heading = "Training")]
     pub batch_size: Option<usize>,
+}
+
+impl CompileArgs {
+    /// Whether flags that depend on others have them.
+    ///
+    /// # Errors
+    /// Usage.
+    pub fn check(&self) -> Result<()> {
+        match self.ranged.given() {
+            Some(flag) if !self.precision.qat => {
+                Err(Error::usage(format!("{flag} is for --qat, and for export --format qdq-onnx")))
+            }
+            _ => self.check_qat(),
+        }
+    }
+
+    fn check_qat(&self) -> Result<()> {
+        let numerics = self.precision.numerics.given();
+        match numerics.into_iter().find(|(_, given)| *given) {
+            Some((flag, _)) if self.precision.qat => Err(Error::usage(format!(
+                "{flag} is about scales that follow a step, and --qat computes with ranges"
+            ))
+            .help("--activations and --weights say what is rounded to what")),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Flags of the import.
@@ -126,9 +159,13 @@ pub struct PrecisionArgs {
     /// Layers with a score up to this become int8.
     #[arg(long, value_name = "X", value_parser = finite, help_heading = "Precision")]
     pub threshold: Option<f32>,
-    /// Output channels with a score above this stay f32.
+    /// Channels of an int8 layer with a score above this are not left to one int8 product.
     #[arg(long, value_name = "X", value_parser = finite, help_heading = "Precision")]
     pub channel_threshold: Option<f32>,
+    /// What becomes of them: split (a product of higher precision) or multipoint (weights of several int8 points), even
+    /// where that measures slower [default: split where it does not].
+    #[arg(long, value_name = "POLICY", value_parser = channel_policy(), help_heading = "Precision")]
+    pub channel_policy: Option<ChannelPolicy>,
     /// Predicted relative increase of the loss that lower precision may cost [default: 0.01].
     #[arg(long, value_name = "X", value_parser = finite, help_heading = "Precision")]
     pub max_loss_increase: Option<f32>,
@@ -148,9 +185,44 @@ pub struct PrecisionArgs {
     /// Scores that `qcompile sensitivity` wrote, instead of measuring.
     #[arg(long, value_name = "FILE", help_heading = "Precision")]
     pub scores: Option<PathBuf>,
-    /// Samples to measure sensitivity on [default: 256].
+    /// Samples to measure sensitivity and ranges on [default: 256].
     #[arg(long, value_name = "N", value_parser = positive, help_heading = "Precision")]
     pub samples: Option<usize>,
+    /// Quantization-aware training: compute forward as inference on integers does, with ranges that start as measured on
+    /// --data and then follow the training.
+    #[arg(long, help_heading = "Precision")]
+    pub qat: bool,
+}
+
+/// Flags of integers whose ranges are known before a step.
+#[derive(Debug, Clone, Default, Args)]
+pub struct RangedArgs {
+    /// What activations are rounded to: uint8 with a zero point, or int8 with zero point 0 [default: uint8].
+    #[arg(long, value_name = "TYPE", value_parser = codes(), help_heading = "Integers")]
+    pub activations: Option<Codes>,
+    /// What weights are rounded to, by a scale for each output channel: int8 or int4 [default: int8].
+    #[arg(long, value_name = "TYPE", value_parser = weights, help_heading = "Integers")]
+    pub weights: Option<DType>,
+    /// Elements of an int4 weight of a matrix product that share a scale, along the axis that is summed over.
+    #[arg(long, value_name = "N", value_parser = positive, help_heading = "Integers")]
+    pub block_size: Option<usize>,
+    /// How ranges follow from the samples: min-max, percentile=P (99.99, say), mse or entropy [default: min-max].
+    #[arg(long, value_name = "METHOD", value_parser = calibration, help_heading = "Integers")]
+    pub calibration: Option<Method>,
+}
+
+impl RangedArgs {
+    /// A flag that was given.
+    #[must_use]
+    pub fn given(&self) -> Option<&'static str> {
+        let flags = [
+            ("--activations", self.activations.is_some()),
+            ("--weights", self.weights.is_some()),
+            ("--block-size", self.block_size.is_some()),
+            ("--calibration", self.calibration.is_some()),
+        ];
+        flags.into_iter().find_map(|(flag, given)| given.then_some(flag))
+    }
 }
 
 /// Flags of how int8 products are rounded.

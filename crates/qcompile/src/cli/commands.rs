@@ -1,7 +1,7 @@
 //! The commands and their flags.
 
-use super::args::{CompileArgs, Emit, ImportArgs, RateArgs};
-use super::words::{above_zero, loss, metric, opset, pass, positive, run_precision};
+use super::args::{CompileArgs, Emit, ImportArgs, RangedArgs, RateArgs};
+use super::words::{above_zero, keep, loss, metric, opset, pass, positive, run_precision};
 use super::{Machine, Talk};
 use clap::{Args, ValueEnum};
 use qcompile_passes::attach_loss::LossKind;
@@ -244,12 +244,30 @@ pub struct ExportCommand {
     /// Where it goes.
     #[arg(short, long, value_name = "FILE")]
     pub output: PathBuf,
-    /// The opset of an ONNX model, 13 to 23 [default: 17].
+    /// The opset of an ONNX model, 13 to 23 [default: 17; 21 with int4].
     #[arg(long, value_name = "VERSION", value_parser = opset)]
     pub opset: Option<u32>,
+    /// For qdq-onnx: samples that ranges are measured on: FILE or NAME=FILE, several with commas.
+    #[arg(long, value_name = "DATA", help_heading = "Integers")]
+    pub data: Option<String>,
+    /// Samples to take of them [default: 256].
+    #[arg(long, value_name = "N", value_parser = positive, help_heading = "Integers")]
+    pub samples: Option<usize>,
+    /// Samples at once [default: 32].
+    #[arg(long, value_name = "N", value_parser = positive, help_heading = "Integers")]
+    pub batch_size: Option<usize>,
+    /// For qdq-onnx: layers that stay f32: f32=PATTERN.
+    #[arg(long, value_name = "f32=PATTERN", value_parser = keep, help_heading = "Integers")]
+    pub keep: Vec<String>,
+    /// What is rounded to what.
+    #[command(flatten)]
+    pub ranged: RangedArgs,
     /// The import.
     #[command(flatten)]
     pub import: ImportArgs,
+    /// On what ranges are measured.
+    #[command(flatten)]
+    pub machine: Machine,
     /// How much is said.
     #[command(flatten)]
     pub talk: Talk,
@@ -260,6 +278,8 @@ pub struct ExportCommand {
 pub enum ExportFormat {
     /// The model with its trained weights.
     Onnx,
+    /// That, computing on integers: with QuantizeLinear and DequantizeLinear.
+    QdqOnnx,
     /// Parameters and running statistics by their ONNX names.
     Safetensors,
     /// The same for numpy.
@@ -272,6 +292,7 @@ impl ExportFormat {
     pub const fn name(self) -> &'static str {
         match self {
             ExportFormat::Onnx => "onnx",
+            ExportFormat::QdqOnnx => "qdq-onnx",
             ExportFormat::Safetensors => "safetensors",
             ExportFormat::Npz => "npz",
         }

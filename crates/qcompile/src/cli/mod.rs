@@ -5,7 +5,7 @@ mod commands;
 mod words;
 
 pub use args::{
-    BatchNormMode, CompileArgs, Emit, ImportArgs, PrecisionArgs, RateArgs, ScheduleKind,
+    BatchNormMode, CompileArgs, Emit, ImportArgs, PrecisionArgs, RangedArgs, RateArgs, ScheduleKind,
 };
 pub use commands::{
     BenchCommand, CompileCommand, CompletionsCommand, DoctorCommand, EvalCommand, ExportCommand,

@@ -2,10 +2,11 @@
 
 use super::args::GradWeight;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use qcompile_ir::{GradientRounding, Granularity, Scaling, Tensor};
+use qcompile_ir::{DType, GradientRounding, Granularity, Scaling, Tensor};
 use qcompile_kernels::Tier;
 use qcompile_passes::attach_loss::LossKind;
-use qcompile_passes::quantize::{OperandTypes, Operations, PrecisionChoice};
+use qcompile_passes::calibrate::Method;
+use qcompile_passes::quantize::{ChannelPolicy, Codes, OperandTypes, Operations, PrecisionChoice};
 use qcompile_passes::sensitivity::Metric;
 use qcompile_passes::update::Optimizer;
 
@@ -26,6 +27,10 @@ pub(super) fn loss() -> impl TypedValueParser<Value = LossKind> {
 
 pub(super) fn optimizer() -> impl TypedValueParser<Value = Optimizer> {
     words(&Optimizer::ALL, |kind| kind.name())
+}
+
+pub(super) fn channel_policy() -> impl TypedValueParser<Value = ChannelPolicy> {
+    words(&ChannelPolicy::ALL, |policy| policy.name())
 }
 
 pub(super) fn metric() -> impl TypedValueParser<Value = Metric> {
@@ -144,6 +149,31 @@ pub(super) fn keep(text: &str) -> Result<String, String> {
     match text.split_once('=') {
         Some(("f32", pattern)) if !pattern.is_empty() => Ok(pattern.to_owned()),
         _ => Err("f32=PATTERN is wanted".to_owned()),
+    }
+}
+
+pub(super) fn codes() -> impl TypedValueParser<Value = Codes> {
+    words(&Codes::ALL, |codes| codes.name())
+}
+
+pub(super) fn weights(text: &str) -> Result<DType, String> {
+    match text {
+        "int8" => Ok(DType::I8),
+        "int4" => Ok(DType::I4),
+        _ => Err("int8 or int4 is wanted".to_owned()),
+    }
+}
+
+pub(super) fn calibration(text: &str) -> Result<Method, String> {
+    match text.split_once('=') {
+        None if text == "min-max" => Ok(Method::MinMax),
+        None if text == "mse" => Ok(Method::Mse),
+        None if text == "entropy" => Ok(Method::Entropy),
+        Some(("percentile", percent)) => {
+            let wanted = "a percentage above 50, at most 100";
+            real(percent, |x| x > 50.0 && x <= 100.0, wanted).map(Method::Percentile)
+        }
+        _ => Err("min-max, percentile=P, mse or entropy is wanted".to_owned()),
     }
 }
 

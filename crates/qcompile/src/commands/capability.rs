@@ -7,7 +7,7 @@ use crate::model::{Target, at_path, survey};
 use crate::options::Options;
 use crate::output::print;
 use crate::terminal::{Align, Table, width};
-use qcompile_ir::{Graph, NodeId, Op};
+use qcompile_ir::{Graph, NodeId, Op, QuantizedRange};
 use qcompile_onnx::{STAND_IN, Survey, SurveyedNode, Verdict};
 use qcompile_passes::differentiate::carries_gradient;
 use qcompile_passes::quantize::layers;
@@ -72,9 +72,9 @@ fn of(
     let inner = within(graph, node);
     let gradient = if !node.results.iter().any(|id| varies[id.index()]) {
         no("it is constant")
-    } else if !node.results.iter().any(|&id| graph.ty(id).dtype.is_float()) {
+    } else if !node.results.iter().any(|&id| may_carry(graph, node, id)) {
         no("its results are no floats")
-    } else if !node.operands.iter().any(|&id| graph.ty(id).dtype.is_float() && varies[id.index()]) {
+    } else if !node.operands.iter().any(|&id| may_carry(graph, node, id) && varies[id.index()]) {
         no("no operand is a float that varies")
     } else if inner.gradient {
         Ok(())
@@ -95,6 +95,14 @@ fn of(
     Capability { import: Ok(()), gradient, quantize }
 }
 
+/// Whether an operand or result of a node may have a gradient: a float, or the codes of one.
+fn may_carry(graph: &Graph, node: &SurveyedNode, id: NodeId) -> bool {
+    let dtype = graph.ty(id).dtype;
+    let rounds = ["QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QGemm"];
+    let rounds = rounds.contains(&node.op.as_str()) || node.op.starts_with("QLinear");
+    dtype.is_float() || rounds && QuantizedRange::of(dtype, false).is_some()
+}
+
 /// What lies between the operands and the results of a node.
 struct Within {
     values: BTreeSet<NodeId>,
@@ -108,11 +116,11 @@ fn within(graph: &Graph, node: &SurveyedNode) -> Within {
     let mut reached = BTreeSet::new();
     // A result that is an operand passes everything on.
     let mut gradient =
-        node.results.iter().any(|id| operands.contains(id) && graph.ty(*id).dtype.is_float());
+        node.results.iter().any(|id| operands.contains(id) && may_carry(graph, node, *id));
     let mut stack: Vec<(NodeId, bool)> = node.results.iter().map(|&id| (id, true)).collect();
     while let Some((id, carried)) = stack.pop() {
         if operands.contains(&id) {
-            gradient |= carried && graph.ty(id).dtype.is_float();
+            gradient |= carried && may_carry(graph, node, id);
             continue;
         }
         let news = values.insert(id) | (carried && reached.insert(id));

@@ -22,6 +22,7 @@ pub(super) fn run(cli: &Cli) -> Result<()> {
         return Err(Error::usage("no model is given"));
     };
     command.machine.trainer(1)?;
+    command.compile.check()?;
     let options = Options {
         timings: timings_path(),
         measure: !command.no_measure && command.emit == Emit::Plan,

@@ -1,9 +1,9 @@
 //! `qcompile export`.
 
-use super::{print_json, refuse_overwriting};
+use super::{in_data, print_json, refuse_overwriting};
 use crate::cli::{ExportCommand, ExportFormat};
 use crate::error::{Code, Error, Result};
-use crate::export::{DEFAULT_OPSET, Exported};
+use crate::export::{DEFAULT_OPSET, Exported, Quantized};
 use crate::model::{Target, at_path, open};
 use crate::options::Options;
 use crate::output::{check_writable, print, write_atomically};
@@ -15,8 +15,20 @@ use std::path::Path;
 
 pub(super) fn run(command: &ExportCommand) -> Result<()> {
     let format = format_of(command)?;
-    if command.opset.is_some() && format != ExportFormat::Onnx {
+    let is_model = matches!(format, ExportFormat::Onnx | ExportFormat::QdqOnnx);
+    if command.opset.is_some() && !is_model {
         return Err(Error::usage(format!("--opset is for --format onnx, not {}", format.name())));
+    }
+    let integers = format == ExportFormat::QdqOnnx;
+    let machine = command.machine.threads != 0 || command.machine.tier.is_some();
+    if machine && !integers {
+        return Err(Error::usage(
+            "--threads and --tier are for --format qdq-onnx: nothing else runs the model",
+        ));
+    }
+    if let Some(flag) = given(command).filter(|_| !integers) {
+        let cause = format!("{flag} is for --format qdq-onnx, not {}", format.name());
+        return Err(Error::usage(cause));
     }
     let place = |error: Error| at_path(error, &command.target);
     let target = open(&command.target)?;
@@ -26,14 +38,30 @@ pub(super) fn run(command: &ExportCommand) -> Result<()> {
     }
     refuse_overwriting(&command.output, &command.target)?;
     check_writable(&command.output)?;
-    let options = Options::default().with_import(&command.import);
-    let exported = Exported::of(&target, &command.target, &options).map_err(place)?;
+    let options = options(command)?;
+    let mut exported = Exported::of(&target, &command.target, &options).map_err(place)?;
     let mut fields = Map::new();
     let mut said = String::new();
     let mut warnings = exported.warnings.clone();
     let content = match format {
-        ExportFormat::Onnx => {
-            let opset = command.opset.unwrap_or(DEFAULT_OPSET);
+        ExportFormat::Onnx | ExportFormat::QdqOnnx => {
+            if let Some(flag) = given(command).filter(|_| integers && exported.is_trained()) {
+                let cause =
+                    format!("the plan was trained with its ranges: {flag} has no say in them");
+                return Err(place(Error::usage(cause)));
+            }
+            if integers {
+                let data = command.data.as_deref().unwrap_or_default();
+                let done = exported.quantize(&options).map_err(|e| in_data(e, data));
+                let Quantized { layers, kept, samples } = done.map_err(place)?;
+                let _ = write!(said, "{layers} layers on integers, {kept} in f32, ");
+                fields.insert("layers".to_owned(), json!(layers));
+                fields.insert("layers_f32".to_owned(), json!(kept));
+                fields.insert("samples".to_owned(), json!(samples));
+                warnings.clone_from(&exported.warnings);
+            }
+            let small = integers && exported.has_int4();
+            let opset = command.opset.unwrap_or(if small { 21 } else { DEFAULT_OPSET });
             let model = exported.onnx(opset).map_err(place)?;
             let nodes: usize = model.operators.values().sum();
             let _ = write!(said, "opset {opset}, {nodes} nodes, ");
@@ -64,6 +92,35 @@ pub(super) fn run(command: &ExportCommand) -> Result<()> {
     }
     let size = bytes(content.len() as u64);
     print(&format!("{path}: {said}{} parameters, {size}\n", count(parameters)))
+}
+
+/// A flag that was given and is for integers alone.
+fn given(command: &ExportCommand) -> Option<&'static str> {
+    let flags = [
+        ("--data", command.data.is_some()),
+        ("--samples", command.samples.is_some()),
+        ("--batch-size", command.batch_size.is_some()),
+        ("--keep", !command.keep.is_empty()),
+    ];
+    let flag = flags.into_iter().find_map(|(flag, given)| given.then_some(flag));
+    flag.or_else(|| command.ranged.given())
+}
+
+fn options(command: &ExportCommand) -> Result<Options> {
+    command.machine.trainer(1)?;
+    let standard = Options::default();
+    let options = Options {
+        data: command.data.clone(),
+        samples: command.samples.unwrap_or(standard.samples),
+        batch_size: command.batch_size.unwrap_or(standard.batch_size),
+        keep_f32: command.keep.clone(),
+        threads: command.machine.threads,
+        tier: command.machine.tier,
+        ..standard
+    };
+    let options = options.with_import(&command.import).with_ranged(&command.ranged);
+    options.check()?;
+    Ok(options)
 }
 
 /// The format that was asked for, or that the ending of the output says.

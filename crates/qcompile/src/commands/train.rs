@@ -121,6 +121,7 @@ fn plan(command: &TrainCommand) -> Result<Arc<Plan>> {
         }
         Target::Model(_) | Target::Graph(_) => {
             drop(target);
+            command.compile.check()?;
             let options = Options {
                 timings: timings_path(),
                 ..Options::from_args(&command.compile, &command.machine)
@@ -160,6 +161,7 @@ fn check_flags(args: &CompileArgs, plan: &Plan) -> Result<()> {
         ("--constant", !args.import.constant.is_empty()),
         ("--threshold", precision.threshold.is_some()),
         ("--channel-threshold", precision.channel_threshold.is_some()),
+        ("--channel-policy", precision.channel_policy.is_some()),
         ("--max-loss-increase", precision.max_loss_increase.is_some()),
         ("--keep", !precision.keep.is_empty()),
         ("--quantize-ops", precision.quantize_ops.is_some()),
@@ -167,6 +169,7 @@ fn check_flags(args: &CompileArgs, plan: &Plan) -> Result<()> {
         ("--compress", !args.compress.is_empty()),
         ("--scores", precision.scores.is_some()),
         ("--samples", precision.samples.is_some()),
+        ("--qat", precision.qat && option("qat") != "true"),
     ];
     wrong.extend(
         given
@@ -175,6 +178,9 @@ fn check_flags(args: &CompileArgs, plan: &Plan) -> Result<()> {
             .filter(|(_, given)| *given)
             .map(|(flag, _)| format!("{flag}: decided when a model is compiled")),
     );
+    if let Some(flag) = args.ranged.given() {
+        wrong.push(format!("{flag}: decided when a model is compiled"));
+    }
     if wrong.is_empty() {
         return Ok(());
     }

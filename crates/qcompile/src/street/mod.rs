@@ -11,12 +11,13 @@ use crate::about::{About, LayerDecision};
 use crate::cost;
 use crate::error::{Code, Error, Result};
 use crate::options::Options;
+use crate::qdq;
 use crate::sensitivity::{self, Calibration};
 use crate::terminal::Show;
 use qcompile_ir::{Graph, verify};
 use qcompile_passes::attach_loss::{self, LossKind};
-use qcompile_passes::quantize::{self, LayerCost, OperandTypes, PrecisionChoice};
-use qcompile_passes::sensitivity::{LayerScore, Scores};
+use qcompile_passes::quantize::{self, Held, LayerCost, OperandTypes, PrecisionChoice};
+use qcompile_passes::sensitivity::{LayerScore, Metric, Scores};
 use qcompile_passes::{
     PassError, attention, differentiate, distribute, evaluation, saved, simplify, update,
 };
@@ -116,6 +117,8 @@ pub struct Draft {
     pub evaluation: Option<Graph>,
     /// The decisions with measured times in their reasons; those in `about` have none.
     pub decisions: Vec<LayerDecision>,
+    /// What should be told and was measured, which has no place in a plan.
+    pub remarks: Vec<String>,
 }
 
 impl Draft {
@@ -130,6 +133,7 @@ impl Draft {
             costs: BTreeMap::new(),
             evaluation: None,
             decisions: Vec::new(),
+            remarks: Vec::new(),
         }
     }
 
@@ -266,7 +270,11 @@ impl<'a> Street<'a> {
             let layers = quantize::layers(&draft.graph);
             let unknown = layers.iter().find_map(|layer| {
                 let name = draft.graph.node(layer.node).name.as_str();
-                let fits = |score: &LayerScore| score.channels.len() == layer.channels;
+                let channels = match scores.metric {
+                    Metric::ActivationRange => layer.input_channels,
+                    _ => layer.channels,
+                };
+                let fits = |score: &LayerScore| score.channels.len() == channels;
                 (!scores.find(name).is_some_and(fits)).then_some(name)
             });
             if let Some(name) = unknown {
@@ -293,6 +301,7 @@ impl<'a> Street<'a> {
             precision: self.options.precision,
             threshold: self.options.threshold,
             channel_threshold: self.options.channel_threshold,
+            channel_policy: self.options.channel_policy,
             max_loss_increase: self.options.max_loss_increase,
             keep_f32: self.options.keep_f32.clone(),
             operations: self.options.operations,
@@ -304,7 +313,16 @@ impl<'a> Street<'a> {
         if measured && options.precision.has_int8() {
             options.cost = cost::measure(&draft.graph, &options, self.options, self.show)?;
         }
-        let decided = quantize::run(&mut draft.graph, &options)?;
+        let decided = if self.options.qat {
+            let decided = quantize::decide(&mut draft.graph, &options)?;
+            let calibrated = qdq::calibrate(&draft.graph, &draft.about, self.options)?;
+            draft.about.warnings.extend(calibrated.notes.iter().cloned());
+            let scheme = qdq::scheme(self.options, Held::State);
+            quantize::insert_ranged(&mut draft.graph, &calibrated.ranges, &scheme)?;
+            decided
+        } else {
+            quantize::run(&mut draft.graph, &options)?
+        };
         let OperandTypes { weight, activation, gradient } = options.numerics.types;
         let float = [weight, activation, gradient].into_iter().find(|dtype| dtype.is_float());
         if let Some(float) =
@@ -330,10 +348,15 @@ impl<'a> Street<'a> {
         draft.about.decisions.clone_from(&decisions);
         for (decision, layer) in draft.about.decisions.iter_mut().zip(&decided) {
             // A measured time would make every plan another.
-            let slower =
-                options.cost.get(&layer.node).is_some_and(|cost| cost.low_ms >= cost.high_ms);
-            if slower && !decision.precision.is_quantized() {
+            let cost = options.cost.get(&layer.node).filter(|cost| cost.low_ms >= cost.high_ms);
+            let Some(LayerCost { high_ms, low_ms }) = cost else { continue };
+            if !decision.precision.is_quantized() {
                 "int8 does not measure faster".clone_into(&mut decision.reason);
+            } else if let Some(policy) = options.channel_policy.filter(|_| decision.is_divided()) {
+                draft.remarks.push(format!(
+                    "{}: int8 with its sensitive channels apart measures {low_ms:.3} ms, without int8 {high_ms:.3} ms; --channel-policy {} keeps it",
+                    decision.node, policy.name()
+                ));
             }
         }
         draft.decisions = decisions;

@@ -15,12 +15,13 @@ impl Line<'_, '_> {
             match *key {
                 "origin" => note.origin = Some(self.text()?),
                 "sensitivity" => note.sensitivity = Some(self.read("a number", literal::number)?),
-                "outliers" => loop {
+                "outliers" => note.channels.outliers = self.channels()?,
+                "input_outliers" => note.channels.input_outliers = self.channels()?,
+                "points" => loop {
                     let channel = self.read("a channel", natural)?;
-                    if note.outliers.last().is_some_and(|&last| last >= channel) {
-                        return self.error("outliers ascend");
-                    }
-                    note.outliers.push(channel);
+                    self.sign('=')?;
+                    let count = self.read("a number of points", natural)?;
+                    note.channels.points.push((channel, count));
                     if !self.is_sign(',') {
                         break;
                     }
@@ -32,7 +33,20 @@ impl Line<'_, '_> {
             }
             self.sign(')')?;
         }
+        if let Some(defect) = note.channels.defect() {
+            return self.error(defect);
+        }
         Ok(note)
+    }
+
+    fn channels(&mut self) -> Result<Vec<u32>, LineError> {
+        let mut channels = Vec::new();
+        loop {
+            channels.push(self.read("a channel", natural)?);
+            if !self.is_sign(',') {
+                return Ok(channels);
+            }
+        }
     }
 
     fn quantizer(&mut self) -> Result<Quantizer, LineError> {

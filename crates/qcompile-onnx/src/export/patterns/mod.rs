@@ -2,15 +2,18 @@
 //! in front of a recurrent layer. Each function looks at a value and what computes it, and changes nothing; what a
 //! pattern covers and nobody else uses is not written.
 
+mod blocks;
 mod normalizations;
 mod products;
 mod write;
 
 use super::elementwise::uniform;
 use super::view::unit_reshape;
+use blocks::blocks;
 use normalizations::{batch_normalization, layer_normalization, mean};
 use products::{bias, recurrence};
-use qcompile_ir::{BinaryOp, Dim, Graph, NodeId, Op, UnaryOp};
+use qcompile_ir::{BinaryOp, Dim, Graph, NodeId, Op, Tensor, UnaryOp};
+use std::sync::Arc;
 
 /// A value as ONNX can say it in one operator.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,6 +36,8 @@ pub(in crate::export) enum Pattern {
     Gelu { x: NodeId },
     /// `min(max(x, low), high)`
     Clip { x: NodeId, low: f64, high: f64 },
+    /// A stored matrix of codes, each row of which has a scale for each block of its elements; or that transposed.
+    Blocks { q: Arc<Tensor>, scale: Arc<Tensor>, transposed: bool },
     /// A recurrence whose gates are a product.
     Recurrence { gates: Gates, operands: Vec<NodeId> },
 }
@@ -82,6 +87,7 @@ impl Pattern {
             Pattern::Bias { operands, bias, .. } => {
                 operands.iter().copied().chain([*bias]).collect()
             }
+            Pattern::Blocks { .. } => Vec::new(),
             Pattern::Mean { x, .. } | Pattern::Gelu { x } | Pattern::Clip { x, .. } => vec![*x],
             Pattern::BatchNormalization { x, scale, bias, statistics, .. } => {
                 let Statistics { mean, variance } = statistics;
@@ -111,6 +117,7 @@ pub(in crate::export) fn find(graph: &Graph, id: NodeId, opset: u32) -> Option<P
         Op::Binary(BinaryOp::Div) => mean(graph, id),
         Op::Binary(BinaryOp::Min | BinaryOp::Max) => clip(graph, id),
         Op::Recurrence(_) => recurrence(graph, id),
+        Op::Reshape(_) | Op::Transpose(_) => blocks(graph, id),
         _ => None,
     }
 }

@@ -37,6 +37,23 @@ impl Exporter<'_> {
                 let limits = [self.scalar(dtype, *low, "low"), self.scalar(dtype, *high, "high")];
                 self.elementwise_with(id, "Clip", *x, &limits)
             }
+            Pattern::Blocks { q, scale, transposed } => {
+                self.require(id, 21, "DequantizeLinear with blocks")?;
+                let base = self.name(id);
+                let block = q.elements() / scale.elements().max(1);
+                let axis = i64::from(!*transposed);
+                let inputs = vec![
+                    self.writer.constant(&format!("{base}.q"), q),
+                    self.writer.constant(&format!("{base}.scale"), scale),
+                ];
+                let attributes = vec![
+                    ("axis", Attribute::Int(axis)),
+                    ("block_size", Attribute::Int(int(block))),
+                ];
+                let name = self.one("DequantizeLinear", inputs, base, attributes);
+                self.place_natural(id, name);
+                Ok(())
+            }
             Pattern::Recurrence { gates, .. } => self.recurrent_layer(id, gates),
         }
     }

@@ -1,0 +1,87 @@
+//! Weights that a model holds as integers, and the scales of quantization.
+
+use crate::tests::{FLOAT, body, floats, int, model, node, tensor, with};
+use crate::{Import, ImportOptions, import};
+use onnx_protobuf::{NodeProto, TensorProto};
+use qcompile_ir::{Graph, Op};
+
+const INT8: i32 = 3;
+
+fn scale(values: &[f32]) -> TensorProto {
+    let mut proto = tensor("s", FLOAT, &[values.len() as i64], &[]);
+    proto.float_data = values.to_vec();
+    proto
+}
+
+/// `x · dequantize(w, s, z)` with codes of two rows, and more nodes.
+fn product(codes: &[i64], more: Vec<NodeProto>, train: &[&str], freeze: &[&str]) -> Import {
+    let dequantize = with(node("DequantizeLinear", "d", &["w", "s", "z"], &["v"]), "axis", int(0));
+    let mut nodes = vec![dequantize, node("MatMul", "m", &["x", "v"], &["y"])];
+    nodes.extend(more);
+    let weights = vec![
+        tensor("w", INT8, &[2, 3], codes),
+        scale(&[0.5, 0.25]),
+        tensor("z", INT8, &[2], &[0, 0]),
+    ];
+    let mut outputs = vec![floats("y", &["N", "3"])];
+    outputs.extend(nodes[2..].iter().map(|node| floats(&node.output[0], &["2", "3"])));
+    let graph = body(nodes, weights, vec![floats("x", &["N", "2"])], outputs);
+    let words = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect();
+    let options =
+        ImportOptions { train: words(train), freeze: words(freeze), ..ImportOptions::default() };
+    import(&model(graph, vec![]), &options).expect("sound")
+}
+
+fn parameters(import: &Import) -> Vec<(String, Vec<f64>)> {
+    let graph = &import.graph;
+    let params = graph.leaves(|op| matches!(op, Op::Param(_)));
+    let value = |id| match graph.op(id) {
+        Op::Param(tensor) => (graph.node(id).name.as_str().to_owned(), tensor.to_f64()),
+        _ => unreachable!("a parameter"),
+    };
+    params.into_iter().map(value).collect()
+}
+
+fn operands(graph: &Graph, name: &str) -> Vec<usize> {
+    let of_name = |id: &qcompile_ir::NodeId| graph.op(*id).name() == name;
+    graph.ids().filter(of_name).map(|id| graph.operands(id).len()).collect()
+}
+
+#[test]
+fn a_weight_in_integers_is_trained_from_what_it_means() {
+    let import = product(&[1, -2, 127, 4, 0, -127], vec![], &[], &[]);
+    let wanted = vec![0.5, -1.0, 63.5, 1.0, 0.0, -31.75];
+    assert_eq!(parameters(&import), [("w".to_owned(), wanted)]);
+    // Symmetric, so that products run on integers.
+    assert_eq!(operands(&import.graph, "quantize"), [2]);
+    assert_eq!(operands(&import.graph, "dequantize"), [2]);
+    // But -128 is a code of ONNX's range alone.
+    let import = product(&[1, -2, 127, 4, 0, -128], vec![], &[], &[]);
+    assert_eq!(operands(&import.graph, "quantize"), [3]);
+    assert_eq!(operands(&import.graph, "dequantize"), [3]);
+}
+
+#[test]
+fn integers_that_others_read_or_that_are_frozen_stay() {
+    let codes = [1, -2, 127, 4, 0, -127];
+    let cast = with(node("Cast", "c", &["w"], &["f"]), "to", int(i64::from(FLOAT)));
+    for import in [
+        product(&codes, vec![cast], &[], &[]),
+        product(&codes, vec![], &[], &["w"]),
+        product(&codes, vec![], &["s"], &[]),
+    ] {
+        assert!(parameters(&import).iter().all(|(name, _)| name != "w"), "{}", import.graph);
+        assert_eq!(operands(&import.graph, "quantize"), [] as [usize; 0]);
+        assert_eq!(operands(&import.graph, "dequantize"), [2]);
+    }
+}
+
+#[test]
+fn a_scale_is_trained_if_it_is_named() {
+    let import = product(&[1, -2, 127, 4, 0, -127], vec![], &["s", "w"], &[]);
+    let mut names: Vec<String> = parameters(&import).into_iter().map(|(name, _)| name).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["s", "w"]);
+    // Held above 0, once for both.
+    assert_eq!(operands(&import.graph, "max"), [2]);
+}

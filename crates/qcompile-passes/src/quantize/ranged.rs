@@ -1,0 +1,278 @@
+//! Rounds activations within ranges that are known before a step begins, and the weights of the layers that read them.
+//!
+//! This is how integers are used in inference (Jacob et al. 2018, arXiv:1712.05877): `q = round(x / s) + z` for data, with
+//! `s` and `z` from a range; one scale for each output channel of a weight; biases as i32 with the scale `s_x · s_w`.
+//! A range is a constant (post-training quantization), or a state that follows what the value is in training.
+
+use super::PASS;
+use super::activations::{activations, chosen, is_move};
+use super::codes::{Codes, Parameters, SMALLEST_SCALE};
+use super::layer::{Layer, stored_layers, unquantized};
+use super::scale;
+use crate::PassError;
+use crate::builder::Builder;
+use crate::calibrate::Range;
+use crate::fold_batch_norm::per_channel;
+use qcompile_ir::{
+    BinaryOp, DType, Dim, Graph, Name, NodeId, Op, ReduceOp, Region, Shape, Tensor, UnaryOp,
+};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// The parts of a range that a step of training keeps, and takes from its batch; those of PyTorch's moving average.
+const KEPT: f64 = 0.99;
+const TAKEN: f64 = 0.01;
+/// A bias is at most this many steps, so that it and the sum that it is added to are i32.
+const LARGEST_BIAS: f64 = (1 << 30) as f64;
+
+/// What weights are rounded to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Weights {
+    /// i8 or i4.
+    pub dtype: DType,
+    /// So many elements along the axis that a product sums over share a scale; without, all of an output channel do.
+    /// For products of matrices only: convolutions have a scale for each channel.
+    pub block: Option<usize>,
+}
+
+/// Who holds the ranges of activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Held {
+    /// They are fixed.
+    Constant,
+    /// States, moved in each step towards the extremes of the batch by an exponential average.
+    State,
+}
+
+/// How values are rounded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Scheme {
+    /// What activations are rounded to.
+    pub codes: Codes,
+    /// What weights are rounded to.
+    pub weights: Weights,
+    /// Who holds the ranges.
+    pub held: Held,
+}
+
+/// Inserts `quantize`, `dequantize` pairs at the [`activations`] of the layers noted as int8, and at their weights.
+/// Returns the number of layers.
+///
+/// # Errors
+/// [`PassError::Unsupported`] where a value has no range, or blocks do not divide a weight.
+pub fn insert_ranged(
+    graph: &mut Graph,
+    ranges: &BTreeMap<Name, Range>,
+    scheme: &Scheme,
+) -> Result<usize, PassError> {
+    let layers = chosen(graph);
+    if let Some(split) =
+        layers.iter().find(|layer| !graph.node(layer.node).note.channels.is_empty())
+    {
+        let name = &graph.node(split.node).name;
+        let reason = format!("{name}: channels that stay f32 are not for layers with ranges");
+        return Err(PassError::Unsupported { pass: PASS, reason });
+    }
+    let mut known: BTreeMap<NodeId, Parameters> = BTreeMap::new();
+    for value in activations(graph) {
+        let name = graph.node(value).name.clone();
+        // What is moved has the scale that it had. Its operand is rounded by now, if it is at all.
+        let moved = is_move(graph.op(value)).then(|| known.get(&graph.operand(value, 0))).flatten();
+        if let Some(&parameters) = moved {
+            let rounded = rounded(graph, value, parameters, scheme.codes.dtype())?;
+            known.insert(rounded, parameters);
+            continue;
+        }
+        let range = ranges.get(&name).ok_or_else(|| PassError::Unsupported {
+            pass: PASS,
+            reason: format!("{name} has no range"),
+        })?;
+        let ends = ends(graph, &name, *range, scheme.held)?;
+        let mut b = Builder::new(graph, Region::Forward, name.as_str());
+        let trained = scheme.held == Held::State;
+        let parameters = scheme.codes.parameters(&mut b, ends, trained)?;
+        let rounded = rounded(graph, value, parameters, scheme.codes.dtype())?;
+        known.insert(rounded, parameters);
+        if trained {
+            follow(graph, value, ends)?;
+        }
+    }
+    let mut weights: BTreeMap<(NodeId, usize), NodeId> = BTreeMap::new();
+    for layer in &layers {
+        let operand = graph.operand(layer.node, 1);
+        if unquantized(graph, operand) != operand {
+            continue;
+        }
+        let rounded = match weights.get(&(operand, layer.weight_axis)) {
+            Some(&rounded) => rounded,
+            None => weight(graph, layer, operand, scheme.weights)?,
+        };
+        weights.insert((operand, layer.weight_axis), rounded);
+        graph.set_operand(layer.node, 1, rounded)?;
+    }
+    Ok(layers.len())
+}
+
+/// The leaves that hold a range.
+fn ends(
+    graph: &mut Graph,
+    name: &Name,
+    range: Range,
+    held: Held,
+) -> Result<[NodeId; 2], PassError> {
+    let mut leaf = |word: &str, number: f32| {
+        let number = Arc::new(Tensor::scalar(DType::F32, f64::from(number)));
+        let leaf = match held {
+            Held::Constant => Op::Const(number),
+            Held::State => Op::State(number),
+        };
+        graph.add(leaf, &[], format!("{}.{word}", name.as_str()), Region::Forward)
+    };
+    Ok([leaf("low", range.low)?, leaf("high", range.high)?])
+}
+
+/// Moves a range towards the extremes of a value: `momentum · range + (1 - momentum) · extreme`.
+fn follow(graph: &mut Graph, value: NodeId, [low, high]: [NodeId; 2]) -> Result<(), PassError> {
+    let axes: Vec<usize> = (0..graph.ty(value).shape.rank()).collect();
+    for state in [low, high] {
+        let name = graph.node(state).name.as_str().to_owned();
+        let mut b = Builder::new(graph, Region::Forward, &name);
+        let fixed = b.unary("fixed", UnaryOp::StopGradient, value)?;
+        let signed = if state == low { b.unary("negated", UnaryOp::Neg, fixed)? } else { fixed };
+        let peak =
+            b.add("peak", Op::Reduce { op: ReduceOp::Max, axes: axes.clone() }, &[signed])?;
+        let peak = b.reshape("extreme", peak, Shape::scalar())?;
+        b.region = Region::Update;
+        let zero = b.scalar(DType::F32, 0.0)?;
+        let reach = b.binary("reach", BinaryOp::Max, peak, zero)?;
+        let end = if state == low { b.unary("end", UnaryOp::Neg, reach)? } else { reach };
+        let kept = b.scaled("kept", state, KEPT)?;
+        let taken = b.scaled("taken", end, TAKEN)?;
+        let next = b.binary("next", BinaryOp::Add, kept, taken)?;
+        graph.set_next(state, next)?;
+    }
+    Ok(())
+}
+
+/// Puts a pair between a value and all its users. Outputs of the graph stay as they are.
+fn rounded(
+    graph: &mut Graph,
+    value: NodeId,
+    Parameters { scale, zero_point }: Parameters,
+    dtype: DType,
+) -> Result<NodeId, PassError> {
+    let users = graph.uses(value);
+    let name = graph.node(value).name.as_str().to_owned();
+    let mut b = Builder::new(graph, Region::Forward, &name);
+    let operands =
+        |x: NodeId| -> Vec<NodeId> { [x, scale].into_iter().chain(zero_point).collect() };
+    let q = b.add("q", Op::Quantize { dtype, axis: None }, &operands(value))?;
+    let dq = b.add("dq", Op::Dequantize { axis: None }, &operands(q))?;
+    for (user, position) in users {
+        graph.set_operand(user, position, dq)?;
+    }
+    Ok(dq)
+}
+
+/// The weight of a layer, rounded.
+fn weight(
+    graph: &mut Graph,
+    layer: &Layer,
+    weight: NodeId,
+    Weights { dtype, block }: Weights,
+) -> Result<NodeId, PassError> {
+    let matrix = matches!(graph.op(layer.node), Op::Matmul { .. });
+    let Some(block) = block.filter(|_| matrix) else {
+        return rounded_along(graph, weight, layer.weight_axis, dtype);
+    };
+    let shape = graph.ty(weight).shape.clone();
+    let name = graph.node(weight).name.as_str().to_owned();
+    let refused = |reason: String| PassError::Unsupported { pass: PASS, reason };
+    let Some(sizes) = shape.as_fixed().filter(|sizes| sizes.len() == 2) else {
+        return Err(refused(format!("{name} is {shape}: only matrices are rounded in blocks")));
+    };
+    let inner = sizes[1 - layer.weight_axis];
+    if block == 0 || inner % block != 0 {
+        return Err(refused(format!(
+            "{name}: blocks of {block} do not divide the {inner} elements that are summed over"
+        )));
+    }
+    // Rows of blocks: [channels · inner / block, block].
+    let swap = Op::Transpose(vec![1, 0]);
+    let across = layer.weight_axis == 1;
+    let mut b = Builder::new(graph, Region::Forward, &name);
+    let rows = if across { b.add("across", swap.clone(), &[weight])? } else { weight };
+    let blocks = Shape::fixed(&[layer.channels * (inner / block), block]);
+    let parts = b.reshape("blocks", rows, blocks)?;
+    let rounded = rounded_along(b.graph, parts, 0, dtype)?;
+    let rows = b.reshape("rounded", rounded, Shape::fixed(&[layer.channels, inner]))?;
+    if across { b.add("along", swap, &[rows]) } else { Ok(rows) }
+}
+
+/// A weight rounded symmetrically by the largest magnitude for each index of an axis.
+fn rounded_along(
+    graph: &mut Graph,
+    weight: NodeId,
+    axis: usize,
+    dtype: DType,
+) -> Result<NodeId, PassError> {
+    let axis = Some(axis);
+    let scale = scale::current(graph, weight, axis, dtype, Region::Forward)?;
+    let name = graph.node(weight).name.as_str().to_owned();
+    let mut b = Builder::new(graph, Region::Forward, &name);
+    let q = b.add("q", Op::Quantize { dtype, axis }, &[weight, scale])?;
+    b.add("dq", Op::Dequantize { axis }, &[q, scale])
+}
+
+/// Rounds the biases of products of codes to i32, by the product of the scales of data and weight. Where a bias has too
+/// many such steps, the scale of its channel of the weight grows, whose codes then all are small. Returns the number of
+/// biases.
+///
+/// # Errors
+/// [`PassError::Graph`], a defect of this pass.
+pub fn round_biases(graph: &mut Graph) -> Result<usize, PassError> {
+    let mut count = 0;
+    for layer in stored_layers(graph) {
+        let [data, weight] = [graph.operand(layer.node, 0), graph.operand(layer.node, 1)];
+        let axis = Some(layer.weight_axis);
+        let of_codes = *graph.op(data) == Op::Dequantize { axis: None }
+            && *graph.op(weight) == Op::Dequantize { axis };
+        let [(user, position)] = graph.uses(layer.node)[..] else { continue };
+        if !of_codes || *graph.op(user) != Op::Binary(BinaryOp::Add) {
+            continue;
+        }
+        let operand = graph.operand(user, 1 - position);
+        let Some(bias) = per_channel(graph, operand, &layer) else { continue };
+        let [data_scale, old_scale] = [graph.operand(data, 1), graph.operand(weight, 1)];
+        let old_q = graph.operand(weight, 0);
+        let dtype = graph.ty(old_q).dtype;
+        let channels = Shape::fixed(&[layer.channels]);
+        let name = graph.node(bias).name.as_str().to_owned();
+        let mut b = Builder::new(graph, Region::Forward, &name);
+        let one = b.shape(bias).elements() == Some(Dim::ONE);
+        let bias = b.reshape("flat", bias, if one { Shape::scalar() } else { channels.clone() })?;
+        let bias = b.broadcast("each", bias, channels.clone())?;
+        let data_scale = b.broadcast("data_scale", data_scale, channels)?;
+        let magnitude = b.unary("magnitude", UnaryOp::Abs, bias)?;
+        let steps = b.binary("steps", BinaryOp::Div, magnitude, data_scale)?;
+        let least = b.scaled("least", steps, LARGEST_BIAS.recip())?;
+        let smallest = b.splat_like("smallest", least, f64::from(SMALLEST_SCALE))?;
+        let least = b.binary("least", BinaryOp::Max, least, smallest)?;
+        let scale = b.binary("weight.scale", BinaryOp::Max, old_scale, least)?;
+        let codes = b.add("weight.q", Op::Quantize { dtype, axis }, &[weight, scale])?;
+        let rescaled = b.add("weight.dq", Op::Dequantize { axis }, &[codes, scale])?;
+        let product = b.binary("scale", BinaryOp::Mul, data_scale, scale)?;
+        let axis = Some(0);
+        let q = b.add("q", Op::Quantize { dtype: DType::I32, axis }, &[bias, product])?;
+        let bias = b.add("dq", Op::Dequantize { axis }, &[q, product])?;
+        let shape = b.shape(layer.node);
+        let bias = b.broadcast("biases", bias, shape)?;
+        graph.set_operand(layer.node, 1, rescaled)?;
+        graph.set_operand(user, 1 - position, bias)?;
+        for (old, new) in [(old_scale, scale), (old_q, codes), (weight, rescaled)] {
+            graph.swap_names(old, new);
+        }
+        count += 1;
+    }
+    Ok(count)
+}

@@ -1,0 +1,106 @@
+//! The committed models rewritten for each precision: which operands each product reads rounded, and how.
+
+use crate::models::{finish, scores, with_loss};
+use crate::support::snapshot;
+use qcompile_ir::{DType, Graph, NodeId, Op};
+use qcompile_passes::quantize::{self, ChannelPolicy, Options, PrecisionChoice};
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+const MODELS: [&str; 10] = [
+    "digits_cnn",
+    "digits_mlp",
+    "mnist_cnn",
+    "mnist_mlp",
+    "resnet20",
+    "resnet8",
+    "tiny_bert",
+    "tiny_gpt",
+    "tiny_mobilenet",
+    "tiny_rnn",
+];
+
+/// What an operand lies in memory as: where it is rounded, its type, and whether a scale runs along an axis.
+fn stored(graph: &Graph, mut id: NodeId) -> String {
+    loop {
+        match graph.op(id) {
+            Op::Dequantize { axis } => {
+                let dtype = graph.ty(graph.operand(id, 0)).dtype;
+                let along = axis.map_or_else(String::new, |axis| format!(" along {axis}"));
+                return format!("{dtype}{along}");
+            }
+            Op::Cast(DType::F32) => return graph.ty(graph.operand(id, 0)).dtype.to_string(),
+            Op::Reshape(_) | Op::Transpose(_) | Op::Broadcast(_) | Op::Slice { .. } => {
+                id = graph.operand(id, 0);
+            }
+            _ => return graph.ty(id).dtype.to_string(),
+        }
+    }
+}
+
+/// A line for each product, and how many roundings there are in each region.
+fn shown(graph: &Graph) -> String {
+    let mut text = String::new();
+    let mut roundings: BTreeMap<String, usize> = BTreeMap::new();
+    for id in graph.order() {
+        let node = graph.node(id);
+        let operands = graph.operands(id);
+        match &node.op {
+            Op::Matmul { .. }
+            | Op::Conv2d(_)
+            | Op::Conv2dGradInput(_)
+            | Op::Conv2dGradWeight(_)
+            | Op::Attention { .. }
+            | Op::AttentionGrad { .. } => {
+                let read: Vec<String> = operands.iter().map(|&id| stored(graph, id)).collect();
+                let (region, op, name) = (node.region.name(), node.op.name(), &node.name);
+                let _ =
+                    writeln!(text, "  {region} {op} {name} : {} of {}", node.ty, read.join(", "));
+            }
+            Op::Quantize { dtype, .. } | Op::Cast(dtype) if *dtype != DType::F32 => {
+                let rounding = format!("{} {} {dtype}", node.region.name(), node.op.name());
+                *roundings.entry(rounding).or_default() += 1;
+            }
+            _ => {}
+        }
+    }
+    let roundings: Vec<String> =
+        roundings.iter().map(|(rounding, count)| format!("{rounding}: {count}")).collect();
+    let _ = writeln!(text, "  {} values; {}", graph.len(), roundings.join(", "));
+    text
+}
+
+#[test]
+fn models_at_every_precision_are_as_in_the_snapshots() {
+    let fixed = |precision| (precision, None);
+    let settings = [
+        ("f32", fixed(PrecisionChoice::F32)),
+        ("bf16", fixed(PrecisionChoice::Bf16)),
+        ("int8", fixed(PrecisionChoice::Int8)),
+        ("mixed", fixed(PrecisionChoice::Mixed)),
+        ("bf16+int8", fixed(PrecisionChoice::MixedBf16)),
+        ("mixed, split", (PrecisionChoice::Mixed, Some(ChannelPolicy::Split))),
+        ("mixed, multipoint", (PrecisionChoice::Mixed, Some(ChannelPolicy::Multipoint))),
+    ];
+    for model in MODELS {
+        let plain = with_loss(model);
+        let mut text = String::new();
+        for (name, (precision, channel_policy)) in settings {
+            let mut graph = plain.clone();
+            let options = Options {
+                precision,
+                channel_threshold: channel_policy.map(|_| 1e-3),
+                channel_policy,
+                scores: precision.has_int8().then(|| scores(&plain)),
+                max_loss_increase: 0.1,
+                ..Options::default()
+            };
+            quantize::run(&mut graph, &options).unwrap_or_else(|error| panic!("{model}: {error}"));
+            finish(&mut graph);
+            graph.sweep();
+            qcompile_ir::verify(&graph).unwrap_or_else(|errors| panic!("{model}: {errors}"));
+            let _ = write!(text, "{name}\n{}", shown(&graph));
+        }
+        snapshot("precisions", model, &text);
+    }
+}
