@@ -4,7 +4,9 @@ use super::view::Placed;
 use super::writer::{Attribute, int, ints};
 use super::{Exporter, Result};
 use crate::tensor::onnx_number;
-use qcompile_ir::{BinaryOp, CompareOp, DType, Dim, NodeId, Op, QuantizedRange, ReduceOp, UnaryOp};
+use qcompile_ir::{
+    BinaryOp, CompareOp, DType, Dim, NodeId, Op, QuantizedRange, ReduceOp, Tensor, UnaryOp,
+};
 
 impl Exporter<'_> {
     /// The order of axes in which values of the same type meet: that of the one whose tensor has most, of equal ones that
@@ -279,6 +281,7 @@ impl Exporter<'_> {
         if let Some((codes, by)) = self.dequantized.get(&tensor.name)
             && axis.is_none()
             && *by == parameters
+            && self.constants.get(&parameters[0]).is_some_and(|scale| is_positive(scale))
         {
             // Rounded already, by the same scale.
             let codes = codes.clone();
@@ -356,6 +359,11 @@ impl Exporter<'_> {
         let sizes: Vec<usize> = size.into_iter().collect();
         self.filled(id, dtype, &sizes, 0.0, "zero_point")
     }
+}
+
+/// Whether every element is a normal number above 0.
+fn is_positive(scale: &Tensor) -> bool {
+    scale.to_f32().iter().all(|element| element.is_normal() && *element > 0.0)
 }
 
 /// The attribute for an axis of the value, where the scale has one.
