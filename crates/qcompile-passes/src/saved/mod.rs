@@ -24,7 +24,7 @@ use crate::PassError;
 use crate::builder::Builder;
 use codes::Copy;
 use find::{Found, Treatment};
-use qcompile_ir::{Graph, NodeId, Region};
+use qcompile_ir::{Graph, NodeId, Op, Region};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// How a saved value is stored.
@@ -248,10 +248,15 @@ impl Rebuilt<'_> {
             chain.push(self.old.operand(last, 0));
         }
         let base = chain[chain.len() - 1];
-        if !self.restored.contains_key(&base) && !self.found.is_read_restored(base) {
-            return Ok(self.ids[&id]);
-        }
-        let mut value = self.base(base)?;
+        // A transposed input would be saved as a copy of what stays there anyway.
+        let input = matches!(self.old.op(base), Op::Input(_))
+            && chain.iter().any(|view| matches!(self.old.op(*view), Op::Transpose(_)));
+        let restored = self.restored.contains_key(&base) || self.found.is_read_restored(base);
+        let mut value = match (input, restored) {
+            (true, _) => self.ids[&base],
+            (false, true) => self.base(base)?,
+            (false, false) => return Ok(self.ids[&id]),
+        };
         for &view in chain[..chain.len() - 1].iter().rev() {
             value = self.again(view, &[value])?;
             self.restored.insert(view, value);
