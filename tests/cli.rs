@@ -48,6 +48,8 @@ fn compiles_to_equal_bytes_and_says_what_it_decided() {
         "optimizer",
         "peak_bytes",
         "plan",
+        "saved_bytes",
+        "state_bytes",
         "step_ms",
         "warnings",
     ];
@@ -105,8 +107,8 @@ fn a_graph_leaves_the_street_and_comes_back() {
         .run("@/digits_mlp.onnx -q --precision f32 --no-measure --dump-after all --dump-dir dumps");
     assert_eq!(
         std::fs::read_dir(place.path("dumps")).unwrap().count(),
-        22,
-        "eleven texts, eleven tensor files"
+        24,
+        "twelve texts, twelve tensor files"
     );
 }
 
@@ -114,7 +116,7 @@ fn a_graph_leaves_the_street_and_comes_back() {
 fn emits_every_form() {
     let place = Place::new();
     for (form, beginning) in
-        [("graph", "; after: finish\n"), ("plan-text", ""), ("clif", ""), ("asm", "")]
+        [("graph", "; after: compress\n"), ("plan-text", ""), ("clif", ""), ("asm", "")]
     {
         let text = place
             .run(&format!(
@@ -239,8 +241,17 @@ fn trains_evaluates_and_resumes_to_the_bit() {
     assert_eq!(keys(steps[0]), ["grad_norm", "loss", "loss_scale", "lr", "skipped", "step"]);
     let numbers: Vec<u64> = steps.iter().map(|step| step["step"].as_u64().unwrap()).collect();
     assert_eq!(numbers, [50, 100]);
-    let expected =
-        ["epoch", "eval_accuracy", "eval_loss", "loss", "samples_per_s", "skipped", "steps"];
+    let expected = [
+        "epoch",
+        "eval_accuracy",
+        "eval_loss",
+        "loss",
+        "received_bytes",
+        "received_f32_bytes",
+        "samples_per_s",
+        "skipped",
+        "steps",
+    ];
     assert_eq!(keys(epochs[0]), expected);
     assert!(epochs[1]["eval_accuracy"].as_f64().unwrap() > 0.9, "{epochs:?}");
 

@@ -211,6 +211,8 @@ impl Drawing {
             14 => self.part(x, region),
             15 => self.product(x, region),
             16 => self.window(x, region),
+            // Rounding jumps.
+            17 if self.wanted.smooth => None,
             17 => match self.random.below(3) {
                 0 => self.quantized_along(x, region),
                 1 => self.narrowed(x, region),
@@ -378,10 +380,6 @@ impl Drawing {
     }
 
     fn quantized(&mut self, x: NodeId, region: Region) -> Option<NodeId> {
-        // Rounding jumps.
-        if self.wanted.smooth {
-            return None;
-        }
         let scalar = TensorType::f32(Shape::scalar());
         let scales: Vec<NodeId> =
             self.values.iter().copied().filter(|&id| *self.graph.ty(id) == scalar).collect();
@@ -422,9 +420,6 @@ impl Drawing {
 
     /// A scale for each index of an axis.
     fn quantized_along(&mut self, x: NodeId, region: Region) -> Option<NodeId> {
-        if self.wanted.smooth {
-            return None;
-        }
         let dims = self.graph.ty(x).shape.0.clone();
         let axis = self.random.below(dims.len().max(1));
         let size = dims.get(axis)?.as_fixed()?;
@@ -448,7 +443,7 @@ impl Drawing {
 
     /// A value rounded to 16 bits, and what moves.
     fn narrowed(&mut self, x: NodeId, region: Region) -> Option<NodeId> {
-        if self.wanted.smooth || !self.graph.ty(x).dtype.is_float() {
+        if !self.graph.ty(x).dtype.is_float() {
             return None;
         }
         let dtype = *self.random.pick(&[DType::BF16, DType::F16]);

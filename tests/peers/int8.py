@@ -63,6 +63,7 @@ class Codes:
     def __init__(self):
         self.history = None
         self.seen = {}
+        self.limit = {}
 
     def scale(self, name, x, kind, axis):
         magnitude = x.abs().amax(dim=1, keepdim=True) if axis == 0 else x.abs().amax()
@@ -74,6 +75,7 @@ class Codes:
 
     def __call__(self, name, x, kind, axis=None):
         scale, largest = self.scale(name, x, kind, axis), self.LARGEST[kind]
+        self.limit[name] = (largest + 0.5) * scale
         codes = torch.clamp(x / scale, -largest, largest)
         if kind in self.FLOATS:
             codes = codes.to(self.FLOATS[kind]).to(torch.float32)
@@ -129,6 +131,9 @@ def step(weights, x, label, how, codes):
             elif not exact:
                 weight = codes(None, weight, how["weight"], channels)
             dy = stored(product(dy, weight)) * (inputs["fc2"] > 0)
+            if not exact and codes.history is not None:
+                # What was clamped has no gradient.
+                dy = dy * (inputs["fc2"] <= codes.limit["fc2.x"])
     return loss.item(), {key: value.double().numpy() for key, value in gradients.items()}
 
 
@@ -145,11 +150,11 @@ def gradients(work, plan):
 
 def trained(work, plan, epochs, seed=0):
     """The parameters after this many steps of plain gradient descent on the whole batch."""
-    rate = ["--lr", STEP, "--seed", seed, "--checkpoint", f"run{seed}", "--batch-size", 64, "-q"]
+    folder, weights = f"{plan}.run{seed}", f"{plan}.{seed}.npz"
+    rate = ["--lr", STEP, "--seed", seed, "--checkpoint", folder, "--batch-size", 64, "-q"]
     work.run("train", plan, "--data", "batch.npz", "--epochs", epochs, *rate)
-    folder = work.path / f"run{seed}"
-    work.run("export", folder, "--format", "npz", "-o", f"weights{seed}.npz")
-    with np.load(work.path / f"weights{seed}.npz") as file:
+    work.run("export", folder, "--format", "npz", "-o", weights)
+    with np.load(work.path / weights) as file:
         return {key: file[key].astype(np.float64) for key in file.files if key.startswith("fc")}
 
 

@@ -30,7 +30,9 @@ fn precision(decision: &LayerDecision) -> String {
 /// The kind of a reason: what is the same for many layers.
 fn kind(reason: &str) -> &str {
     match reason {
-        _ if reason.starts_with("int8 measures") => "int8 does not measure faster",
+        _ if reason.starts_with("int8 ") && reason.contains(" measures ") => {
+            "int8 does not measure faster"
+        }
         _ if reason.contains("would exceed") => "beyond the budget of loss",
         _ if reason.contains("above the threshold") => "score above the threshold",
         _ if reason.contains("channels are sensitive") => "too many sensitive channels",

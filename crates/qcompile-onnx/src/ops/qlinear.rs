@@ -181,14 +181,12 @@ pub(super) fn microsoft(draft: &mut Draft, node: &mut OnnxNode) -> Option<Result
         "MatMulIntegerToFloat" => matmul_to_float(draft, node),
         "QGemm" => gemm(draft, node),
         "QLinearAdd" => binary(draft, node, BinaryOp::Add),
-        "QLinearAveragePool" => {
-            pooled(draft, node, "AveragePool", |draft, node| pool::average_pool(draft, node))
-        }
+        "QLinearAveragePool" => pooled(draft, node, "AveragePool", pool::average_pool),
         "QLinearConcat" => concat(draft, node),
         "QLinearConv" => qlinear_conv(draft, node),
-        "QLinearGlobalAveragePool" => pooled(draft, node, "GlobalAveragePool", |draft, node| {
-            pool::global_average_pool(draft, node)
-        }),
+        "QLinearGlobalAveragePool" => {
+            pooled(draft, node, "GlobalAveragePool", pool::global_average_pool)
+        }
         "QLinearLeakyRelu" => unary(draft, node, "LeakyRelu", elementwise::leaky_relu),
         "QLinearMul" => binary(draft, node, BinaryOp::Mul),
         "QLinearSigmoid" => unary(draft, node, "Sigmoid", |draft, node| {
