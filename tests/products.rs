@@ -1,6 +1,7 @@
 //! Native code against the reference evaluator: products, and what runs in their kernels.
 
 use crate::oracle::{check, compare, inputs, parse};
+use crate::support::{self, cases};
 use qcompile_ir::Region;
 use qcompile_kernels::Tier;
 use qcompile_plan::{BuildOptions, build};
@@ -208,6 +209,15 @@ fn int8_products_with_scales_along_what_is_not_summed() {
         let plan = build(graph.clone(), &BuildOptions::default()).expect("has a plan").to_string();
         assert!(plan.contains(step), "{step}\n{plan}");
         check(lines, &graph, &[1, 2, 9, 70]);
+    }
+}
+
+/// What the builder makes of each fusion it has a file for.
+#[test]
+fn every_plan_of_the_files() {
+    for path in cases("plan") {
+        let graph = support::parse(&path);
+        check(&path.display().to_string(), &graph, &[1, 3, 70]);
     }
 }
 
