@@ -150,8 +150,8 @@ fn scaled_products() -> Vec<[&'static str; 3]> {
         ],
         // Rows go on from one matrix of the batch to the next.
         [
-            "input %x : i8[N, 6, 40]\n  input %s : f32[6N]\n  const %w : i8[1, 40, 33] = splat 3\n  const %t : f32[] = 0.5",
-            "%xr : i8[6N, 40] = reshape %x\n%xf : f32[6N, 40] = dequantize %xr, %s axis=0\n\
+            "input %x : i8[6N, 40]\n  input %s : f32[6N]\n  const %w : i8[1, 40, 33] = splat 3\n  const %t : f32[] = 0.5",
+            "%xf : f32[6N, 40] = dequantize %x, %s axis=0\n\
              %xb : f32[N, 6, 40] = reshape %xf\n%wf : f32[1, 40, 33] = dequantize %w, %t\n\
              %wb : f32[N, 40, 33] = broadcast %wf\n%y : f32[N, 6, 33] = matmul %xb, %wb",
             "matmul_i8 [1, 6N, 33, 40] s0[0, 40, 1], s2[0, 33, 1] scales s1 per row, s3 ",
