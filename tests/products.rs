@@ -161,7 +161,7 @@ fn scaled_products() -> Vec<[&'static str; 3]> {
             "input %x : i8[N, 40]\n  const %s : f32[40] = uniform seed=3\n  input %d : i8[N, 33]\n  const %t : f32[33] = uniform seed=4",
             "%xf : f32[N, 40] = dequantize %x, %s axis=1\n%df : f32[N, 33] = dequantize %d, %t axis=1\n\
              %y : f32[40, 33] = matmul %xf, %df transpose_a",
-            "matmul_i8 [1, 40, 33, N] s0[0, 1, 40], s1[0, 33, 1] scales s2 per row, s3 per channel",
+            "matmul_i8 [1, 40, 33, N] s0[0, 1, 40], s2[0, 33, 1] scales s1 per row, s3 per channel",
         ],
         // A scale along the sum has no int8 form.
         [
