@@ -1,6 +1,7 @@
 //! Native code against the reference evaluator: products, and what runs in their kernels.
 
 use crate::oracle::{check, compare, inputs, parse};
+use crate::support::{self, cases};
 use qcompile_ir::Region;
 use qcompile_kernels::Tier;
 use qcompile_plan::{BuildOptions, build};
@@ -149,8 +150,8 @@ fn scaled_products() -> Vec<[&'static str; 3]> {
         ],
         // Rows go on from one matrix of the batch to the next.
         [
-            "input %x : i8[N, 6, 40]\n  input %s : f32[6N]\n  const %w : i8[1, 40, 33] = splat 3\n  const %t : f32[] = 0.5",
-            "%xr : i8[6N, 40] = reshape %x\n%xf : f32[6N, 40] = dequantize %xr, %s axis=0\n\
+            "input %x : i8[6N, 40]\n  input %s : f32[6N]\n  const %w : i8[1, 40, 33] = splat 3\n  const %t : f32[] = 0.5",
+            "%xf : f32[6N, 40] = dequantize %x, %s axis=0\n\
              %xb : f32[N, 6, 40] = reshape %xf\n%wf : f32[1, 40, 33] = dequantize %w, %t\n\
              %wb : f32[N, 40, 33] = broadcast %wf\n%y : f32[N, 6, 33] = matmul %xb, %wb",
             "matmul_i8 [1, 6N, 33, 40] s0[0, 40, 1], s2[0, 33, 1] scales s1 per row, s3 ",
@@ -160,7 +161,7 @@ fn scaled_products() -> Vec<[&'static str; 3]> {
             "input %x : i8[N, 40]\n  const %s : f32[40] = uniform seed=3\n  input %d : i8[N, 33]\n  const %t : f32[33] = uniform seed=4",
             "%xf : f32[N, 40] = dequantize %x, %s axis=1\n%df : f32[N, 33] = dequantize %d, %t axis=1\n\
              %y : f32[40, 33] = matmul %xf, %df transpose_a",
-            "matmul_i8 [1, 40, 33, N] s0[0, 1, 40], s1[0, 33, 1] scales s2 per row, s3 per channel",
+            "matmul_i8 [1, 40, 33, N] s0[0, 1, 40], s2[0, 33, 1] scales s1 per row, s3 per channel",
         ],
         // A scale along the sum has no int8 form.
         [
@@ -208,6 +209,15 @@ fn int8_products_with_scales_along_what_is_not_summed() {
         let plan = build(graph.clone(), &BuildOptions::default()).expect("has a plan").to_string();
         assert!(plan.contains(step), "{step}\n{plan}");
         check(lines, &graph, &[1, 2, 9, 70]);
+    }
+}
+
+/// What the builder makes of each fusion it has a file for.
+#[test]
+fn every_plan_of_the_files() {
+    for path in cases("plan") {
+        let graph = support::parse(&path);
+        check(&path.display().to_string(), &graph, &[1, 3, 70]);
     }
 }
 

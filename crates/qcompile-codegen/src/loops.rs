@@ -19,6 +19,8 @@ use qcompile_plan::{Affine, LoopNest, SlotId, Write};
 const MAX_CHUNKS: usize = 32;
 /// Points that a chunk should have at least.
 const CHUNK_POINTS: usize = 16 * 1024;
+/// Points of all nests of a step together that are done at once, about: they stay in L2.
+const BLOCK_POINTS: usize = 32 * 1024;
 /// A thread's share of a single dimension is a multiple of this, so that vectors are cut at its end only.
 const SHARE_POINTS: usize = 16;
 
@@ -147,7 +149,11 @@ pub(crate) fn step(
         } else {
             e.share(end, thread, threads)
         };
-        sweep(e, (nests, wide), Range { begin, end, size: None }, &[]);
+        if nests.len() == 1 {
+            sweep(e, (nests, wide), Range { begin, end, size: None }, &[]);
+        } else {
+            in_blocks(e, (nests, wide), [begin, end]);
+        }
         return;
     }
     let chunks = Chunks::of(e, last);
@@ -174,6 +180,32 @@ pub(crate) fn step(
         let (begin, end) = e.share_in_groups(elements, SHARE_POINTS, thread, threads);
         combine(e, last, partial, scratch, chunks.count, [begin, end]);
     }
+}
+
+/// Runs all nests over some rows before the next rows.
+fn in_blocks(
+    e: &mut Emitter<'_, '_>,
+    nests: (&[LoopNest], &[Option<Wide>]),
+    [begin, end]: [Value; 2],
+) {
+    // Inner sizes that depend on N count as their factor.
+    let of_row = |nest: &LoopNest| {
+        nest.dims[1..].iter().fold(1_usize, |points, dim| points.saturating_mul(dim.scale))
+    };
+    let points = nests.0.iter().map(of_row).fold(0, usize::saturating_add).max(1);
+    let rows = (BLOCK_POINTS / points).next_multiple_of(SHARE_POINTS).max(SHARE_POINTS);
+    let size = e.int(rows);
+    let count = e.b.ins().isub(end, begin);
+    let blocks = e.div_ceil(count, size);
+    let zero = e.int(0);
+    e.count((zero, blocks, 1), None, &[], &mut |e, block, _| {
+        let skipped = e.times(block, rows);
+        let begin = e.b.ins().iadd(begin, skipped);
+        let after = e.plus(begin, rows);
+        let end = e.min(after, end);
+        sweep(e, nests, Range { begin, end, size: None }, &[]);
+        Vec::new()
+    });
 }
 
 /// How the split dimension is cut.

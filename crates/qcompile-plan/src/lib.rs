@@ -22,6 +22,7 @@ pub mod plan;
 pub mod primitive;
 mod primitives;
 mod recompute;
+mod rows;
 mod text;
 pub mod verify;
 mod view;

@@ -8,6 +8,7 @@ use crate::memory::{Item, Memory, stored};
 use crate::nest_builder::NestBuilder;
 use crate::plan::dense_strides;
 use crate::primitives::primitive;
+use crate::rows::join_rows;
 use crate::view::View;
 use crate::{Affine, Codes, Exchanged, Kernel, LoopNest, Place, Primitive, Step};
 use qcompile_ir::{DType, Dim, Graph, NodeId, Op, Region};
@@ -52,7 +53,7 @@ pub(crate) fn lower(
             }
         }
     }
-    Ok(steps)
+    Ok(join_rows(steps))
 }
 
 fn loops(name: &str, region: Region, nest: LoopNest) -> Step {

@@ -3,11 +3,12 @@
 //! * every access of every loop nest and every operand of every primitive lies within its slot;
 //! * a body value uses only earlier values, with operands of fitting kinds of types;
 //! * a store touches each element at most once, an epilogue iterates over the rows and columns of its product and
-//!   reduces floats down the rows only;
+//!   reduces floats down the rows only; what a loop nest writes, others of its step touch in the same row only;
 //! * nothing writes a constant or an input, and every binding fits its slot;
 //! * regions do not go back.
 
 use crate::plan::bytes_of;
+use crate::rows::row_by_row;
 use crate::{
     Access, Affine, Attention, AttentionResult, Binding, Convolution, Int8, Kernel, LoopNest,
     Matmul, Place, Plan, Pooling, Primitive, Product, Recurrent, Scalar, SlotId, Storage, Strided,
@@ -165,7 +166,11 @@ fn check_kernel(plan: &Plan, kernel: &Kernel) -> Checked {
                 }
                 check_nest(plan, nest)?;
             }
-            Ok(())
+            if row_by_row(nests) {
+                Ok(())
+            } else {
+                Err("loop nests of one step meet beyond a row".to_owned())
+            }
         }
         Kernel::Primitive(primitive) => check_primitive(plan, primitive),
         Kernel::AllReduce { members, .. } => members.iter().try_for_each(|member| {
