@@ -101,7 +101,10 @@ impl Exporter<'_> {
         let exact = order.clone();
         let mut tensor = self.arranged(x, &order, &exact)?;
         let place = order.iter().position(|&other| other == axis).unwrap_or(0);
-        let fill = self.scalar(self.dtype(id), f64::from(value), "padding");
+        // Among integers it counts without its fraction.
+        let dtype = self.dtype(id);
+        let value = if dtype.is_float() { value } else { value.trunc() };
+        let fill = self.scalar(dtype, f64::from(value), "padding");
         if interior > 0 && tensor.dims[place].scale > 0 {
             tensor = self.spread(x, &tensor, place, interior, &fill)?;
         }

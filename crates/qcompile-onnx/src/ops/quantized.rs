@@ -39,7 +39,7 @@ fn check_scale(draft: &Draft, scale: ValueId) -> Result<(), Obstacle> {
         return Err(Obstacle::invalid(format!("the scale is {}, not floats", draft.ty(scale))));
     }
     let Some(tensor) = draft.tensor(scale) else { return Ok(()) };
-    let values = tensor.to_f64();
+    let values = tensor.to_f32();
     let bad = values.iter().position(|value| !(value.is_finite() && *value > 0.0));
     bad.map_or(Ok(()), |at| {
         let place = if values.len() > 1 { format!("element {at} of ") } else { String::new() };

@@ -89,7 +89,7 @@ fn told(graph: &Graph, parameters: &[NodeId], axis: Option<usize>) -> String {
         .zip(parameters)
         .map(|(what, &id)| match graph.op(id) {
             Op::Const(tensor) if tensor.splat().is_some() => {
-                format!("{what} {}", tensor.splat().unwrap_or_default())
+                format!("{what} {}", tensor.to_f32().first().copied().unwrap_or_default())
             }
             _ => format!("{what} {}", graph.node(id).name),
         })
