@@ -9,7 +9,7 @@ use crate::avx512;
 use crate::lanes::{Lanes, Simd, Task};
 use crate::tile::{Start, Tile, tile};
 use std::arch::asm;
-use std::arch::x86_64::{__m512, __m512i};
+use std::arch::x86_64::{__m512, __m512i, _mm512_maskz_loadu_epi32, _mm512_store_si512};
 use std::cell::Cell;
 use std::mem::MaybeUninit;
 
@@ -475,15 +475,11 @@ unsafe fn gather<L: Lanes>(t: &Tile, at: isize, depth: usize, to: *mut u32) {
     // SAFETY: granted by the caller.
     unsafe {
         if t.step == 1 {
+            let words = (u32::MAX >> (32 - depth)) as u16;
             for i in 0..ROWS {
-                let from = (*t.rows.add(i)).offset(at);
-                if depth == DEPTH {
-                    let words = from.cast::<[u32; DEPTH]>().read_unaligned();
-                    to.add(i * DEPTH).cast::<[u32; DEPTH]>().write(words);
-                } else {
-                    let (from, to) = (from.cast::<u8>(), to.add(i * DEPTH).cast());
-                    std::ptr::copy_nonoverlapping(from, to, depth * 4);
-                }
+                let from = (*t.rows.add(i)).wrapping_offset(at);
+                let row = _mm512_maskz_loadu_epi32(words, from.cast());
+                _mm512_store_si512(to.add(i * DEPTH).cast(), row);
             }
             return;
         }
