@@ -5,7 +5,9 @@
 //! values survive, then these. The survivors are named by a bitmap, or by their indices where that is shorter: below
 //! one in 32. So a message of n values with s survivors has
 //!
-//!     20 + min(ceil(n / 8), 4 s) + s · (4, or 1 for i8)        bytes, or        20 + n · (4, or 1)        with zeros left in.
+//! ```text
+//! 20 + min(ceil(n / 8), 4 s) + s · (4, or 1 for i8)        bytes, or        20 + n · (4, or 1)        with zeros left in.
+//! ```
 //!
 //! | offset | size | what |
 //! | ---: | ---: | --- |

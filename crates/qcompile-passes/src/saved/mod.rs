@@ -7,7 +7,9 @@
 //! 2021, arXiv:2104.14129), integers have a smallest value and a step for each block of a sample, and are rounded at random:
 //! with levels L (255 or 15),
 //!
-//!     step = max(max x - min x, 1e-30) / L        code = min(floor((x - min x) / step + u), L)        x' = code · step + min x
+//! ```text
+//! step = max(max x - min x, 1e-30) / L        code = min(floor((x - min x) / step + u), L)        x' = code · step + min x
+//! ```
 //!
 //! so that the mean of x' is x, and gradients, which are linear in each saved value, keep their mean. What decides
 //! between branches stays exact: a comparison is made in the forward region and saved as bits; what a max-pool, a recurrent

@@ -18,8 +18,8 @@
 //!   `m = beta1 · m + (1 - beta1) · g`, `v = beta2 · v + (1 - beta2) · g²`,
 //!   `w -= lr / bias_correction1 · m / (√v / √bias_correction2 + epsilon)`, where `bias_correctionK = 1 - betaK^t`.
 //!
-//! Where the note of a parameter says `update=i8`, its state is 8-bit ([`moments`]). [`store_in_bf16`] keeps such a
-//! parameter itself in bf16: it is widened, updated in f32, and rounded at random ([`crate::stochastic`]).
+//! Where the note of a parameter says `update=i8`, its state is 8-bit (`moments`). [`store_in_bf16`] keeps such a
+//! parameter itself in bf16: it is widened, updated in f32, and rounded at random (`crate::stochastic`).
 //!
 //! No value that is not finite reaches a parameter or state: if the loss or the norm of all gradients is not finite,
 //! every leaf keeps its value. Running statistics that the model updates itself are guarded the same way.
