@@ -69,34 +69,51 @@ fn check_equal(seed: u64, before: &[(String, Value)], after: &[(String, Value)])
     }
 }
 
-#[test]
-fn notes_change_nothing() {
-    for seed in 0..60 {
-        let graph = random_graph(seed, ANY);
-        let mut bare = graph.clone();
-        for id in graph.ids() {
-            *bare.note_mut(id) = Note::default();
-        }
-        let Some(values) = evaluated(&graph, seed, Rounding::PerOp) else { continue };
-        let bare_values = evaluated(&bare, seed, Rounding::PerOp).expect("as with notes");
-        check_equal(seed, &results(&graph, &values), &results(&bare, &bare_values));
+/// The graph without its notes.
+fn bare(graph: &Graph) -> Graph {
+    let mut bare = graph.clone();
+    for id in graph.ids() {
+        *bare.note_mut(id) = Note::default();
     }
+    bare
 }
 
 #[test]
-fn moving_quantization_keeps_every_bit() {
-    let mut moved = 0;
+fn notes_change_nothing() {
+    let mut planned = 0;
+    for seed in 0..60 {
+        let graph = random_graph(seed, ANY);
+        if let Some(values) = evaluated(&graph, seed, Rounding::PerOp) {
+            let bare = bare(&graph);
+            let bare_values = evaluated(&bare, seed, Rounding::PerOp).expect("as with notes");
+            check_equal(seed, &results(&graph, &values), &results(&bare, &bare_values));
+        }
+        let graph = random_graph(seed, PLANNED);
+        let plan = |graph: Graph| build(graph, &BuildOptions { batch_size: BATCH });
+        match (plan(bare(&graph)), plan(graph)) {
+            (Ok(bare), Ok(noted)) => {
+                assert_eq!(bare.to_string(), noted.to_string(), "{seed}");
+                planned += 1;
+            }
+            (Err(bare), Err(noted)) => assert_eq!(bare.to_string(), noted.to_string(), "{seed}"),
+            (bare, noted) => panic!("{seed}: {bare:?} without notes, {noted:?} with them"),
+        }
+    }
+    assert!(planned > 20, "only {planned} graphs have a plan");
+}
+
+/// Checks that `change` keeps every bit of random graphs where all values are finite. Returns the sum of what it counts
+/// in the graphs that were compared.
+fn kept_bits(change: &dyn Fn(u64, &mut Graph) -> usize) -> usize {
+    let mut counted = 0;
     for seed in 0..200 {
         let graph = random_graph(seed, ANY);
-        let mut optimised = graph.clone();
-        let moves =
-            quantize::optimise(&mut optimised).unwrap_or_else(|error| panic!("{seed}: {error}"));
-        qcompile_ir::verify(&optimised).unwrap_or_else(|errors| panic!("{seed}: {errors}"));
-        assert_eq!(moves.unsaturated, 0, "{seed}");
-        moved += moves.changed;
+        let mut changed = graph.clone();
+        let count = change(seed, &mut changed);
+        qcompile_ir::verify(&changed).unwrap_or_else(|errors| panic!("{seed}: {errors}"));
         let Some(values) = evaluated(&graph, seed, Rounding::PerOp) else { continue };
-        let Some(after) = evaluated(&optimised, seed, Rounding::PerOp) else {
-            panic!("{seed}: the optimised graph does not evaluate");
+        let Some(after) = evaluated(&changed, seed, Rounding::PerOp) else {
+            panic!("{seed}: the changed graph does not evaluate");
         };
         // The rules hold for finite numbers.
         let finite = graph.ids().all(|id| {
@@ -104,10 +121,29 @@ fn moving_quantization_keeps_every_bit() {
             values.get_f64(name).is_none_or(|values| values.iter().all(|value| value.is_finite()))
         });
         if finite {
-            check_equal(seed, &results(&graph, &values), &results(&optimised, &after));
+            check_equal(seed, &results(&graph, &values), &results(&changed, &after));
+            counted += count;
         }
     }
+    counted
+}
+
+#[test]
+fn moving_quantization_keeps_every_bit() {
+    let moved = kept_bits(&|seed, graph| {
+        let moves = quantize::optimise(graph).unwrap_or_else(|error| panic!("{seed}: {error}"));
+        assert_eq!(moves.unsaturated, 0, "{seed}");
+        moves.changed
+    });
     assert!(moved > 20, "only {moved} values moved: the graphs have nothing to move");
+}
+
+#[test]
+fn joining_pairs_keeps_every_bit() {
+    let joined = kept_bits(&|seed, graph| {
+        quantize::join_pairs(graph).unwrap_or_else(|error| panic!("{seed}: {error}"))
+    });
+    assert!(joined > 0, "no pair is apart in any graph");
 }
 
 #[test]

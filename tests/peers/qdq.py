@@ -90,7 +90,7 @@ def compare(work, path, x, label):
 def check(work, values, name):
     epochs, rate, fine = MODELS[name]
     x, label = fashion(values.data, "train", name, values.samples)
-    test_x, test = fashion(values.data, "t10k", name, 2000)
+    test_x, test = fashion(values.data, "t10k", name, 10000)
     np.savez(work.path / "train.npz", x=x, label=label)
     np.savez(work.path / "test.npz", x=test_x, label=test)
     model = peer.ROOT / "models" / f"{name}.onnx"

@@ -122,6 +122,11 @@ def microsoft_cases():
         rows = ported("a", tensor_kind, ["N", 5])
         made = model([node("QGemm", first + ["w", "ws", "wz", "c"] + last, ["y"], domain="com.microsoft", transB=1)], [rows], [ported("y", tensor_kind, None)], constants + gemm, microsoft=True)
         yield f"QGemm of {np.dtype(kind)}", made, {"a": a[:, 0, 0]}, None
+        made = model([node("QGemm", first + ["w", "ws", "wz", "c"] + last, ["y"], domain="com.microsoft", transB=1, alpha=0.5)], [rows], [ported("y", tensor_kind, None)], constants + gemm, microsoft=True)
+        yield f"QGemm of {np.dtype(kind)}, half of the product", made, {"a": a[:, 0, 0]}, None
+        columns = [constant("w", matrix.T.copy()), *gemm[1:3]]
+        made = model([node("QLinearMatMul", first + ["w", "ws", "wz"] + last, ["y"])], [rows], [ported("y", tensor_kind, None)], constants + columns)
+        yield f"QLinearMatMul of {np.dtype(kind)}", made, {"a": a[:, 0, 0]}, None
         made = model([node("MatMulIntegerToFloat", ["a", "w", "as", "ws", "az", "wz"], ["y"], domain="com.microsoft")], [rows], [ported("y", TensorProto.FLOAT, None)], constants + [constant("w", matrix.T.copy()), *gemm[1:3]], microsoft=True)
         yield f"MatMulIntegerToFloat of {np.dtype(kind)}", made, {"a": a[:, 0, 0]}, 1e-4
     made = model([node("DynamicQuantizeMatMul", ["x", "w", "ws", "wz"], ["y"], domain="com.microsoft")], [ported("x", TensorProto.FLOAT, ["N", 5])], [ported("y", TensorProto.FLOAT, None)], [constant("w", matrix.T.copy()), *gemm[1:3]], microsoft=True)
@@ -321,6 +326,8 @@ def main():
         if reason:
             failures.append(f"{name}: {reason}")
         rows.append([name, f"{worst:.1e}", "FAILED" if reason else "ok"])
+    if not rows:
+        failures.append(f"no case is called {' or '.join(values.names)}")
     peer.table(["case", "worst", ""], rows)
     peer.finish(failures)
 

@@ -80,8 +80,11 @@ def check_codes(work, data, x, label):
             if not np.allclose(got[f"{name}.{moment}.amax"], amax, rtol=1e-4, atol=1e-12):
                 failures.append(f"{name}.{moment}: the scales differ")
             place = np.sign(wanted) * limit * (np.abs(wanted) / amax) ** (1 / power)
-            codes = got[f"{name}.{moment}"].astype(np.float64)
-            if codes.dtype != np.float64 or np.abs(codes - place).max() > 1.001:
+            stored = got[f"{name}.{moment}"]
+            if stored.dtype != (np.int8 if moment == "exp_avg" else np.uint8):
+                failures.append(f"{name}.{moment}: the state is {stored.dtype}")
+            codes = stored.astype(np.float64)
+            if np.abs(codes - place).max() > 1.001:
                 failures.append(f"{name}.{moment}: a code is {np.abs(codes - place).max():.2f} from its value")
             if moment == "exp_avg_sq" and ((codes == 0) & (wanted > 0)).any():
                 failures.append(f"{name}.{moment}: a value above 0 became 0")

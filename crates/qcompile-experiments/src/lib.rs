@@ -20,14 +20,22 @@ pub use report::Report;
 use qcompile::output::print;
 use qcompile::terminal::say;
 use qcompile::{Error, Result};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// What an experiment is given.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
-    /// The folder with the four files of Fashion-MNIST.
-    pub data: PathBuf,
+    /// The folder with the four files of Fashion-MNIST, if one is named.
+    pub data: Option<PathBuf>,
+}
+
+impl Settings {
+    /// The folder of Fashion-MNIST: where `models/fetch.sh data fashion-mnist` leaves it, unless another one is named.
+    #[must_use]
+    pub fn pictures(&self) -> &Path {
+        self.data.as_deref().unwrap_or(Path::new("data/fashion-mnist"))
+    }
 }
 
 /// An experiment: its word on the command line, what it shows, and itself.
@@ -69,13 +77,13 @@ fn act(words: &[String]) -> Result<bool> {
         lines.fold(error, |error, line| error.note(line))
     };
     let (word, data) = match words {
-        [word] => (word, "data/fashion-mnist"),
-        [word, flag, folder] if flag == "--data" => (word, folder.as_str()),
+        [word] => (word, None),
+        [word, flag, folder] if flag == "--data" => (word, Some(PathBuf::from(folder))),
         _ => return Err(usage()),
     };
     let found = EXPERIMENTS.iter().find(|(name, _, _)| name == word);
     let (_, _, run) = found.ok_or_else(usage)?;
-    let report = run(&Settings { data: PathBuf::from(data) })?;
+    let report = run(&Settings { data })?;
     print(&report.render())?;
     Ok(report.passes())
 }

@@ -72,20 +72,19 @@ fn accuracy(task: &Task, pictures: &Pictures, setting: &Setting) -> Result<f64> 
 }
 
 /// The accuracies of all settings, the first being f32, and their table.
-fn compare(
+fn compare<const N: usize>(
     report: &mut Report,
     settings: &Settings,
     task: &Task,
-    list: &[Setting],
-) -> Result<Vec<f64>> {
-    let pictures = Pictures::load(&settings.data, task.transform)?;
+    list: &[Setting; N],
+) -> Result<[f64; N]> {
+    let pictures = Pictures::load(settings.pictures(), task.transform)?;
     let header = [("in low precision", Align::Left), ("accuracy (%)", Align::Right)];
     let mut table = Table::new(&header);
-    let mut all = Vec::new();
-    for setting in list {
-        let reached = accuracy(task, &pictures, setting)?;
+    let mut all = [f64::NAN; N];
+    for (setting, reached) in list.iter().zip(&mut all) {
+        *reached = accuracy(task, &pictures, setting)?;
         table.row([setting.name.to_owned(), format!("{reached:.2}")]);
-        all.push(reached);
     }
     let Task { model, epochs, .. } = task;
     report.table(
@@ -116,9 +115,7 @@ pub(crate) fn perceptron(settings: &Settings) -> Result<Report> {
     let task = Task { model: "mnist_mlp", transform: "", epochs: 3, batch_size: 64 };
     let mut report = Report::default();
     let all = compare(&mut report, settings, &task, &list)?;
-    let [full, _, nearest8, stochastic8, _, _, nearest4, stochastic4, by_row4] = all[..] else {
-        return Ok(report);
-    };
+    let [full, _, nearest8, stochastic8, _, _, nearest4, stochastic4, by_row4] = all;
     let worst = full - nearest8.min(stochastic8);
     report.rule(format!("int8 everywhere loses at most {MOST} points ({worst:.2})"), worst <= MOST);
     let lost = full - nearest4;

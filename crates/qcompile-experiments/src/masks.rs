@@ -5,7 +5,7 @@ use crate::classifier::{Classifier, Training, model};
 use crate::{Report, Settings};
 use qcompile::data::{Array, Dataset, Limits};
 use qcompile::terminal::{Align, Table};
-use qcompile::{Operations, PrecisionChoice, Result};
+use qcompile::{Error, Operations, PrecisionChoice, Result};
 use std::ops::Range;
 use std::path::Path;
 
@@ -27,7 +27,12 @@ fn part(all: &Dataset, rows: Range<usize>) -> Result<Dataset> {
     Ok(part)
 }
 
-pub(crate) fn run(_: &Settings) -> Result<Report> {
+pub(crate) fn run(settings: &Settings) -> Result<Report> {
+    if settings.data.is_some() {
+        return Err(Error::usage(
+            "masks trains on the digits of the repository, and takes no --data",
+        ));
+    }
     let digits = Path::new(env!("CARGO_MANIFEST_DIR")).join(DIGITS);
     let digits = Dataset::load(&digits.display().to_string(), Limits::default())?;
     // The last fifth, of other writers than the rest, is held out.

@@ -20,10 +20,10 @@ impl Report {
         self.rules.push((rule.into(), met));
     }
 
-    /// Whether every rule is met.
+    /// Whether there are rules, and every one is met.
     #[must_use]
     pub fn passes(&self) -> bool {
-        self.rules.iter().all(|(_, met)| *met)
+        !self.rules.is_empty() && self.rules.iter().all(|(_, met)| *met)
     }
 
     /// As text.
@@ -48,6 +48,7 @@ mod tests {
     #[test]
     fn one_rule_that_is_not_met_fails_the_report() {
         let mut report = Report::default();
+        assert!(!report.passes(), "nothing was shown");
         report.rule("1 < 2", true);
         assert!(report.passes());
         report.rule("2 < 1", false);

@@ -141,7 +141,29 @@ pub(crate) fn trainable(
     Ok(trained)
 }
 
-/// Names of the initializers that nodes only dequantize: what they hold is a weight in integers.
+/// A node that dequantizes an initializer: operator and operand, names of scale and zero point (of a bias, of both scales),
+/// and the attributes that say how they lie. Equal ones make the same of it.
+type Dequantizer<'a> = (&'a str, usize, [&'a str; 2], [i64; 3]);
+
+/// Which weight in integers operand `at` of a node is, if it is one.
+fn dequantizer(node: &NodeProto, at: usize) -> Option<Dequantizer<'_>> {
+    let parameters = match (node.op_type.as_str(), at) {
+        ("DequantizeLinear", 0) => [1, 2],
+        ("QLinearConv" | "QLinearMatMul" | "QGemm", 3) => [4, 5],
+        ("QLinearConv", 8) | ("QGemm", 6) => [1, 4],
+        ("MatMulIntegerToFloat", 1) => [3, 5],
+        ("DynamicQuantizeMatMul", 1) => [2, 3],
+        _ => return None,
+    };
+    let names = parameters.map(|at| node.input.get(at).map_or("", String::as_str));
+    let number = |name: &str, default: i64| {
+        node.attribute.iter().find(|attribute| attribute.name == name).map_or(default, |a| a.i)
+    };
+    let attributes = [number("axis", 1), number("block_size", 0), number("transB", 0)];
+    Some((&node.op_type, at, names, attributes))
+}
+
+/// Names of the initializers that nodes only dequantize, all in one way: what they hold is a weight in integers.
 pub(crate) fn dequantized_only(body: &Body) -> BTreeSet<String> {
     let mut initializers: BTreeSet<&str> =
         body.weights.iter().map(|(name, _)| name.as_str()).collect();
@@ -150,22 +172,19 @@ pub(crate) fn dequantized_only(body: &Body) -> BTreeSet<String> {
         nodes.push((&node.proto, node.name.clone()));
         inner(&node.proto, &node.name, &mut initializers, &mut nodes);
     }
-    let mut only: BTreeMap<&str, bool> = BTreeMap::new();
+    let mut only: BTreeMap<&str, Option<Dequantizer<'_>>> = BTreeMap::new();
     for (node, _) in &nodes {
         for (at, input) in node.input.iter().enumerate() {
-            let weight = matches!(
-                (node.op_type.as_str(), at),
-                ("DequantizeLinear", 0)
-                    | ("QLinearConv", 3 | 8)
-                    | ("QLinearMatMul", 3)
-                    | ("QGemm", 3 | 6)
-            );
-            *only.entry(input).or_insert(true) &= weight;
+            let this = dequantizer(node, at);
+            let known = only.entry(input).or_insert(this);
+            *known = known.filter(|known| Some(*known) == this);
         }
     }
     let outputs: BTreeSet<&str> = body.outputs.iter().map(|output| output.name.as_str()).collect();
     only.into_iter()
-        .filter(|&(name, only)| only && initializers.contains(name) && !outputs.contains(name))
+        .filter(|&(name, only)| {
+            only.is_some() && initializers.contains(name) && !outputs.contains(name)
+        })
         .map(|(name, _)| name.to_owned())
         .collect()
 }

@@ -77,6 +77,38 @@ fn integers_that_others_read_or_that_are_frozen_stay() {
 }
 
 #[test]
+fn integers_that_are_read_in_two_ways_stay() {
+    let codes = [1, -2, 127, 4, 0, -127];
+    let again = |parameters: &[&str]| {
+        let inputs: Vec<&str> = std::iter::once("w").chain(parameters.iter().copied()).collect();
+        with(node("DequantizeLinear", "e", &inputs, &["f"]), "axis", int(0))
+    };
+    let same = product(&codes, vec![again(&["s", "z"])], &[], &[]);
+    assert!(parameters(&same).iter().any(|(name, _)| name == "w"), "{}", same.graph);
+    // Without its zero point it is read in another way, though zeros change nothing.
+    let other = product(&codes, vec![again(&["s"])], &[], &[]);
+    assert!(parameters(&other).iter().all(|(name, _)| name != "w"), "{}", other.graph);
+}
+
+#[test]
+fn a_weight_in_blocks_is_trained_under_its_own_shape() {
+    let attributes = |node| with(with(node, "axis", int(0)), "block_size", int(2));
+    let nodes = vec![
+        attributes(node("DequantizeLinear", "d", &["w", "s"], &["v"])),
+        node("MatMul", "m", &["x", "v"], &["y"]),
+    ];
+    let mut scales = tensor("s", FLOAT, &[2, 2], &[]);
+    scales.float_data = vec![0.5, 0.25, 2.0, 1.0];
+    let weights = vec![tensor("w", INT8, &[4, 2], &[1, 2, 3, 4, 5, 6, 7, 8]), scales];
+    let graph =
+        body(nodes, weights, vec![floats("x", &["N", "4"])], vec![floats("y", &["N", "2"])]);
+    let import = import(&model(graph, vec![]), &ImportOptions::default()).expect("sound");
+    let wanted = vec![0.5, 0.5, 1.5, 1.0, 10.0, 6.0, 14.0, 8.0];
+    assert_eq!(parameters(&import), [("w".to_owned(), wanted)]);
+    assert_eq!(operands(&import.graph, "quantize").len(), 1, "{}", import.graph);
+}
+
+#[test]
 fn a_scale_is_trained_if_it_is_named() {
     let import = product(&[1, -2, 127, 4, 0, -127], vec![], &["s", "w"], &[]);
     let mut names: Vec<String> = parameters(&import).into_iter().map(|(name, _)| name).collect();

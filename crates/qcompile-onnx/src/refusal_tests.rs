@@ -48,6 +48,7 @@ fn quantization_cases() -> Vec<Case> {
         proto
     };
     let (i8, u8, f8) = (3, 2, 17);
+    let codes = |kind: i32| TensorProto { name: "w".to_owned(), ..zero(kind, &[2, 2], 1) };
     let axis = |axis: i64| [("axis", int(axis))];
     let linear = "QuantizeLinear";
     vec![
@@ -86,6 +87,27 @@ fn quantization_cases() -> Vec<Case> {
             &[],
             vec![scale(&[], &[1.0]), zero(f8, &[], 0x38)],
             "a zero point of f8e4m3 that is not 0",
+        ),
+        case(
+            "QLinearMatMul",
+            &["w", "s", "z", "w", "s", "z", "s", "z"],
+            &[],
+            vec![codes(i8), scale(&[2, 1], &[1.0, -1.0]), zero(i8, &[2, 1], 0)],
+            "element 1 of the scale is -0.01",
+        ),
+        case(
+            "QLinearMatMul",
+            &["w", "s", "z", "w", "s", "z", "s", "z"],
+            &[],
+            vec![codes(i8), scale(&[2, 1], &[1.0; 2]), zero(u8, &[2, 1], 0)],
+            "the zero point is u8[2, 1]",
+        ),
+        case(
+            "QLinearMatMul",
+            &["x", "s", "z", "x", "s", "z", "s", "z"],
+            &[],
+            vec![scale(&[8, 1], &[1.0; 8]), zero(i8, &[8, 1], 0)],
+            "is not of 8-bit integers",
         ),
         case(
             linear,

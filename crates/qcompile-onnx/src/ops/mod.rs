@@ -25,6 +25,7 @@ mod pad;
 mod pool;
 mod qlinear;
 mod quantized;
+mod quantized_blocks;
 mod random;
 mod recurrent;
 mod reduce;

@@ -3,7 +3,7 @@
 
 use super::Results;
 use super::linear::{numpy_product, product};
-use super::quantized::{Parameters, dequantized, quantized};
+use super::quantized::{Parameters, check_scale, dequantized, quantized};
 use super::{conv, elementwise, linear, norm, pool, shape};
 use crate::draft::{Draft, ValueId};
 use crate::error::Obstacle;
@@ -26,11 +26,16 @@ fn value(
     axis: i64,
 ) -> Value {
     let (dtype, dims) = (draft.dtype(codes), draft.dims(codes).to_vec());
-    if !matches!(dtype, DType::I8 | DType::U8) {
-        return Err(Obstacle::invalid(format!("{} is not of 8-bit integers", draft.ty(codes))));
-    }
+    check_codes(draft, codes)?;
     let parameters = Parameters::new(draft, (dtype, &dims), scale, zero_point, axis)?;
     dequantized(draft, codes, parameters)
+}
+
+fn check_codes(draft: &Draft, codes: ValueId) -> Result<(), Obstacle> {
+    if matches!(draft.dtype(codes), DType::I8 | DType::U8) {
+        return Ok(());
+    }
+    Err(Obstacle::invalid(format!("{} is not of 8-bit integers", draft.ty(codes))))
 }
 
 /// A result as codes; operand `at` of the node is its scale, the next its zero point. Without one, the codes are of `dtype`.
@@ -120,8 +125,17 @@ fn factor(draft: &mut Draft, node: &OnnxNode, at: usize, axis: i64) -> Value {
     }
     let (codes, zero_point) = (node.input(at)?, node.optional(at + 2));
     let dims = draft.dims(codes).to_vec();
+    check_codes(draft, codes)?;
+    check_scale(draft, scale)?;
     let mut x = draft.cast(codes, DType::F32)?;
     if let Some(zero_point) = zero_point {
+        if draft.dtype(zero_point) != draft.dtype(codes) {
+            return Err(Obstacle::invalid(format!(
+                "the zero point is {}, the codes are {}",
+                draft.ty(zero_point),
+                draft.dtype(codes)
+            )));
+        }
         let zero_point = draft.cast(zero_point, DType::F32)?;
         x = draft.sub(x, zero_point)?;
     }
@@ -256,7 +270,14 @@ fn gemm(draft: &mut Draft, node: &mut OnnxNode) -> Results {
     let column = if node.attributes.flag("transB", false)? { 0 } else { 1 };
     let mut operands = vec![operand(draft, node, 0, 0)?, operand(draft, node, 3, column)?];
     if let Some(codes) = node.optional(6) {
-        operands.push(bias(draft, codes, [node.input(1)?, node.input(4)?])?);
+        // Its scale is that of the product, alpha included.
+        let bias = bias(draft, codes, [node.input(1)?, node.input(4)?])?;
+        let alpha = node.attributes.float("alpha", 1.0)?;
+        operands.push(if alpha == 1.0 {
+            bias
+        } else {
+            draft.binary_scalar(BinaryOp::Mul, bias, alpha)?
+        });
     }
     let y = delegated(draft, node, "Gemm", &operands, linear::gemm)?;
     if node.optional(7).is_none() {

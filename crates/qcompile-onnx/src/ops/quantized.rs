@@ -2,6 +2,7 @@
 //! the range of the codes.
 
 use super::Results;
+use super::quantized_blocks::Blocks;
 use crate::draft::{Draft, ValueId};
 use crate::error::Obstacle;
 use crate::node::{OnnxNode, axis_of};
@@ -26,6 +27,8 @@ pub(super) struct Parameters {
     axis: Option<usize>,
     /// The scale as the model has it, if it is there.
     given: Option<Arc<Tensor>>,
+    /// The zero point, likewise.
+    given_zero_point: Option<Arc<Tensor>>,
 }
 
 /// Whether a value is known to be 0 throughout.
@@ -34,7 +37,7 @@ fn is_zero(draft: &Draft, id: ValueId) -> bool {
 }
 
 /// Refuses a scale that is known and no positive number.
-fn check_scale(draft: &Draft, scale: ValueId) -> Result<(), Obstacle> {
+pub(super) fn check_scale(draft: &Draft, scale: ValueId) -> Result<(), Obstacle> {
     if !draft.dtype(scale).is_float() {
         return Err(Obstacle::invalid(format!("the scale is {}, not floats", draft.ty(scale))));
     }
@@ -101,6 +104,7 @@ impl Parameters {
         axis: i64,
     ) -> Result<Parameters, Obstacle> {
         let given = draft.tensor(scale);
+        let given_zero_point = zero_point.and_then(|zero_point| draft.fixed_tensor(zero_point));
         let scale = scale_input(draft, scale)?;
         let one = |dims: &[Dim]| dims.is_empty() || dims == [Dim::ONE];
         let (dims, axis) = match draft.dims(scale) {
@@ -127,7 +131,7 @@ impl Parameters {
             }
             kept = Some(Parameters::zero_point(draft, zero_point, &dims)?);
         }
-        Ok(Parameters { scale, zero_point: kept.flatten(), axis, given })
+        Ok(Parameters { scale, zero_point: kept.flatten(), axis, given, given_zero_point })
     }
 
     /// A zero point of these dimensions; none where it changes nothing.
@@ -169,7 +173,7 @@ impl Parameters {
     }
 }
 
-fn misfit(draft: &Draft, parameter: ValueId, whole: &[Dim]) -> Obstacle {
+pub(super) fn misfit(draft: &Draft, parameter: ValueId, whole: &[Dim]) -> Obstacle {
     Obstacle::invalid(format!(
         "the scale {} for a value of dimensions {}",
         draft.ty(parameter),
@@ -184,9 +188,11 @@ pub(super) fn quantized(
     dtype: DType,
     parameters: Parameters,
 ) -> Value {
-    if !draft.dtype(x).is_float() {
-        return Err(Obstacle::invalid(format!("{} is not of floats", draft.ty(x))));
-    }
+    let x = match draft.dtype(x) {
+        DType::I32 => draft.cast(x, DType::F32)?,
+        dtype if dtype.is_float() => x,
+        _ => return Err(Obstacle::invalid(format!("{} is not of floats or int32", draft.ty(x)))),
+    };
     let parameters = parameters.of_whole_range(draft, dtype)?;
     draft.emit(Op::Quantize { dtype, axis: parameters.axis }, &parameters.operands(x))
 }
@@ -197,7 +203,7 @@ pub(super) fn dequantized(draft: &mut Draft, codes: ValueId, mut parameters: Par
     if QuantizedRange::of(draft.dtype(codes), false).is_none() {
         return Err(Obstacle::invalid(format!("{} is not quantized", draft.ty(codes))));
     }
-    if let Some(value) = master(draft, codes, &parameters)? {
+    if let Some(value) = master(draft, codes, None, &parameters)? {
         return Ok(value);
     }
     if let Some(float) = draft.exact_float(codes) {
@@ -218,10 +224,12 @@ pub(super) fn dequantized(draft: &mut Draft, codes: ValueId, mut parameters: Par
 }
 
 /// The value of the codes of a trained weight: a float parameter that begins as what the codes mean, quantized and
-/// dequantized. None for other codes, or parameters that are computed.
+/// dequantized; in blocks, the rows of it. None for other codes, or parameters that are computed. All that read the codes
+/// have the same parameters.
 fn master(
     draft: &mut Draft,
     codes: ValueId,
+    blocks: Option<&Blocks>,
     parameters: &Parameters,
 ) -> Result<Option<ValueId>, Obstacle> {
     let &Parameters { zero_point, axis, .. } = parameters;
@@ -230,13 +238,10 @@ fn master(
     if let Some(&value) = draft.derived.get(&codes) {
         return Ok(Some(value));
     }
-    let zero_tensor = match zero_point {
-        None => None,
-        Some(zero_point) => match draft.fixed_tensor(zero_point) {
-            None => return Ok(None),
-            tensor => tensor,
-        },
-    };
+    let zero_tensor = parameters.given_zero_point.clone().filter(|_| zero_point.is_some());
+    if zero_point.is_some() && zero_tensor.is_none() {
+        return Ok(None);
+    }
     let (Some(tensor), Some(scales)) = (draft.fixed_tensor(codes), parameters.given.clone()) else {
         return Ok(None);
     };
@@ -248,9 +253,28 @@ fn master(
     let zero_point = zero_point.filter(|_| {
         zero_tensor.as_ref().is_some_and(|zeros| zeros.splat() != Some(0.0)) || !codes_fit
     });
-    let begins = meaning(&tensor, &scales, zero_tensor.as_deref(), axis);
-    let param = draft.emit(Op::Param(Arc::new(begins)), &[])?;
+    let shape = tensor.shape();
+    let (block, axis_seen) = match blocks {
+        Some(blocks) => (blocks.block.scale, Some(blocks.axis)),
+        None => (1, axis),
+    };
+    let inner =
+        axis_seen.map_or(usize::MAX, |axis| shape[axis + 1..].iter().product::<usize>().max(1));
+    let length = axis_seen.map_or(1, |axis| shape[axis].max(1));
+    // Which scale an element has: of its index along the axis, or of its block.
+    let of = |at: usize| match blocks {
+        None => at / inner % length,
+        Some(_) => {
+            let (outer, along) = (at / inner / length, at / inner % length);
+            (outer * length.div_ceil(block) + along / block) * inner + at % inner
+        }
+    };
+    let begins = meaning(&tensor, &scales, zero_tensor.as_deref(), &of);
+    let mut param = draft.emit(Op::Param(Arc::new(begins)), &[])?;
     draft.set_name(param, &name);
+    if let Some(blocks) = blocks {
+        param = blocks.rows(draft, param)?;
+    }
     let parameters = Parameters { zero_point, ..parameters.clone() };
     let codes_now = draft.emit(Op::Quantize { dtype, axis }, &parameters.operands(param))?;
     let value = draft.emit(Op::Dequantize { axis }, &parameters.operands(codes_now))?;
@@ -258,23 +282,23 @@ fn master(
     Ok(Some(value))
 }
 
-/// `(q - zero_point) · scale` in f32, with one scale or one for each index of an axis.
+/// `(q - zero_point) · scale` in f32, where element `at` has the scale and zero point `of(at)`; one alone is everyone's.
 #[allow(clippy::cast_possible_truncation, reason = "the result is f32")]
 fn meaning(
     codes: &Tensor,
     scales: &Tensor,
     zero_points: Option<&Tensor>,
-    axis: Option<usize>,
+    of: &dyn Fn(usize) -> usize,
 ) -> Tensor {
     let shape = codes.shape();
-    let inner = axis.map_or(usize::MAX, |axis| shape[axis + 1..].iter().product::<usize>().max(1));
-    let size = scales.elements().max(1);
+    let element = |tensor: &Tensor, at: usize| {
+        tensor.get_f64(if tensor.elements() == 1 { 0 } else { of(at) })
+    };
     let bytes = (0..codes.elements())
         .flat_map(|at| {
-            let index = at / inner % size;
-            let zero = zero_points.map_or(0.0, |zeros| zeros.get_f64(index));
+            let zero = zero_points.map_or(0.0, |zeros| element(zeros, at));
             let whole = (codes.get_f64(at) - zero) as f32;
-            (whole * scales.get_f64(index) as f32).to_le_bytes()
+            (whole * element(scales, at) as f32).to_le_bytes()
         })
         .collect();
     Tensor::from_bytes(DType::F32, shape.to_vec(), bytes)
@@ -292,77 +316,6 @@ fn type_number(node: &OnnxNode, name: &str) -> Result<Option<i32>, Obstacle> {
     Ok(Some(number))
 }
 
-/// A value seen as rows that are blocks along an axis, each with its own scale.
-struct Blocks {
-    /// The dimensions of the value, and those that they become where the axis is no multiple of a block.
-    own: Vec<Dim>,
-    whole: Vec<Dim>,
-    axis: usize,
-    /// The dimensions with the number of blocks on the axis, and the size of a block.
-    apart: Vec<Dim>,
-    block: Dim,
-    rows: Dim,
-}
-
-impl Blocks {
-    /// The blocks of `x` that a node asks for; none without the attribute.
-    fn of(draft: &Draft, node: &OnnxNode, x: ValueId) -> Result<Option<Blocks>, Obstacle> {
-        let block = node.attributes.int("block_size", 0)?;
-        if block == 0 {
-            return Ok(None);
-        }
-        let block = usize::try_from(block)
-            .map_err(|_| Obstacle::invalid(format!("attribute block_size is {block}")))?;
-        let own = draft.dims(x).to_vec();
-        let axis = axis_of(node.attributes.int("axis", 1)?, own.len())?;
-        let length = own[axis].as_fixed().ok_or_else(|| {
-            Obstacle::batch(format!("blocks along axis {axis}, which depends on the batch size"))
-        })?;
-        let block = block.min(length.max(1));
-        let count = length.div_ceil(block);
-        let mut whole = own.clone();
-        whole[axis] = Dim::fixed(count.saturating_mul(block));
-        let mut apart = own.clone();
-        apart[axis] = Dim::fixed(count);
-        let rows = Shape(apart.clone()).elements();
-        let rows =
-            rows.ok_or_else(|| Obstacle::batch("blocks that depend on the batch size twice"))?;
-        Ok(Some(Blocks { own, whole, axis, apart, block: Dim::fixed(block), rows }))
-    }
-
-    /// The value as a matrix of blocks.
-    fn rows(&self, draft: &mut Draft, mut x: ValueId) -> Value {
-        let high = self.whole[self.axis].scale - self.own[self.axis].scale;
-        if high > 0 {
-            let pad = Op::Pad { axis: self.axis, low: 0, high, interior: 0, value: 0.0 };
-            x = draft.emit(pad, &[x])?;
-        }
-        let mut split = self.apart.clone();
-        split.insert(self.axis + 1, self.block);
-        let split = draft.reshape(x, &split)?;
-        let last = draft.move_axis(split, self.axis + 1, self.whole.len())?;
-        draft.reshape(last, &[self.rows, self.block])
-    }
-
-    /// The value that has these blocks.
-    fn value(&self, draft: &mut Draft, rows: ValueId) -> Value {
-        let mut apart = self.apart.clone();
-        apart.push(self.block);
-        let apart = draft.reshape(rows, &apart)?;
-        let split = draft.move_axis(apart, self.whole.len(), self.axis + 1)?;
-        let joined = draft.reshape(split, &self.whole)?;
-        draft.slice(joined, self.axis, 0, self.own[self.axis].scale)
-    }
-
-    /// A scale or zero point of each block.
-    fn parameter(&self, draft: &mut Draft, parameter: ValueId) -> Value {
-        if draft.dims(parameter) != self.apart {
-            return Err(misfit(draft, parameter, &self.own));
-        }
-        draft.reshape(parameter, &[self.rows])
-    }
-}
-
 /// Applies `each` to operand 0 of a node, or to its blocks, by the node's scale and zero point for codes of `dtype`.
 fn by_parameters(
     draft: &mut Draft,
@@ -378,7 +331,9 @@ fn by_parameters(
         let parameters = Parameters::new(draft, (dtype, &whole), scale, zero_point, axis)?;
         return each(draft, x, parameters);
     };
-    check_scale(draft, scale)?;
+    let given = draft.tensor(scale);
+    let given_zero_point = zero_point.and_then(|zero_point| draft.fixed_tensor(zero_point));
+    let scale = scale_input(draft, scale)?;
     let scale = blocks.parameter(draft, scale)?;
     let zero_point = match zero_point {
         None => None,
@@ -386,8 +341,12 @@ fn by_parameters(
     };
     let whole = [blocks.rows, blocks.block];
     let parameters = Parameters::new(draft, (dtype, &whole), scale, zero_point, 0)?;
+    let parameters = Parameters { given, given_zero_point, ..parameters };
     let rows = blocks.rows(draft, x)?;
-    let rows = each(draft, rows, parameters)?;
+    let rows = match master(draft, x, Some(&blocks), &parameters)? {
+        Some(rows) => rows,
+        None => each(draft, rows, parameters)?,
+    };
     blocks.value(draft, rows)
 }
 
@@ -462,7 +421,13 @@ pub(super) fn dequantize_linear(draft: &mut Draft, node: &OnnxNode) -> Results {
 pub(super) fn dynamic_quantize_linear(draft: &mut Draft, node: &OnnxNode) -> Results {
     let x = super::elementwise::float_input(draft, node, 0)?;
     let (scale, zero_point) = dynamic_parameters(draft, x)?;
-    let parameters = Parameters { scale, zero_point: Some(zero_point), axis: None, given: None };
+    let parameters = Parameters {
+        scale,
+        zero_point: Some(zero_point),
+        axis: None,
+        given: None,
+        given_zero_point: None,
+    };
     let y = quantized(draft, x, DType::U8, parameters)?;
     Ok(vec![y, scale, zero_point])
 }
@@ -470,7 +435,13 @@ pub(super) fn dynamic_quantize_linear(draft: &mut Draft, node: &OnnxNode) -> Res
 /// A value rounded to codes of 8 bits by its extremes.
 pub(super) fn dynamically(draft: &mut Draft, x: ValueId) -> Value {
     let (scale, zero_point) = dynamic_parameters(draft, x)?;
-    let parameters = Parameters { scale, zero_point: Some(zero_point), axis: None, given: None };
+    let parameters = Parameters {
+        scale,
+        zero_point: Some(zero_point),
+        axis: None,
+        given: None,
+        given_zero_point: None,
+    };
     let codes = quantized(draft, x, DType::U8, parameters.clone())?;
     dequantized(draft, codes, parameters)
 }

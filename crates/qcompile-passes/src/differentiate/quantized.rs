@@ -49,17 +49,15 @@ pub(super) fn quantize(
 }
 
 pub(super) fn dequantize(b: &mut Builder<'_>, site: &Site, axis: Option<usize>) -> Gradient {
-    if site.position == 1 {
-        return step_size(b, site, axis);
-    }
     let (q, parameters) = (site.operands[0], &site.operands[1..]);
+    let of_scale = site.position == 1;
     let reason = match b.graph.op(q) {
         Op::Quantize { axis: at, .. } => {
             let others = &b.graph.operands(q)[1..];
             let equal = others.len() == parameters.len()
                 && others.iter().zip(parameters).all(|(&a, &b_)| same(b.graph, a, b_));
             if equal && *at == axis {
-                return Ok(site.dy);
+                return if of_scale { step_size(b, site, axis) } else { Ok(site.dy) };
             }
             format!(
                 "dequantize has a gradient only with the parameters of its quantize; {} is quantized by {}, and dequantized by {}",
@@ -68,6 +66,7 @@ pub(super) fn dequantize(b: &mut Builder<'_>, site: &Site, axis: Option<usize>) 
                 told(b.graph, parameters, axis)
             )
         }
+        _ if of_scale => return step_size(b, site, axis),
         op => format!(
             "dequantize has a gradient only after quantize, and {} comes between",
             op.name()

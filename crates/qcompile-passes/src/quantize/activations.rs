@@ -4,7 +4,7 @@
 //! a convolution gives, after its bias and its activation; and whatever lies between, back to what is computed in another
 //! way: both operands of a residual sum, what a pool, a mean, a concatenation or a move takes.
 
-use super::layer::{Layer, layers};
+use super::layer::{Layer, layers, reads_quantized};
 use crate::fold_batch_norm::per_channel;
 use crate::simplify::splat;
 use qcompile_ir::{BinaryOp, DType, Dim, Graph, NodeId, Op, ReduceOp, Region, UnaryOp};
@@ -34,7 +34,9 @@ pub fn activations(graph: &Graph) -> Vec<NodeId> {
         let node = graph.node(id);
         let computed = node.region == Region::Forward
             && node.ty.dtype == DType::F32
-            && node.ty.shape.batch_axis().is_some();
+            && node.ty.shape.batch_axis().is_some()
+            // The model rounds it itself.
+            && !reads_quantized(graph, id);
         // What is there of one number for many is cheaper to round than to store.
         if !computed || matches!(node.op, Op::Broadcast(_)) || !found.insert(id) {
             continue;

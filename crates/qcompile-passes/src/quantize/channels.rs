@@ -4,7 +4,7 @@ use super::decide::{Options, refusal};
 use super::layer::Layer;
 use crate::PassError;
 use crate::sensitivity::Metric;
-use qcompile_ir::{Channels, DType, Graph, QuantizedRange};
+use qcompile_ir::{Channels, DType, Granularity, Graph, QuantizedRange};
 
 /// What becomes of sensitive output channels.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -59,6 +59,11 @@ pub(super) fn check(options: &Options) -> Result<(), PassError> {
     if scores.is_some_and(|scores| scores.metric == Metric::ActivationRange) {
         return Err(refusal(
             "multipoint gives points to weights, and the scores are of the channels of data",
+        ));
+    }
+    if options.numerics.granularity == Granularity::Tensor {
+        return Err(refusal(
+            "multipoint gives points to channels, and with one scale for the tensor they have none of their own",
         ));
     }
     if !options.operations.forward {

@@ -120,11 +120,21 @@ impl Numerics {
                 "stochastic rounding needs steps of one size, which {gradient} does not have"
             ));
         }
-        if self.grad_weight == Some(DType::I8) && !operations.backward {
-            return Some(
-                "the gradient of the weight is asked for in int8, and `backward` is not to be quantized"
-                    .to_owned(),
-            );
+        let i8 = DType::I8;
+        if let Some(grad_weight) = self.grad_weight.filter(|_| !operations.backward) {
+            return Some(format!(
+                "the gradient of the weight is asked for in {grad_weight}, and `backward` is not to be quantized"
+            ));
+        }
+        if gradient != i8 && !operations.backward {
+            return Some(format!(
+                "gradients are to be {gradient}, and `backward` is not to be quantized"
+            ));
+        }
+        if activation != i8 && !operations.forward {
+            return Some(format!(
+                "activations are to be {activation}, and `forward` is not to be quantized"
+            ));
         }
         if self.scaling == Scaling::Delayed && self.granularity == Granularity::Row {
             return Some(
@@ -163,7 +173,14 @@ mod tests {
         assert!(Numerics { types, ..stochastic }.contradiction(all).is_some());
         let (granularity, scaling) = (Granularity::Row, Scaling::Delayed);
         assert!(Numerics { granularity, scaling, ..numerics }.contradiction(all).is_some());
-        let grad_weight = Some(DType::I8);
-        assert!(Numerics { grad_weight, ..numerics }.contradiction(forward).is_some());
+        for grad_weight in [DType::I8, DType::F32, DType::BF16].map(Some) {
+            assert!(Numerics { grad_weight, ..numerics }.contradiction(forward).is_some());
+        }
+        let types = OperandTypes { gradient: DType::I4, ..OperandTypes::default() };
+        assert!(Numerics { types, ..numerics }.contradiction(forward).is_some());
+        let backward = Operations { forward: false, ..all };
+        let types = OperandTypes { activation: DType::I4, ..OperandTypes::default() };
+        assert!(Numerics { types, ..numerics }.contradiction(backward).is_some());
+        assert_eq!(Numerics { types, ..numerics }.contradiction(all), None);
     }
 }

@@ -91,8 +91,8 @@ fn made_of(
         }
         // Codes that become floats, perhaps are moved, and become codes again.
         Op::Cast(DType::F32) if is_code(graph, graph.operand(id, 0)) => Some((vec![0], axis)),
-        Op::Cast(_) if is_code(graph, id) => {
-            whole(graph, graph.operand(id, 0), parameters).then_some((vec![0], axis))
+        Op::Cast(dtype) if is_code(graph, id) => {
+            whole(graph, graph.operand(id, 0), *dtype, parameters).then_some((vec![0], axis))
         }
         Op::Broadcast(_) if axis.is_none() => Some((vec![0], None)),
         Op::Gather if axis.is_none() => Some((vec![0], None)),
@@ -104,8 +104,10 @@ fn made_of(
         Op::Binary(BinaryOp::Max | BinaryOp::Min) => {
             parameters.is_positive(graph).then_some((vec![0, 1], axis))
         }
-        Op::MaxPool2d(_) if axis.is_none_or(|axis| axis == 3) => {
-            parameters.is_positive(graph).then_some((vec![0], axis))
+        // A window of padding alone gives the smallest code, which is another value than the smallest float.
+        Op::MaxPool2d(geometry) if axis.is_none_or(|axis| axis == 3) => {
+            let rising = parameters.is_positive(graph) && geometry.meets_input();
+            rising.then_some((vec![0], axis))
         }
         _ => None,
     }
@@ -117,12 +119,19 @@ fn is_code(graph: &Graph, id: NodeId) -> bool {
     !dtype.is_float() && QuantizedRange::of(dtype, false).is_some()
 }
 
-/// Whether a float value moves or chooses among codes only, so that it is one.
-fn whole(graph: &Graph, id: NodeId, parameters: Parameters<'_>) -> bool {
+/// Whether a float value moves or chooses among codes of this type only, so that it is one. Codes of another type wrap or
+/// saturate, and f32 does not hold all of i32.
+fn whole(graph: &Graph, id: NodeId, dtype: DType, parameters: Parameters<'_>) -> bool {
     let mut stack = vec![(id, parameters.axis)];
     let mut seen = BTreeSet::new();
     while let Some((id, axis)) = stack.pop() {
-        if is_code(graph, id) || !seen.insert(id) {
+        if is_code(graph, id) {
+            if graph.ty(id).dtype != dtype || dtype == DType::I32 {
+                return false;
+            }
+            continue;
+        }
+        if !seen.insert(id) {
             continue;
         }
         let made = made_of(graph, id, parameters.along(axis));

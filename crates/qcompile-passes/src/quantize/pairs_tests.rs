@@ -68,6 +68,22 @@ fn codes_are_dequantized_where_they_are_made_and_no_bit_changes() {
 }
 
 #[test]
+fn codes_that_change_on_the_way_stay_where_they_are() {
+    for moves in [
+        // Another type wraps.
+        "%a : i8[2, 2, 2, 3] = cast %q\n%b : u8[2, 2, 2, 3] = cast %a\n%r : u8[2, 12] = reshape %b",
+        "%c : f32[2, 2, 2, 3] = cast %q\n%a : i8[2, 2, 2, 3] = cast %c\n%b : u8[2, 2, 2, 3] = cast %a\n%r : u8[2, 12] = reshape %b",
+        // A window of padding alone.
+        "%c : f32[2, 2, 2, 3] = cast %q\n%p : f32[2, 2, 2, 3] = max_pool2d %c input=[2, 2] kernel=[1, 1] strides=[2, 2] pads=[1, 1, 1, 1]\n%d : u8[2, 2, 2, 3] = cast %p\n%r : u8[2, 12] = reshape %d",
+    ] {
+        let before = moved("%s, %z", moves);
+        let mut after = before.clone();
+        join_pairs(&mut after).expect("joins");
+        assert_eq!(outputs(&before), outputs(&after), "{moves}");
+    }
+}
+
+#[test]
 fn a_pair_of_other_parameters_is_told_by_name() {
     let mut other = graph(
         "graph @other {

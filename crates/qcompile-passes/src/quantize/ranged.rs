@@ -7,14 +7,15 @@
 use super::PASS;
 use super::activations::{activations, chosen, is_move};
 use super::codes::{Codes, Parameters, SMALLEST_SCALE};
-use super::layer::{Layer, stored_layers, unquantized};
+use super::layer::{Layer, reads_quantized, stored_layers};
 use super::scale;
 use crate::PassError;
 use crate::builder::Builder;
 use crate::calibrate::Range;
 use crate::fold_batch_norm::per_channel;
 use qcompile_ir::{
-    BinaryOp, DType, Dim, Graph, Name, NodeId, Op, ReduceOp, Region, Shape, Tensor, UnaryOp,
+    BinaryOp, CompareOp, DType, Dim, Graph, Name, NodeId, Op, ReduceOp, Region, Shape, Tensor,
+    UnaryOp,
 };
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -100,7 +101,7 @@ pub fn insert_ranged(
     let mut weights: BTreeMap<(NodeId, usize), NodeId> = BTreeMap::new();
     for layer in &layers {
         let operand = graph.operand(layer.node, 1);
-        if unquantized(graph, operand) != operand {
+        if reads_quantized(graph, operand) {
             continue;
         }
         let rounded = match weights.get(&(operand, layer.weight_axis)) {
@@ -131,7 +132,8 @@ fn ends(
     Ok([leaf("low", range.low)?, leaf("high", range.high)?])
 }
 
-/// Moves a range towards the extremes of a value: `momentum · range + (1 - momentum) · extreme`.
+/// Moves a range towards the extremes of a value: `momentum · range + (1 - momentum) · extreme`. One that is not finite
+/// moves nothing.
 fn follow(graph: &mut Graph, value: NodeId, [low, high]: [NodeId; 2]) -> Result<(), PassError> {
     let axes: Vec<usize> = (0..graph.ty(value).shape.rank()).collect();
     for state in [low, high] {
@@ -145,7 +147,11 @@ fn follow(graph: &mut Graph, value: NodeId, [low, high]: [NodeId; 2]) -> Result<
         b.region = Region::Update;
         let zero = b.scalar(DType::F32, 0.0)?;
         let reach = b.binary("reach", BinaryOp::Max, peak, zero)?;
+        let infinity = b.scalar(DType::F32, f64::INFINITY)?;
+        // NaN compares false, too.
+        let finite = b.compare("finite", CompareOp::Less, reach, infinity)?;
         let end = if state == low { b.unary("end", UnaryOp::Neg, reach)? } else { reach };
+        let end = b.select("finite.end", finite, end, state)?;
         let kept = b.scaled("kept", state, KEPT)?;
         let taken = b.scaled("taken", end, TAKEN)?;
         let next = b.binary("next", BinaryOp::Add, kept, taken)?;
