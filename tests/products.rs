@@ -2,10 +2,11 @@
 
 use crate::oracle::{check, compare, inputs, parse};
 use crate::support::{self, cases};
-use qcompile_ir::Region;
+use qcompile_ir::{DType, Region, Tensor};
 use qcompile_kernels::Tier;
-use qcompile_plan::{BuildOptions, build};
-use qcompile_runtime::{Trainer, TrainerOptions};
+use qcompile_plan::{BuildOptions, MOST_I8_PRODUCTS, build};
+use qcompile_runtime::{RuntimeError, Trainer, TrainerOptions};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// The lines of a product `%y`, and its type without the element: small and large, with every way to cut rows.
@@ -210,6 +211,41 @@ fn int8_products_with_scales_along_what_is_not_summed() {
         assert!(plan.contains(step), "{step}\n{plan}");
         check(lines, &graph, &[1, 2, 9, 70]);
     }
+}
+
+/// Sums that an i32 cannot hold, all of one sign and as large as they get.
+#[test]
+fn int8_sums_never_wrap() {
+    let source = |shape: &str, product: &str| {
+        format!(
+            "graph @g {{\n  input %x : i8[{shape}, 2]\n  const %s : f32[] = 1\nforward:\n  %a : f32[{shape}, 2] = dequantize %x, %s\n  {product}\n  return %y\n}}\n"
+        )
+    };
+    let trainer = |source: &str| {
+        let plan = build(parse(source), &BuildOptions::default()).expect("has a plan");
+        Trainer::new(Arc::new(plan), &TrainerOptions::default()).expect("compiles")
+    };
+    let run = |trainer: &mut Trainer, shape: &[usize]| {
+        let bytes = vec![127; shape.iter().product()];
+        let x = Tensor::from_bytes(DType::I8, shape.to_vec(), bytes).expect("fits");
+        trainer.run(&BTreeMap::from([("x".to_owned(), x)]), Region::Forward)
+    };
+    // More than a sample has to sum is no int8 product.
+    let long = 140_000;
+    let mut fixed =
+        trainer(&source(&format!("N, {long}"), "%y : f32[N, 2, 2] = matmul %a, %a transpose_a"));
+    assert_eq!(fixed.plan().largest_batch(), None);
+    let y = run(&mut fixed, &[1, long, 2]).expect("runs").remove("y").expect("an output");
+    let wanted = long as f32 * 127.0 * 127.0;
+    assert!(y.to_f32().iter().all(|y| (y / wanted - 1.0).abs() < 1e-3), "{y:?}");
+    // Sums over samples have as many as an i32 holds.
+    let mut open = trainer(&source("1000N", "%y : f32[2, 2] = matmul %a, %a transpose_a"));
+    let most = open.plan().largest_batch().expect("it is bounded");
+    assert_eq!(most, MOST_I8_PRODUCTS / 1000);
+    let y = run(&mut open, &[most * 1000, 2]).expect("fits").remove("y").expect("an output");
+    assert_eq!(y.to_f32()[0], (most * 1000) as f32 * 127.0 * 127.0);
+    let refused = run(&mut open, &[(most + 1) * 1000, 2]);
+    assert!(matches!(refused, Err(RuntimeError::Batch { .. })), "{refused:?}");
 }
 
 /// What the builder makes of each fusion it has a file for.

@@ -3,8 +3,8 @@
 
 use crate::support::{Random, inputs};
 use crate::training::{forward, losses, trainer};
-use qcompile_ir::{DType, Graph, Op, Tensor};
-use qcompile_passes::quantize::{Operations, PrecisionChoice};
+use qcompile_ir::{DType, Granularity, Graph, Op, Tensor};
+use qcompile_passes::quantize::{Numerics, Operations, PrecisionChoice};
 use qcompile_passes::saved::{self, Format, Rule, Saved};
 use qcompile_passes::update::Optimizer;
 use qcompile_passes::{differentiate, distribute, evaluation, quantize, simplify, update};
@@ -17,9 +17,11 @@ type Values = BTreeMap<String, Tensor>;
 
 const MOMENTUM: Optimizer = Optimizer::Momentum { nesterov: false };
 
+#[derive(Clone)]
 struct Recipe {
     optimizer: Optimizer,
     precision: PrecisionChoice,
+    numerics: Numerics,
     operations: Operations,
     master_weights: bool,
     saved: Vec<Rule>,
@@ -30,6 +32,7 @@ impl Default for Recipe {
         Recipe {
             optimizer: MOMENTUM,
             precision: PrecisionChoice::F32,
+            numerics: Numerics::default(),
             operations: Operations::default(),
             master_weights: true,
             saved: Vec::new(),
@@ -41,6 +44,7 @@ fn step(model: &str, recipe: &Recipe) -> (Plan, Saved) {
     let mut graph = forward(model);
     let options = quantize::Options {
         precision: recipe.precision,
+        numerics: recipe.numerics,
         operations: recipe.operations,
         ..Default::default()
     };
@@ -141,6 +145,7 @@ fn low_precision_of_all_kinds_repeats_to_the_bit_and_resumes() {
             operations,
             master_weights: false,
             saved: vec![Rule { format: Format::Int4, pattern: None }],
+            ..Recipe::default()
         };
         let plan = plan(model, &recipe);
         let batches = batches(model, 12, 8);
@@ -233,6 +238,17 @@ fn saved_bytes_are_those_of_the_plan_and_memory_falls() {
             let (plan, saved) = step(model, &recipe);
             let bytes = plan.saved_bytes(batch);
             assert_eq!(bytes, batch * saved.bytes_per_sample, "{model} {format:?}");
+            for granularity in [Granularity::Channel, Granularity::Row] {
+                let numerics = Numerics { granularity, ..Numerics::default() };
+                let precision = PrecisionChoice::Int8;
+                let (plan, saved) = step(model, &Recipe { precision, numerics, ..recipe.clone() });
+                let bytes = batch * saved.bytes_per_sample;
+                assert_eq!(
+                    plan.saved_bytes(batch),
+                    bytes,
+                    "{model} int8 {granularity:?} {format:?}"
+                );
+            }
             assert!(bytes < before, "{model} {format:?}: {bytes} of {before}");
             assert!(!saved.compressed.is_empty());
             before = bytes;

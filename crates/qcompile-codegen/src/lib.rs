@@ -27,3 +27,6 @@ mod wide;
 
 pub use frame::Frame;
 pub use program::{CodegenError, Options, Program, asm_text, clif_text, compile};
+
+// What a plan lets an i32 sum is what the kernels sum at once.
+const _: () = assert!(qcompile_plan::MOST_I8_PRODUCTS == qcompile_kernels::args::MOST_I8_PIXELS);

@@ -19,6 +19,7 @@ use qcompile_kernels::{KernelId, Kernels, Primitive as Entry};
 use qcompile_plan::{
     AttentionResult, Convolution, Matmul, Matrix, Operands, Place, Pooling, Primitive, Product,
 };
+
 use std::mem::{offset_of, size_of};
 
 /// Labels with this value are left out of the loss.

@@ -24,6 +24,9 @@ pub struct QuantizedRange {
 }
 
 impl QuantizedRange {
+    /// The smallest scale that is computed: a tensor of zeros is divided by it, and not by zero.
+    pub const SMALLEST_SCALE: f64 = 1e-30;
+
     /// The range of a type; none if it is no quantized type, or has no zero point where one is given.
     #[must_use]
     pub fn of(dtype: DType, zero_point: bool) -> Option<QuantizedRange> {

@@ -58,7 +58,7 @@ impl Tensor {
         Tensor { dtype, shape: Vec::new(), bytes }
     }
 
-    /// A float32 tensor of zeros.
+    /// A tensor of zeros.
     #[must_use]
     pub fn zeros(dtype: DType, shape: &[usize]) -> Tensor {
         let elements: usize = shape.iter().product();

@@ -59,9 +59,7 @@ impl Builder<'_> {
         let step = self.binary("step", BinaryOp::Div, amax, limit)?;
         let shape = self.shape(x);
         let steps = self.broadcast("steps", step, shape)?;
-        let half = self.splat_like("half", numbers, 0.5)?;
-        let centred = self.binary("centred", BinaryOp::Sub, numbers, half)?;
-        let noise = self.binary("noise", BinaryOp::Mul, centred, steps)?;
+        let noise = self.rounding_noise(numbers, steps)?;
         let noisy = self.binary("noisy", BinaryOp::Add, x, noise)?;
         let rows = Shape(vec![self.shape(x).0[0]]);
         let scale = self.reshape("scale", step, rows)?;

@@ -10,7 +10,9 @@
 use crate::PassError;
 use crate::builder::Builder;
 use crate::quantize::{Layer, is_stored, layers};
-use qcompile_ir::{BinaryOp, CompareOp, DType, Dim, Graph, NodeId, Op, Region, Shape, UnaryOp};
+use qcompile_ir::{
+    BinaryOp, CompareOp, Dim, Graph, NodeId, Op, QuantizedRange, Region, Shape, UnaryOp,
+};
 
 /// Folds what follows each layer. Returns how many were folded; invalidates every [`NodeId`].
 ///
@@ -218,6 +220,9 @@ fn rounded_per_channel(graph: &Graph, layer: &Layer, weight: NodeId) -> Option<(
     let Op::Quantize { axis: Some(along), .. } = graph.op(q) else { return None };
     let scale = graph.operand(q, 1);
     let symmetric = graph.operands(q).len() == 2;
+    // The sign of a factor goes into the codes.
+    let range = QuantizedRange::of(graph.ty(q).dtype, false);
+    let signed = range.is_some_and(|range| range.low < 0.0);
     let same = axis == layer.weight_axis && *along == axis && graph.operand(weight, 1) == scale;
-    (symmetric && same && graph.ty(q).dtype != DType::U8).then(|| (graph.operand(q, 0), scale))
+    (symmetric && same && signed).then(|| (graph.operand(q, 0), scale))
 }

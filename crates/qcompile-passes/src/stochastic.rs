@@ -38,7 +38,10 @@ const GOLDEN: f64 = 0.618_033_988_749_894_9;
 
 /// The multiples of [`GOLDEN`] behind the point, f32\[count\].
 fn multiples(graph: &mut Graph, count: usize) -> Result<NodeId, PassError> {
-    #[allow(clippy::cast_precision_loss, reason = "blocks are small")]
+    #[allow(
+        clippy::cast_precision_loss,
+        reason = "f32 numbers the elements of a block near enough"
+    )]
     let values: Vec<f64> = (0..count).map(|at| (at as f64 * GOLDEN).fract()).collect();
     let tensor = Tensor::from_f64(DType::F32, &[count], &values).map(Arc::new);
     let tensor = tensor.ok_or_else(|| PassError::Unsupported {
@@ -51,6 +54,52 @@ fn multiples(graph: &mut Graph, count: usize) -> Result<NodeId, PassError> {
         Some(known) => Ok(known),
         None => Ok(graph.add(Op::Const(tensor), &[], name, Region::Forward)?),
     }
+}
+
+/// Where the numbers of [`quantize_stochastically`] come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Draws {
+    /// What tells one value's numbers from another's.
+    pub seed: u64,
+    /// The number of the step, `i64[]`.
+    pub step: NodeId,
+}
+
+/// `x` rounded stochastically to codes of `dtype` by `scale` (one, or one for each index of `axis`): up with a
+/// probability that is the distance from the code below, so that `dequantize` of it is `x` on average (Gupta et al. 2015,
+/// arXiv:1502.02551).
+///
+/// It is rounding to nearest of `x + (u - 1/2) · scale`, with `u` uniform in [0, 1) from [`Op::Random`]: a function of
+/// seed, step and place in the whole batch, so a step can be replayed, and threads and workers change nothing. Only
+/// integer types have steps of one size, for which this holds. The noise has no gradient.
+///
+/// # Errors
+/// [`PassError::Graph`] if the scale does not fit.
+pub fn quantize_stochastically(
+    graph: &mut Graph,
+    x: NodeId,
+    scale: NodeId,
+    axis: Option<usize>,
+    dtype: DType,
+    draws: Draws,
+    region: Region,
+) -> Result<NodeId, PassError> {
+    let name = graph.node(x).name.as_str().to_owned();
+    let mut b = Builder::new(graph, region, &name);
+    let ty = b.ty(x);
+    let random = Op::Random { seed: draws.seed, shape: ty.shape.clone() };
+    let u = b.add("draws", random, &[draws.step])?;
+    let mut column = Shape(vec![1.into(); ty.shape.rank()]);
+    if let Some(axis) = axis.filter(|&axis| axis < ty.shape.rank()) {
+        column.0[axis] = ty.shape.0[axis];
+    }
+    let steps = b.reshape("steps", scale, column)?;
+    let steps = b.broadcast("steps.all", steps, ty.shape.clone())?;
+    let noise = b.rounding_noise(u, steps)?;
+    let noise = b.unary("noise.fixed", UnaryOp::StopGradient, noise)?;
+    let noise = b.cast("noise.cast", noise, ty.dtype)?;
+    let moved = b.binary("moved", BinaryOp::Add, x, noise)?;
+    b.add("q", Op::Quantize { dtype, axis }, &[moved, scale])
 }
 
 impl Builder<'_> {
@@ -71,7 +120,11 @@ impl Builder<'_> {
         shape: &Shape,
     ) -> Result<NodeId, PassError> {
         const RANK: &str = "rounding.rank";
-        let own = match self.graph.find(RANK).filter(|id| self.graph.ty(*id).shape.rank() == 0) {
+        let own = match self
+            .graph
+            .find(RANK)
+            .filter(|id| *self.graph.op(*id) == Op::Binary(BinaryOp::Sub))
+        {
             Some(own) => own,
             None => {
                 let mut b = Builder::new(self.graph, self.region, "rounding");
@@ -108,14 +161,26 @@ impl Builder<'_> {
         self.fraction(suffix, sum)
     }
 
+    /// `(numbers - 1/2) · steps`: what makes rounding to nearest, of a value to which it is added, go up as often as the value
+    /// is far from the code below.
+    pub(crate) fn rounding_noise(
+        &mut self,
+        numbers: NodeId,
+        steps: NodeId,
+    ) -> Result<NodeId, PassError> {
+        let half = self.splat_like("half", numbers, 0.5)?;
+        let centred = self.binary("centred", BinaryOp::Sub, numbers, half)?;
+        self.binary("noise", BinaryOp::Mul, centred, steps)
+    }
+
     /// The part of `x` behind the point.
     fn fraction(&mut self, suffix: &str, x: NodeId) -> Result<NodeId, PassError> {
         let whole = self.unary(&format!("{suffix}.whole"), UnaryOp::Floor, x)?;
         self.binary(suffix, BinaryOp::Sub, x, whole)
     }
 
-    /// `x[rows, columns]` in f32, each element as one of the two bf16 numbers beside it, the nearer one more likely. The other one than the nearest is
-    /// what the nearest, a little larger or smaller, rounds to: 1 + 2⁻⁸ + 2⁻¹² moves a bf16 number by between a half and
+    /// `x[rows, columns]` in f32, each element as one of the two bf16 numbers beside it, the nearer one more likely. The
+    /// other one than the nearest is what the nearest, a little larger or smaller, rounds to: 1 + 2⁻⁸ + 2⁻¹² moves a bf16 number by between a half and
     /// one and a half of the distance to the next one, and 1 - 1.25 · 2⁻⁸ towards zero, also below a power of two,
     /// where distances halve.
     pub(crate) fn stochastic_bf16(&mut self, suffix: &str, x: NodeId) -> Result<NodeId, PassError> {

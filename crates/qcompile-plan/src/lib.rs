@@ -30,6 +30,7 @@ mod work;
 
 pub use build::{BuildOptions, PlanError, build};
 pub use file::FileError;
+pub use low::MOST_I8_PRODUCTS;
 pub use nest::{Access, LoopNest, Scalar, Write};
 pub use plan::{Affine, Binding, Codes, Exchanged, Kernel, Plan, Slot, SlotId, Step, Storage};
 pub use primitive::{

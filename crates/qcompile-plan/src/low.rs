@@ -2,12 +2,20 @@
 
 use crate::Affine;
 use crate::view::{View, merged};
-use qcompile_ir::{DType, Graph, NodeId, Op};
+use qcompile_ir::{DType, Dim, Graph, NodeId, Op};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-/// Most pixels of an image whose products of i8 an i32 holds, whatever they are: more are not summed in int8.
-const MOST_PIXELS: usize = i32::MAX as usize >> 14;
+/// Most products of i8 that an i32 sums, whatever they are (-128 times -128 is 2^14): more are not summed in int8.
+pub const MOST_I8_PRODUCTS: usize = i32::MAX as usize >> 14;
+
+/// Whether so many products may be summed. Where the number depends on the batch size, [`Plan::largest_batch`] says how
+/// far, and a single sample must do.
+///
+/// [`Plan::largest_batch`]: crate::Plan::largest_batch
+fn is_summed(count: Dim) -> bool {
+    count.scale <= MOST_I8_PRODUCTS
+}
 
 /// The operands of a product as they are stored, where both are of low precision: under what `dequantize` or a
 /// widening cast hides. See [`int8_operands`].
@@ -78,7 +86,7 @@ fn int8_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<LowOperand
             a.as_matrices()?;
             b.as_matrices()?;
             let last = a.dims.len() - 1;
-            let row = if *transpose_a { last } else { last - 1 };
+            let (row, inner) = if *transpose_a { (last, last - 1) } else { (last - 1, last) };
             let column = if *transpose_b { last - 1 } else { last };
             if let Some(axis) = axis_a.filter(|_| !along(&a, row, axis_a)) {
                 let shared = b.strides[..last - 1].iter().all(|stride| stride.scale == 0);
@@ -87,17 +95,26 @@ fn int8_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<LowOperand
                     return None;
                 }
             }
-            along(&b, column, axis_b)
+            along(&b, column, axis_b) && is_summed(a.dims[inner])
         }
-        Op::Conv2d(_) => along(&a, 0, axis_a) && along(&b, 0, axis_b),
+        Op::Conv2d(geometry) => {
+            let inputs = graph.ty(graph.operand(id, 1)).shape.0[1];
+            let [height, width] = geometry.kernel;
+            along(&a, 0, axis_a)
+                && along(&b, 0, axis_b)
+                && inputs.times(height.checked_mul(width)?.into()).is_some_and(is_summed)
+        }
         Op::Conv2dGradInput(geometry) => {
             // Weights are OIHW. Where every channel is convolved by itself, it has the same number on both sides.
             let groups = Some(&geometry.groups.into());
             let alone = graph.ty(id).shape.0.last() == groups && b.dims.first() == groups;
             let of_group = !alone && geometry.groups > 1;
+            let outputs = graph.ty(graph.operand(id, 1)).shape.0[0];
+            let [height, width] = geometry.kernel;
             along(&a, 0, axis_a)
                 && along(&b, usize::from(!alone), axis_b)
                 && (axis_b.is_none() || !of_group)
+                && outputs.times(height.checked_mul(width)?.into()).is_some_and(is_summed)
         }
         Op::Conv2dGradWeight(geometry) => {
             let [height, width] = geometry.output()?;
@@ -105,7 +122,7 @@ fn int8_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<LowOperand
             along(&a, 3, axis_a)
                 && along(&b, 3, axis_b)
                 && !depthwise
-                && height.checked_mul(width)? <= MOST_PIXELS
+                && height.checked_mul(width)? <= MOST_I8_PRODUCTS
         }
         _ => return None,
     };

@@ -1,5 +1,6 @@
 //! The nouns of a plan: slots, steps, bindings.
 
+use crate::low::MOST_I8_PRODUCTS;
 use crate::{LoopNest, Primitive};
 use qcompile_ir::{CollectiveOp, Dim, Graph, Region, Tensor, TensorType};
 use std::collections::BTreeMap;
@@ -313,6 +314,21 @@ impl Plan {
     #[must_use]
     pub fn batch_size(&self) -> usize {
         self.batch_size
+    }
+
+    /// The most samples that one worker may take at once, if there is a bound: a product of i8 whose sums run over them
+    /// would wrap with more.
+    #[must_use]
+    pub fn largest_batch(&self) -> Option<usize> {
+        let bound = |step: &Step| match &step.kernel {
+            Kernel::Primitive(Primitive::Matmul(matmul, _))
+                if matmul.operands.scales().is_some() && matmul.k.batch =>
+            {
+                MOST_I8_PRODUCTS.checked_div(matmul.k.scale)
+            }
+            _ => None,
+        };
+        self.steps.iter().filter_map(bound).min()
     }
 
     /// All memory.

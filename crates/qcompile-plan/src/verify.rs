@@ -181,6 +181,11 @@ fn check_kernel(plan: &Plan, kernel: &Kernel) -> Checked {
             if codes.row == 0 || !member.elements.is_multiple_of(codes.row) {
                 return Err("rows of codes do not make up their value".to_owned());
             }
+            // Values are written while codes and scales are read.
+            let written = |place: Place| members.iter().any(|one| one.value.slot == place.slot);
+            if written(codes.codes) || written(codes.scales) {
+                return Err("codes that are exchanged lie where a value does".to_owned());
+            }
             dense(plan, codes.codes, DType::I8, fixed(member.elements))?;
             dense(plan, codes.scales, DType::F32, fixed(member.elements / codes.row))
         }),

@@ -62,6 +62,16 @@ pub enum RuntimeError {
         /// Bytes allowed.
         limit: usize,
     },
+    /// Sums of products of int8 would exceed what they are computed in.
+    #[error(
+        "a batch of {batch} samples is too large: the plan sums over samples in int8, {most} at most; take smaller batches, more workers, or another precision for gradients of weights"
+    )]
+    Batch {
+        /// Samples of one worker.
+        batch: usize,
+        /// The most that it may have.
+        most: usize,
+    },
     /// The system gave no threads.
     #[error("no threads: {0}")]
     Threads(#[from] std::io::Error),

@@ -437,6 +437,10 @@ impl Shares {
     ) -> Result<(), RuntimeError> {
         let plan = forms[form].plan;
         let (begin, end) = self.range(rank);
+        let batch = end - begin;
+        if let Some(most) = plan.largest_batch().filter(|&most| batch > most) {
+            return Err(RuntimeError::Batch { batch, most });
+        }
         replica.prepare(forms, form, forms[TRAINING].plan, end - begin)?;
         for (index, binding) in plan.inputs().iter().enumerate() {
             replica.put(binding, end - begin, &inputs.part(plan, index, begin, end));

@@ -272,6 +272,12 @@ impl Options {
                 "the backward pass of int4 weights is f32: leave it out of --quantize-ops",
             ));
         }
+        if let Some((flag, _)) = numerics_said(&self.numerics).first() {
+            return Err(Error::usage(format!(
+                "--{flag} is about scales that follow a step, and --qat computes with ranges"
+            ))
+            .help("--activations and --weights say what is rounded to what"));
+        }
         if self.channel_threshold.is_some() {
             return Err(Error::usage("--channel-threshold splits layers, and --qat does not"));
         }
@@ -308,6 +314,7 @@ impl Options {
             if let Some(block) = self.weights.block {
                 say("block-size", block.to_string());
             }
+            say("calibration", self.calibration.to_string());
         }
         if !self.master_weights {
             say("master-weights", "off".to_owned());

@@ -14,9 +14,6 @@ use std::sync::Arc;
 
 type Value = Result<ValueId, Obstacle>;
 
-/// The smallest scale that is learned.
-const SMALLEST_SCALE: f64 = 1e-30;
-
 /// By what a value is quantized, or was.
 #[derive(Clone, Debug)]
 pub(super) struct Parameters {
@@ -65,7 +62,7 @@ fn scale_input(draft: &mut Draft, scale: ValueId) -> Value {
     }
     // A step of training must not take it to 0 or below.
     let wide = draft.cast(scale, DType::F32)?;
-    let held = draft.binary_scalar(BinaryOp::Max, wide, SMALLEST_SCALE)?;
+    let held = draft.binary_scalar(BinaryOp::Max, wide, QuantizedRange::SMALLEST_SCALE)?;
     draft.derived.insert(scale, held);
     Ok(held)
 }

@@ -16,6 +16,7 @@ use crate::quantize::Codes;
 use histogram::Histogram;
 use qcompile_ir::{Graph, Name, NodeId, Tensor};
 use std::collections::BTreeMap;
+use std::fmt;
 
 const PASS: &str = "calibrate";
 
@@ -45,6 +46,18 @@ pub enum Method {
     /// With the least Kullback-Leibler divergence of the rounded from the unrounded distribution (Migacz 2017, "8-bit
     /// inference with TensorRT").
     Entropy,
+}
+
+impl fmt::Display for Method {
+    /// As on the command line.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Method::MinMax => f.write_str("min-max"),
+            Method::Percentile(percent) => write!(f, "percentile={percent}"),
+            Method::Mse => f.write_str("mse"),
+            Method::Entropy => f.write_str("entropy"),
+        }
+    }
 }
 
 /// The smallest and the largest element that need not be clamped.

@@ -42,8 +42,7 @@ pub(super) fn insert(graph: &mut Graph) -> Result<usize, PassError> {
         let gradient = match product {
             Gradient::Input { weight, gradient } => {
                 let how = Operand { role: Role::Weight, dtype: quantizer.weight, ..incoming };
-                let quantized =
-                    quantized_weight(graph, graph.operand(id, weight), how, &mut inserted)?;
+                let quantized = per_tensor(graph, graph.operand(id, weight), how, &mut inserted)?;
                 graph.set_operand(id, weight, quantized)?;
                 if gradient == 0 {
                     incoming.axis = rows(graph, id, quantizer);
@@ -53,7 +52,7 @@ pub(super) fn insert(graph: &mut Graph) -> Result<usize, PassError> {
             Gradient::Weight { data, gradient } => {
                 let dtype = activation(&precision);
                 let how = Operand { role: Role::Activation, dtype, ..incoming };
-                let quantized = quantized_data(graph, graph.operand(id, data), how, &mut inserted)?;
+                let quantized = per_tensor(graph, graph.operand(id, data), how, &mut inserted)?;
                 graph.set_operand(id, data, quantized)?;
                 gradient
             }
@@ -71,8 +70,10 @@ fn activation(precision: &Precision) -> DType {
     if is_quantized(precision.forward) { precision.forward } else { precision.grad_weight }
 }
 
-/// The data below `operand` rounded per tensor, as the forward product has it where it has.
-fn quantized_data(
+/// The data or the weight below `operand` rounded per tensor, as the forward product has it where it has. Where that has a
+/// scale of a weight for each channel, the largest of them is the scale of the tensor (division and maximum commute), which
+/// spares a pass over the weight.
+fn per_tensor(
     graph: &mut Graph,
     operand: NodeId,
     how: Operand,
@@ -81,27 +82,12 @@ fn quantized_data(
     if matches!(graph.op(operand), Op::Dequantize { axis: None }) {
         return Ok(operand);
     }
-    let data = unquantized(graph, operand);
-    inserted.quantized(graph, data, how, Region::Backward)
-}
-
-/// The weight below `operand` rounded per tensor. Where the forward product has a scale per channel, the largest of
-/// them is the scale of the tensor (division and maximum commute), which spares a pass over the weight.
-fn quantized_weight(
-    graph: &mut Graph,
-    operand: NodeId,
-    how: Operand,
-    inserted: &mut Inserted,
-) -> Result<NodeId, PassError> {
-    if matches!(graph.op(operand), Op::Dequantize { axis: None }) {
-        return Ok(operand);
-    }
-    let weight = unquantized(graph, operand);
-    if let Some(known) = inserted.find(weight, None, how.dtype) {
+    let below = unquantized(graph, operand);
+    if let Some(known) = inserted.find(below, None, how.dtype) {
         return Ok(known);
     }
-    if weight == operand {
-        return inserted.quantized(graph, weight, how, Region::Backward);
+    if below == operand || how.role != Role::Weight {
+        return inserted.quantized(graph, below, how, Region::Backward);
     }
     let scale = graph.operand(operand, 1);
     let prefix = graph.node(scale).name.as_str().to_owned();
@@ -109,5 +95,5 @@ fn quantized_weight(
     let peak = Op::Reduce { op: ReduceOp::Max, axes: vec![0] };
     let peak = builder.add("peak", peak, &[scale])?;
     let scale = builder.reshape("tensor", peak, Shape::scalar())?;
-    inserted.rounded(graph, weight, scale, how, Region::Backward)
+    inserted.rounded(graph, below, scale, how, Region::Backward)
 }

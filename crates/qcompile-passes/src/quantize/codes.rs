@@ -3,10 +3,9 @@
 use crate::PassError;
 use crate::builder::Builder;
 use crate::calibrate::Range;
-use qcompile_ir::{BinaryOp, DType, NodeId, UnaryOp};
+use qcompile_ir::{BinaryOp, DType, NodeId, QuantizedRange, UnaryOp};
 
-/// The smallest scale: a value that is 0 throughout rounds to zeros instead of dividing zero by zero.
-pub(super) const SMALLEST_SCALE: f32 = 1e-30;
+const SMALLEST_SCALE: f32 = QuantizedRange::SMALLEST_SCALE as f32;
 
 /// Codes of 8 bits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -94,7 +93,7 @@ impl Codes {
         [low, high]: [NodeId; 2],
         trained: bool,
     ) -> Result<Parameters, PassError> {
-        let smallest = b.scalar(DType::F32, f64::from(SMALLEST_SCALE))?;
+        let smallest = b.scalar(DType::F32, QuantizedRange::SMALLEST_SCALE)?;
         match self {
             Codes::Uint8 => {
                 let span = b.binary("span", BinaryOp::Sub, high, low)?;

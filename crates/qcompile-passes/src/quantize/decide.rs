@@ -5,11 +5,11 @@ use super::channels::{self, ChannelPolicy};
 use super::choice::PrecisionChoice;
 use super::insert::is_quantized;
 use super::layer::{Layer, layers};
-use super::numerics::Numerics;
+use super::numerics::{Numerics, OperandTypes};
 use super::weights;
 use crate::PassError;
 use crate::sensitivity::Scores;
-use qcompile_ir::{Channels, DType, Graph, Name, Precision, Quantizer};
+use qcompile_ir::{Channels, DType, Granularity, Graph, Name, Note, Precision, Quantizer};
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::str::FromStr;
@@ -19,8 +19,8 @@ use std::str::FromStr;
 pub struct Operations {
     /// The forward product.
     pub forward: bool,
-    /// The product that gives the gradient of the layer's input; in bf16 also that of its weight, which beside int8 stays
-    /// f32.
+    /// The products that give the gradients of the layer's input and of its weight; the latter is quantized only if
+    /// [`Numerics::grad_weight`] says so.
     pub backward: bool,
     /// The mean of gradients over ranks: what they exchange.
     pub mean: bool,
@@ -216,12 +216,39 @@ fn check(graph: &Graph, layers: &[Layer], options: &Options) -> Result<(), PassE
     if let Some(reason) = options.numerics.contradiction(options.operations) {
         return Err(refusal(reason));
     }
+    for layer in layers {
+        let node = graph.node(layer.node);
+        if let Some(reason) = noted_contradiction(&node.note) {
+            return Err(refusal(format!("the notes of {}: {reason}", node.name)));
+        }
+    }
     for pattern in &options.keep_f32 {
         if !layers.iter().any(|layer| is_named(graph, layer, pattern)) {
             return Err(refusal(format!("no layer matches `{pattern}`, which is to stay f32")));
         }
     }
     Ok(())
+}
+
+/// What a layer's notes ask for that cannot be done.
+fn noted_contradiction(note: &Note) -> Option<String> {
+    let precision = note.precision?;
+    let products = [precision.forward, precision.grad_input, precision.grad_weight];
+    let runs = |dtype: DType| dtype.is_float() || is_quantized(dtype);
+    if let Some(dtype) = products.into_iter().find(|&dtype| !runs(dtype)) {
+        return Some(format!("products of {dtype} codes have no kernel"));
+    }
+    let Quantizer { weight, granularity, rounding, scaling } = note.quantizer?;
+    let gradient = Some(precision.grad_input).filter(|&dtype| is_quantized(dtype));
+    let types =
+        OperandTypes { weight, activation: DType::I8, gradient: gradient.unwrap_or(DType::I8) };
+    if !note.channels.points.is_empty() && granularity == Granularity::Tensor {
+        return Some(
+            "channels have no points of their own with one scale for the tensor".to_owned(),
+        );
+    }
+    let numerics = Numerics { types, granularity, rounding, scaling, grad_weight: None };
+    numerics.contradiction(Operations::default())
 }
 
 fn is_named(graph: &Graph, layer: &Layer, pattern: &str) -> bool {

@@ -2,10 +2,9 @@
 
 use super::layer::{Layer, reads_quantized};
 use super::scale;
-use super::stochastic::{Draws, quantize_stochastically};
 use crate::PassError;
 use crate::builder::Builder;
-use crate::stochastic::{digest, step};
+use crate::stochastic::{Draws, digest, quantize_stochastically, step};
 use qcompile_ir::{
     DType, GradientRounding, Granularity, Graph, NodeId, Op, Quantizer, Region, Scaling,
 };
@@ -68,8 +67,7 @@ impl Inserted {
         let name = graph.node(x).name.as_str().to_owned();
         let stochastic = quantizer.rounding == GradientRounding::Stochastic;
         let q = if stochastic && role == Role::Gradient {
-            // Positive as i64.
-            let draws = Draws { seed: digest(&name) >> 1, step: step(graph)? };
+            let draws = Draws { seed: digest(&name), step: step(graph)? };
             quantize_stochastically(graph, x, scale, axis, dtype, draws, region)?
         } else {
             let op = Op::Quantize { dtype, axis };

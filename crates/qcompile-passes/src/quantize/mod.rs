@@ -31,12 +31,12 @@ mod remove;
 mod rules;
 mod scale;
 mod split;
-mod stochastic;
 #[cfg(test)]
 mod tests;
 mod weights;
 mod window;
 
+pub use crate::stochastic::{Draws, quantize_stochastically};
 pub use activations::activations;
 pub use channels::ChannelPolicy;
 pub use choice::PrecisionChoice;
@@ -52,7 +52,6 @@ pub use pairs::join_pairs;
 pub use ranged::{Held, Scheme, Weights, insert_ranged, round_biases};
 pub use remove::remove;
 pub use rules::rule_names;
-pub use stochastic::{Draws, quantize_stochastically};
 pub use window::{Moves, optimise};
 
 use crate::PassError;

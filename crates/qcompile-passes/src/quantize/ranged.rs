@@ -6,7 +6,7 @@
 
 use super::PASS;
 use super::activations::{activations, chosen, is_move};
-use super::codes::{Codes, Parameters, SMALLEST_SCALE};
+use super::codes::{Codes, Parameters};
 use super::layer::{Layer, reads_quantized, stored_layers};
 use super::scale;
 use crate::PassError;
@@ -14,8 +14,8 @@ use crate::builder::Builder;
 use crate::calibrate::Range;
 use crate::fold_batch_norm::per_channel;
 use qcompile_ir::{
-    BinaryOp, CompareOp, DType, Dim, Graph, Name, NodeId, Op, ReduceOp, Region, Shape, Tensor,
-    UnaryOp,
+    BinaryOp, CompareOp, DType, Dim, Graph, Name, NodeId, Op, QuantizedRange, ReduceOp, Region,
+    Shape, Tensor, UnaryOp,
 };
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -262,7 +262,7 @@ pub fn round_biases(graph: &mut Graph) -> Result<usize, PassError> {
         let magnitude = b.unary("magnitude", UnaryOp::Abs, bias)?;
         let steps = b.binary("steps", BinaryOp::Div, magnitude, data_scale)?;
         let least = b.scaled("least", steps, LARGEST_BIAS.recip())?;
-        let smallest = b.splat_like("smallest", least, f64::from(SMALLEST_SCALE))?;
+        let smallest = b.splat_like("smallest", least, QuantizedRange::SMALLEST_SCALE)?;
         let least = b.binary("least", BinaryOp::Max, least, smallest)?;
         let scale = b.binary("weight.scale", BinaryOp::Max, old_scale, least)?;
         let codes = b.add("weight.q", Op::Quantize { dtype, axis }, &[weight, scale])?;

@@ -9,9 +9,6 @@ use qcompile_ir::{
 };
 use std::sync::Arc;
 
-/// The smallest scale: an all-zero tensor quantizes to zeros instead of dividing zero by zero.
-const SMALLEST_SCALE: f64 = 1e-30;
-
 /// Steps that a delayed scale looks back on.
 const HISTORY: usize = 16;
 
@@ -77,7 +74,7 @@ fn of_amax(
     let limit = builder.scalar(DType::F32, largest(dtype))?;
     let limit = builder.broadcast("limit", limit, kept.clone())?;
     let step = builder.binary("step", BinaryOp::Div, amax, limit)?;
-    let smallest = builder.scalar(DType::F32, SMALLEST_SCALE)?;
+    let smallest = builder.scalar(DType::F32, QuantizedRange::SMALLEST_SCALE)?;
     let smallest = builder.broadcast("smallest", smallest, kept)?;
     builder.binary("scale", BinaryOp::Max, step, smallest)
 }

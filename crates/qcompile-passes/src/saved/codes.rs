@@ -25,14 +25,13 @@ pub(super) enum Copy {
 }
 
 impl Copy {
-    /// The stored values.
-    pub(super) fn parts(&self) -> impl Iterator<Item = NodeId> {
-        let parts = match *self {
-            Copy::Rounded(value) => [Some(value), None, None],
-            Copy::Codes { codes, low, step, .. } => [Some(codes), Some(low), Some(step)],
-            Copy::Bits { codes, .. } => [Some(codes), None, None],
-        };
-        parts.into_iter().flatten()
+    /// What it is in: 8 bits may stand for 4.
+    pub(super) fn format(&self) -> Format {
+        match self {
+            Copy::Rounded(_) => Format::Bf16,
+            Copy::Codes { digits, .. } if *digits == NIBBLES => Format::Int4,
+            Copy::Codes { .. } | Copy::Bits { .. } => Format::Int8,
+        }
     }
 }
 
@@ -53,10 +52,12 @@ impl Builder<'_> {
     /// Elements of a value for each sample.
     fn per_sample(&self, x: NodeId) -> Result<usize, PassError> {
         let elements = self.graph.ty(x).shape.elements().filter(|elements| elements.batch);
-        elements.map(|elements| elements.scale).ok_or_else(|| PassError::Unsupported {
-            pass: super::find::PASS,
-            reason: format!("{} has no batch axis", self.graph.node(x).name),
-        })
+        elements.map(|elements| elements.scale).ok_or_else(|| self.refused(x, "no batch axis"))
+    }
+
+    fn refused(&self, x: NodeId, lack: &str) -> PassError {
+        let reason = format!("{} has {lack}", self.graph.node(x).name);
+        PassError::Unsupported { pass: super::find::PASS, reason }
     }
 
     /// A copy of `x` in this format. Where the elements of a sample cannot be taken in pairs, 8 bits stand for 4.
@@ -66,10 +67,12 @@ impl Builder<'_> {
         }
         let per_sample = self.per_sample(x)?;
         let pairs = blocks::of_samples(per_sample, 2).filter(|_| format == Format::Int4);
-        let (digits, shape) = match (pairs, blocks::of_samples(per_sample, 1)) {
-            (Some(shape), _) => (NIBBLES, shape),
-            (None, Some(shape)) => (BYTE, shape),
-            (None, None) => return Ok(Copy::Rounded(self.cast("saved", x, DType::BF16)?)),
+        let (digits, shape) = match pairs {
+            Some(shape) => (NIBBLES, shape),
+            None => {
+                let shape = blocks::of_samples(per_sample, 1);
+                (BYTE, shape.ok_or_else(|| self.refused(x, "no elements"))?)
+            }
         };
         let wide = self.cast("saved.f32", x, DType::F32)?;
         let x = self.reshape("saved.blocks", wide, shape.clone())?;

@@ -150,6 +150,7 @@ fn needs_exact(op: &Op, position: usize) -> bool {
         Op::Reduce { op, .. } => *op == qcompile_ir::ReduceOp::Max,
         Op::MaxPool2d(_) | Op::MaxPool2dGrad(_) => position == 0,
         Op::Select => position == 0,
+        Op::Cast(to) => !to.is_float(),
         Op::Unary(op) => matches!(
             op,
             UnaryOp::Floor | UnaryOp::Ceil | UnaryOp::Round | UnaryOp::Sign | UnaryOp::Not

@@ -94,11 +94,22 @@ impl std::str::FromStr for Rule {
     }
 }
 
+/// A value that is saved in fewer bits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Compressed {
+    /// The value.
+    pub name: String,
+    /// What was asked for.
+    pub asked: Format,
+    /// What it is in: int8 in the place of int4 where the elements of a sample are odd in number.
+    pub format: Format,
+}
+
 /// What the backward pass reads of the forward pass.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Saved {
-    /// Each compressed value, and how.
-    pub compressed: Vec<(String, Format)>,
+    /// Each compressed value.
+    pub compressed: Vec<Compressed>,
     /// Bytes that all saved values take for each sample.
     pub bytes_per_sample: usize,
 }
@@ -120,7 +131,7 @@ pub fn run(graph: &mut Graph, rules: &[Rule]) -> Result<Saved, PassError> {
         restored: BTreeMap::new(),
     };
     rebuilt.nodes()?;
-    let saved = rebuilt.saved();
+    let compressed = rebuilt.compressed();
     let Rebuilt { mut new, ids, .. } = rebuilt;
     new.set_outputs(graph.outputs().iter().map(|(name, id)| (name.clone(), ids[id])).collect());
     for (leaf, value) in graph.next() {
@@ -128,7 +139,7 @@ pub fn run(graph: &mut Graph, rules: &[Rule]) -> Result<Saved, PassError> {
     }
     *graph = new;
     graph.sweep();
-    Ok(saved)
+    Ok(Saved { compressed, bytes_per_sample: saved_bytes(graph) })
 }
 
 /// A copy of a graph, in which codes stand right behind the values that they are of: values are computed in the order
@@ -297,30 +308,29 @@ impl Rebuilt<'_> {
         Ok(self.new.add(node.op.clone(), operands, name, Region::Backward)?)
     }
 
-    /// What is saved, with all that is saved as it is.
-    fn saved(&self) -> Saved {
-        let mut saved = Saved::default();
-        let bytes = |graph: &Graph, id: NodeId| {
-            let ty = graph.ty(id);
-            let elements = ty.shape.elements().filter(|elements| elements.batch);
-            elements.map_or(0, |elements| elements.scale * ty.dtype.size())
-        };
-        for (&id, treatment) in &self.found.values {
-            match treatment {
-                Treatment::Plain => saved.bytes_per_sample += bytes(self.old, id),
-                Treatment::MadeAgain => {}
-                Treatment::Stored(format) => {
-                    let name = self.old.node(id).name.as_str().to_owned();
-                    saved.compressed.push((name, *format));
-                }
-            }
-        }
-        for copy in self.copies.values() {
-            let parts = copy.parts();
-            saved.bytes_per_sample += parts.map(|part| bytes(&self.new, part)).sum::<usize>();
-        }
-        saved
+    /// What is compressed, and in what it is.
+    fn compressed(&self) -> Vec<Compressed> {
+        let stored = self.found.values.iter().filter_map(|(&id, treatment)| {
+            let Treatment::Stored(asked) = *treatment else { return None };
+            let name = self.old.node(id).name.as_str().to_owned();
+            Some(Compressed { name, asked, format: self.copies.get(&id)?.format() })
+        });
+        stored.collect()
     }
+}
+
+/// Bytes for each sample of the forward values that the backward region reads.
+fn saved_bytes(graph: &Graph) -> usize {
+    let backward = graph.ids().filter(|&id| graph.node(id).region == Region::Backward);
+    let read: BTreeSet<NodeId> =
+        backward.flat_map(|id| graph.operands(id)).map(|id| find::base(graph, id)).collect();
+    let bytes = |id: NodeId| {
+        let node = graph.node(id);
+        let elements = node.ty.shape.elements().filter(|elements| elements.batch);
+        let stored = node.region == Region::Forward && !node.op.is_leaf();
+        elements.filter(|_| stored).map_or(0, |elements| elements.scale * node.ty.dtype.size())
+    };
+    read.into_iter().map(bytes).sum()
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-use super::{Format, Rule, run};
+use super::{Compressed, Format, Rule, run};
 use crate::differentiate::tests::{inputs, parse};
 use qcompile_ir::eval::{EvalOptions, eval};
 use qcompile_ir::{DType, Region, verify};
@@ -41,7 +41,8 @@ fn what_is_restored_is_near_and_right_on_average() {
         let mut graph = parse(&source);
         let saved = run(&mut graph, &[Rule { format, pattern: None }]).expect("compresses");
         verify(&graph).expect("valid");
-        assert_eq!(saved.compressed, [("t".to_owned(), format)]);
+        let compressed = Compressed { name: "t".to_owned(), asked: format, format };
+        assert_eq!(saved.compressed, [compressed]);
         // A block of 96; smallest value and step in f32; and a bit for each comparison.
         let expected = match format {
             Format::Bf16 => 2 * 96,

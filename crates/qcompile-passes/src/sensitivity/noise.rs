@@ -49,7 +49,7 @@ pub(super) fn of_weight(weight: &Tensor, axis: usize, dtype: DType) -> Vec<Noise
         *scale = scale.max(value.abs());
     }
     for scale in &mut scales {
-        *scale = (*scale / largest).max(1e-30);
+        *scale = (*scale / largest).max(QuantizedRange::SMALLEST_SCALE as f32);
     }
     let quotient = |(element, value): (usize, &f32)| {
         f64::from((value / scales[channel(element)]).clamp(-largest, largest))

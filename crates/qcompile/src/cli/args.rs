@@ -74,17 +74,6 @@ impl CompileArgs {
             Some(flag) if !self.precision.qat => {
                 Err(Error::usage(format!("{flag} is for --qat, and for export --format qdq-onnx")))
             }
-            _ => self.check_qat(),
-        }
-    }
-
-    fn check_qat(&self) -> Result<()> {
-        let numerics = self.precision.numerics.given();
-        match numerics.into_iter().find(|(_, given)| *given) {
-            Some((flag, _)) if self.precision.qat => Err(Error::usage(format!(
-                "{flag} is about scales that follow a step, and --qat computes with ranges"
-            ))
-            .help("--activations and --weights say what is rounded to what")),
             _ => Ok(()),
         }
     }

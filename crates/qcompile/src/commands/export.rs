@@ -17,7 +17,10 @@ pub(super) fn run(command: &ExportCommand) -> Result<()> {
     let format = format_of(command)?;
     let is_model = matches!(format, ExportFormat::Onnx | ExportFormat::QdqOnnx);
     if command.opset.is_some() && !is_model {
-        return Err(Error::usage(format!("--opset is for --format onnx, not {}", format.name())));
+        return Err(Error::usage(format!(
+            "--opset is for --format onnx and qdq-onnx, not {}",
+            format.name()
+        )));
     }
     let integers = format == ExportFormat::QdqOnnx;
     let machine = command.machine.threads != 0 || command.machine.tier.is_some();
@@ -45,7 +48,9 @@ pub(super) fn run(command: &ExportCommand) -> Result<()> {
     let mut warnings = exported.warnings.clone();
     let content = match format {
         ExportFormat::Onnx | ExportFormat::QdqOnnx => {
-            if let Some(flag) = given(command).filter(|_| integers && exported.is_trained()) {
+            let machine = machine.then_some("--threads or --tier");
+            let unused = given(command).or(machine);
+            if let Some(flag) = unused.filter(|_| integers && exported.is_trained()) {
                 let cause =
                     format!("the plan was trained with its ranges: {flag} has no say in them");
                 return Err(place(Error::usage(cause)));

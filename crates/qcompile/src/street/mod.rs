@@ -216,10 +216,20 @@ impl<'a> Street<'a> {
             Pass::Compress if self.options.saved.is_empty() => {}
             Pass::Compress => {
                 let saved = saved::run(graph, &self.options.saved)?;
-                let sensible = saved.compressed.is_empty();
-                about.warnings.extend(sensible.then(|| {
-                    "--compress: the backward pass reads no value that can be compressed".to_owned()
-                }));
+                if saved.compressed.is_empty() {
+                    about.warnings.push(
+                        "--compress: the backward pass reads no value that can be compressed"
+                            .to_owned(),
+                    );
+                }
+                let wider = saved.compressed.iter().filter(|one| one.format != one.asked);
+                let names: Vec<&str> = wider.map(|one| one.name.as_str()).collect();
+                if !names.is_empty() {
+                    about.warnings.push(format!(
+                        "--compress: an odd number of elements is not saved in pairs, and in int8 instead of int4: {}",
+                        names.join(", ")
+                    ));
+                }
             }
             Pass::Distribute => distribute::run(graph)?,
             Pass::Update => {
