@@ -13,8 +13,8 @@ use crate::synthetic::{self, Random};
 use crate::terminal::{Progress, Show};
 use crate::timings::Timings;
 use qcompile_ir::{
-    Channels, DType, Graph, GraphError, Name, Note, Op, Precision, Quantizer, Region, Tensor,
-    TensorType, UnaryOp,
+    Channels, DType, Graph, GraphError, Name, NodeId, Note, Op, Precision, Quantizer, Region,
+    Tensor, TensorType, UnaryOp,
 };
 use qcompile_passes::quantize::{self, Decision, Layer, LayerCost, layers};
 use qcompile_plan::{BuildOptions, build};
@@ -85,6 +85,8 @@ struct Small {
     op: Op,
     x: TensorType,
     weight: Vec<usize>,
+    /// Operands after the weight: states and lengths of a recurrent layer.
+    others: Vec<TensorType>,
     result: TensorType,
     forward: bool,
     backward: bool,
@@ -110,10 +112,11 @@ impl Small {
             op: graph.op(layer.node).clone(),
             x: graph.ty(operands[0]).clone(),
             weight: graph.ty(operands[1]).shape.sizes(1),
+            others: operands[2..].iter().map(|&operand| graph.ty(operand).clone()).collect(),
             result: graph.ty(layer.node).clone(),
             forward: decide.operations.forward,
             backward: backward && decide.operations.backward,
-            low: decide.low(),
+            low: if layer.recurrent { decision.precision } else { decide.low() },
             high: decide.high(),
             quantizer: decide.numerics.quantizer(),
             channels,
@@ -123,11 +126,13 @@ impl Small {
 
     /// Equal for layers that take equally long.
     fn key(&self) -> String {
-        let Small { op, x, weight, forward, backward, low, high, quantizer, channels, .. } = self;
+        let Small {
+            op, x, weight, others, forward, backward, low, high, quantizer, channels, ..
+        } = self;
         let batch = self.batch;
         let apart = if channels.is_empty() { String::new() } else { format!(" {channels:?}") };
         format!(
-            "{op:?} {x} {weight:?} {forward} {backward} {low:?} {high:?} {quantizer:?} {batch}{apart}"
+            "{op:?} {x} {weight:?} {others:?} {forward} {backward} {low:?} {high:?} {quantizer:?} {batch}{apart}"
         )
     }
 
@@ -143,14 +148,28 @@ impl Small {
     }
 
     /// The op that gives the gradient of the weight, and whether the incoming gradient is its first operand.
-    fn grad_weight(&self) -> (Op, bool) {
+    fn grad_weight(&self) -> Option<(Op, bool)> {
         match &self.op {
-            Op::Conv2d(geometry) => (Op::Conv2dGradWeight(*geometry), false),
+            Op::Conv2d(geometry) => Some((Op::Conv2dGradWeight(*geometry), false)),
             Op::Matmul { transpose_b, .. } => {
-                (Op::Matmul { transpose_a: true, transpose_b: false }, *transpose_b)
+                Some((Op::Matmul { transpose_a: true, transpose_b: false }, *transpose_b))
             }
-            other => (other.clone(), false),
+            _ => None,
         }
+    }
+
+    /// The operands after the weight: zeros, and so many steps as there are.
+    fn others(&self, graph: &mut Graph) -> std::result::Result<Vec<NodeId>, GraphError> {
+        let steps = self.x.shape.0.first().map_or(0.0, |steps| steps.scale as f64);
+        let mut others = Vec::with_capacity(self.others.len());
+        for (at, ty) in self.others.iter().enumerate() {
+            let value = if ty.dtype.is_float() { 0.0 } else { steps };
+            let value = Op::Const(Arc::new(Tensor::scalar(ty.dtype, value)));
+            let value = graph.add(value, &[], format!("constant{at}"), Region::Forward)?;
+            let all = Op::Broadcast(ty.shape.clone());
+            others.push(graph.add(all, &[value], format!("other{at}"), Region::Forward)?);
+        }
+        Ok(others)
     }
 
     /// The type that values between products are stored in.
@@ -191,16 +210,19 @@ impl Small {
         let dy = input(graph, "dy", &self.result)?;
         let mut products = Vec::new();
         if self.forward {
-            products.push((self.op.clone(), [x, weight], "y", Region::Forward));
+            let mut operands = vec![x, weight];
+            operands.extend(self.others(graph)?);
+            products.push((self.op.clone(), operands, "y", Region::Forward));
         }
         if self.backward {
-            let grad_input = self.grad_input().map(|op| (op, [dy, weight], "dx", Region::Backward));
-            products.extend(grad_input);
+            let product = |op| (op, vec![dy, weight], "dx", Region::Backward);
+            products.extend(self.grad_input().map(product));
         }
         // Only where int8 may change it.
-        if self.low.grad_weight != self.high.grad_weight {
-            let (op, flipped) = self.grad_weight();
-            let operands = if flipped { [dy, x] } else { [x, dy] };
+        if self.low.grad_weight != self.high.grad_weight
+            && let Some((op, flipped)) = self.grad_weight()
+        {
+            let operands = if flipped { vec![dy, x] } else { vec![x, dy] };
             products.push((op, operands, "dw", Region::Backward));
         }
         for (op, operands, name, region) in products {
@@ -209,7 +231,8 @@ impl Small {
             if low && region == Region::Forward {
                 graph.note_mut(y).channels = self.channels.clone();
             }
-            if stored != DType::F32 && name != "dw" {
+            let stays = name == "dw" || matches!(self.op, Op::Recurrence(_));
+            if stored != DType::F32 && !stays {
                 y = graph.add(Op::Cast(stored), &[y], format!("{name}.stored"), region)?;
             }
             graph.add_output(name, y);
@@ -277,6 +300,7 @@ mod tests {
                 op: op.clone(),
                 x: x.clone(),
                 weight: vec![8, 16],
+                others: Vec::new(),
                 result: result.clone(),
                 forward: true,
                 backward: true,

@@ -6,6 +6,7 @@ use super::choice::PrecisionChoice;
 use super::insert::is_quantized;
 use super::layer::{Layer, layers};
 use super::numerics::{Numerics, OperandTypes};
+use super::recurrence;
 use super::weights;
 use crate::PassError;
 use crate::sensitivity::Scores;
@@ -91,6 +92,9 @@ pub struct Options {
     pub scores: Option<Scores>,
     /// How quantized products are rounded.
     pub numerics: Numerics,
+    /// Whether activations are rounded within ranges that are known before. Recurrent products then stay in high
+    /// precision: no operator of ONNX computes them on integers.
+    pub ranged: bool,
 }
 
 impl Default for Options {
@@ -106,6 +110,7 @@ impl Default for Options {
             cost: BTreeMap::new(),
             scores: None,
             numerics: Numerics::default(),
+            ranged: false,
         }
     }
 }
@@ -179,7 +184,10 @@ pub fn decide(graph: &mut Graph, options: &Options) -> Result<Vec<Decision>, Pas
     if let Some(scores) = &options.scores {
         scores.annotate(graph);
     }
-    let within_budget = within_budget(graph, &layers, options);
+    // What has no kernel takes no share.
+    let able = |layer: &&Layer| recurrence::obstacle(graph, layer, options).is_none();
+    let able: Vec<Layer> = layers.iter().filter(able).cloned().collect();
+    let within_budget = within_budget(graph, &able, options);
     let decide = |layer: &Layer| decide_layer(graph, layer, options, &within_budget);
     let mut decided: Vec<Decision> = layers.iter().map(decide).collect();
     weights::decide(graph, &layers, options, decided.iter_mut());
@@ -218,7 +226,8 @@ fn check(graph: &Graph, layers: &[Layer], options: &Options) -> Result<(), PassE
     }
     for layer in layers {
         let node = graph.node(layer.node);
-        if let Some(reason) = noted_contradiction(&node.note) {
+        let of_layer = if layer.recurrent { recurrence::contradiction(&node.note) } else { None };
+        if let Some(reason) = noted_contradiction(&node.note).or(of_layer) {
             return Err(refusal(format!("the notes of {}: {reason}", node.name)));
         }
     }
@@ -392,7 +401,8 @@ fn decide_layer(
         return decision(Precision::uniform(DType::F32), Channels::default(), reason);
     }
     let high = |reason| decision(options.high(), Channels::default(), reason);
-    if let Some(reason) = barred(graph, layer, options) {
+    let bar = barred(graph, layer, options);
+    if let Some(reason) = bar.or_else(|| recurrence::obstacle(graph, layer, options)) {
         return high(reason);
     }
     let (low, mut reason) = by_score(graph, layer, options, within_budget);
@@ -407,6 +417,10 @@ fn decide_layer(
     if is_quantized(precision.grad_weight) && layer.depthwise {
         precision.grad_weight = options.high().grad_weight;
         reason.push_str("; the gradient of a depthwise weight has no int8 kernel");
+    }
+    if layer.recurrent && is_quantized(precision.grad_input) {
+        precision.grad_input = options.high().grad_input;
+        reason.push_str("; the way back through the steps has no int8 kernel");
     }
     decision(precision, channels, reason)
 }
