@@ -128,6 +128,7 @@ pub(crate) fn post_training(
         precision: PrecisionChoice::Int8,
         keep_f32: options.keep_f32.clone(),
         operations: quantize::Operations { backward: false, ..Default::default() },
+        ranged: true,
         ..Default::default()
     };
     let decisions = quantize::decide(form, &chosen)?;

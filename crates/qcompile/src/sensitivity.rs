@@ -214,8 +214,10 @@ pub fn score(
         metric: options.metric,
         samples: calibration.samples(),
         numerics: options.numerics,
+        ranged: options.qat,
     };
-    let total = qcompile_passes::quantize::layers(graph).len() as u64;
+    let (layers, products) = sensitivity::scored(graph, &of_pass);
+    let total = (layers.len() + products.len()) as u64;
     let mut progress = Progress::start(show, "Scoring", total);
     let scores = sensitivity::run(graph, &mut compiled, &of_pass, &mut |done, _, next| {
         progress.update(done as u64, next);

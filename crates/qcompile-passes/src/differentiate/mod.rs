@@ -202,7 +202,7 @@ fn total(graph: &mut Graph, id: NodeId, parts: &[NodeId]) -> Result<NodeId, Pass
 /// precision, so that the precision of each can be decided with it.
 fn note_product(graph: &mut Graph, forward: NodeId, product: NodeId) {
     let Node { op, note, .. } = graph.node(forward);
-    if !matches!(op, Op::Matmul { .. } | Op::Conv2d(_)) {
+    if !matches!(op, Op::Matmul { .. } | Op::Conv2d(_) | Op::Attention { .. }) {
         return;
     }
     let note = Note { sensitivity: None, channels: Channels::default(), ..note.clone() };

@@ -60,6 +60,13 @@ pub(super) fn insert_backward(graph: &mut Graph) -> Result<usize, PassError> {
     for id in graph.order() {
         let note = &graph.node(id).note;
         let (stored, precision) = (note.stored, note.precision);
+        if matches!(graph.op(id), Op::AttentionGrad { .. }) {
+            if precision.is_some_and(|precision| precision.grad_input == DType::BF16) {
+                narrow_attention(graph, id)?;
+                count += 1;
+            }
+            continue;
+        }
         let (Some(gradient), Some(precision)) = (Gradient::of(graph, id), precision) else {
             continue;
         };
@@ -155,21 +162,39 @@ fn is_attention(graph: &Graph, id: NodeId) -> bool {
     matches!(graph.op(id), Op::Attention { .. })
 }
 
-/// Attention on bf16 queries, keys and values.
+/// Attention, or a gradient of it, on bf16 queries, keys, values and gradient, and with its products in bf16: what the
+/// kernel computes in a strip, exponentials and gradients of scores, is rounded to it before a product reads it. An
+/// operand that was rounded to int8 for the forward product is read as it was before.
 fn narrow_attention(graph: &mut Graph, id: NodeId) -> Result<(), PassError> {
-    if graph.ty(id).dtype != DType::F32 {
-        return Ok(());
-    }
+    let mut op = graph.op(id).clone();
     let mut operands = graph.operands(id);
-    for operand in &mut operands[..3] {
-        *operand = narrowed(graph, *operand)?;
+    let masked = match &mut op {
+        Op::Attention { products, .. } => {
+            *products = DType::BF16;
+            operands.len() > 3
+        }
+        Op::AttentionGrad { products, .. } => {
+            *products = DType::BF16;
+            operands.len() > 4
+        }
+        _ => return Ok(()),
+    };
+    for (position, operand) in operands.iter_mut().enumerate() {
+        let mask = masked && position == 3;
+        if !mask && graph.ty(*operand).dtype == DType::F32 {
+            let real = unquantized(graph, *operand);
+            *operand = narrowed(graph, real)?;
+        }
     }
     let node = graph.node(id).clone();
-    let new = graph.add(node.op, &operands, node.name.clone(), node.region)?;
+    let new = graph.add(op, &operands, node.name.clone(), node.region)?;
     *graph.note_mut(new) = node.note;
-    let name = format!("{}.f32", node.name.as_str());
-    let wide = graph.add(Op::Cast(DType::F32), &[new], name, node.region)?;
-    graph.replace_uses(id, wide)?;
+    let mut whole = new;
+    if node.ty.dtype == DType::F32 {
+        let name = format!("{}.f32", node.name.as_str());
+        whole = graph.add(Op::Cast(DType::F32), &[new], name, node.region)?;
+    }
+    graph.replace_uses(id, whole)?;
     graph.swap_names(id, new);
     Ok(())
 }

@@ -125,6 +125,26 @@ pub(crate) fn forward(
     Ok(())
 }
 
+/// Rounds both operands of a product of two activations, per tensor. One that is quantized already stays as it is.
+pub(crate) fn activations(
+    graph: &mut Graph,
+    product: NodeId,
+    inserted: &mut Inserted,
+) -> Result<(), PassError> {
+    let note = &graph.node(product).note;
+    let quantizer = note.quantizer.unwrap_or_default();
+    let dtype = note.precision.map_or(DType::I8, |precision| precision.forward);
+    let how = Operand { role: Role::Activation, axis: None, dtype, quantizer };
+    for position in 0..2 {
+        let operand = graph.operand(product, position);
+        if !reads_quantized(graph, operand) {
+            let quantized = inserted.quantized(graph, operand, how, Region::Forward)?;
+            graph.set_operand(product, position, quantized)?;
+        }
+    }
+    Ok(())
+}
+
 /// Whether products of these values read codes.
 pub(super) fn is_quantized(dtype: DType) -> bool {
     matches!(dtype, DType::I8 | DType::I4 | DType::F8E4M3 | DType::F8E5M2)
