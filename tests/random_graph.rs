@@ -482,9 +482,13 @@ impl Drawing {
         match op {
             3 if self.graph.ty(x).shape.rank() == 4 => {
                 let (scale, causal) = (0.5, self.random.chance(50));
-                let y = self.add(Op::Attention { scale, causal }, &[x, x, x], region)?;
+                let y = self.add(
+                    Op::Attention { scale, causal, products: DType::F32 },
+                    &[x, x, x],
+                    region,
+                )?;
                 let of = *self.random.pick(&AttentionOperand::ALL);
-                let gradient = Op::AttentionGrad { of, scale, causal };
+                let gradient = Op::AttentionGrad { of, scale, causal, products: DType::F32 };
                 self.add(gradient, &[x, x, x, y], region)
             }
             0 => self.add(Op::Softmax, &[x], region),

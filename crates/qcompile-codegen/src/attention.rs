@@ -3,7 +3,7 @@
 use crate::emitter::Emitter;
 use crate::primitives::Block;
 use qcompile_ir::DType;
-use qcompile_kernels::args::AttentionArgs;
+use qcompile_kernels::args::{AttentionArgs, AttentionKind};
 use qcompile_plan::{Attention, AttentionResult, Place, Strided};
 use std::mem::offset_of;
 
@@ -62,10 +62,15 @@ pub(crate) fn arguments(e: &mut Emitter<'_, '_>, attention: &Attention) -> Block
         let size = e.dim(dim);
         block.put(e, offset, size);
     }
+    let kind = match (attention.dtype, attention.products) {
+        (DType::BF16, DType::BF16) => AttentionKind::Bf16,
+        (DType::BF16, _) => AttentionKind::Bf16Operands,
+        _ => AttentionKind::F32,
+    };
     for (offset, word) in [
         (offset_of!(AttentionArgs, scale), attention.scale.to_bits() as usize),
         (offset_of!(AttentionArgs, causal), usize::from(attention.causal)),
-        (offset_of!(AttentionArgs, bf16), usize::from(attention.dtype == DType::BF16)),
+        (offset_of!(AttentionArgs, kind), kind as usize),
     ] {
         let word = e.int(word);
         block.put(e, offset, word);

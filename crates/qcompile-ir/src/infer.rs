@@ -115,16 +115,25 @@ fn infer_type(op: &Op, operands: Types) -> Result<TensorType, String> {
         Op::Gather => indexing::gather(operands),
         Op::Scatter { rows, .. } => indexing::scatter(*rows, operands),
         Op::TopK { k, .. } => indexing::top_k(*k, operands),
-        Op::Attention { scale, .. } => {
+        Op::Attention { scale, products, .. } => {
             let (operands, mask) = operands.split_at(operands.len().min(3));
-            attention(*scale, operands, mask)
+            let ty = attention(*scale, operands, mask)?;
+            match (products, ty.dtype) {
+                (DType::F32, _) | (DType::BF16, DType::BF16) | (DType::I8, DType::F32) => Ok(ty),
+                _ => {
+                    Err(format!("products of {products} do not fit operands like {}", operands[0]))
+                }
+            }
         }
-        Op::AttentionGrad { of, scale, .. } => {
+        Op::AttentionGrad { of, scale, products, .. } => {
             let Some((dy, operands)) = operands.split_last() else {
                 return Err("takes 4 or 5 operands, not 0".to_owned());
             };
             let (operands, mask) = operands.split_at(operands.len().min(3));
             same(&attention(*scale, operands, mask)?, dy)?;
+            if !matches!((products, dy.dtype), (DType::F32, _) | (DType::BF16, DType::BF16)) {
+                return Err(format!("products of {products} do not fit operands like {dy}"));
+            }
             Ok(operands[match of {
                 AttentionOperand::Q => 0,
                 AttentionOperand::K => 1,

@@ -462,6 +462,11 @@ pub enum Op {
         scale: f32,
         /// Whether row `t` sees only keys `s <= t`.
         causal: bool,
+        /// What the products run in, with sums in f32 (i32 for `i8`); the softmax is f32. `f32` rounds nothing; in `bf16`,
+        /// which wants operands of it, the exponentials `exp(score - largest score of the row)` are rounded to bf16 before
+        /// the product with `v` (FlashAttention-2, Dao 2023, arXiv:2307.08691); in `i8`, which wants f32 operands that are
+        /// dequantized, to codes of 1/127 (SageAttention, Zhang et al. 2024, arXiv:2410.02367).
+        products: DType,
     },
     /// `attention_grad q, k, v (, mask), dy -> dq, dk or dv` of the attention with these attributes.
     AttentionGrad {
@@ -471,6 +476,8 @@ pub enum Op {
         scale: f32,
         /// As in the attention.
         causal: bool,
+        /// `f32`, or `bf16`: probabilities and the gradients of scores are rounded to it before their products.
+        products: DType,
     },
     /// Over the last axis.
     Softmax,

@@ -12,7 +12,7 @@ pub use crate::recurrence::args::*;
 mod attention;
 mod indexing;
 
-pub use attention::AttentionArgs;
+pub use attention::{AttentionArgs, AttentionKind};
 pub use indexing::*;
 
 /// Receives finished tiles in place of the kernel's own store.

@@ -5,13 +5,14 @@
 //! there are more, the result so far is brought to each new maximum. Masked parts of the products are left out.
 
 use crate::Primitive;
-use crate::args::AttentionArgs;
+use crate::args::{AttentionArgs, AttentionKind};
+use crate::attention_kind::{Along, Bf16, Kind, Matrix, Real, Rows, Widened};
 use crate::buffer::{Buffer, Slot};
 use crate::lanes::{Lanes, Simd, Task};
-use crate::pack::{self, Right, Source};
-use crate::seen::{Over, Product, Seen};
+use crate::seen::{Over, Product, Seen, grain};
 use crate::softmax::{exp, no_scratch};
 use crate::tile::{Panels, ROW_GROUP};
+use std::marker::PhantomData;
 
 /// Most queries of a strip, a multiple of every tile's height.
 pub(crate) const STRIP: usize = 3 * ROW_GROUP;
@@ -19,85 +20,6 @@ pub(crate) const STRIP: usize = 3 * ROW_GROUP;
 pub(crate) const CHUNK: usize = 960;
 /// Scores of a row are handled in blocks of this many.
 pub(crate) const BLOCK: usize = 32;
-
-/// A strided matrix.
-#[derive(Clone, Copy)]
-pub(crate) struct Matrix<E> {
-    pub(crate) first: *const E,
-    pub(crate) row_stride: usize,
-    pub(crate) column_stride: usize,
-}
-
-/// What operands and results hold; arithmetic is in f32.
-pub(crate) trait Element: Copy + 'static {
-    /// Whether f32 rows have to be made of it.
-    const STAGED: bool;
-    /// The matrix in f32: where it is, or widened into `staging` row by row.
-    unsafe fn real(
-        from: Matrix<Self>,
-        rows: usize,
-        columns: usize,
-        staging: *mut f32,
-    ) -> Matrix<f32>;
-    /// Writes `values[i] * factor`.
-    unsafe fn store(values: *const f32, count: usize, factor: f32, to: *mut Self);
-}
-
-impl Element for f32 {
-    const STAGED: bool = false;
-    #[inline(always)]
-    unsafe fn real(from: Matrix<f32>, _: usize, _: usize, _: *mut f32) -> Matrix<f32> {
-        from
-    }
-    #[inline(always)]
-    unsafe fn store(values: *const f32, count: usize, factor: f32, to: *mut f32) {
-        for i in 0..count {
-            // SAFETY: granted by the caller.
-            unsafe { *to.add(i) = *values.add(i) * factor };
-        }
-    }
-}
-
-/// The bits of a bf16.
-#[derive(Clone, Copy)]
-#[repr(transparent)]
-pub(crate) struct Bf16(u16);
-
-impl Element for Bf16 {
-    const STAGED: bool = true;
-    #[inline(always)]
-    unsafe fn real(
-        from: Matrix<Bf16>,
-        rows: usize,
-        columns: usize,
-        staging: *mut f32,
-    ) -> Matrix<f32> {
-        for row in 0..rows {
-            for column in 0..columns {
-                // SAFETY: granted by the caller.
-                unsafe {
-                    let Bf16(bits) =
-                        *from.first.add(row * from.row_stride + column * from.column_stride);
-                    *staging.add(row * columns + column) = f32::from_bits(u32::from(bits) << 16);
-                }
-            }
-        }
-        Matrix { first: staging, row_stride: columns, column_stride: 1 }
-    }
-    #[inline(always)]
-    unsafe fn store(values: *const f32, count: usize, factor: f32, to: *mut Bf16) {
-        for i in 0..count {
-            // SAFETY: granted by the caller.
-            unsafe {
-                let value = *values.add(i) * factor;
-                let bits = value.to_bits();
-                let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
-                let bits = if value.is_nan() { bits | 0x0040_0000 } else { rounded };
-                *to.add(i) = Bf16((bits >> 16) as u16);
-            }
-        }
-    }
-}
 
 /// Rows of one head of an operand `[batch, rows, heads, width]`.
 #[inline(always)]
@@ -111,41 +33,6 @@ pub(crate) unsafe fn head_of<E>(
         operand.cast::<E>().add(batch * strides[0] + row * strides[1] + head * strides[2])
     };
     Matrix { first, row_stride: strides[1], column_stride: strides[3] }
-}
-
-/// Which side of a product a matrix is packed for: K runs along its columns (as in `x · matrixᵀ`) or its rows.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Along {
-    Columns,
-    Rows,
-}
-
-/// Packs a matrix as right operand; returns its layout.
-///
-/// # Safety
-/// The matrix has the rows and columns, `to` has room for [`Panels::words`].
-#[inline(always)]
-pub(crate) unsafe fn pack<L: Lanes<Element = f32>>(
-    from: Matrix<f32>,
-    along: Along,
-    rows: usize,
-    columns: usize,
-    to: *mut f32,
-) {
-    let (panels, k_stride, column_stride) = match along {
-        Along::Columns => (Panels { k: columns, n: rows }, from.column_stride, from.row_stride),
-        Along::Rows => (Panels { k: rows, n: columns }, from.row_stride, from.column_stride),
-    };
-    for panel in 0..panels.count::<L>() {
-        // SAFETY: granted by the caller.
-        unsafe {
-            let first = from.first.add(panel * Panels::width::<L>() * column_stride);
-            let to = to.cast::<u32>().add(panels.offset::<L>(panel));
-            let (valid, stored) = (panels.valid::<L>(panel), panels.stored::<L>(panel));
-            let source = Source { first, k_stride, column_stride };
-            pack::interleave::<L, Right>(source, panels.k, valid, to, stored);
-        }
-    }
 }
 
 /// A row of an additive mask.
@@ -270,12 +157,18 @@ pub(crate) fn fetch_next<S: Simd, E>(
     }
 }
 
-/// Clears a row from its last block of scores as far as a tile may read: to the end of the longest row beside it.
+/// How many of `columns` values of a row a tile may read, whole blocks, where it and those that share its words have up
+/// to `most` scores: to the end of the longest row of the tile, and to the end of a word and a depth.
 #[inline(always)]
-pub(crate) unsafe fn clear_rest(row: *mut f32, count: usize, columns: usize) {
-    let begin = count.next_multiple_of(BLOCK);
-    for i in begin..columns.min(count + ROW_GROUP) {
-        // SAFETY: the caller grants `columns` values.
+pub(crate) fn filled<L: Lanes>(most: usize, columns: usize) -> usize {
+    (most + ROW_GROUP + grain::<L>() - 1).min(columns).next_multiple_of(BLOCK)
+}
+
+/// Clears a row from its last block of scores as far as it is [`filled`].
+#[inline(always)]
+pub(crate) unsafe fn clear_rest(row: *mut f32, count: usize, filled: usize) {
+    for i in count.next_multiple_of(BLOCK)..filled {
+        // SAFETY: the caller grants whole blocks.
         unsafe { *row.add(i) = 0.0 };
     }
 }
@@ -308,10 +201,14 @@ unsafe extern "C" fn run<S: Simd>(args: *const u64, _phase: usize, begin: usize,
     // SAFETY: the caller passes the argument block of this kernel, on a CPU of the tier.
     unsafe {
         let args = *args.cast::<AttentionArgs>();
-        if args.bf16 == 0 {
-            S::enter(Forward { args, begin, end, element: std::marker::PhantomData::<f32> });
-        } else {
-            S::enter(Forward { args, begin, end, element: std::marker::PhantomData::<Bf16> });
+        match args.kind {
+            AttentionKind::F32 => S::enter(Forward::<Real> { args, begin, end, kind: PhantomData }),
+            AttentionKind::Bf16Operands => {
+                S::enter(Forward::<Widened> { args, begin, end, kind: PhantomData })
+            }
+            AttentionKind::Bf16 => {
+                S::enter(Forward::<Bf16> { args, begin, end, kind: PhantomData })
+            }
         }
     }
 }
@@ -321,18 +218,18 @@ pub(crate) const fn primitive<S: Simd>() -> Primitive {
     Primitive { phases: 1, units, run: run::<S>, scratch: no_scratch, parts: crate::no_parts }
 }
 
-struct Forward<E> {
+struct Forward<K> {
     args: AttentionArgs,
     begin: usize,
     end: usize,
-    element: std::marker::PhantomData<E>,
+    kind: PhantomData<K>,
 }
 
 /// Buffers of a thread.
 #[derive(Clone, Copy)]
 struct Memory {
-    keys: *mut f32,
-    values: *mut f32,
+    keys: *mut u32,
+    values: *mut u32,
     scores: *mut f32,
     score_stride: usize,
     out: *mut f32,
@@ -340,18 +237,19 @@ struct Memory {
     staged_rows: *mut f32,
 }
 
-impl<E: Element> Task for Forward<E> {
+impl<K: Kind> Task for Forward<K> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let Forward { args, begin, end, .. } = self;
-        let key_panels = Panels { k: args.width, n: args.keys };
-        let value_panels = Panels { k: args.keys, n: args.value_width };
+        let group = K::Lanes::<S>::GROUP;
+        let key_panels = Panels { k: args.width.div_ceil(group), n: args.keys };
+        let value_panels = Panels { k: args.keys.div_ceil(group), n: args.value_width };
         let score_stride = score_stride(args.keys);
-        let out_stride = value_panels.count::<S::Real>() * Panels::width::<S::Real>();
-        let staged = usize::from(E::STAGED);
+        let out_stride = value_panels.count::<K::Lanes<S>>() * Panels::width::<K::Lanes<S>>();
+        let staged = usize::from(K::STAGED);
         let sizes = [
-            key_panels.words::<S::Real>(),
-            value_panels.words::<S::Real>(),
+            key_panels.words::<K::Lanes<S>>(),
+            value_panels.words::<K::Lanes<S>>(),
             STRIP * score_stride,
             STRIP * out_stride,
             staged * STRIP * args.width,
@@ -361,6 +259,7 @@ impl<E: Element> Task for Forward<E> {
         let mut buffer = Buffer::take(Slot::Result, words);
         let mut parts = Parts(buffer.words().cast());
         let [keys, values, scores, out, staged_rows, staged] = sizes.map(|size| parts.take(size));
+        let (keys, values) = (keys.cast(), values.cast());
         let memory = Memory { keys, values, scores, score_stride, out, out_stride, staged_rows };
         let strips = args.rows.div_ceil(STRIP);
         let mut packed = None;
@@ -374,14 +273,14 @@ impl<E: Element> Task for Forward<E> {
             unsafe {
                 if packed != Some((batch, key_head)) {
                     packed = Some((batch, key_head));
-                    let k = head_of::<E>(args.k, args.k_strides, [batch, 0, key_head]);
-                    let k = E::real(k, args.keys, args.width, staged);
-                    pack::<S::Real>(k, Along::Columns, args.keys, args.width, keys);
-                    let v = head_of::<E>(args.v, args.v_strides, [batch, 0, key_head]);
-                    let v = E::real(v, args.keys, args.value_width, staged);
-                    pack::<S::Real>(v, Along::Rows, args.keys, args.value_width, values);
+                    let k = head_of(args.k, args.k_strides, [batch, 0, key_head]);
+                    let size = [args.keys, args.width];
+                    K::right::<S>(k, Along::Columns, size, staged, keys);
+                    let v = head_of(args.v, args.v_strides, [batch, 0, key_head]);
+                    let size = [args.keys, args.value_width];
+                    K::right::<S>(v, Along::Rows, size, staged, values);
                 }
-                strip_of::<S, E>(&args, &memory, [batch, head, strip * STRIP]);
+                strip_of::<S, K>(&args, &memory, [batch, head, strip * STRIP]);
             }
         }
     }
@@ -389,7 +288,7 @@ impl<E: Element> Task for Forward<E> {
 
 /// Computes the strip of one head that begins with row `row`.
 #[inline(always)]
-unsafe fn strip_of<S: Simd, E: Element>(
+unsafe fn strip_of<S: Simd, K: Kind>(
     args: &AttentionArgs,
     memory: &Memory,
     [batch, head, row]: [usize; 3],
@@ -402,8 +301,8 @@ unsafe fn strip_of<S: Simd, E: Element>(
     let shared = args.heads / args.key_heads;
     // SAFETY: the rows lie in the operands and the result; the buffers have room for a strip.
     unsafe {
-        let q = head_of::<E>(args.q, args.q_strides, [batch, row, head]);
-        let q = E::real(q, rows, args.width, memory.staged_rows);
+        let q = head_of(args.q, args.q_strides, [batch, row, head]);
+        let q = K::left::<S>(q, [rows, args.width], memory.staged_rows);
         if all == 0 {
             std::ptr::write_bytes(memory.out, 0, rows * memory.out_stride);
             sums = [1.0; STRIP];
@@ -411,18 +310,32 @@ unsafe fn strip_of<S: Simd, E: Element>(
         for key in (0..all).step_by(CHUNK) {
             seen.key = key;
             let columns = CHUNK.min(all - key);
-            scores_of::<S>(args, memory.keys, args.width, q, rows, seen, memory.scores);
+            let (keys, width) = (memory.keys, args.width);
+            scores_of::<K::Lanes<S>>(args, keys, width, q, rows, seen, memory.scores);
             for r in 0..rows {
                 if key == 0 {
                     let next = [batch, head, args.heads];
                     let key_next = [batch, head / shared, args.key_heads];
-                    fetch_next::<S, E>(args.q, args.q_strides, row + r, next, args.width);
-                    fetch_next::<S, E>(args.k, args.k_strides, row + r, key_next, args.width);
-                    fetch_next::<S, E>(args.v, args.v_strides, row + r, key_next, args.value_width);
+                    fetch_next::<S, K::Stored>(args.q, args.q_strides, row + r, next, args.width);
+                    fetch_next::<S, K::Stored>(
+                        args.k,
+                        args.k_strides,
+                        row + r,
+                        key_next,
+                        args.width,
+                    );
+                    fetch_next::<S, K::Stored>(
+                        args.v,
+                        args.v_strides,
+                        row + r,
+                        key_next,
+                        args.value_width,
+                    );
                 }
                 let count = seen.of_chunk(r);
                 let scores = memory.scores.add(r * memory.score_stride);
-                clear_rest(scores, count, columns);
+                let filled = filled::<K::Lanes<S>>(count, columns);
+                clear_rest(scores, count, filled);
                 let mask = Mask::of(args, [batch, head, row + r, key]);
                 let most = finish_scores(scores, count, scale, mask).max(largest[r]);
                 if most == f32::NEG_INFINITY {
@@ -431,6 +344,7 @@ unsafe fn strip_of<S: Simd, E: Element>(
                     continue;
                 }
                 let sum = exponentials::<S>(scores, count, most);
+                K::narrow::<S>(scores, filled);
                 if key > 0 {
                     let factor = exp::<S>(largest[r] - most);
                     sums[r] *= factor;
@@ -441,58 +355,56 @@ unsafe fn strip_of<S: Simd, E: Element>(
                 largest[r] = most;
                 sums[r] += sum;
             }
-            let panels = Panels { k: args.keys, n: args.value_width };
+            let panels =
+                Panels { k: args.keys.div_ceil(K::Lanes::<S>::GROUP), n: args.value_width };
+            let left = memory.scores.cast_const().cast();
             let product = Product {
-                left: memory.scores,
-                row_stride: memory.score_stride,
-                step: 1,
+                left: Rows { first: left, row_stride: memory.score_stride, step: 1 },
                 first: key,
                 rows,
                 right: memory.values,
                 panels,
                 panel_begin: 0,
-                panel_end: panels.count::<S::Real>(),
-                out: memory.out,
+                panel_end: panels.count::<K::Lanes<S>>(),
+                out: memory.out.cast(),
                 out_stride: memory.out_stride,
                 resume: key > 0,
             };
-            product.run::<S::Real>(Over::Keys, seen);
+            product.run::<K::Lanes<S>>(Over::Keys, seen);
         }
         for (r, sum) in sums.iter().enumerate().take(rows) {
             let at = ((batch * args.rows + row + r) * args.heads + head) * args.value_width;
             let out = memory.out.add(r * memory.out_stride);
-            E::store(out, args.value_width, 1.0 / sum, args.y.cast::<E>().add(at));
+            K::store(out, args.value_width, 1.0 / sum, args.y.cast::<K::Stored>().add(at));
         }
     }
 }
 
-/// `out = left · packedᵀ` for the keys of a chunk, where `packed` holds `width` words of each key.
+/// `out = left · packedᵀ` for the keys of a chunk, where `packed` holds `width` elements of each key.
 #[inline(always)]
-pub(crate) unsafe fn scores_of<S: Simd>(
+pub(crate) unsafe fn scores_of<L: Lanes>(
     args: &AttentionArgs,
-    packed: *const f32,
+    packed: *const u32,
     width: usize,
-    left: Matrix<f32>,
+    left: Rows,
     rows: usize,
     seen: Seen,
     out: *mut f32,
 ) {
-    let panels = Panels { k: width, n: args.keys };
+    let panels = Panels { k: width.div_ceil(L::GROUP), n: args.keys };
     let (begin, end) = (seen.key, args.keys.min(seen.key + CHUNK));
     let product = Product {
-        left: left.first,
-        row_stride: left.row_stride,
-        step: left.column_stride,
+        left,
         first: 0,
         rows,
         right: packed,
         panels,
-        panel_begin: begin / Panels::width::<S::Real>(),
-        panel_end: end.div_ceil(Panels::width::<S::Real>()),
-        out,
+        panel_begin: begin / Panels::width::<L>(),
+        panel_end: end.div_ceil(Panels::width::<L>()),
+        out: out.cast(),
         out_stride: score_stride(args.keys),
         resume: false,
     };
     // SAFETY: granted by the caller.
-    unsafe { product.run::<S::Real>(Over::Scores, seen) };
+    unsafe { product.run::<L>(Over::Scores, seen) };
 }

@@ -7,13 +7,15 @@
 //! of each row.
 
 use crate::Primitive;
-use crate::args::AttentionArgs;
+use crate::args::{AttentionArgs, AttentionKind};
 use crate::attention::{
-    Along, BLOCK, Bf16, CHUNK, Element, Mask, Matrix, Parts, STRIP, clear_rest, exponentials,
-    fetch_next, finish_scores, head_of, pack, score_stride, scores_of, total,
+    BLOCK, CHUNK, Mask, Parts, STRIP, clear_rest, exponentials, fetch_next, filled, finish_scores,
+    head_of, score_stride, scores_of, total,
 };
+use crate::attention_kind::{Along, Bf16, Kind, Real, Rows, Widened};
 use crate::buffer::{Buffer, Slot};
-use crate::lanes::{Simd, Task};
+use crate::lanes::{Lanes, Simd, Task};
+use crate::pack::{self, Left};
 use crate::seen::{Over, Product, Seen};
 use crate::softmax::{exp, no_scratch};
 use crate::tile::{Panels, ROW_GROUP};
@@ -29,10 +31,16 @@ unsafe extern "C" fn run<S: Simd>(args: *const u64, _phase: usize, begin: usize,
     // SAFETY: the caller passes the argument block of this kernel, on a CPU of the tier.
     unsafe {
         let args = *args.cast::<AttentionArgs>();
-        if args.bf16 == 0 {
-            S::enter(Gradients { args, begin, end, element: PhantomData::<f32> });
-        } else {
-            S::enter(Gradients { args, begin, end, element: PhantomData::<Bf16> });
+        match args.kind {
+            AttentionKind::F32 => {
+                S::enter(Gradients::<Real> { args, begin, end, kind: PhantomData })
+            }
+            AttentionKind::Bf16Operands => {
+                S::enter(Gradients::<Widened> { args, begin, end, kind: PhantomData })
+            }
+            AttentionKind::Bf16 => {
+                S::enter(Gradients::<Bf16> { args, begin, end, kind: PhantomData })
+            }
         }
     }
 }
@@ -42,30 +50,34 @@ pub(crate) const fn primitive<S: Simd>() -> Primitive {
     Primitive { phases: 1, units, run: run::<S>, scratch: no_scratch, parts: crate::no_parts }
 }
 
-struct Gradients<E> {
+struct Gradients<K> {
     args: AttentionArgs,
     begin: usize,
     end: usize,
-    element: PhantomData<E>,
+    kind: PhantomData<K>,
 }
 
-/// Buffers of a thread, all of f32.
+/// Buffers of a thread.
 #[derive(Clone, Copy)]
 struct Memory {
     /// Keys for scores.
-    keys: *mut f32,
+    keys: *mut u32,
     /// Keys for the gradient of queries.
-    key_rows: *mut f32,
+    key_rows: *mut u32,
     /// Values for the gradient of probabilities.
-    values: *mut f32,
+    values: *mut u32,
     /// The strip's queries, packed.
-    queries: *mut f32,
+    queries: *mut u32,
     /// The strip's dy, packed.
-    gradients: *mut f32,
+    gradients: *mut u32,
     /// Scores, then probabilities.
     scores: *mut f32,
     /// Gradient of the probabilities, then of the scores.
     slopes: *mut f32,
+    /// Probabilities as words along queries, where more than one value makes a word.
+    score_words: *mut u32,
+    /// The same of the gradient of the scores.
+    slope_words: *mut u32,
     dq: *mut f32,
     dk: *mut f32,
     dv: *mut f32,
@@ -78,15 +90,18 @@ struct Memory {
     value_stride: usize,
 }
 
-impl<E: Element> Task for Gradients<E> {
+impl<K: Kind> Task for Gradients<K> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let Gradients { args, begin, end, .. } = self;
         let (keys, width, value_width) = (args.keys, args.width, args.value_width);
-        let words = |k: usize, n: usize| Panels { k, n }.words::<S::Real>();
-        let stride = |n: usize| Panels { k: 0, n }.count::<S::Real>() * Panels::width::<S::Real>();
+        let group = K::Lanes::<S>::GROUP;
+        let words = |k: usize, n: usize| Panels { k: k.div_ceil(group), n }.words::<K::Lanes<S>>();
+        let width_of = Panels::width::<K::Lanes<S>>;
+        let stride = |n: usize| n.div_ceil(width_of()) * width_of();
+        let grouped = usize::from(group > 1) * (STRIP / group) * score_stride(keys);
         let padded = keys.next_multiple_of(ROW_GROUP);
-        let staged = usize::from(E::STAGED);
+        let staged = usize::from(K::STAGED);
         let sizes = [
             words(width, keys),
             words(keys, width),
@@ -95,6 +110,8 @@ impl<E: Element> Task for Gradients<E> {
             words(STRIP, value_width),
             STRIP * score_stride(keys),
             STRIP * score_stride(keys),
+            grouped,
+            grouped,
             STRIP * stride(width),
             padded * stride(width),
             padded * stride(value_width),
@@ -108,13 +125,15 @@ impl<E: Element> Task for Gradients<E> {
         let mut next = sizes.map(|size| parts.take(size)).into_iter();
         let mut part = || next.next().unwrap_or(std::ptr::null_mut());
         let memory = Memory {
-            keys: part(),
-            key_rows: part(),
-            values: part(),
-            queries: part(),
-            gradients: part(),
+            keys: part().cast(),
+            key_rows: part().cast(),
+            values: part().cast(),
+            queries: part().cast(),
+            gradients: part().cast(),
             scores: part(),
             slopes: part(),
+            score_words: part().cast(),
+            slope_words: part().cast(),
             dq: part(),
             dk: part(),
             dv: part(),
@@ -127,7 +146,7 @@ impl<E: Element> Task for Gradients<E> {
         for unit in begin..end {
             let head = Head { args: &args, memory, batch: unit / args.key_heads };
             // SAFETY: the operands and results have the head, the buffers room for it.
-            unsafe { head.run::<S, E>(unit % args.key_heads) };
+            unsafe { head.run::<S, K>(unit % args.key_heads) };
         }
     }
 }
@@ -146,8 +165,8 @@ struct Strip {
     head: usize,
     row: usize,
     rows: usize,
-    q: Matrix<f32>,
-    dy: Matrix<f32>,
+    q: Rows,
+    dy: Rows,
 }
 
 /// What is known of the rows of a strip.
@@ -161,45 +180,53 @@ struct Statistics {
 
 impl Head<'_> {
     #[inline(always)]
-    unsafe fn run<S: Simd, E: Element>(&self, key_head: usize) {
+    unsafe fn run<S: Simd, K: Kind>(&self, key_head: usize) {
         let Head { args, memory, batch } = *self;
         let (keys, width, value_width) = (args.keys, args.width, args.value_width);
         let shared = args.heads / args.key_heads;
         // SAFETY: granted by the caller.
         unsafe {
-            let k = head_of::<E>(args.k, args.k_strides, [batch, 0, key_head]);
-            let k = E::real(k, keys, width, memory.staged);
-            pack::<S::Real>(k, Along::Columns, keys, width, memory.keys);
+            let k = head_of(args.k, args.k_strides, [batch, 0, key_head]);
+            let size = [keys, width];
+            K::right::<S>(k, Along::Columns, size, memory.staged, memory.keys);
             if !args.dq.is_null() {
-                pack::<S::Real>(k, Along::Rows, keys, width, memory.key_rows);
+                K::right::<S>(k, Along::Rows, size, memory.staged, memory.key_rows);
             }
             if self.needs_slopes() {
-                let v = head_of::<E>(args.v, args.v_strides, [batch, 0, key_head]);
-                let v = E::real(v, keys, value_width, memory.staged);
-                pack::<S::Real>(v, Along::Columns, keys, value_width, memory.values);
+                let v = head_of(args.v, args.v_strides, [batch, 0, key_head]);
+                let size = [keys, value_width];
+                K::right::<S>(v, Along::Columns, size, memory.staged, memory.values);
             }
             std::ptr::write_bytes(memory.dk, 0, keys * memory.stride);
             std::ptr::write_bytes(memory.dv, 0, keys * memory.value_stride);
             for head in key_head * shared..(key_head + 1) * shared {
                 for row in (0..args.rows).step_by(STRIP) {
                     let rows = STRIP.min(args.rows - row);
-                    let q = head_of::<E>(args.q, args.q_strides, [batch, row, head]);
-                    let q = E::real(q, rows, width, memory.staged_q);
-                    let dy = head_of::<E>(args.dy, args.dy_strides, [batch, row, head]);
-                    let dy = E::real(dy, rows, value_width, memory.staged_dy);
+                    let q = head_of(args.q, args.q_strides, [batch, row, head]);
+                    let dy = head_of(args.dy, args.dy_strides, [batch, row, head]);
+                    let (q_size, dy_size) = ([rows, width], [rows, value_width]);
+                    let (staged_q, staged_dy) = (memory.staged_q, memory.staged_dy);
+                    if !args.dk.is_null() {
+                        K::right::<S>(q, Along::Rows, q_size, staged_q, memory.queries);
+                    }
+                    if !args.dv.is_null() {
+                        K::right::<S>(dy, Along::Rows, dy_size, staged_dy, memory.gradients);
+                    }
+                    let q = K::left::<S>(q, q_size, staged_q);
+                    let dy = K::left::<S>(dy, dy_size, staged_dy);
                     for r in row..row + rows {
                         let next = [batch, head, args.heads];
-                        fetch_next::<S, E>(args.q, args.q_strides, r, next, width);
-                        fetch_next::<S, E>(args.dy, args.dy_strides, r, next, value_width);
+                        fetch_next::<S, K::Stored>(args.q, args.q_strides, r, next, width);
+                        fetch_next::<S, K::Stored>(args.dy, args.dy_strides, r, next, value_width);
                         let next = [batch, key_head, args.key_heads];
-                        fetch_next::<S, E>(args.k, args.k_strides, r, next, width);
-                        fetch_next::<S, E>(args.v, args.v_strides, r, next, value_width);
+                        fetch_next::<S, K::Stored>(args.k, args.k_strides, r, next, width);
+                        fetch_next::<S, K::Stored>(args.v, args.v_strides, r, next, value_width);
                     }
-                    self.strip::<S>(Strip { head, row, rows, q, dy });
+                    self.strip::<S, K>(Strip { head, row, rows, q, dy });
                     for r in 0..if args.dq.is_null() { 0 } else { rows } {
                         let at = ((batch * args.rows + row + r) * args.heads + head) * width;
                         let from = memory.dq.add(r * memory.stride);
-                        E::store(from, width, 1.0, args.dq.cast::<E>().add(at));
+                        K::store(from, width, 1.0, args.dq.cast::<K::Stored>().add(at));
                     }
                 }
             }
@@ -216,12 +243,12 @@ impl Head<'_> {
             for key in 0..keys {
                 let at = (batch * keys + key) * args.key_heads + key_head;
                 if !args.dk.is_null() {
-                    let to = args.dk.cast::<E>().add(at * width);
-                    E::store(memory.dk.add(key * memory.stride), width, 1.0, to);
+                    let to = args.dk.cast::<K::Stored>().add(at * width);
+                    K::store(memory.dk.add(key * memory.stride), width, 1.0, to);
                 }
                 if !args.dv.is_null() {
-                    let to = args.dv.cast::<E>().add(at * value_width);
-                    E::store(memory.dv.add(key * memory.value_stride), value_width, 1.0, to);
+                    let to = args.dv.cast::<K::Stored>().add(at * value_width);
+                    K::store(memory.dv.add(key * memory.value_stride), value_width, 1.0, to);
                 }
             }
         }
@@ -234,7 +261,7 @@ impl Head<'_> {
     }
 
     #[inline(always)]
-    unsafe fn strip<S: Simd>(&self, strip: Strip) {
+    unsafe fn strip<S: Simd, K: Kind>(&self, strip: Strip) {
         let Head { args, memory, .. } = *self;
         let rows = strip.rows;
         let mut seen = Seen { causal: args.causal != 0, keys: args.keys, row: strip.row, key: 0 };
@@ -246,12 +273,6 @@ impl Head<'_> {
         };
         // SAFETY: granted by the caller.
         unsafe {
-            if !args.dk.is_null() {
-                pack::<S::Real>(strip.q, Along::Rows, rows, args.width, memory.queries);
-            }
-            if !args.dv.is_null() {
-                pack::<S::Real>(strip.dy, Along::Rows, rows, args.value_width, memory.gradients);
-            }
             if all == 0 {
                 std::ptr::write_bytes(memory.dq, 0, rows * memory.stride);
             }
@@ -259,33 +280,33 @@ impl Head<'_> {
             if !once {
                 for key in (0..all).step_by(CHUNK) {
                     seen.key = key;
-                    self.scores::<S>(&strip, seen);
+                    self.scores::<K::Lanes<S>>(&strip, seen);
                     self.measure::<S>(&strip, seen, &mut known);
                 }
             }
             for key in (0..all).step_by(CHUNK) {
                 seen.key = key;
-                self.scores::<S>(&strip, seen);
+                self.scores::<K::Lanes<S>>(&strip, seen);
                 if once {
                     self.measure::<S>(&strip, seen, &mut known);
                 }
-                self.finish::<S>(&strip, seen, &known, once);
-                self.multiply::<S>(&strip, seen, all);
+                self.finish::<S, K>(&strip, seen, &known, once);
+                self.multiply::<K::Lanes<S>>(&strip, seen, all);
             }
         }
     }
 
     /// Scores and gradients of probabilities for the keys of a chunk.
     #[inline(always)]
-    unsafe fn scores<S: Simd>(&self, strip: &Strip, seen: Seen) {
+    unsafe fn scores<L: Lanes>(&self, strip: &Strip, seen: Seen) {
         let Head { args, memory, .. } = *self;
         let Strip { rows, q, dy, .. } = *strip;
         // SAFETY: granted by the caller.
         unsafe {
-            scores_of::<S>(args, memory.keys, args.width, q, rows, seen, memory.scores);
+            scores_of::<L>(args, memory.keys, args.width, q, rows, seen, memory.scores);
             if self.needs_slopes() {
                 let (values, width) = (memory.values, args.value_width);
-                scores_of::<S>(args, values, width, dy, rows, seen, memory.slopes);
+                scores_of::<L>(args, values, width, dy, rows, seen, memory.slopes);
             }
         }
     }
@@ -337,7 +358,13 @@ impl Head<'_> {
 
     /// Makes probabilities and gradients of scores; `done` says that the exponentials are there.
     #[inline(always)]
-    unsafe fn finish<S: Simd>(&self, strip: &Strip, seen: Seen, known: &Statistics, done: bool) {
+    unsafe fn finish<S: Simd, K: Kind>(
+        &self,
+        strip: &Strip,
+        seen: Seen,
+        known: &Statistics,
+        done: bool,
+    ) {
         let scale = f32::from_bits(self.args.scale as u32);
         let columns = seen.of_chunk(strip.rows - 1);
         for r in 0..strip.rows {
@@ -350,16 +377,20 @@ impl Head<'_> {
                     exponentials::<S>(scores, count, known.largest[r]);
                 }
                 let factor = 1.0 / known.sums[r];
-                clear_rest(scores, count, columns);
+                let group = <K::Lanes<S> as Lanes>::GROUP;
+                let longest = seen.of_chunk((r / group * group + group).min(strip.rows) - 1);
+                let filled = filled::<K::Lanes<S>>(longest, columns);
+                clear_rest(scores, count, filled);
                 if !self.needs_slopes() {
                     for at in (0..count).step_by(BLOCK) {
                         for p in &mut *scores.add(at).cast::<[f32; BLOCK]>() {
                             *p *= factor;
                         }
                     }
+                    K::narrow::<S>(scores, filled);
                     continue;
                 }
-                clear_rest(slopes, count, columns);
+                clear_rest(slopes, count, filled);
                 let mean = known.slopes[r] * factor;
                 for i in count..count.next_multiple_of(BLOCK) {
                     *slopes.add(i) = mean;
@@ -372,63 +403,91 @@ impl Head<'_> {
                         slopes[i] = block[i] * scale * (slopes[i] - mean);
                     }
                 }
+                K::narrow::<S>(scores, filled);
+                K::narrow::<S>(slopes, filled);
             }
+        }
+    }
+
+    /// The narrow rows `from` as words along queries.
+    #[inline(always)]
+    unsafe fn group<L: Lanes>(&self, from: *const f32, strip: &Strip, seen: Seen, to: *mut u32) {
+        let stride = score_stride(self.args.keys);
+        let columns = seen.of_chunk(strip.rows - 1);
+        for first in (0..strip.rows).step_by(L::GROUP) {
+            let end = strip.rows.min(first + L::GROUP);
+            let mut rows = [None; 4];
+            for (row, r) in rows.iter_mut().zip(first..end) {
+                *row = Some(from.wrapping_add(r * stride).cast());
+            }
+            let count = filled::<L>(seen.of_chunk(end - 1), columns);
+            // SAFETY: the caller grants rows of so many elements, and room for as many words.
+            unsafe { pack::zip::<L, Left>(rows, count, to.add(first / L::GROUP * stride)) };
         }
     }
 
     /// The three products of a chunk whose last key but one is `all`.
     #[inline(always)]
-    unsafe fn multiply<S: Simd>(&self, strip: &Strip, seen: Seen, all: usize) {
+    unsafe fn multiply<L: Lanes>(&self, strip: &Strip, seen: Seen, all: usize) {
         let Head { args, memory, .. } = *self;
         let (rows, stride) = (strip.rows, score_stride(args.keys));
-        let panels = Panels { k: args.keys, n: args.width };
+        let panels = Panels { k: args.keys.div_ceil(L::GROUP), n: args.width };
+        let by_queries =
+            Rows { first: memory.slopes.cast_const().cast(), row_stride: stride, step: 1 };
         let of_queries = Product {
-            left: memory.slopes,
-            row_stride: stride,
-            step: 1,
+            left: by_queries,
             first: seen.key,
             rows,
             right: memory.key_rows,
             panels,
             panel_begin: 0,
-            panel_end: panels.count::<S::Real>(),
-            out: memory.dq,
+            panel_end: panels.count::<L>(),
+            out: memory.dq.cast(),
             out_stride: memory.stride,
             resume: seen.key > 0,
         };
-        let panels = Panels { k: rows, n: args.width };
+        let by_keys = |narrow: *mut f32, words: *mut u32| {
+            let first = if L::GROUP == 1 { narrow.cast() } else { words };
+            Rows { first, row_stride: 1, step: stride }
+        };
+        let panels = Panels { k: rows.div_ceil(L::GROUP), n: args.width };
         let of_keys = Product {
-            row_stride: 1,
-            step: stride,
+            left: by_keys(memory.slopes, memory.slope_words),
             first: 0,
             rows: CHUNK.min(all - seen.key),
             right: memory.queries,
             panels,
-            panel_end: panels.count::<S::Real>(),
-            out: memory.dk.wrapping_add(seen.key * memory.stride),
+            panel_end: panels.count::<L>(),
+            out: memory.dk.wrapping_add(seen.key * memory.stride).cast(),
             resume: true,
             ..of_queries
         };
-        let panels = Panels { k: rows, n: args.value_width };
+        let panels = Panels { n: args.value_width, ..panels };
         let of_values = Product {
-            left: memory.scores,
+            left: by_keys(memory.scores, memory.score_words),
             right: memory.gradients,
             panels,
-            panel_end: panels.count::<S::Real>(),
-            out: memory.dv.wrapping_add(seen.key * memory.value_stride),
+            panel_end: panels.count::<L>(),
+            out: memory.dv.wrapping_add(seen.key * memory.value_stride).cast(),
             out_stride: memory.value_stride,
             ..of_keys
         };
         // SAFETY: granted by the caller.
         unsafe {
             if !args.dq.is_null() {
-                of_queries.run::<S::Real>(Over::Keys, seen);
+                of_queries.run::<L>(Over::Keys, seen);
             }
             if !args.dk.is_null() {
-                of_keys.run::<S::Real>(Over::Queries(rows), seen);
+                if L::GROUP > 1 {
+                    self.group::<L>(memory.slopes, strip, seen, memory.slope_words);
+                }
+                of_keys.run::<L>(Over::Queries(rows), seen);
             }
             if !args.dv.is_null() {
-                of_values.run::<S::Real>(Over::Queries(rows), seen);
+                if L::GROUP > 1 {
+                    self.group::<L>(memory.scores, strip, seen, memory.score_words);
+                }
+                of_values.run::<L>(Over::Queries(rows), seen);
             }
         }
     }

@@ -10,6 +10,7 @@ mod amx;
 pub mod args;
 mod attention;
 mod attention_grad;
+mod attention_kind;
 mod average_pool;
 #[cfg(target_arch = "x86_64")]
 mod avx2;

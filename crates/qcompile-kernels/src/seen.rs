@@ -1,28 +1,33 @@
 //! Products between queries and keys, of which a mask may leave only parts: what a query does not see is not computed.
 
 use crate::attention::CHUNK;
+use crate::attention_kind::Rows;
 use crate::lanes::Lanes;
 use crate::tile::{Panels, ROW_GROUP, Start, Tile};
 
 /// `out (+)= left · right`, of which each tile may need only a part.
 #[derive(Clone, Copy)]
 pub(crate) struct Product {
-    /// Row 0, at word `first` of K.
-    pub(crate) left: *const f32,
-    pub(crate) row_stride: usize,
-    pub(crate) step: usize,
+    /// Begins at element `first` of K, a multiple of [`grain`].
+    pub(crate) left: Rows,
     pub(crate) first: usize,
     pub(crate) rows: usize,
-    pub(crate) right: *const f32,
+    pub(crate) right: *const u32,
     pub(crate) panels: Panels,
     /// Panels that are wanted; the first is column 0 of `out`.
     pub(crate) panel_begin: usize,
     pub(crate) panel_end: usize,
     /// Has whole panels, and rows up to a multiple of [`ROW_GROUP`].
-    pub(crate) out: *mut f32,
+    pub(crate) out: *mut u32,
     pub(crate) out_stride: usize,
     /// Whether to add to what `out` holds.
     pub(crate) resume: bool,
+}
+
+/// Elements of K that products begin and end at: whole words, and as many as tiles take at once.
+#[inline(always)]
+pub(crate) const fn grain<L: Lanes>() -> usize {
+    if L::GROUP == 1 { 1 } else { 32 }
 }
 
 /// What a tile needs: columns from 0 on, and a range of K.
@@ -77,9 +82,9 @@ pub(crate) enum Over {
 
 impl Over {
     #[inline(always)]
-    fn part(self, seen: Seen, k: usize, row: usize, end: usize) -> Part {
+    fn part(self, seen: Seen, row: usize, end: usize) -> Part {
         match self {
-            Over::Scores => Part { columns: seen.of_chunk(end - 1), begin: 0, end: k },
+            Over::Scores => Part { columns: seen.of_chunk(end - 1), begin: 0, end: usize::MAX },
             Over::Keys => {
                 let keys = seen.of_chunk(end - 1);
                 Part { columns: usize::MAX, begin: seen.key, end: seen.key + keys }
@@ -97,15 +102,18 @@ impl Product {
     /// # Safety
     /// The pointers are valid for the sizes, and the CPU supports the tier.
     #[inline(always)]
-    pub(crate) unsafe fn run<L: Lanes<Element = f32>>(&self, over: Over, seen: Seen) {
+    pub(crate) unsafe fn run<L: Lanes>(&self, over: Over, seen: Seen) {
+        let words = grain::<L>() / L::GROUP;
         for panel in self.panel_begin..self.panel_end {
             let stored = self.panels.stored::<L>(panel);
             let single = stored == L::LANES;
             let height = if single { L::ROWS_SINGLE } else { L::ROWS_PAIR };
             let column = (panel - self.panel_begin) * Panels::width::<L>();
             for row in (0..self.rows).step_by(height) {
-                let part = over.part(seen, self.panels.k, row, self.rows.min(row + height));
-                let length = part.end.saturating_sub(part.begin);
+                let part = over.part(seen, row, self.rows.min(row + height));
+                let begin = part.begin / grain::<L>() * words;
+                let end = part.end.div_ceil(grain::<L>()).saturating_mul(words).min(self.panels.k);
+                let length = end.saturating_sub(begin);
                 if column >= part.columns || (length == 0 && self.resume) {
                     continue;
                 }
@@ -115,12 +123,12 @@ impl Product {
                         ([std::ptr::null(); ROW_GROUP], [std::ptr::null_mut(); ROW_GROUP]);
                     for i in 0..height {
                         let live = (row + i).min(self.rows - 1);
-                        rows[i] = self.left.add(live * self.row_stride).cast();
-                        outs[i] = self.out.add((row + i) * self.out_stride).cast();
+                        rows[i] = self.left.first.add(live * self.left.row_stride);
+                        outs[i] = self.out.add((row + i) * self.out_stride);
                     }
-                    let skipped = part.begin.saturating_sub(self.first) * self.step;
+                    let skipped = begin.saturating_sub(self.first / L::GROUP) * self.left.step;
                     let segments = [skipped as isize];
-                    let panel_words = self.right.cast::<u32>().add(self.panels.offset::<L>(panel));
+                    let panel_words = self.right.add(self.panels.offset::<L>(panel));
                     let tile = Tile {
                         rows: rows.as_ptr(),
                         outs: outs.as_ptr(),
@@ -128,8 +136,8 @@ impl Product {
                         segments: segments.as_ptr(),
                         segment_count: 1,
                         length,
-                        step: self.step as isize,
-                        right: panel_words.wrapping_add(part.begin * stored),
+                        step: self.left.step as isize,
+                        right: panel_words.wrapping_add(begin * stored),
                         start: if self.resume { Start::Resume } else { Start::Zero },
                         scales: None,
                         ahead: (std::ptr::null(), 0),

@@ -358,7 +358,7 @@ fn replace(graph: &mut Graph, id: NodeId, pattern: Pattern) -> Result<(), PassEr
     if let Some(mask) = pattern.mask {
         operands.push(mask_operand(graph, mask, pattern.mask_scale, rank, &part("mask"), region)?);
     }
-    let op = Op::Attention { scale: pattern.scale, causal: pattern.causal };
+    let op = Op::Attention { scale: pattern.scale, causal: pattern.causal, products: DType::F32 };
     let attention = graph.add(op, &operands, name.clone(), region)?;
     graph.note_mut(attention).origin = graph.node(id).note.origin.clone();
     let back = match rank {

@@ -25,18 +25,18 @@ pub(crate) fn attention(lowering: &Lowering, members: &[NodeId]) -> Result<Atten
         Strided { place: lowering.place(&view), strides }
     };
     let dense = |id: NodeId| Place { slot: lowering.memory.slot_of[&id], offset: Affine::ZERO };
-    let (scale, causal, result, inputs) = match *op {
-        Op::AttentionGrad { scale, causal, .. } => {
+    let (scale, causal, products, result, inputs) = match *op {
+        Op::AttentionGrad { scale, causal, products, .. } => {
             let (&dy, inputs) = operands.split_last().expect("verified: operands are four or five");
             let of = AttentionOperand::ALL.map(|wanted| {
                 let gives =
                     |id: &NodeId| matches!(*graph.op(*id), Op::AttentionGrad { of, .. } if of == wanted);
                 members.iter().copied().find(gives).map(dense)
             });
-            (scale, causal, AttentionResult::Gradients { dy: strided(dy), of }, inputs)
+            (scale, causal, products, AttentionResult::Gradients { dy: strided(dy), of }, inputs)
         }
-        Op::Attention { scale, causal } => {
-            (scale, causal, AttentionResult::Forward(dense(first)), &operands[..])
+        Op::Attention { scale, causal, products } => {
+            (scale, causal, products, AttentionResult::Forward(dense(first)), &operands[..])
         }
         _ => unreachable!("fused: only attention comes here"),
     };
@@ -54,6 +54,7 @@ pub(crate) fn attention(lowering: &Lowering, members: &[NodeId]) -> Result<Atten
         scale,
         causal,
         dtype: ty.dtype,
+        products,
         q: strided(inputs[0]),
         k: strided(inputs[1]),
         v: strided(inputs[2]),

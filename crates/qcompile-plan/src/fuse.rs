@@ -278,11 +278,12 @@ impl Fusion {
     /// The group of the other gradients of one attention: one kernel computes all that are wanted. They have the
     /// same operands, so none needs another.
     fn same_attention(&self, graph: &Graph, id: NodeId) -> Option<usize> {
-        let Op::AttentionGrad { scale, causal, .. } = *graph.op(id) else { return None };
+        let Op::AttentionGrad { scale, causal, products, .. } = *graph.op(id) else { return None };
+        let attributes = (scale, causal, products);
         let operands = graph.operands(id);
         let same = |group: &Group| {
             let first = group.members[0];
-            matches!(*graph.op(first), Op::AttentionGrad { scale: s, causal: c, .. } if (s, c) == (scale, causal))
+            matches!(*graph.op(first), Op::AttentionGrad { scale, causal, products, .. } if (scale, causal, products) == attributes)
                 && group.region == graph.node(id).region
                 && graph.operands(first) == operands
         };

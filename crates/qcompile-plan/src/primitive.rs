@@ -183,6 +183,8 @@ pub struct Attention {
     pub causal: bool,
     /// Element type of everything but the mask: f32 or bf16.
     pub dtype: DType,
+    /// What the products run in: f32, or bf16 where the operands are.
+    pub products: DType,
     /// Queries.
     pub q: Strided,
     /// Keys.

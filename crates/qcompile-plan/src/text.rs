@@ -9,7 +9,7 @@ use crate::{
     Access, Codes, Kernel, LoopNest, Matrix, Place, Plan, Primitive, Scalar, SlotId, Storage,
     Strided, Write,
 };
-use qcompile_ir::Dim;
+use qcompile_ir::{DType, Dim};
 use std::fmt;
 
 impl fmt::Display for SlotId {
@@ -260,6 +260,9 @@ fn write_attention(f: &mut fmt::Formatter<'_>, attention: &crate::Attention) -> 
     write!(f, " {} scale {}", attention.dtype, attention.scale)?;
     if attention.causal {
         f.write_str(" causal")?;
+    }
+    if attention.products != DType::F32 {
+        write!(f, " products {}", attention.products)?;
     }
     for operand in [attention.q, attention.k, attention.v] {
         write!(f, " {operand}")?;

@@ -483,6 +483,12 @@ fn check_attention(plan: &Plan, attention: &Attention) -> Checked {
     if !matches!(attention.dtype, DType::F32 | DType::BF16) {
         return Err(format!("there is no attention of {}", attention.dtype));
     }
+    if !matches!(
+        (attention.products, attention.dtype),
+        (DType::F32, _) | (DType::BF16, DType::BF16)
+    ) {
+        return Err(format!("{} has no products of {}", attention.dtype, attention.products));
+    }
     let (heads, key_heads) = (heads.into(), key_heads.into());
     let strided = |strided: Strided, dtype: DType, dims: [Dim; 4]| {
         let Strided { place: Place { slot, offset }, strides } = strided;

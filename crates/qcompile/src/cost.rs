@@ -16,7 +16,7 @@ use qcompile_ir::{
     Channels, DType, Graph, GraphError, Name, NodeId, Note, Op, Precision, Quantizer, Region,
     Tensor, TensorType, UnaryOp,
 };
-use qcompile_passes::quantize::{self, Decision, Layer, LayerCost, layers};
+use qcompile_passes::quantize::{self, Decision, Layer, LayerCost, activation_products, layers};
 use qcompile_plan::{BuildOptions, build};
 use qcompile_runtime::{Trainer, TrainerOptions};
 use std::collections::BTreeMap;
@@ -42,7 +42,11 @@ pub(crate) fn measure(
     let trainer = TrainerOptions { threads: options.threads, workers: 1, tier: options.tier };
     let trained = depends_on_parameter(graph);
     let mut decide = decide.clone();
-    let all = layers(graph);
+    let mut all: Vec<(NodeId, Option<Layer>)> =
+        layers(graph).into_iter().map(|layer| (layer.node, Some(layer))).collect();
+    if !decide.ranged {
+        all.extend(activation_products(graph).into_iter().map(|product| (product, None)));
+    }
     let mut progress = Progress::start(show, "Timing", all.len() as u64);
     // A layer that is not chosen leaves its share of the budget to others, which then have to be measured as well.
     loop {
@@ -50,16 +54,17 @@ pub(crate) fn measure(
         let chosen = decisions.iter().zip(&all).filter(|(decision, _)| {
             decision.precision.is_quantized() && !decide.cost.contains_key(&decision.node)
         });
-        let chosen: Vec<(&Decision, &Layer)> = chosen.collect();
+        let chosen: Vec<_> = chosen.collect();
         if chosen.is_empty() {
             break;
         }
         let mut costs = Vec::with_capacity(chosen.len());
-        for (decision, layer) in chosen {
+        for (decision, (node, layer)) in chosen {
             let (done, name) = (decide.cost.len() + costs.len(), &decision.node);
             progress.update(done as u64, name.as_str());
-            let backward = trained[graph.operand(layer.node, 0).index()];
-            let small = Small::of(graph, layer, backward, &decide, decision, options.batch_size);
+            // A product of two activations is of low precision in the forward pass alone.
+            let backward = layer.is_some() && trained[graph.operand(*node, 0).index()];
+            let small = Small::of(graph, *node, backward, &decide, decision, options.batch_size);
             let cost = timings.find_or(&small.key(), || small.measure(&trainer))?;
             costs.push((name.clone(), cost));
         }
@@ -80,12 +85,13 @@ fn depends_on_parameter(graph: &Graph) -> Vec<bool> {
     depends
 }
 
-/// One layer alone.
+/// One layer, or product of two activations, alone.
 struct Small {
     op: Op,
     x: TensorType,
-    weight: Vec<usize>,
-    /// Operands after the weight: states and lengths of a recurrent layer.
+    /// The weight's shape; none of a product of activations.
+    weight: Option<Vec<usize>>,
+    /// Its other operands: of a product of activations those, of a recurrent layer states and lengths.
     others: Vec<TensorType>,
     result: TensorType,
     forward: bool,
@@ -100,23 +106,31 @@ struct Small {
 impl Small {
     fn of(
         graph: &Graph,
-        layer: &Layer,
+        node: NodeId,
         backward: bool,
         decide: &quantize::Options,
         decision: &Decision,
         batch: usize,
     ) -> Small {
         let channels = decision.channels.clone();
-        let operands = graph.operands(layer.node);
+        let operands = graph.operands(node);
+        let product = activation_products(graph).contains(&node);
+        let others = match graph.op(node) {
+            Op::Attention { .. } => &operands[1..3],
+            Op::Recurrence(_) => &operands[2..],
+            _ if product => &operands[1..],
+            _ => &[],
+        };
+        let low = if others.is_empty() { decide.low() } else { decision.precision };
         Small {
-            op: graph.op(layer.node).clone(),
+            op: graph.op(node).clone(),
             x: graph.ty(operands[0]).clone(),
-            weight: graph.ty(operands[1]).shape.sizes(1),
-            others: operands[2..].iter().map(|&operand| graph.ty(operand).clone()).collect(),
-            result: graph.ty(layer.node).clone(),
+            weight: (!product).then(|| graph.ty(operands[1]).shape.sizes(1)),
+            others: others.iter().map(|&other| graph.ty(other).clone()).collect(),
+            result: graph.ty(node).clone(),
             forward: decide.operations.forward,
             backward: backward && decide.operations.backward,
-            low: if layer.recurrent { decision.precision } else { decide.low() },
+            low,
             high: decide.high(),
             quantizer: decide.numerics.quantizer(),
             channels,
@@ -130,9 +144,11 @@ impl Small {
             op, x, weight, others, forward, backward, low, high, quantizer, channels, ..
         } = self;
         let batch = self.batch;
+        let others: Vec<String> = others.iter().map(ToString::to_string).collect();
+        let others = others.join(" ");
         let apart = if channels.is_empty() { String::new() } else { format!(" {channels:?}") };
         format!(
-            "{op:?} {x} {weight:?} {others:?} {forward} {backward} {low:?} {high:?} {quantizer:?} {batch}{apart}"
+            "{op:?} {x} {weight:?} {others} {forward} {backward} {low:?} {high:?} {quantizer:?} {batch}{apart}"
         )
     }
 
@@ -189,8 +205,6 @@ impl Small {
 
     fn products(&self, graph: &mut Graph, low: bool) -> std::result::Result<(), GraphError> {
         let mut random = Random::new(7);
-        let weight = synthetic::normal(&self.weight, 0.05, &mut random);
-        let weight = graph.add(Op::Param(Arc::new(weight)), &[], "w", Region::Forward)?;
         let stored = self.stored();
         let note = Note {
             precision: Some(if low { self.low } else { self.high }),
@@ -207,15 +221,24 @@ impl Small {
             }
         };
         let x = input(graph, "x", &self.x)?;
+        let mut operands = vec![x];
+        if let Some(weight) = &self.weight {
+            let weight = synthetic::normal(weight, 0.05, &mut random);
+            operands.push(graph.add(Op::Param(Arc::new(weight)), &[], "w", Region::Forward)?);
+            operands.extend(self.others(graph)?);
+        } else {
+            for (index, other) in self.others.iter().enumerate() {
+                operands.push(input(graph, &format!("x{}", index + 1), other)?);
+            }
+        }
+        let second = operands[1];
         let dy = input(graph, "dy", &self.result)?;
         let mut products = Vec::new();
         if self.forward {
-            let mut operands = vec![x, weight];
-            operands.extend(self.others(graph)?);
             products.push((self.op.clone(), operands, "y", Region::Forward));
         }
         if self.backward {
-            let product = |op| (op, vec![dy, weight], "dx", Region::Backward);
+            let product = |op| (op, vec![dy, second], "dx", Region::Backward);
             products.extend(self.grad_input().map(product));
         }
         // Only where int8 may change it.
@@ -299,7 +322,7 @@ mod tests {
             let small = Small {
                 op: op.clone(),
                 x: x.clone(),
-                weight: vec![8, 16],
+                weight: Some(vec![8, 16]),
                 others: Vec::new(),
                 result: result.clone(),
                 forward: true,

@@ -1,8 +1,9 @@
 //! Attention and its gradients: one row of scores after the other.
 
 use super::elementwise::maximum;
-use super::{Data, Value};
-use crate::AttentionOperand;
+use super::value::round_float;
+use super::{Data, Rounding, Value};
+use crate::{AttentionOperand, DType};
 
 /// Sizes and data of an attention, without a mask if it has none.
 struct Attention<'a> {
@@ -24,8 +25,10 @@ struct Row {
     keys: Vec<usize>,
     /// Where their values begin.
     values: Vec<usize>,
-    /// How much it takes of each.
-    probabilities: Vec<f64>,
+    /// The exponentials of its scores, from 0 to 1.
+    powers: Vec<f64>,
+    /// Their sum.
+    sum: f64,
 }
 
 fn dot(a: &[f64], b: &[f64]) -> f64 {
@@ -59,7 +62,8 @@ impl Attention<'_> {
                         result: ((batch * rows + row) * heads + head) * value_width,
                         keys: (0..seen).map(|key| at(key) * width).collect(),
                         values: (0..seen).map(|key| at(key) * value_width).collect(),
-                        probabilities: powers.iter().map(|power| power / sum).collect(),
+                        powers,
+                        sum,
                     });
                 }
             }
@@ -76,14 +80,30 @@ impl Attention<'_> {
     }
 }
 
-pub(super) fn attention(scale: f32, causal: bool, operands: &[&Value], shape: &[usize]) -> Data {
+/// What an exponential is in a product of `products`.
+fn narrowed(power: f64, (products, rounding): (DType, Rounding)) -> f64 {
+    match (products, rounding) {
+        (DType::I8, Rounding::PerOp) => (power * 127.0).round_ties_even() / 127.0,
+        (DType::BF16, _) => round_float(power, DType::BF16, rounding),
+        _ => power,
+    }
+}
+
+pub(super) fn attention(
+    scale: f32,
+    causal: bool,
+    products: (DType, Rounding),
+    operands: &[&Value],
+    shape: &[usize],
+) -> Data {
     let mut y = vec![0.0; shape.iter().product()];
     let [q, k, v, mask @ ..] = operands else { return Data::Float(y) };
     let mask = mask.first().copied();
     let width = shape[3];
     let attention = Attention { scale: f64::from(scale), causal, q, k, v, mask };
     attention.each_row(|row| {
-        for (&p, &value) in row.probabilities.iter().zip(&row.values) {
+        for (&power, &value) in row.powers.iter().zip(&row.values) {
+            let p = narrowed(power, products) / row.sum;
             for column in 0..width {
                 y[row.result + column] += p * v.data.floats()[value + column];
             }
@@ -97,9 +117,14 @@ pub(super) fn gradient(
     of: AttentionOperand,
     scale: f32,
     causal: bool,
+    (products, rounding): (DType, Rounding),
     operands: &[&Value],
     shape: &[usize],
 ) -> Data {
+    let round = |value| match products {
+        DType::BF16 => round_float(value, DType::BF16, rounding),
+        _ => value,
+    };
     let mut gradient = vec![0.0; shape.iter().product()];
     let [q, k, v, mask @ .., dy] = operands else { return Data::Float(gradient) };
     let mask = mask.first().copied();
@@ -108,9 +133,11 @@ pub(super) fn gradient(
     let attention = Attention { scale, causal, q, k, v, mask };
     let [queries, keys, values] = [q, k, v].map(|x| x.data.floats());
     attention.each_row(|row| {
+        let probabilities: Vec<f64> = row.powers.iter().map(|power| power / row.sum).collect();
         let dy = &dy.data.floats()[row.result..][..value_width];
         if of == AttentionOperand::V {
-            for (&p, &value) in row.probabilities.iter().zip(&row.values) {
+            for (&p, &value) in probabilities.iter().zip(&row.values) {
+                let p = round(p);
                 for (column, dy) in dy.iter().enumerate() {
                     gradient[value + column] += p * dy;
                 }
@@ -119,9 +146,9 @@ pub(super) fn gradient(
         }
         let dp: Vec<f64> =
             row.values.iter().map(|&value| dot(dy, &values[value..][..value_width])).collect();
-        let mean = dot(&row.probabilities, &dp);
-        for ((&p, &dp), &key) in row.probabilities.iter().zip(&dp).zip(&row.keys) {
-            let ds = p * (dp - mean) * scale;
+        let mean = dot(&probabilities, &dp);
+        for ((&p, &dp), &key) in probabilities.iter().zip(&dp).zip(&row.keys) {
+            let ds = round(p * (dp - mean) * scale);
             for column in 0..width {
                 if of == AttentionOperand::Q {
                     gradient[row.query + column] += ds * keys[key + column];

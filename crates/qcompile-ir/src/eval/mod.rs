@@ -391,9 +391,11 @@ fn compute(
         Op::Gather => indexing::gather(x()?, y()?)?,
         Op::Scatter { op, .. } => indexing::scatter(*op, x()?, y()?, shape)?,
         Op::TopK { k, largest } => indexing::top_k(*k, *largest, x()?),
-        Op::Attention { scale, causal } => attention::attention(*scale, *causal, operands, shape),
-        Op::AttentionGrad { of, scale, causal } => {
-            attention::gradient(*of, *scale, *causal, operands, shape)
+        Op::Attention { scale, causal, products } => {
+            attention::attention(*scale, *causal, (*products, rounding), operands, shape)
+        }
+        Op::AttentionGrad { of, scale, causal, products } => {
+            attention::gradient(*of, *scale, *causal, (*products, rounding), operands, shape)
         }
         Op::Softmax => rows::softmax(x()?),
         Op::LogSoftmax => rows::log_softmax(x()?),

@@ -73,7 +73,8 @@ pub(super) fn print(op: &Op) -> String {
                 push("smallest".to_owned());
             }
         }
-        Op::Attention { scale, causal } | Op::AttentionGrad { scale, causal, .. } => {
+        Op::Attention { scale, causal, products }
+        | Op::AttentionGrad { scale, causal, products, .. } => {
             if let Op::AttentionGrad { of, .. } = op {
                 push(of.name().to_owned());
             }
@@ -82,6 +83,9 @@ pub(super) fn print(op: &Op) -> String {
             }
             if *causal {
                 push("causal".to_owned());
+            }
+            if *products != DType::F32 {
+                push(format!("products={products}"));
             }
         }
         Op::Recurrence(r) => push(recurrence(r, false)),
@@ -216,15 +220,15 @@ pub(super) fn op(
         "scatter_max" => Op::Scatter { op: ScatterOp::Max, rows: take.dim("rows")? },
         "top_k" => Op::TopK { k: take.number("k")?, largest: !take.flag("smallest") },
         "attention" => {
-            let (scale, causal) = take.attention()?;
-            Op::Attention { scale, causal }
+            let (scale, causal, products) = take.attention()?;
+            Op::Attention { scale, causal, products }
         }
         "attention_grad" => {
-            let (scale, causal) = take.attention()?;
+            let (scale, causal, products) = take.attention()?;
             let of = take.parsed("q, k or v", |word| {
                 AttentionOperand::ALL.into_iter().find(|of| of.name() == word)
             })?;
-            Op::AttentionGrad { of, scale, causal }
+            Op::AttentionGrad { of, scale, causal, products }
         }
         "softmax" => Op::Softmax,
         "log_softmax" => Op::LogSoftmax,
@@ -356,8 +360,14 @@ impl<'a> Attributes<'a> {
         }
     }
 
-    fn attention(&mut self) -> Result<(f32, bool), String> {
-        Ok((self.value("scale")?.unwrap_or(1.0), self.flag("causal")))
+    fn attention(&mut self) -> Result<(f32, bool, DType), String> {
+        let scale = self.value("scale")?.unwrap_or(1.0);
+        let products = match self.words("products").as_deref() {
+            None => DType::F32,
+            Some([word]) => word.parse().map_err(|_| format!("{word} is no element type"))?,
+            Some(_) => return Err("products takes one element type".to_owned()),
+        };
+        Ok((scale, self.flag("causal"), products))
     }
 
     fn conv(&mut self) -> Result<ConvGeometry, String> {

@@ -308,7 +308,7 @@ fn attention(bench: &Bench, name: &str, [batch, rows, heads, width]: [usize; 4],
         dy_strides: [rows * size, size, width, 1],
         scale: u64::from(0.125_f32.to_bits()),
         causal: usize::from(causal),
-        bf16: 0,
+        kind: AttentionKind::F32,
     };
     let mut line = format!("{name:32}");
     for (id, products) in [(KernelId::Attention, 2), (KernelId::AttentionGrad, 5)] {

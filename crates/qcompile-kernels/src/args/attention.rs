@@ -54,6 +54,18 @@ pub struct AttentionArgs {
     pub scale: u64,
     /// 1 if a row sees only the keys up to its own number, else 0.
     pub causal: usize,
-    /// 1 if all but the mask is bf16, 0 if it is f32.
-    pub bf16: usize,
+    /// What operands hold and products run in.
+    pub kind: AttentionKind,
+}
+
+/// What all but the mask hold, and what products run in. Sums are f32.
+#[repr(usize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttentionKind {
+    /// f32 throughout.
+    F32 = 0,
+    /// bf16 in memory, products in f32.
+    Bf16Operands = 1,
+    /// bf16 in memory and in the products: probabilities and the gradients of scores are rounded to it.
+    Bf16 = 2,
 }

@@ -1,6 +1,6 @@
 use super::check::{ALONE, Guarded, Random, assert_close, run, tables};
 use crate::KernelId;
-use crate::args::AttentionArgs;
+use crate::args::{AttentionArgs, AttentionKind};
 use std::ptr::{null, null_mut};
 
 #[derive(Clone, Copy)]
@@ -165,7 +165,7 @@ impl Case {
             dy_strides: Case::strides(rows, heads, value_width),
             scale: u64::from(SCALE.to_bits()),
             causal: usize::from(self.causal),
-            bf16: 0,
+            kind: AttentionKind::F32,
         }
     }
 }
@@ -261,19 +261,21 @@ fn attention_of_bf16() {
         let operands = case.draw(&mut random, round);
         let [q, k, v, dy] =
             [&operands.q, &operands.k, &operands.v, &operands.dy].map(|values| narrow(values));
-        for table in tables() {
+        let kinds = [(AttentionKind::Bf16Operands, 4e-3), (AttentionKind::Bf16, 8e-3)];
+        for (table, (kind, bound)) in tables().into_iter().flat_map(|t| kinds.map(|kind| (t, kind)))
+        {
             let mut results = [&operands.y, &operands.dq, &operands.dk, &operands.dv]
                 .map(|exact| vec![0x7fc1_u16; exact.len()]);
             let mut args = case.args(&operands);
             (args.q, args.k) = (q.as_ptr().cast(), k.as_ptr().cast());
             (args.v, args.dy) = (v.as_ptr().cast(), dy.as_ptr().cast());
             let [y, dq, dk, dv] = results.each_mut().map(|result| result.as_mut_ptr().cast());
-            (args.y, args.dq, args.dk, args.dv, args.bf16) = (y, dq, dk, dv, 1);
+            (args.y, args.dq, args.dk, args.dv, args.kind) = (y, dq, dk, dv, kind);
             run(table, KernelId::Attention, &args, 2);
             run(table, KernelId::AttentionGrad, &args, 2);
             let exact = [&operands.y, &operands.dq, &operands.dk, &operands.dv];
             for (result, exact) in results.iter().zip(exact) {
-                assert_close(&widen(result), exact, 4e-3, &format!("bf16 on {}", table.tier));
+                assert_close(&widen(result), exact, bound, &format!("{kind:?} on {}", table.tier));
             }
         }
     }

@@ -64,7 +64,7 @@ impl Exporter<'_> {
             Op::Gather => self.gather(id, &operands),
             Op::Scatter { op, rows } => self.scatter(id, *op, *rows, &operands),
             Op::TopK { k, largest } => self.top_k(id, *k, *largest, operands[0]),
-            Op::Attention { scale, causal } => self.attention(id, *scale, *causal, &operands),
+            Op::Attention { scale, causal, .. } => self.attention(id, *scale, *causal, &operands),
             Op::Softmax => self.rows(id, "Softmax", operands[0]),
             Op::LogSoftmax => self.rows(id, "LogSoftmax", operands[0]),
             Op::CrossEntropy => self.cross_entropy(id, &operands),

@@ -203,7 +203,7 @@ fn total(graph: &mut Graph, id: NodeId, parts: &[NodeId]) -> Result<NodeId, Pass
 fn note_products(graph: &mut Graph, forward: NodeId, first: usize, part: NodeId) {
     let Node { op, note, .. } = graph.node(forward);
     let products = match op {
-        Op::Matmul { .. } | Op::Conv2d(_) => vec![part],
+        Op::Matmul { .. } | Op::Conv2d(_) | Op::Attention { .. } => vec![part],
         // The way back through the steps, and those of the gradient of R, which may be joined.
         Op::Recurrence(_) => {
             let new = graph.ids().skip(first);

@@ -3,7 +3,7 @@
 use super::rules::{Site, not_differentiable};
 use crate::PassError;
 use crate::builder::Builder;
-use qcompile_ir::{AttentionOperand, BinaryOp, CompareOp, NodeId, Op, ReduceOp, UnaryOp};
+use qcompile_ir::{AttentionOperand, BinaryOp, CompareOp, DType, NodeId, Op, ReduceOp, UnaryOp};
 
 type Gradient = Result<NodeId, PassError>;
 
@@ -49,14 +49,16 @@ pub(super) fn log_softmax(b: &mut Builder<'_>, site: &Site) -> Gradient {
     b.binary("", BinaryOp::Sub, site.dy, product)
 }
 
-/// The mask has none: an attention whose mask is learned is left as its products.
+/// The mask has none: an attention whose mask is learned is left as its products. What the forward products run in says
+/// nothing of these: the passes that round them say it.
 pub(super) fn attention(b: &mut Builder<'_>, site: &Site, scale: f32, causal: bool) -> Gradient {
     let Some(&of) = AttentionOperand::ALL.get(site.position) else {
         return Err(not_differentiable(b, site, "the mask of an attention has no gradient"));
     };
     let mut operands = site.operands.clone();
     operands.push(site.dy);
-    b.add("", Op::AttentionGrad { of, scale, causal }, &operands)
+    let op = Op::AttentionGrad { of, scale, causal, products: DType::F32 };
+    b.add("", op, &operands)
 }
 
 pub(super) fn cross_entropy(b: &mut Builder<'_>, site: &Site) -> Gradient {

@@ -129,7 +129,7 @@ pub(super) fn gradient(
         Op::Select => elementwise::select(b, &site),
         Op::Cast(_) => elementwise::cast(b, &site),
         Op::Reduce { op, .. } => normalize::reduce(b, &site, op),
-        Op::Attention { scale, causal } => normalize::attention(b, &site, scale, causal),
+        Op::Attention { scale, causal, .. } => normalize::attention(b, &site, scale, causal),
         Op::Softmax => normalize::softmax(b, &site),
         Op::LogSoftmax => normalize::log_softmax(b, &site),
         Op::CrossEntropy => normalize::cross_entropy(b, &site),

@@ -68,8 +68,16 @@ pub(super) fn insert_backward(graph: &mut Graph) -> Result<usize, PassError> {
         let note = &graph.node(id).note;
         let (stored, precision) = (note.stored, note.precision);
         let Some(precision) = precision else { continue };
+        let narrow = precision.grad_input == DType::BF16;
+        if matches!(graph.op(id), Op::AttentionGrad { .. }) {
+            if narrow {
+                narrow_attention(graph, id)?;
+                count += 1;
+            }
+            continue;
+        }
         if is_recurrence(graph, id) {
-            if graph.node(id).region == Region::Backward && precision.grad_input == DType::BF16 {
+            if graph.node(id).region == Region::Backward && narrow {
                 recurrence::products(graph, id, Some(DType::BF16))?;
                 count += 1;
             }
@@ -172,21 +180,39 @@ fn is_recurrence(graph: &Graph, id: NodeId) -> bool {
     matches!(graph.op(id), Op::Recurrence(_) | Op::RecurrenceGrad { .. })
 }
 
-/// Attention on bf16 queries, keys and values.
+/// Attention, or a gradient of it, on bf16 queries, keys, values and gradient, and with its products in bf16: what the
+/// kernel computes in a strip, exponentials and gradients of scores, is rounded to it before a product reads it. An
+/// operand that was rounded to int8 for the forward product is read as it was before.
 fn narrow_attention(graph: &mut Graph, id: NodeId) -> Result<(), PassError> {
-    if graph.ty(id).dtype != DType::F32 {
-        return Ok(());
-    }
+    let mut op = graph.op(id).clone();
     let mut operands = graph.operands(id);
-    for operand in &mut operands[..3] {
-        *operand = narrowed(graph, *operand)?;
+    let masked = match &mut op {
+        Op::Attention { products, .. } => {
+            *products = DType::BF16;
+            operands.len() > 3
+        }
+        Op::AttentionGrad { products, .. } => {
+            *products = DType::BF16;
+            operands.len() > 4
+        }
+        _ => return Ok(()),
+    };
+    for (position, operand) in operands.iter_mut().enumerate() {
+        let mask = masked && position == 3;
+        if !mask && graph.ty(*operand).dtype == DType::F32 {
+            let real = unquantized(graph, *operand);
+            *operand = narrowed(graph, real)?;
+        }
     }
     let node = graph.node(id).clone();
-    let new = graph.add(node.op, &operands, node.name.clone(), node.region)?;
+    let new = graph.add(op, &operands, node.name.clone(), node.region)?;
     *graph.note_mut(new) = node.note;
-    let name = format!("{}.f32", node.name.as_str());
-    let wide = graph.add(Op::Cast(DType::F32), &[new], name, node.region)?;
-    graph.replace_uses(id, wide)?;
+    let mut whole = new;
+    if node.ty.dtype == DType::F32 {
+        let name = format!("{}.f32", node.name.as_str());
+        whole = graph.add(Op::Cast(DType::F32), &[new], name, node.region)?;
+    }
+    graph.replace_uses(id, whole)?;
     graph.swap_names(id, new);
     Ok(())
 }

@@ -4,13 +4,15 @@ use super::PASS;
 use super::channels::{self, ChannelPolicy};
 use super::choice::PrecisionChoice;
 use super::insert::is_quantized;
-use super::layer::{Layer, layers};
+use super::layer::{Layer, activation_products, layers};
 use super::numerics::{Numerics, OperandTypes};
 use super::recurrence;
 use super::weights;
 use crate::PassError;
 use crate::sensitivity::Scores;
-use qcompile_ir::{Channels, DType, Granularity, Graph, Name, Note, Precision, Quantizer};
+use qcompile_ir::{
+    Channels, DType, Granularity, Graph, Name, NodeId, Note, Op, Precision, Quantizer,
+};
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::str::FromStr;
@@ -92,8 +94,8 @@ pub struct Options {
     pub scores: Option<Scores>,
     /// How quantized products are rounded.
     pub numerics: Numerics,
-    /// Whether activations are rounded within ranges that are known before. Recurrent products then stay in high
-    /// precision: no operator of ONNX computes them on integers.
+    /// Whether values are rounded within ranges that are known before. Products of two activations and recurrent ones then
+    /// stay in high precision: no operator of ONNX computes them on integers.
     pub ranged: bool,
 }
 
@@ -155,7 +157,23 @@ pub(super) fn high(operations: Operations, base: DType) -> Precision {
     precision
 }
 
-/// What was decided for one layer.
+/// A product that may be of low precision: a layer's, or one of two activations.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Candidate<'l> {
+    /// The product.
+    pub(super) node: NodeId,
+    /// The layer, if there is a weight.
+    pub(super) layer: Option<&'l Layer>,
+}
+
+impl<'l> Candidate<'l> {
+    /// Those with a weight.
+    pub(super) fn of_layers(layers: &'l [Layer]) -> Vec<Candidate<'l>> {
+        layers.iter().map(|layer| Candidate { node: layer.node, layer: Some(layer) }).collect()
+    }
+}
+
+/// What was decided for one layer, or product of two activations.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Decision {
     /// The product.
@@ -172,7 +190,7 @@ pub struct Decision {
     pub reason: String,
 }
 
-/// Decides for every layer, in graph order, and notes `sensitivity`, `precision`, `channels` and, where an int8 layer
+/// Decides for every layer, in graph order, then for every product of two activations, and notes `sensitivity`, `precision`, `channels` and, where an int8 layer
 /// stands in a bf16 plan, `stored`. A layer whose `precision` is noted already keeps it.
 ///
 /// # Errors
@@ -180,19 +198,27 @@ pub struct Decision {
 /// a number, and a channel threshold without channel scores.
 pub fn decide(graph: &mut Graph, options: &Options) -> Result<Vec<Decision>, PassError> {
     let layers = layers(graph);
-    check(graph, &layers, options)?;
+    let products = if options.ranged { Vec::new() } else { activation_products(graph) };
+    let mut candidates = Candidate::of_layers(&layers);
+    candidates.extend(products.into_iter().map(|node| Candidate { node, layer: None }));
+    check(graph, &candidates, options)?;
     if let Some(scores) = &options.scores {
         scores.annotate(graph);
     }
     // What has no kernel takes no share.
-    let able = |layer: &&Layer| recurrence::obstacle(graph, layer, options).is_none();
-    let able: Vec<Layer> = layers.iter().filter(able).cloned().collect();
+    let able = |one: &Candidate<'_>| obstacle(graph, *one, options).is_none();
+    let able: Vec<Candidate<'_>> = candidates.iter().copied().filter(able).collect();
     let within_budget = within_budget(graph, &able, options);
-    let decide = |layer: &Layer| decide_layer(graph, layer, options, &within_budget);
-    let mut decided: Vec<Decision> = layers.iter().map(decide).collect();
+    let decide = |one: &Candidate<'_>| decide_one(graph, *one, options, &within_budget);
+    let mut decided: Vec<Decision> = candidates.iter().map(decide).collect();
     weights::decide(graph, &layers, options, decided.iter_mut());
-    for (layer, decision) in layers.iter().zip(&decided) {
-        let note = graph.note_mut(layer.node);
+    for (one, decision) in candidates.iter().zip(&decided) {
+        let note = graph.note_mut(one.node);
+        // Where all is f32, only layers say so.
+        let plain = decision.precision == Precision::uniform(DType::F32);
+        if one.layer.is_none() && plain && options.precision.base() == DType::F32 {
+            continue;
+        }
         if decision.precision.is_quantized() && note.precision.is_none() {
             note.stored = Some(options.precision.base()).filter(|&base| base != DType::F32);
             note.quantizer =
@@ -209,7 +235,7 @@ pub(super) fn refusal(reason: impl Into<String>) -> PassError {
     PassError::Unsupported { pass: PASS, reason: reason.into() }
 }
 
-fn check(graph: &Graph, layers: &[Layer], options: &Options) -> Result<(), PassError> {
+fn check(graph: &Graph, candidates: &[Candidate<'_>], options: &Options) -> Result<(), PassError> {
     let thresholds = [
         ("threshold", options.threshold),
         ("channel threshold", options.channel_threshold),
@@ -224,15 +250,16 @@ fn check(graph: &Graph, layers: &[Layer], options: &Options) -> Result<(), PassE
     if let Some(reason) = options.numerics.contradiction(options.operations) {
         return Err(refusal(reason));
     }
-    for layer in layers {
-        let node = graph.node(layer.node);
-        let of_layer = if layer.recurrent { recurrence::contradiction(&node.note) } else { None };
+    for one in candidates {
+        let node = graph.node(one.node);
+        let recurrent = one.layer.is_some_and(|layer| layer.recurrent);
+        let of_layer = if recurrent { recurrence::contradiction(&node.note) } else { None };
         if let Some(reason) = noted_contradiction(&node.note).or(of_layer) {
             return Err(refusal(format!("the notes of {}: {reason}", node.name)));
         }
     }
     for pattern in &options.keep_f32 {
-        if !layers.iter().any(|layer| is_named(graph, layer, pattern)) {
+        if !candidates.iter().any(|one| is_named(graph, one.node, pattern)) {
             return Err(refusal(format!("no layer matches `{pattern}`, which is to stay f32")));
         }
     }
@@ -260,8 +287,8 @@ fn noted_contradiction(note: &Note) -> Option<String> {
     numerics.contradiction(Operations::default())
 }
 
-fn is_named(graph: &Graph, layer: &Layer, pattern: &str) -> bool {
-    let node = graph.node(layer.node);
+fn is_named(graph: &Graph, node: NodeId, pattern: &str) -> bool {
+    let node = graph.node(node);
     matches(pattern, node.name.as_str())
         || node.note.origin.as_ref().is_some_and(|origin| matches(pattern, origin))
 }
@@ -286,7 +313,7 @@ pub(crate) fn matches(pattern: &str, text: &str) -> bool {
 }
 
 /// Why the layer is f32 in any plan, if so.
-pub(super) fn must_be_f32(graph: &Graph, layer: &Layer, options: &Options) -> Option<String> {
+pub(super) fn must_be_f32(graph: &Graph, node: NodeId, options: &Options) -> Option<String> {
     let Operations { forward, backward, .. } = options.operations;
     if options.precision == PrecisionChoice::F32 {
         return Some("f32 was asked for".to_owned());
@@ -294,28 +321,29 @@ pub(super) fn must_be_f32(graph: &Graph, layer: &Layer, options: &Options) -> Op
     if !forward && !backward {
         return Some("no operation is to be quantized".to_owned());
     }
-    if let Some(pattern) = options.keep_f32.iter().find(|pattern| is_named(graph, layer, pattern)) {
+    if let Some(pattern) = options.keep_f32.iter().find(|pattern| is_named(graph, node, pattern)) {
         return Some(format!("`{pattern}` is to stay f32"));
     }
-    let dtype = graph.ty(layer.node).dtype;
+    let dtype = graph.ty(node).dtype;
     (dtype != DType::F32).then(|| format!("its values are {dtype}"))
 }
 
 /// Why the layer is not int8 whatever its score, if so.
-pub(super) fn barred(graph: &Graph, layer: &Layer, options: &Options) -> Option<String> {
+pub(super) fn barred(graph: &Graph, one: Candidate<'_>, options: &Options) -> Option<String> {
     if !options.precision.has_int8() {
         let asked = options.precision == PrecisionChoice::Bf16;
         let reason = if asked { "bf16 was asked for" } else { "int8 is not among the choices" };
         return Some(reason.to_owned());
     }
-    let LayerCost { high_ms, low_ms } = *options.cost.get(&graph.node(layer.node).name)?;
+    let LayerCost { high_ms, low_ms } = *options.cost.get(&graph.node(one.node).name)?;
     // A time that is not a number compares as nothing, and bars int8.
     let faster = low_ms.partial_cmp(&high_ms) == Some(Ordering::Less);
     let base = options.precision.base();
     if faster {
         return None;
     }
-    let set = channels::choose(graph, layer, options).unwrap_or_default();
+    let set = one.layer.map(|layer| channels::choose(graph, layer, options).unwrap_or_default());
+    let set = set.unwrap_or_default();
     if options.channel_policy.is_some() && !set.is_empty() {
         return None;
     }
@@ -323,18 +351,26 @@ pub(super) fn barred(graph: &Graph, layer: &Layer, options: &Options) -> Option<
     Some(format!("int8{what} measures {low_ms:.3} ms, {base} {high_ms:.3} ms"))
 }
 
+/// Why no int8 kernel computes it, if so.
+fn obstacle(graph: &Graph, one: Candidate<'_>, options: &Options) -> Option<String> {
+    match one.layer {
+        Some(layer) => recurrence::obstacle(graph, layer, options),
+        None => without_int8(graph, one.node, options),
+    }
+}
+
 /// The layers that the budget of `max_loss_increase` takes, by name, with the sum up to and with each.
 pub(super) fn within_budget(
     graph: &Graph,
-    layers: &[Layer],
+    candidates: &[Candidate<'_>],
     options: &Options,
 ) -> BTreeMap<Name, f32> {
-    let mut candidates: Vec<(f32, Name)> = layers
+    let mut candidates: Vec<(f32, Name)> = candidates
         .iter()
-        .filter(|layer| must_be_f32(graph, layer, options).is_none())
-        .filter(|layer| barred(graph, layer, options).is_none())
-        .filter_map(|layer| {
-            let node = graph.node(layer.node);
+        .filter(|one| must_be_f32(graph, one.node, options).is_none())
+        .filter(|one| barred(graph, **one, options).is_none())
+        .filter_map(|one| {
+            let node = graph.node(one.node);
             node.note.sensitivity.map(|score| (score, node.name.clone()))
         })
         .collect();
@@ -354,14 +390,14 @@ pub(super) fn within_budget(
 /// Whether the score lets the layer be int8, and why.
 pub(super) fn by_score(
     graph: &Graph,
-    layer: &Layer,
+    node: NodeId,
     options: &Options,
     within_budget: &BTreeMap<Name, f32>,
 ) -> (bool, String) {
     if options.precision == PrecisionChoice::Int8 {
         return (true, "int8 was asked for".to_owned());
     }
-    let node = graph.node(layer.node);
+    let node = graph.node(node);
     let Some(score) = node.note.sensitivity else {
         return (false, "its sensitivity was not measured".to_owned());
     };
@@ -379,13 +415,13 @@ pub(super) fn by_score(
     }
 }
 
-fn decide_layer(
+fn decide_one(
     graph: &Graph,
-    layer: &Layer,
+    one: Candidate<'_>,
     options: &Options,
     within_budget: &BTreeMap<Name, f32>,
 ) -> Decision {
-    let node = graph.node(layer.node);
+    let node = graph.node(one.node);
     let decision = |precision, channels: Channels, reason| Decision {
         node: node.name.clone(),
         op: node.op.name(),
@@ -397,18 +433,22 @@ fn decide_layer(
     if let Some(precision) = node.note.precision {
         return decision(precision, node.note.channels.clone(), "the graph notes it".to_owned());
     }
-    if let Some(reason) = must_be_f32(graph, layer, options) {
+    if let Some(reason) = must_be_f32(graph, one.node, options) {
         return decision(Precision::uniform(DType::F32), Channels::default(), reason);
     }
     let high = |reason| decision(options.high(), Channels::default(), reason);
-    let bar = barred(graph, layer, options);
-    if let Some(reason) = bar.or_else(|| recurrence::obstacle(graph, layer, options)) {
+    if let Some(reason) = barred(graph, one, options).or_else(|| obstacle(graph, one, options)) {
         return high(reason);
     }
-    let (low, mut reason) = by_score(graph, layer, options, within_budget);
+    let (low, mut reason) = by_score(graph, one.node, options, within_budget);
     if !low {
         return high(reason);
     }
+    let Some(layer) = one.layer else {
+        // The products of its backward pass are those of the plan.
+        let precision = Precision { forward: options.low().forward, ..options.high() };
+        return decision(precision, Channels::default(), reason);
+    };
     let channels = match channels::choose(graph, layer, options) {
         Ok(channels) => channels,
         Err(reason) => return high(reason),
@@ -423,6 +463,20 @@ fn decide_layer(
         reason.push_str("; the way back through the steps has no int8 kernel");
     }
     decision(precision, channels, reason)
+}
+
+/// Why a product of two activations has no int8 form under these options, if so.
+fn without_int8(graph: &Graph, node: NodeId, options: &Options) -> Option<String> {
+    let codes = options.numerics.types.activation;
+    if !options.operations.forward {
+        Some("of a product of two activations only the forward one has an int8 kernel".to_owned())
+    } else if codes.is_float() {
+        Some(format!("a product of two activations has no {codes} codes"))
+    } else if matches!(graph.op(node), Op::Attention { .. }) {
+        Some("attention has no int8 kernel".to_owned())
+    } else {
+        None
+    }
 }
 
 #[cfg(test)]

@@ -5,9 +5,9 @@ use super::recurrence;
 use super::scale;
 use crate::PassError;
 use crate::builder::Builder;
-use crate::stochastic::{Draws, digest, quantize_stochastically, step};
+use crate::stochastic::{Draws, quantize_stochastically, step};
 use qcompile_ir::{
-    DType, GradientRounding, Granularity, Graph, NodeId, Op, Quantizer, Region, Scaling,
+    DType, GradientRounding, Granularity, Graph, NodeId, Op, Quantizer, Region, Scaling, fnv1a,
 };
 use std::collections::BTreeMap;
 
@@ -68,7 +68,7 @@ impl Inserted {
         let name = graph.node(x).name.as_str().to_owned();
         let stochastic = quantizer.rounding == GradientRounding::Stochastic;
         let q = if stochastic && role == Role::Gradient {
-            let draws = Draws { seed: digest(&name), step: step(graph)? };
+            let draws = Draws { seed: fnv1a(name.bytes()), step: step(graph)? };
             quantize_stochastically(graph, x, scale, axis, dtype, draws, region)?
         } else {
             let op = Op::Quantize { dtype, axis };
@@ -124,6 +124,26 @@ pub(crate) fn forward(
         if !reads_quantized(graph, operand) {
             let quantized = inserted.quantized(graph, operand, how, Region::Forward)?;
             graph.set_operand(layer.node, position, quantized)?;
+        }
+    }
+    Ok(())
+}
+
+/// Rounds both operands of a product of two activations, per tensor. One that is quantized already stays as it is.
+pub(crate) fn activations(
+    graph: &mut Graph,
+    product: NodeId,
+    inserted: &mut Inserted,
+) -> Result<(), PassError> {
+    let note = &graph.node(product).note;
+    let quantizer = note.quantizer.unwrap_or_default();
+    let dtype = note.precision.map_or(DType::I8, |precision| precision.forward);
+    let how = Operand { role: Role::Activation, axis: None, dtype, quantizer };
+    for position in 0..2 {
+        let operand = graph.operand(product, position);
+        if !reads_quantized(graph, operand) {
+            let quantized = inserted.quantized(graph, operand, how, Region::Forward)?;
+            graph.set_operand(product, position, quantized)?;
         }
     }
     Ok(())

@@ -90,11 +90,7 @@ pub(crate) fn stored_layers(graph: &Graph) -> Vec<Layer> {
 
 fn with_weights(graph: &Graph, is_weight: &dyn Fn(NodeId) -> bool) -> Vec<Layer> {
     let order = graph.order();
-    let mut from_data = vec![false; graph.len()];
-    for &id in &order {
-        from_data[id.index()] = matches!(graph.op(id), Op::Input(_))
-            || graph.operands(id).iter().any(|operand| from_data[operand.index()]);
-    }
+    let from_data = from_data(graph, &order);
     order.into_iter().filter_map(|id| Layer::of(graph, id, &from_data, is_weight)).collect()
 }
 
@@ -116,11 +112,43 @@ pub(crate) fn is_stored(graph: &Graph, id: NodeId) -> bool {
     true
 }
 
-/// Forward products that are no layers, so that no int8 kernel runs them: of two computed values, attention, recurrent ones
-/// with an R that is not trained.
+/// Forward products of two values that depend on an input, attention among them, in [`Graph::order`]. They are decided as
+/// layers are, but have no weight.
+#[must_use]
+pub fn activation_products(graph: &Graph) -> Vec<NodeId> {
+    let order = graph.order();
+    let from_data = from_data(graph, &order);
+    let product = |id: &NodeId| {
+        let read = match graph.op(*id) {
+            Op::Attention { .. } => 3,
+            Op::Matmul { .. } => 2,
+            _ => return false,
+        };
+        let operands = &graph.operands(*id)[..read];
+        graph.node(*id).region == Region::Forward
+            && graph.ty(*id).dtype == DType::F32
+            && operands.iter().all(|operand| from_data[operand.index()])
+    };
+    order.into_iter().filter(product).collect()
+}
+
+/// For each node index, whether the value depends on an input.
+fn from_data(graph: &Graph, order: &[NodeId]) -> Vec<bool> {
+    let mut from_data = vec![false; graph.len()];
+    for &id in order {
+        from_data[id.index()] = matches!(graph.op(id), Op::Input(_))
+            || graph.operands(id).iter().any(|operand| from_data[operand.index()]);
+    }
+    from_data
+}
+
+/// Forward products that are neither layers nor [`activation_products`], so that no int8 kernel runs them: of values that
+/// are computed of parameters alone, convolutions by a computed kernel, the recurrent ones with an R
+/// that is not trained.
 #[must_use]
 pub fn other_products(graph: &Graph) -> Vec<NodeId> {
-    let layers: Vec<NodeId> = layers(graph).into_iter().map(|layer| layer.node).collect();
+    let mut known: Vec<NodeId> = layers(graph).into_iter().map(|layer| layer.node).collect();
+    known.extend(activation_products(graph));
     let product = |id: &NodeId| {
         let node = graph.node(*id);
         let op = &node.op;
@@ -129,7 +157,7 @@ pub fn other_products(graph: &Graph) -> Vec<NodeId> {
                 op,
                 Op::Matmul { .. } | Op::Conv2d(_) | Op::Attention { .. } | Op::Recurrence(_)
             )
-            && !layers.contains(id)
+            && !known.contains(id)
     };
     graph.order().into_iter().filter(product).collect()
 }

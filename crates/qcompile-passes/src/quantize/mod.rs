@@ -44,8 +44,8 @@ pub use choice::PrecisionChoice;
 pub use codes::Codes;
 pub(crate) use decide::matches;
 pub use decide::{Decision, LayerCost, Operations, Options, decide};
-pub(crate) use insert::{Inserted, forward as insert_forward};
-pub use layer::{Layer, layers, other_products};
+pub(crate) use insert::{Inserted, activations as insert_activations, forward as insert_forward};
+pub use layer::{Layer, activation_products, layers, other_products};
 pub(crate) use layer::{is_stored, parameter};
 pub use numerics::{Numerics, OperandTypes};
 pub use pack::{pack4, unpack4};
@@ -133,6 +133,12 @@ pub fn insert(graph: &mut Graph) -> Result<(), PassError> {
         let precision = graph.node(layer.node).note.precision;
         if precision.is_some_and(|precision| insert::is_quantized(precision.forward)) {
             insert_forward(graph, &layer, &mut inserted)?;
+        }
+    }
+    for product in activation_products(graph) {
+        let precision = graph.node(product).note.precision;
+        if precision.is_some_and(|precision| insert::is_quantized(precision.forward)) {
+            insert_activations(graph, product, &mut inserted)?;
         }
     }
     graph.sweep();

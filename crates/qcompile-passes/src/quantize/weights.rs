@@ -1,7 +1,9 @@
 //! What becomes of the gradient of a layer's weight once it is there: its mean over ranks, and the update.
 
 use super::choice::PrecisionChoice;
-use super::decide::{Decision, Operations, Options, barred, by_score, must_be_f32, within_budget};
+use super::decide::{
+    Candidate, Decision, Operations, Options, barred, by_score, must_be_f32, within_budget,
+};
 use super::layer::{Layer, parameter};
 use qcompile_ir::{DType, Graph, NodeId, Precision};
 use std::collections::BTreeMap;
@@ -29,18 +31,19 @@ pub(super) fn decide<'d>(
         cost: BTreeMap::new(),
         ..options.clone()
     };
-    let within = within_budget(graph, layers, &by_scores);
-    for (layer, decision) in layers.iter().zip(decisions) {
-        let note = &graph.node(layer.node).note;
+    let candidates = Candidate::of_layers(layers);
+    let within = within_budget(graph, &candidates, &by_scores);
+    for (one, decision) in candidates.into_iter().zip(decisions) {
+        let note = &graph.node(one.node).note;
         if note.precision.is_some() {
             continue;
         }
         let bar =
-            must_be_f32(graph, layer, &by_scores).or_else(|| barred(graph, layer, &by_scores));
+            must_be_f32(graph, one.node, &by_scores).or_else(|| barred(graph, one, &by_scores));
         let (low, reason) = match bar {
             Some(reason) => (false, reason),
             None if note.sensitivity.is_none() => (true, "it was asked for".to_owned()),
-            None => by_score(graph, layer, &by_scores, &within),
+            None => by_score(graph, one.node, &by_scores, &within),
         };
         for (asked, precision) in
             [(mean, &mut decision.precision.mean), (update, &mut decision.precision.update)]

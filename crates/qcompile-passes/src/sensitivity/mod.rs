@@ -10,9 +10,11 @@
 mod noise;
 
 use crate::PassError;
-use crate::quantize::{Inserted, Layer, Numerics, insert_forward, layers};
+use crate::quantize::{
+    Inserted, Layer, Numerics, activation_products, insert_activations, insert_forward, layers,
+};
 use noise::Noise;
-use qcompile_ir::{Graph, Name, Precision, Tensor};
+use qcompile_ir::{Graph, Name, NodeId, Precision, Tensor};
 
 const PASS: &str = "sensitivity";
 
@@ -82,6 +84,8 @@ pub struct Options {
     pub samples: usize,
     /// How layers are rounded.
     pub numerics: Numerics,
+    /// As in [`quantize::Options`](crate::quantize::Options).
+    pub ranged: bool,
 }
 
 /// The scores of one layer.
@@ -123,10 +127,12 @@ impl Scores {
     /// Writes the note `sensitivity` beside every layer of `graph` that has a score here; returns how many got one.
     pub fn annotate(&self, graph: &mut Graph) -> usize {
         let mut annotated = 0;
-        for layer in layers(graph) {
-            let name = graph.node(layer.node).name.clone();
+        let layers = layers(graph).into_iter().map(|layer| layer.node);
+        let products: Vec<NodeId> = layers.chain(activation_products(graph)).collect();
+        for node in products {
+            let name = graph.node(node).name.clone();
             if let Some(score) = self.find(name.as_str()) {
-                graph.note_mut(layer.node).sensitivity = Some(score.score);
+                graph.note_mut(node).sensitivity = Some(score.score);
                 annotated += 1;
             }
         }
@@ -134,7 +140,15 @@ impl Scores {
     }
 }
 
-/// Scores all layers and notes their sensitivity. `progress` is told how many layers are done, of how many, and the
+/// The products that [`run`] scores: all layers, then the products of two activations, where those have codes.
+#[must_use]
+pub fn scored(graph: &Graph, options: &Options) -> (Vec<Layer>, Vec<NodeId>) {
+    let float = options.numerics.types.activation.is_float();
+    let products = if float || options.ranged { Vec::new() } else { activation_products(graph) };
+    (layers(graph), products)
+}
+
+/// Scores what is [`scored`] and notes its sensitivity. `progress` is told how many layers are done, of how many, and the
 /// name of the next.
 ///
 /// # Errors
@@ -146,18 +160,19 @@ pub fn run(
     options: &Options,
     progress: &mut dyn FnMut(usize, usize, &str),
 ) -> Result<Scores, PassError> {
-    let layers = layers(graph);
+    let (layers, products) = scored(graph, options);
+    let total = layers.len() + products.len();
     let baseline_loss = evaluator.loss(graph).map_err(failure)?;
     if !baseline_loss.is_finite() {
         return Err(failure(format!("the loss of the f32 model is {baseline_loss}")));
     }
-    let mut measured = Vec::with_capacity(layers.len());
+    let mut measured = Vec::with_capacity(total);
     for (done, layer) in layers.iter().enumerate() {
         let node = graph.node(layer.node);
-        progress(done, layers.len(), node.name.as_str());
+        progress(done, total, node.name.as_str());
         let (score, channels) = match options.metric {
             Metric::LeaveOneOut => (
-                loss_increase(graph, layer, evaluator, options, baseline_loss)?,
+                loss_increase(&layer_quantized(graph, layer, options)?, evaluator, baseline_loss)?,
                 ratios(&weight_noise(graph, layer, evaluator, options)?),
             ),
             Metric::WeightSqnr => {
@@ -185,7 +200,19 @@ pub fn run(
             channels,
         });
     }
-    progress(layers.len(), layers.len(), "");
+    for (done, &product) in products.iter().enumerate() {
+        let node = graph.node(product);
+        progress(layers.len() + done, total, node.name.as_str());
+        let score = score_of_product(graph, product, evaluator, options, baseline_loss)?;
+        measured.push(LayerScore {
+            name: node.name.clone(),
+            origin: node.note.origin.clone(),
+            op: node.op.name().to_owned(),
+            score: if score.is_nan() { f32::INFINITY } else { score },
+            channels: Vec::new(),
+        });
+    }
+    progress(total, total, "");
     let Options { metric, samples, .. } = *options;
     let scores = Scores { layers: measured, metric, baseline_loss, samples };
     scores.annotate(graph);
@@ -201,29 +228,62 @@ fn ratios(channels: &[Noise]) -> Vec<f32> {
     channels.iter().map(|noise| ratio(noise).unwrap_or(f32::INFINITY)).collect()
 }
 
-/// The graph with only this layer in int8.
-fn with_layer_quantized(
+/// The score of a product of two activations, which has no channels. In the place of the weight or the data stand its
+/// operands, of which the noisiest counts.
+fn score_of_product(
     graph: &Graph,
-    layer: &Layer,
+    product: NodeId,
+    evaluator: &mut dyn Evaluate,
     options: &Options,
-) -> Result<Graph, PassError> {
-    let mut variant = graph.clone();
-    let note = variant.note_mut(layer.node);
+    baseline: f64,
+) -> Result<f32, PassError> {
+    let quantized = || -> Result<Graph, PassError> {
+        let mut variant = graph.clone();
+        note(&mut variant, product, options);
+        insert_activations(&mut variant, product, &mut Inserted::default())?;
+        Ok(variant)
+    };
+    match options.metric {
+        Metric::LeaveOneOut => loss_increase(&quantized()?, evaluator, baseline),
+        Metric::OutputSqnr => {
+            let noise = noise_of_result(graph, &quantized()?, product, None, evaluator)?;
+            Ok(noise::total(&noise).ratio())
+        }
+        Metric::WeightSqnr | Metric::ActivationRange => {
+            let mut worst = 0.0_f32;
+            for position in 0..2 {
+                let name = &graph.node(graph.operand(product, position)).name;
+                let data = value(graph, evaluator, name)?;
+                worst =
+                    worst.max(noise::of_tensor(&data, options.numerics.types.activation).ratio());
+            }
+            Ok(worst)
+        }
+    }
+}
+
+/// Notes that a product is in low precision.
+fn note(graph: &mut Graph, product: NodeId, options: &Options) {
+    let note = graph.note_mut(product);
     note.quantizer = Some(options.numerics.quantizer());
     note.precision = Some(Precision::uniform(options.numerics.types.activation));
+}
+
+/// The graph with only this layer in int8.
+fn layer_quantized(graph: &Graph, layer: &Layer, options: &Options) -> Result<Graph, PassError> {
+    let mut variant = graph.clone();
+    note(&mut variant, layer.node, options);
     insert_forward(&mut variant, layer, &mut Inserted::default())?;
     Ok(variant)
 }
 
 #[allow(clippy::cast_possible_truncation, reason = "a score needs no more than f32")]
 fn loss_increase(
-    graph: &Graph,
-    layer: &Layer,
+    variant: &Graph,
     evaluator: &mut dyn Evaluate,
-    options: &Options,
     baseline: f64,
 ) -> Result<f32, PassError> {
-    let loss = evaluator.loss(&with_layer_quantized(graph, layer, options)?).map_err(failure)?;
+    let loss = evaluator.loss(variant).map_err(failure)?;
     if !loss.is_finite() {
         return Ok(f32::INFINITY);
     }
@@ -264,10 +324,22 @@ fn output_noise(
     evaluator: &mut dyn Evaluate,
     options: &Options,
 ) -> Result<Vec<Noise>, PassError> {
-    let name = &graph.node(layer.node).name;
+    let variant = layer_quantized(graph, layer, options)?;
+    noise_of_result(graph, &variant, layer.node, Some(layer.result_axis), evaluator)
+}
+
+/// The noise of the result of a product along an axis, the last one if none is given.
+fn noise_of_result(
+    graph: &Graph,
+    variant: &Graph,
+    product: NodeId,
+    axis: Option<usize>,
+    evaluator: &mut dyn Evaluate,
+) -> Result<Vec<Noise>, PassError> {
+    let name = &graph.node(product).name;
+    let axis = axis.unwrap_or(graph.ty(product).shape.rank() - 1);
     let exact = value(graph, evaluator, name)?;
-    let variant = with_layer_quantized(graph, layer, options)?;
-    let rounded = value(&variant, evaluator, name)?;
-    noise::between(&exact, &rounded, layer.result_axis)
+    let rounded = value(variant, evaluator, name)?;
+    noise::between(&exact, &rounded, axis)
         .ok_or_else(|| failure(format!("{name} changed its shape")))
 }

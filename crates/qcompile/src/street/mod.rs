@@ -350,7 +350,7 @@ impl<'a> Street<'a> {
             && let Some(first) = others.first().map(|&id| draft.graph.node(id))
         {
             draft.about.warnings.push(format!(
-                "{} products stay f32, as no int8 kernel has them: of two computed values, or recurrent; the first is {} ({})",
+                "{} products stay f32, as no int8 kernel has them: recurrent, or of a computed weight; the first is {} ({})",
                 others.len(),
                 first.note.origin.as_deref().unwrap_or(first.name.as_str()),
                 first.op.name()
