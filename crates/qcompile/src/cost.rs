@@ -373,7 +373,7 @@ mod tests {
         let small = Small {
             op: Op::Recurrence(recurrence),
             x: ty(&[fixed(3), Dim::N, fixed(32)]),
-            weight: vec![32, 8],
+            weight: Some(vec![32, 8]),
             others: vec![state.clone(), state, TensorType::new(DType::I64, Shape(vec![Dim::N]))],
             result: ty(&[fixed(6), fixed(4), Dim::N, fixed(8)]),
             forward: true,

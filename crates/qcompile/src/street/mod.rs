@@ -356,14 +356,18 @@ impl<'a> Street<'a> {
                 first.op.name()
             ));
         }
-        let recurrent = |one: &&Decision| one.op == "recurrence" && !one.precision.is_quantized();
+        // What --keep names is no surprise.
+        let recurrent = |one: &&Decision| {
+            let left = one.op == "recurrence" && !one.precision.is_quantized();
+            left && !one.reason.ends_with("is to stay f32")
+        };
         if self.options.precision == PrecisionChoice::Int8
             && let Some(first) = decided.iter().find(recurrent)
         {
             draft.about.warnings.push(format!(
                 "{} recurrent products are not int8; the first is {}: {}",
                 decided.iter().filter(recurrent).count(),
-                first.node,
+                first.node.as_str(),
                 first.reason
             ));
         }
