@@ -214,6 +214,11 @@ impl Options {
         }
         if self.qat {
             self.check_qat()?;
+        } else if self.calibration == Method::Lsq {
+            return Err(Error::usage(
+                "--calibration lsq learns scales in training: it is for --qat",
+            )
+            .help("min-max, percentile=P, mse and entropy find ranges without training"));
         }
         let thresholds =
             [("--threshold", self.threshold), ("--channel-threshold", self.channel_threshold)];
