@@ -2,16 +2,20 @@
 
 use qcompile::about::About;
 use qcompile::data::{Dataset, Limits};
+use qcompile::street::{Draft, Pass, Street};
 use qcompile::synthetic::quiet;
 use qcompile::terminal::Show;
 use qcompile::train::{Rate, Run, Settings, evaluate};
 use qcompile::wants::Wants;
 use qcompile::{
-    Code, Error, LossKind, Options, PrecisionChoice, Result, Tensor, Trainer, TrainerOptions,
-    compile,
+    Code, Error, LossKind, Options, PrecisionChoice, Region, Result, Tensor, Trainer,
+    TrainerOptions, Values, compile,
 };
+use qcompile_passes::differentiate::GRADIENT_SUFFIX;
+use qcompile_plan::{BuildOptions, build};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 const BATCH: usize = 64;
 
@@ -131,16 +135,47 @@ impl Classifier {
 
     /// The outputs for the first samples.
     pub(crate) fn outputs(&mut self, pictures: &Dataset, samples: usize) -> Result<Vec<f32>> {
+        let batch = self.batch(pictures, samples)?;
+        let outputs = self.trainer.evaluate(&batch)?;
+        let logits = self.about.outputs.first().and_then(|port| outputs.get(&port.name));
+        let logits = logits.ok_or_else(|| Error::new(Code::Internal, "the net has no output"))?;
+        Ok(logits.to_f32())
+    }
+
+    /// The gradients of all parameters for the first samples, one after the other. `model` is what was trained, and
+    /// `options` as it was compiled.
+    pub(crate) fn gradients(
+        &mut self,
+        model: &Path,
+        options: &Options,
+        pictures: &Dataset,
+        samples: usize,
+    ) -> Result<Vec<f32>> {
+        let mut draft = qcompile::model::draft(&qcompile::model::open(model)?, model, options)?;
+        // The passes until gradients are outputs; what follows is their mean and the update, which take them.
+        let mut nothing = |_: Pass, _: &Draft, _: Duration| Ok(());
+        Street::new(options, Show::Nothing, &mut nothing).run(&mut draft, Pass::MoveRoundings)?;
+        let plan = build(draft.graph, &BuildOptions { batch_size: samples })?;
+        let mut trainer = Trainer::new(Arc::new(plan), &TrainerOptions::default())?;
+        for (name, value) in self.trainer.parameters() {
+            trainer.set(&name, &value)?;
+        }
+        let mut batch = self.batch(pictures, samples)?;
+        batch.retain(|name, _| trainer.plan().inputs().iter().any(|input| input.name == *name));
+        let outputs = trainer.run(&batch, Region::Backward)?;
+        let gradients = outputs.iter().filter(|(name, _)| name.ends_with(GRADIENT_SUFFIX));
+        Ok(gradients.flat_map(|(_, gradient)| gradient.to_f32()).collect())
+    }
+
+    /// What a step takes: the first samples, and an optimizer's numbers that change nothing.
+    fn batch(&self, pictures: &Dataset, samples: usize) -> Result<Values> {
         let binding = self.wants.bind(pictures)?;
         let rows: Vec<usize> = (0..samples.min(binding.samples())).collect();
         let mut batch = self.wants.batch(&binding, &rows)?;
         let taken: Vec<&str> =
             self.trainer.plan().inputs().iter().map(|input| input.name.as_str()).collect();
         batch.extend(quiet().into_iter().filter(|(name, _)| taken.contains(&name.as_str())));
-        let outputs = self.trainer.evaluate(&batch)?;
-        let logits = self.about.outputs.first().and_then(|port| outputs.get(&port.name));
-        let logits = logits.ok_or_else(|| Error::new(Code::Internal, "the net has no output"))?;
-        Ok(logits.to_f32())
+        Ok(batch)
     }
 
     /// A parameter.

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod classifier;
+mod gradient_coder;
 mod low_bits;
 mod masks;
 mod multipoint;
@@ -51,6 +52,11 @@ const EXPERIMENTS: &[Experiment] = &[
     ("resnet8", "training ResNet-8 in int8", low_bits::resnet8),
     ("resnet20", "training ResNet-20 in int8 (an hour)", low_bits::resnet20),
     ("masks", "every combination of the four operations, in int8", masks::run),
+    (
+        "gradient-coder",
+        "sizes of gradients that are clipped, rounded and coded by bitmap or index",
+        gradient_coder::run,
+    ),
     ("per-channel", "weights with a scale for each channel against one scale", per_channel::run),
 ];
 

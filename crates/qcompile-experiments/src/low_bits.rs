@@ -138,7 +138,7 @@ pub(crate) fn perceptron(settings: &Settings) -> Result<Report> {
 
 /// A residual network in int8, all three products of each layer.
 fn residual(settings: &Settings, model: &'static str) -> Result<Report> {
-    let transform = "=pad=2:channels=3:mean=0.286:std=0.353";
+    let transform = ":channels=3:pad=2:mean=0.286:std=0.353";
     let task = Task { model, transform, epochs: 3, batch_size: 128 };
     let int8 = PrecisionChoice::Int8;
     let list = [

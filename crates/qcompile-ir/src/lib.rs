@@ -14,6 +14,7 @@
 //! This crate does no I/O and depends on nothing else of this project.
 #![forbid(unsafe_code)]
 
+pub mod digest;
 pub mod eval;
 pub mod float8;
 pub mod graph;
@@ -28,6 +29,7 @@ pub mod text;
 pub mod types;
 pub mod verify;
 
+pub use digest::fnv1a;
 pub use float8::Float8;
 pub use graph::{Graph, GraphError, Node, NodeId, Region};
 pub use infer::{TypeError, infer};

@@ -1,6 +1,6 @@
 //! Concrete values.
 
-use crate::{DType, Shape, TensorType, float8};
+use crate::{DType, Shape, TensorType, float8, fnv1a};
 use half::{bf16, f16};
 
 /// A concrete, dense, row-major value: little-endian elements of one type.
@@ -160,16 +160,8 @@ impl Tensor {
     /// FNV-1a digest of type, shape and bytes: how text names a large tensor (`#0123456789abcdef`).
     #[must_use]
     pub fn digest(&self) -> u64 {
-        let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-        let mut eat = |byte: u8| {
-            hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-        };
-        self.dtype.name().bytes().for_each(&mut eat);
-        for &dim in &self.shape {
-            dim.to_le_bytes().into_iter().for_each(&mut eat);
-        }
-        self.bytes.iter().copied().for_each(&mut eat);
-        hash
+        let shape = self.shape.iter().flat_map(|dim| dim.to_le_bytes());
+        fnv1a(self.dtype.name().bytes().chain(shape).chain(self.bytes.iter().copied()))
     }
 }
 

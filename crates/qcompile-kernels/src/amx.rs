@@ -114,11 +114,14 @@ thread_local! {
 }
 
 /// Configures the tile registers; their contents are lost.
+///
+/// # Safety
+/// The CPU has tiles, Linux has granted them, and `depth` is from 1 to 16.
 #[inline(always)]
-fn configure(depth: usize) {
+unsafe fn configure(depth: usize) {
     if CONFIGURED.get() != depth {
         let configuration = &CONFIGURATIONS[depth - 1];
-        // SAFETY: reads the 64 bytes of a valid configuration, on a CPU that has them.
+        // SAFETY: reads the 64 bytes of a valid configuration; the CPU has tiles, as the caller grants.
         unsafe { asm!("ldtilecfg [{}]", in(reg) configuration, options(nostack, readonly)) };
         CONFIGURED.set(depth);
     }

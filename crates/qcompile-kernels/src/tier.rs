@@ -23,7 +23,7 @@ impl Tier {
     pub const ALL: [Tier; 5] =
         [Tier::Portable, Tier::Avx2, Tier::Avx512, Tier::Avx512Bf16, Tier::Avx512Amx];
 
-    /// The fastest tier that this CPU can run.
+    /// The fastest tier that this CPU can run; asks as [`Tier::is_supported`] does.
     #[must_use]
     pub fn detect() -> Tier {
         let fast = |tier: &Tier| tier.is_supported() && (*tier != Tier::Avx512Bf16 || fast_bf16());
@@ -31,6 +31,9 @@ impl Tier {
     }
 
     /// Whether this CPU can run the tier's kernels.
+    ///
+    /// To know it of AMX, Linux is asked to let this process use tiles: it grants them for good, and a thread's saved
+    /// state grows by 8 KiB once it uses them.
     #[must_use]
     pub fn is_supported(self) -> bool {
         match self {

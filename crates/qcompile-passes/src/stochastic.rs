@@ -6,18 +6,12 @@
 use crate::PassError;
 use crate::builder::Builder;
 use qcompile_ir::{
-    BinaryOp, CompareOp, DType, Dim, Graph, NodeId, Op, Region, Shape, Tensor, UnaryOp,
+    BinaryOp, CompareOp, DType, Dim, Graph, NodeId, Op, Region, Shape, Tensor, UnaryOp, fnv1a,
 };
 use std::sync::Arc;
 
 /// The state that counts steps.
 const STEP: &str = "rounding.step";
-
-/// 64-bit FNV-1a.
-pub(crate) fn digest(text: &str) -> u64 {
-    let add = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-    text.bytes().fold(0xcbf2_9ce4_8422_2325, add)
-}
 
 /// The number of the step, `i64[]`: a state that counts.
 pub(crate) fn step(graph: &mut Graph) -> Result<NodeId, PassError> {
@@ -143,7 +137,7 @@ impl Builder<'_> {
     /// A random number in [0, 1) for each row of this shape.
     fn draw(&mut self, suffix: &str, shape: &Shape) -> Result<NodeId, PassError> {
         let step = step(self.graph)?;
-        let seed = digest(self.name(suffix).as_str());
+        let seed = fnv1a(self.name(suffix).as_str().bytes());
         let mut rows = shape.clone();
         if let [_, columns] = &mut rows.0[..] {
             *columns = Dim::ONE;

@@ -6,7 +6,7 @@ use crate::model::{self, draft};
 use crate::options::Options;
 use crate::sensitivity::{Calibration, increase};
 use crate::street::{Draft, Each, Pass, Street, evaluation_form};
-use crate::terminal::Show;
+use crate::terminal::{Show, bytes};
 use crate::timing::{Measured, measure};
 use crate::timings::Timings;
 use crate::train::digest;
@@ -119,15 +119,18 @@ pub(crate) fn finish(
     if options.measure {
         candidates.add_references()?;
     }
-    let Candidates { all, notes, .. } = candidates;
-    let mut chosen = choose(all, options)?;
+    let mut chosen = choose(std::mem::take(&mut candidates.all), options)?;
+    if options.measure && !options.saved.is_empty() {
+        let slower = candidates.slower_by_compression(&chosen)?;
+        chosen.compiled.warnings.extend(slower);
+    }
     if let Some((mut quantized, took)) = chosen.quantized.take()
         && let Some(each) = &mut each
     {
         each(Pass::Quantize, &quantized, took)?;
         Street::new(options, Show::Nothing, *each).run(&mut quantized, Pass::LAST)?;
     }
-    chosen.compiled.warnings.extend(notes);
+    chosen.compiled.warnings.extend(candidates.notes);
     Ok(chosen.compiled)
 }
 
@@ -271,6 +274,26 @@ impl<'a> Candidates<'a> {
             self.all.push(Candidate { choice, eligible: false, compiled, quantized: None });
         }
         Ok(())
+    }
+
+    /// That `--compress` makes a step slower, with the figure.
+    fn slower_by_compression(&self, chosen: &Candidate) -> Result<Option<String>> {
+        let plain = Options { saved: Vec::new(), ..self.fixed(chosen.choice) };
+        let mut draft = self.high.clone();
+        Street::new(&plain, Show::Nothing, &mut |_, _, _| Ok(()))
+            .run(&mut draft, Pass::Quantize)?;
+        let plain = self.compiled(draft, &plain)?;
+        let measured = measure_steps(&[&plain, &chosen.compiled], self.options)?;
+        let [without, with] = [&measured[0], &measured[1]];
+        let longer = with.step_ms.median / without.step_ms.median - 1.0;
+        Ok((longer > 0.0).then(|| {
+            format!(
+                "--compress makes a step {:.1} % slower; its memory is {} in the place of {}",
+                100.0 * longer,
+                bytes(with.peak_bytes as u64),
+                bytes(without.peak_bytes as u64)
+            )
+        }))
     }
 
     /// The options with this choice.

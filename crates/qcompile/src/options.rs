@@ -18,8 +18,6 @@ use std::path::PathBuf;
 
 /// Batch size that is tuned for unless another is given.
 pub(crate) const BATCH_SIZE: usize = 32;
-/// Samples that sensitivity is measured on unless another number is given.
-pub(crate) const SAMPLES: usize = 256;
 
 /// Options of [`compile`](crate::compile()). `Default` is what `qcompile MODEL.onnx` does.
 #[derive(Debug, Clone, PartialEq)]
@@ -78,8 +76,8 @@ pub struct Options {
     pub scores: Option<PathBuf>,
     /// The text of `--data`.
     pub data: Option<String>,
-    /// Samples that sensitivity is measured on.
-    pub samples: usize,
+    /// Samples that sensitivity and ranges are measured on; none: as many as are enough.
+    pub samples: Option<usize>,
     /// Threads of measurements; 0 takes every core.
     pub threads: usize,
     /// Instruction set; none takes the best.
@@ -122,7 +120,7 @@ impl Default for Options {
             numerics: Numerics::default(),
             scores: None,
             data: None,
-            samples: SAMPLES,
+            samples: None,
             threads: 0,
             tier: None,
             timings: None,
@@ -164,7 +162,7 @@ impl Options {
             saved: args.compress.clone(),
             numerics: precision.numerics.numerics(),
             scores: precision.scores.clone(),
-            samples: precision.samples.unwrap_or(standard.samples),
+            samples: precision.samples,
             threads: machine.threads,
             tier: machine.tier,
             ..standard

@@ -1,7 +1,7 @@
 //! Runs the pass `sensitivity` on compiled code, and keeps its scores in files.
 
 use crate::about::About;
-use crate::data::{Batches, Dataset, Limits};
+use crate::data::{Batches, Dataset, InputType, Limits, Target};
 use crate::error::{Code, Error, Result};
 use crate::options::Options;
 use crate::street::Draft;
@@ -16,6 +16,27 @@ use qcompile_runtime::{Trainer, TrainerOptions, Values};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::sync::Arc;
+
+/// Samples to measure on unless a number is given, where each is one prediction.
+const SAMPLES: usize = 256;
+/// Predictions that are enough of a sample that has many, as a text has; and the fewest samples for them.
+const PREDICTIONS: usize = 4096;
+const FEWEST: usize = 16;
+
+/// Samples to measure on where none are asked for.
+fn standard_samples(wants: &Wants) -> usize {
+    let elements = |(_, ty): &(String, InputType)| -> usize { ty.shape.iter().flatten().product() };
+    let predictions = match &wants.target {
+        Some(Target::Classes { rows_per_sample, .. }) => *rows_per_sample,
+        Some(Target::Values(_)) => 1,
+        // The model's own loss: of tokens, perhaps.
+        None => {
+            let integers = wants.inputs.iter().filter(|(_, ty)| !ty.dtype.is_float());
+            integers.map(elements).max().unwrap_or(1)
+        }
+    };
+    (PREDICTIONS / predictions.max(1)).clamp(FEWEST, SAMPLES)
+}
 
 /// Batches to measure on.
 #[derive(Debug, Clone)]
@@ -35,7 +56,8 @@ impl Calibration {
     /// Of loading and binding the data.
     pub fn new(graph: &Graph, about: &About, options: &Options) -> Result<Calibration> {
         let wants = Wants::of(graph, about)?;
-        let size = wants.fixed_batch.unwrap_or(options.batch_size);
+        let samples = options.samples.unwrap_or_else(|| standard_samples(&wants));
+        let size = wants.fixed_batch.unwrap_or_else(|| options.batch_size.min(samples));
         let mut calibration = Calibration {
             batches: Vec::new(),
             batch_size: size,
@@ -44,8 +66,8 @@ impl Calibration {
         };
         let Some(text) = &options.data else {
             calibration.synthetic = true;
-            for at in 0..options.samples.div_ceil(size) {
-                let left = options.samples - at * size;
+            for at in 0..samples.div_ceil(size) {
+                let left = samples - at * size;
                 let count = if wants.fixed_batch.is_some() { size } else { size.min(left) };
                 let values = synthetic::inputs(graph, count, at as u64);
                 calibration.batches.push((values, count));
@@ -57,7 +79,7 @@ impl Calibration {
         let data = Dataset::load(text, Limits::default())?;
         let binding = wants.bind(&data)?;
         calibration.notes.extend(binding.notes().iter().cloned());
-        let taken = options.samples.min(binding.samples());
+        let taken = samples.min(binding.samples());
         let batches = Batches::new(binding.samples(), size).shuffled(0);
         let rows: Vec<usize> = batches.epoch(0, 0).flatten().take(taken).collect();
         for rows in rows.chunks(size) {

@@ -6,7 +6,7 @@ use crate::draft::{Draft, ValueId};
 use crate::error::Obstacle;
 use crate::node::{OnnxNode, dims_from};
 use crate::tensor;
-use qcompile_ir::{BinaryOp, CompareOp, DType, Dim, Op, Shape, UnaryOp};
+use qcompile_ir::{BinaryOp, CompareOp, DType, Dim, Op, Shape, UnaryOp, fnv1a};
 
 /// The seed of a node: its attribute, or one that belongs to its name.
 fn seed(node: &OnnxNode) -> Result<u64, Obstacle> {
@@ -14,9 +14,7 @@ fn seed(node: &OnnxNode) -> Result<u64, Obstacle> {
         "Dropout" => node.attributes.optional_int("seed")?.map(i64::cast_unsigned),
         _ => node.attributes.optional_float("seed")?.map(f64::to_bits),
     };
-    // FNV-1a.
-    let of_name = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-    Ok(given.unwrap_or_else(|| node.base.bytes().fold(0xcbf2_9ce4_8422_2325, of_name)) >> 1)
+    Ok(given.unwrap_or_else(|| fnv1a(node.base.bytes())) >> 1)
 }
 
 /// Uniform numbers in [0, 1).

@@ -4,9 +4,9 @@ use super::layer::{Layer, reads_quantized};
 use super::scale;
 use crate::PassError;
 use crate::builder::Builder;
-use crate::stochastic::{Draws, digest, quantize_stochastically, step};
+use crate::stochastic::{Draws, quantize_stochastically, step};
 use qcompile_ir::{
-    DType, GradientRounding, Granularity, Graph, NodeId, Op, Quantizer, Region, Scaling,
+    DType, GradientRounding, Granularity, Graph, NodeId, Op, Quantizer, Region, Scaling, fnv1a,
 };
 use std::collections::BTreeMap;
 
@@ -67,7 +67,7 @@ impl Inserted {
         let name = graph.node(x).name.as_str().to_owned();
         let stochastic = quantizer.rounding == GradientRounding::Stochastic;
         let q = if stochastic && role == Role::Gradient {
-            let draws = Draws { seed: digest(&name), step: step(graph)? };
+            let draws = Draws { seed: fnv1a(name.bytes()), step: step(graph)? };
             quantize_stochastically(graph, x, scale, axis, dtype, draws, region)?
         } else {
             let op = Op::Quantize { dtype, axis };

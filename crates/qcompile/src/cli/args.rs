@@ -174,7 +174,8 @@ pub struct PrecisionArgs {
     /// Scores that `qcompile sensitivity` wrote, instead of measuring.
     #[arg(long, value_name = "FILE", help_heading = "Precision")]
     pub scores: Option<PathBuf>,
-    /// Samples to measure sensitivity and ranges on [default: 256].
+    /// Samples to measure sensitivity and ranges on [default: 256; fewer, but 16, of texts and others
+    /// with many predictions].
     #[arg(long, value_name = "N", value_parser = positive, help_heading = "Precision")]
     pub samples: Option<usize>,
     /// Quantization-aware training: compute forward as inference on integers does, with ranges that start as measured on

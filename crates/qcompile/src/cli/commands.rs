@@ -175,7 +175,7 @@ pub struct SensitivityCommand {
     /// Samples at once [default: 32].
     #[arg(long, value_name = "N", value_parser = positive)]
     pub batch_size: Option<usize>,
-    /// Samples to measure on [default: 256].
+    /// Samples to measure on [default: 256; fewer, but 16, of those with many predictions].
     #[arg(long, value_name = "N", value_parser = positive)]
     pub samples: Option<usize>,
     /// The import.
@@ -250,7 +250,7 @@ pub struct ExportCommand {
     /// For qdq-onnx: samples that ranges are measured on: FILE or NAME=FILE, several with commas.
     #[arg(long, value_name = "DATA", help_heading = "Integers")]
     pub data: Option<String>,
-    /// Samples to take of them [default: 256].
+    /// Samples to take of them [default: 256; fewer, but 16, of those with many predictions].
     #[arg(long, value_name = "N", value_parser = positive, help_heading = "Integers")]
     pub samples: Option<usize>,
     /// Samples at once [default: 32].

@@ -116,7 +116,7 @@ fn options(command: &ExportCommand) -> Result<Options> {
     let standard = Options::default();
     let options = Options {
         data: command.data.clone(),
-        samples: command.samples.unwrap_or(standard.samples),
+        samples: command.samples,
         batch_size: command.batch_size.unwrap_or(standard.batch_size),
         keep_f32: command.keep.clone(),
         threads: command.machine.threads,

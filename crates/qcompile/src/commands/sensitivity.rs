@@ -18,7 +18,7 @@ pub(super) fn run(command: &SensitivityCommand) -> Result<()> {
         loss: command.loss,
         metric: command.metric.unwrap_or_default(),
         batch_size: command.batch_size.unwrap_or(standard.batch_size),
-        samples: command.samples.unwrap_or(standard.samples),
+        samples: command.samples,
         data: command.data.clone(),
         threads: command.machine.threads,
         tier: command.machine.tier,
