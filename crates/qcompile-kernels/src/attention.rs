@@ -142,7 +142,7 @@ pub(crate) unsafe fn pack<L: Lanes<Element = f32>>(
             let first = from.first.add(panel * Panels::width::<L>() * column_stride);
             let to = to.cast::<u32>().add(panels.offset::<L>(panel));
             let (valid, stored) = (panels.valid::<L>(panel), panels.stored::<L>(panel));
-            let source = Source { first, k_stride, column_stride };
+            let source = Source { first, k_stride, column_stride, flip: 0 };
             pack::interleave::<L, Right>(source, panels.k, valid, to, stored);
         }
     }

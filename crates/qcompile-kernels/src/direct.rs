@@ -103,8 +103,9 @@ impl<L: Lanes> Task for Compute<L> {
             let mut left = Buffer::take(Slot::Left, words);
             // SAFETY: the part lies in source and target; the buffers were sized for it above.
             unsafe {
+                let source = (c.source, c.codes);
                 let window =
-                    Window::open::<L>(g, &part, c.source, c.source_total(), channels, &mut left);
+                    Window::open::<L>(g, &part, source, c.source_total(), channels, &mut left);
                 let finish = c.finish(&part, part_index, first_column..first_column + columns);
                 // Scales of the columns, filled up to whole vectors.
                 let mut scale_buffer = Buffer::take(Slot::Scales, stride);

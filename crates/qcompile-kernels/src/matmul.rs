@@ -3,7 +3,7 @@
 use crate::Primitive;
 use crate::args::{Epilogue, MatmulArgs, MatmulBf16Args, MatmulI8Args, Stream};
 use crate::buffer::{Buffer, Slot};
-use crate::lanes::{Lanes, Simd, Task};
+use crate::lanes::{Codes, Lanes, Simd, Task};
 use crate::pack::{self, Left, Right, Source};
 use crate::tile::{Block, Depth, Finish, Panels, ROW_GROUP, Scales};
 
@@ -48,6 +48,7 @@ struct Product<E> {
     c_batch_stride: usize,
     c_row_stride: usize,
     scale: Option<Dequantize>,
+    codes: Codes,
     epilogue: Option<Epilogue>,
     epilogue_ctx: *const u8,
     streams: (*const Stream, usize),
@@ -103,6 +104,7 @@ impl<E> MatmulArgs<E> {
             c_batch_stride: self.c_batch_stride,
             c_row_stride: self.c_row_stride,
             scale: None,
+            codes: Codes::default(),
             epilogue: self.epilogue,
             epilogue_ctx: self.epilogue_ctx,
             streams: (self.streams, self.stream_count),
@@ -151,6 +153,8 @@ impl Kind for Int8Kind {
                 right: args.b_scale,
                 right_stride: args.b_scale_stride,
             }),
+            // SAFETY: the caller passes the argument block of this kernel.
+            codes: unsafe { Codes::new(args.a_zero, args.a_unsigned) },
             epilogue: args.epilogue,
             epilogue_ctx: args.epilogue_ctx,
             streams: (args.streams, args.stream_count),
@@ -376,6 +380,7 @@ unsafe fn pack_right<L: Lanes>(
                         .add(k * p.b_strides[1] + panel * Panels::width::<L>() * p.b_strides[2]),
                     k_stride: p.b_strides[1],
                     column_stride: p.b_strides[2],
+                    flip: 0,
                 };
                 let stored = panels.stored::<L>(panel);
                 let to = to.add(panels.offset::<L>(panel) + (header + word) * stored);
@@ -386,7 +391,7 @@ unsafe fn pack_right<L: Lanes>(
             for panel in 0..count {
                 let to = to.add(panels.offset::<L>(panel));
                 let stored = panels.stored::<L>(panel);
-                pack::header::<L>(to.add(stored), panels.k, stored, to);
+                pack::header::<L>(to.add(stored), panels.k, stored, to, p.codes);
             }
         }
     }
@@ -408,7 +413,8 @@ unsafe fn pack_left<L: Lanes>(
         let from = p.a.add(matrix * p.a_strides[0] + row * p.a_strides[1]);
         if form == LeftForm::Rows {
             for r in 0..count {
-                pack::row::<L, Left>(from.add(r * p.a_strides[1]), p.k, to.add(r * words));
+                let row = from.add(r * p.a_strides[1]);
+                pack::row::<L, Left>(row, p.k, to.add(r * words), p.codes.flip);
             }
             return;
         }
@@ -424,6 +430,7 @@ unsafe fn pack_left<L: Lanes>(
                     first: from.add(k * p.a_strides[2] + first * p.a_strides[1]),
                     k_stride: p.a_strides[2],
                     column_stride: p.a_strides[1],
+                    flip: p.codes.flip,
                 };
                 let live = ROW_GROUP.min(count - first);
                 let to = to.add(first * words + word * ROW_GROUP);

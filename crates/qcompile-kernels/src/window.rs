@@ -2,7 +2,7 @@
 
 use crate::buffer::Buffer;
 use crate::geometry::{Geometry, Part};
-use crate::lanes::{Lanes, Simd};
+use crate::lanes::{Codes, Lanes, Simd};
 use crate::pack::{self, Left};
 use std::ops::Range;
 
@@ -150,11 +150,12 @@ impl Window {
     pub(crate) unsafe fn open<L: Lanes>(
         geometry: &Geometry,
         part: &Part,
-        source: *const L::Element,
+        (source, codes): (*const L::Element, Codes),
         total: usize,
         channels: Range<usize>,
         buffer: &mut Buffer,
     ) -> Window {
+        let halo = L::halo(codes);
         let extent = Extent::of(geometry, part.row_begin, part.row_end);
         let (height, width) = (geometry.rows.source, geometry.columns.source);
         // SAFETY: granted by the caller; `words` below sized the buffer.
@@ -187,21 +188,27 @@ impl Window {
                     let to = buffer.words().add(image * window.image_pitch + r * row_pitch);
                     let row = extent.row + r as isize;
                     if row < 0 || row >= height as isize || begin >= end {
-                        fill(to, row_pitch, L::HALO);
+                        fill(to, row_pitch, halo);
                         continue;
                     }
                     let line = first.add(((image * height + row as usize) * width + begin) * total);
-                    fill(to, before, L::HALO);
+                    fill(to, before, halo);
                     let words = (end - begin) * pixel_pitch;
                     if channels.len() == total && total.is_multiple_of(L::GROUP) {
-                        pack::row::<L, Left>(line, (end - begin) * total, to.add(before));
+                        let to = to.add(before);
+                        pack::row::<L, Left>(line, (end - begin) * total, to, codes.flip);
                     } else {
                         for p in 0..end - begin {
                             let to = to.add(before + p * pixel_pitch);
-                            pack::row::<L, Left>(line.add(p * total), channels.len(), to);
+                            pack::row::<L, Left>(
+                                line.add(p * total),
+                                channels.len(),
+                                to,
+                                codes.flip,
+                            );
                         }
                     }
-                    fill(to.add(before + words), row_pitch - before - words, L::HALO);
+                    fill(to.add(before + words), row_pitch - before - words, halo);
                 }
             }
             window

@@ -147,7 +147,7 @@ impl<A: Pass> Task for Pack<A> {
             // SAFETY: the panel lies in R and in the scratch.
             unsafe {
                 let first = self.args.r().add(gate * hidden * hidden + column * column_stride);
-                let from = Source { first, k_stride, column_stride };
+                let from = Source { first, k_stride, column_stride, flip: 0 };
                 let to = self.args.scratch().add(unit * width * hidden);
                 let columns = width.min(hidden - column);
                 pack::interleave::<S::Real, Right>(from, hidden, columns, to, width);
