@@ -55,7 +55,7 @@ pub struct CompileArgs {
     /// What --qat rounds to what.
     #[command(flatten)]
     pub ranged: RangedArgs,
-    /// Save what the backward pass reads of the forward pass in bf16, int8 or int4: saved=int8, or of some nodes only
+    /// Save what the backward pass reads of the forward pass in bf16, f16, int8 or int4: saved=int8, or of some nodes only
     /// saved=int4:PATTERN; of several that match the last counts.
     #[arg(long, value_name = "saved=FORMAT[:PATTERN]", help_heading = "Precision")]
     pub compress: Vec<saved::Rule>,
