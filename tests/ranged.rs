@@ -6,7 +6,7 @@ use qcompile_ir::eval::{EvalOptions, eval};
 use qcompile_ir::{DType, Graph, Op, Tensor};
 use qcompile_onnx::{ExportOptions, ImportOptions, Port, export, import};
 use qcompile_passes::calibrate::Range;
-use qcompile_passes::quantize::{Codes, Held, Scheme, Weights, activations};
+use qcompile_passes::quantize::{Codes, Held, Scheme, WeightScales, Weights, activations};
 use qcompile_passes::{differentiate, fold_batch_norm, freeze, quantize};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -67,7 +67,7 @@ fn ranged(graph: &Graph, codes: Codes, weights: Weights, held: Held) -> Graph {
     graph
 }
 
-const INT8: Weights = Weights { dtype: DType::I8, block: None };
+const INT8: Weights = Weights { dtype: DType::I8, scales: WeightScales::Channel };
 
 #[test]
 fn roundings_by_known_ranges_are_as_in_the_snapshots() {
@@ -81,11 +81,13 @@ fn roundings_by_known_ranges_are_as_in_the_snapshots() {
 /// What is written is what was rounded: the model comes back as the same function, to the last code.
 #[test]
 fn roundings_go_out_and_come_back_exactly() {
-    let block = Weights { dtype: DType::I4, block: Some(4) };
-    let int4 = Weights { dtype: DType::I4, block: None };
+    let tensor = Weights { dtype: DType::I8, scales: WeightScales::Tensor };
+    let block = Weights { dtype: DType::I4, scales: WeightScales::Block(4) };
+    let int4 = Weights { dtype: DType::I4, scales: WeightScales::Channel };
     for case in cases("ranged") {
         for codes in Codes::ALL {
-            for (weights, opset) in [(INT8, 13), (INT8, 19), (int4, 21), (block, 21)] {
+            for (weights, opset) in [(INT8, 13), (INT8, 19), (tensor, 13), (int4, 21), (block, 21)]
+            {
                 let mut graph = ranged(&parse(&case), codes, weights, Held::Constant);
                 quantize::round_biases(&mut graph).expect("rounds");
                 let graph = frozen(graph);
@@ -148,7 +150,7 @@ fn trained_ranges_follow_the_values() {
 #[test]
 fn learned_step_sizes_begin_by_the_mean_magnitude() {
     let case = cases("ranged").into_iter().find(|case| name(case) == "matrices").expect("is there");
-    let int4 = Weights { dtype: DType::I4, block: None };
+    let int4 = Weights { dtype: DType::I4, scales: WeightScales::Channel };
     let graph = ranged(&parse(&case), Codes::Uint8, int4, Held::Parameter);
     let given = inputs(&graph, BATCH, 2, &mut Random::new(3));
     let values = eval(&graph, &given, BATCH, &EvalOptions::default()).expect("has a value");

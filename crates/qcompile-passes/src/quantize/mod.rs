@@ -50,7 +50,7 @@ pub(crate) use layer::{is_stored, parameter};
 pub use numerics::{Numerics, OperandTypes};
 pub use pack::{pack4, unpack4};
 pub use pairs::join_pairs;
-pub use ranged::{Held, Scheme, Weights, insert_ranged, round_biases};
+pub use ranged::{Held, Scheme, WeightScales, Weights, insert_ranged, round_biases};
 pub use remove::remove;
 pub use rules::rule_names;
 pub(crate) use step_size::initial as initial_step_size;

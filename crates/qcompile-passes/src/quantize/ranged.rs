@@ -32,9 +32,19 @@ const LARGEST_BIAS: f64 = (1 << 30) as f64;
 pub struct Weights {
     /// i8 or i4.
     pub dtype: DType,
-    /// So many elements along the axis that a product sums over share a scale; without, all of an output channel do.
-    /// For products of matrices only: convolutions have a scale for each channel.
-    pub block: Option<usize>,
+    /// What shares a scale.
+    pub scales: WeightScales,
+}
+
+/// What of a weight shares a scale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WeightScales {
+    /// All of it. Its bias is not rounded.
+    Tensor,
+    /// An output channel.
+    Channel,
+    /// So many elements along the axis that a product of matrices sums over; of a convolution, an output channel.
+    Block(usize),
 }
 
 /// Who holds the ranges of activations.
@@ -193,10 +203,13 @@ fn weight(
     weight: NodeId,
     scheme: &Scheme,
 ) -> Result<NodeId, PassError> {
-    let Weights { block, .. } = scheme.weights;
     let matrix = matches!(graph.op(layer.node), Op::Matmul { .. });
-    let Some(block) = block.filter(|_| matrix) else {
-        return rounded_along(graph, weight, layer.weight_axis, scheme);
+    let block = match scheme.weights.scales {
+        WeightScales::Tensor => return rounded_along(graph, weight, None, scheme),
+        WeightScales::Block(block) if matrix => block,
+        WeightScales::Channel | WeightScales::Block(_) => {
+            return rounded_along(graph, weight, Some(layer.weight_axis), scheme);
+        }
     };
     let shape = graph.ty(weight).shape.clone();
     let name = graph.node(weight).name.as_str().to_owned();
@@ -217,26 +230,25 @@ fn weight(
     let rows = if across { b.add("across", swap.clone(), &[weight])? } else { weight };
     let blocks = Shape::fixed(&[layer.channels * (inner / block), block]);
     let parts = b.reshape("blocks", rows, blocks)?;
-    let rounded = rounded_along(b.graph, parts, 0, scheme)?;
+    let rounded = rounded_along(b.graph, parts, Some(0), scheme)?;
     let rows = b.reshape("rounded", rounded, Shape::fixed(&[layer.channels, inner]))?;
     if across { b.add("along", swap, &[rows]) } else { Ok(rows) }
 }
 
-/// A weight rounded symmetrically by a scale for each index of an axis: of its largest magnitude, or learned.
+/// A weight rounded symmetrically, by one scale or one for each index of an axis: of its largest magnitude, or learned.
 fn rounded_along(
     graph: &mut Graph,
     weight: NodeId,
-    axis: usize,
+    axis: Option<usize>,
     scheme: &Scheme,
 ) -> Result<NodeId, PassError> {
     let dtype = scheme.weights.dtype;
     let scale = match scheme.held {
         Held::Parameter => step_size::of_weight(graph, weight, axis, dtype)?,
         Held::Constant | Held::State => {
-            scale::current(graph, weight, Some(axis), dtype, Region::Forward)?
+            scale::current(graph, weight, axis, dtype, Region::Forward)?
         }
     };
-    let axis = Some(axis);
     let name = graph.node(weight).name.as_str().to_owned();
     let mut b = Builder::new(graph, Region::Forward, &name);
     let q = b.add("q", Op::Quantize { dtype, axis }, &[weight, scale])?;
@@ -252,7 +264,12 @@ fn rounded_along(
 pub fn round_biases(graph: &mut Graph) -> Result<usize, PassError> {
     let mut count = 0;
     for layer in stored_layers(graph) {
-        let [data, weight] = [graph.operand(layer.node, 0), graph.operand(layer.node, 1)];
+        let weight = graph.operand(layer.node, 1);
+        // Codes that lie in another order have the scale that they had.
+        let mut data = graph.operand(layer.node, 0);
+        while let Op::Transpose(_) | Op::Reshape(_) = graph.op(data) {
+            data = graph.operand(data, 0);
+        }
         let axis = Some(layer.weight_axis);
         let of_codes = *graph.op(data) == Op::Dequantize { axis: None }
             && *graph.op(weight) == Op::Dequantize { axis };

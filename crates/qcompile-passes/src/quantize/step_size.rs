@@ -27,14 +27,14 @@ pub(super) fn parameter(b: &mut Builder, values: Tensor) -> Result<NodeId, PassE
     b.binary("scale", BinaryOp::Max, step, smallest)
 }
 
-/// The learned scales of a weight, one for each index of `axis`, for codes of `dtype`.
+/// The learned scale of a weight, or scales, one for each index of `axis`, for codes of `dtype`.
 ///
 /// # Errors
 /// [`PassError::Evaluation`] if the weight has no value.
 pub(super) fn of_weight(
     graph: &mut Graph,
     weight: NodeId,
-    axis: usize,
+    axis: Option<usize>,
     dtype: DType,
 ) -> Result<NodeId, PassError> {
     let failed = |reason: String| PassError::Evaluation { pass: PASS, reason };
@@ -44,7 +44,7 @@ pub(super) fn of_weight(
         return Err(failed(format!("{name} is not stored")));
     };
     let shape = stored.ty(copy).shape.clone();
-    let axes = (0..shape.rank()).filter(|&at| at != axis).collect();
+    let axes = (0..shape.rank()).filter(|&at| Some(at) != axis).collect();
     let mut b = Builder::new(&mut stored, Region::Forward, name.as_str());
     let magnitude = b.unary("magnitude", UnaryOp::Abs, copy)?;
     let sum = b.sum("magnitudes", magnitude, axes)?;
@@ -56,7 +56,8 @@ pub(super) fn of_weight(
     let high = QuantizedRange::of(dtype, false).map_or(1.0, |range| f64::from(range.high));
     #[allow(clippy::cast_precision_loss, reason = "a count of elements")]
     let steps: Vec<f64> = sums.iter().map(|sum| initial(sum / count.max(1) as f64, high)).collect();
-    let steps = Tensor::from_f64(DType::F32, &[steps.len()], &steps)
+    let kept: &[usize] = if axis.is_some() { &[steps.len()] } else { &[] };
+    let steps = Tensor::from_f64(DType::F32, kept, &steps)
         .ok_or_else(|| failed(format!("the scales of {name} are no tensor")))?;
     parameter(&mut Builder::new(graph, Region::Forward, name.as_str()), steps)
 }
