@@ -7,7 +7,7 @@
 
 use crate::build::PlanError;
 use crate::deviations::{self, crosses_rows, deviations};
-use crate::low::{LowOperands, exchanged_codes, low_products};
+use crate::low::{LowOperands, Scales, exchanged_codes, low_products};
 use crate::merge::merge;
 use crate::recompute::{read_less, recomputed};
 use crate::view::{View, first_parameter};
@@ -333,7 +333,7 @@ impl Fusion {
     ) -> Vec<NodeId> {
         if let Some(low) = self.low.get(&id).cloned() {
             let mut reads = vec![low.a.base, low.b.base];
-            for scale in low.scales.into_iter().flat_map(|scales| [scales.a, scales.b]) {
+            for scale in low.scales.into_iter().flat_map(Scales::values) {
                 reads.push(self.dense_base(graph, scale, position));
             }
             return reads;
@@ -577,7 +577,7 @@ fn live(
         }
         live[views[id.index()].base.index()] = true;
         if let Some(low) = low.get(&id) {
-            let scales = low.scales.into_iter().flat_map(|scales| [scales.a, scales.b]);
+            let scales = low.scales.into_iter().flat_map(Scales::values);
             for needed in [low.a.base, low.b.base].into_iter().chain(scales) {
                 live[needed.index()] = true;
             }
