@@ -52,6 +52,32 @@ pub(crate) fn low_products(graph: &Graph, views: &[View]) -> BTreeMap<NodeId, Lo
     graph.ids().filter_map(|id| Some((id, low(id)?))).collect()
 }
 
+/// An operand of attention that `dequantize` hides: the codes and their one scale.
+#[derive(Clone, Debug)]
+pub(crate) struct Codes {
+    pub(crate) view: View,
+    pub(crate) scale: NodeId,
+}
+
+/// The codes of queries, keys and values of each attention whose products are in i8, where they have one scale each.
+pub(crate) fn attention_codes(graph: &Graph, views: &[View]) -> BTreeMap<NodeId, [Codes; 3]> {
+    let codes = |id: NodeId| {
+        if !matches!(graph.op(id), Op::Attention { products: DType::I8, .. }) {
+            return None;
+        }
+        let of = |position: usize| {
+            let (view, scale, axis) = hidden(graph, views, graph.operand(id, position))?;
+            axis.is_none().then_some(Codes { view, scale })
+        };
+        let (q, v) = (graph.operand(id, 0), graph.operand(id, 2));
+        let (width, keys) = (graph.ty(q).shape.0[3], graph.ty(v).shape.0[1]);
+        let summed =
+            [width, keys].into_iter().all(|dim| dim.as_fixed().is_some() && is_summed(dim));
+        if summed { Some([of(0)?, of(1)?, of(2)?]) } else { None }
+    };
+    graph.ids().filter_map(|id| Some((id, codes(id)?))).collect()
+}
+
 /// `product(cast f32 x, cast f32 y)` as a product of the bf16 values `x` and `y`.
 fn bf16_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<LowOperands> {
     let fits: fn(&View) -> bool = match graph.op(id) {

@@ -9,9 +9,7 @@ use super::numerics::{Numerics, OperandTypes};
 use super::weights;
 use crate::PassError;
 use crate::sensitivity::Scores;
-use qcompile_ir::{
-    Channels, DType, Granularity, Graph, Name, NodeId, Note, Op, Precision, Quantizer,
-};
+use qcompile_ir::{Channels, DType, Granularity, Graph, Name, NodeId, Note, Precision, Quantizer};
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::str::FromStr;
@@ -425,9 +423,7 @@ fn decide_one(
     if let Some(reason) = barred(graph, one, options) {
         return high(reason);
     }
-    if let Some(reason) =
-        one.layer.is_none().then(|| without_int8(graph, one.node, options)).flatten()
-    {
+    if let Some(reason) = without_int8(options).filter(|_| one.layer.is_none()) {
         return high(reason);
     }
     let (low, mut reason) = by_score(graph, one.node, options, within_budget);
@@ -452,16 +448,12 @@ fn decide_one(
 }
 
 /// Why a product of two activations has no int8 form under these options, if so.
-fn without_int8(graph: &Graph, node: NodeId, options: &Options) -> Option<String> {
+fn without_int8(options: &Options) -> Option<String> {
     let codes = options.numerics.types.activation;
     if !options.operations.forward {
         Some("of a product of two activations only the forward one has an int8 kernel".to_owned())
-    } else if codes.is_float() {
-        Some(format!("a product of two activations has no {codes} codes"))
-    } else if matches!(graph.op(node), Op::Attention { .. }) {
-        Some("attention has no int8 kernel".to_owned())
     } else {
-        None
+        codes.is_float().then(|| format!("a product of two activations has no {codes} codes"))
     }
 }
 

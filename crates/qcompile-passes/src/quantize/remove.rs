@@ -104,7 +104,11 @@ fn copied(
             _ => operand.id,
         });
     }
-    let new = copy.add(node.op.clone(), &ids, node.name.clone(), node.region)?;
+    let mut op = node.op.clone();
+    if let Op::Attention { products, .. } | Op::AttentionGrad { products, .. } = &mut op {
+        *products = DType::F32;
+    }
+    let new = copy.add(op, &ids, node.name.clone(), node.region)?;
     *copy.note_mut(new) = node.note.clone();
     copy.note_mut(new).precision = None;
     let narrow = narrow.filter(|&dtype| graph.ty(id).dtype == dtype);
