@@ -2,12 +2,12 @@
 
 use crate::Affine;
 use crate::view::{View, merged};
-use qcompile_ir::{DType, Dim, Graph, NodeId, Op};
+use qcompile_ir::{DType, Dim, Graph, NodeId, Op, QuantizedRange};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-/// Most products of i8 that an i32 sums, whatever they are (-128 times -128 is 2^14): more are not summed in int8.
-pub const MOST_I8_PRODUCTS: usize = i32::MAX as usize >> 14;
+/// Most products of i8 that an i32 sums: more are not summed in int8.
+pub const MOST_I8_PRODUCTS: usize = QuantizedRange::MOST_I8_PRODUCTS;
 
 /// Whether so many products may be summed. Where the number depends on the batch size, [`Plan::largest_batch`] says how
 /// far, and a single sample must do.

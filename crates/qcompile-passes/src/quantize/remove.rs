@@ -31,7 +31,10 @@ pub fn remove(graph: &mut Graph) -> Result<bool, PassError> {
                 removed = true;
                 made
             }
-            None => copied(graph, &mut copy, id, &operands)?,
+            None => {
+                removed |= matches!(graph.op(id), Op::Recurrence(r) if r.products.is_some());
+                copied(graph, &mut copy, id, &operands)?
+            }
         };
         copies.insert(id, made);
     }
@@ -104,7 +107,11 @@ fn copied(
             _ => operand.id,
         });
     }
-    let new = copy.add(node.op.clone(), &ids, node.name.clone(), node.region)?;
+    let op = match &node.op {
+        Op::Recurrence(recurrence) => Op::Recurrence(recurrence.with_products(None)),
+        other => other.clone(),
+    };
+    let new = copy.add(op, &ids, node.name.clone(), node.region)?;
     *copy.note_mut(new) = node.note.clone();
     copy.note_mut(new).precision = None;
     let narrow = narrow.filter(|&dtype| graph.ty(id).dtype == dtype);
