@@ -405,7 +405,12 @@ fn the_doctor_finds_this_machine_sound() {
     let document = place.run("doctor --json").json();
     let tests = document["self_test"].as_array().unwrap();
     assert!(tests.len() >= 2 && tests.iter().all(|test| test["ok"] == true), "{document}");
-    assert!(place.run("doctor").stdout.contains("self-test"));
+    let speeds = document["speeds"].as_array().unwrap();
+    // Four kernels in three precisions, and every one of them runs in each.
+    assert_eq!(speeds.len(), 12);
+    assert!(speeds.iter().all(|speed| speed["gflops"].as_f64() > Some(0.0)), "{document}");
+    let said = place.run("doctor").stdout;
+    assert!(said.contains("self-test") && said.contains("GFLOP/s"), "{said}");
 }
 
 #[test]

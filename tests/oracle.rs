@@ -459,8 +459,19 @@ fn attention_in_int8() {
     }
 }
 
-/// A layer and its gradient, with more hidden units than a panel has columns and more rows than a tile.
-fn recurrent(cell: &str, gates: usize, sections: usize, gradients: usize, hidden: usize) -> String {
+/// A cell, its gates, the sections of its result and the blocks of its gradient's.
+type Cell = (&'static str, usize, usize, usize);
+
+const CELLS: [Cell; 4] =
+    [("lstm", 4, 6, 4), ("gru", 3, 4, 3), ("linear_gru", 3, 5, 4), ("rnn", 1, 1, 1)];
+
+/// A layer and its gradient, with more hidden units than a panel has columns and more rows than a tile, and what the
+/// products of each read.
+fn recurrent(
+    (cell, gates, sections, gradients): Cell,
+    hidden: usize,
+    [forward, backward]: [&str; 2],
+) -> String {
     let (columns, back) = (gates * hidden, gradients * hidden);
     let activations = match cell {
         "lstm" => "[sigmoid, tanh, tanh]",
@@ -478,24 +489,65 @@ fn recurrent(cell: &str, gates: usize, sections: usize, gradients: usize, hidden
          const %r : f32[{columns}, {hidden}] = uniform seed=2 scale=0.2\n\
          const %b : f32[{hidden}] = uniform seed=3\nforward:\n\
          %y : f32[{sections}, 5, N, {hidden}] = recurrence %x, %r, %h{extra}, %lengths {cell} \
-         activations={activations} lengths\n\
+         activations={activations} lengths{forward}\n\
          %dx : f32[5, N, {back}] = recurrence_grad %y, %r, %dh, %lengths {cell} \
-         activations={activations} lengths\nreturn %y, %dx\n}}\n"
+         activations={activations} lengths{backward}\nreturn %y, %dx\n}}\n"
     )
 }
 
 #[test]
 fn recurrent_layers_of_every_size() {
-    for (cell, gates, sections, gradients) in
-        [("lstm", 4, 6, 4), ("gru", 3, 4, 3), ("linear_gru", 3, 5, 4), ("rnn", 1, 1, 1)]
-    {
+    for cell in CELLS {
         for (hidden, batches) in [(1, [1, 7]), (33, [2, 21]), (70, [9, 40])] {
-            let source = recurrent(cell, gates, sections, gradients, hidden);
+            let source = recurrent(cell, hidden, ["", ""]);
             for tier in Tier::ALL.into_iter().filter(|tier| tier.is_supported()) {
                 for batch in batches {
-                    compare(&format!("{cell} of {hidden}"), &parse(&source), batch, tier);
+                    compare(&format!("{} of {hidden}", cell.0), &parse(&source), batch, tier);
                 }
             }
         }
     }
+}
+
+/// Products that round what enters them. A state that differs in its last bit may round to another number, which few do:
+/// the error is the norm of the difference.
+#[test]
+fn recurrent_layers_of_every_precision() {
+    let bf16 = " products=bf16";
+    for cell in CELLS {
+        for (products, limit) in [([bf16, bf16], 5e-5), ([" products=i8", bf16], 3e-4)] {
+            for (hidden, batch) in [(1, 7), (33, 21), (70, 40)] {
+                let graph = parse(&recurrent(cell, hidden, products));
+                let given = inputs(&graph, batch);
+                let run = |graph: &Graph| {
+                    eval(graph, &given, batch, &EvalOptions::default()).expect("evaluated")
+                };
+                let wanted = run(&graph);
+                let unrounded = run(&parse(&recurrent(cell, hidden, ["", ""])));
+                let plan = build(graph, &BuildOptions { batch_size: batch }).expect("has kernels");
+                let plan = Arc::new(plan);
+                for tier in Tier::ALL.into_iter().filter(|tier| tier.is_supported()) {
+                    let options = TrainerOptions { threads: 2, workers: 1, tier: Some(tier) };
+                    let mut trainer = Trainer::new(Arc::clone(&plan), &options).expect("compiles");
+                    let got = trainer.run(&given, Region::Comm).expect("runs");
+                    for (output, got) in &got {
+                        let [wanted, unrounded] = [&wanted, &unrounded]
+                            .map(|values| values.get_f64(output).expect("an output"));
+                        let error = distance(&got.to_f64(), &wanted);
+                        let change = distance(&unrounded, &wanted);
+                        let what = format!("{} of {hidden}{} on {tier}", cell.0, products[0]);
+                        assert!(error <= limit, "{what}: {error:e}");
+                        let rounds = hidden == 1 || change > 2.0 * limit;
+                        assert!(rounds, "{what} rounds nothing: {change:e}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The norm of the difference over that of the second.
+fn distance(a: &[f64], b: &[f64]) -> f64 {
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
+    norm(&mut a.iter().zip(b).map(|(a, b)| a - b)) / norm(&mut b.iter().copied()).max(1e-30)
 }

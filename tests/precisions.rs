@@ -57,6 +57,11 @@ fn shown(graph: &Graph) -> String {
                 let _ =
                     writeln!(text, "  {region} {op} {name} : {} of {}", node.ty, read.join(", "));
             }
+            Op::Recurrence(recurrence) | Op::RecurrenceGrad { recurrence, .. } => {
+                let (region, op, name) = (node.region.name(), node.op.name(), &node.name);
+                let products = recurrence.products.unwrap_or(DType::F32);
+                let _ = writeln!(text, "  {region} {op} {name} : {} of {products}", node.ty);
+            }
             Op::Quantize { dtype, .. } | Op::Cast(dtype) if *dtype != DType::F32 => {
                 let rounding = format!("{} {} {dtype}", node.region.name(), node.op.name());
                 *roundings.entry(rounding).or_default() += 1;

@@ -67,8 +67,7 @@ pub(crate) fn kernel_id(primitive: &Primitive) -> KernelId {
         Primitive::TopK { .. } => KernelId::TopK,
         Primitive::Iota { .. } => KernelId::Iota,
         Primitive::Random { .. } => KernelId::Random,
-        Primitive::Recurrent(recurrent) if recurrent.gradient => KernelId::RecurrenceGrad,
-        Primitive::Recurrent(_) => KernelId::Recurrence,
+        Primitive::Recurrent(recurrent) => recurrent::kernel(recurrent),
     }
 }
 

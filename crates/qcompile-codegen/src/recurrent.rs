@@ -4,13 +4,25 @@ use crate::emitter::Emitter;
 use crate::frame::Frame;
 use crate::primitives::Block;
 use cranelift_codegen::ir::Value;
-use qcompile_ir::{Activation, ActivationOp, Cell};
+use qcompile_ir::{Activation, ActivationOp, Cell, DType};
+use qcompile_kernels::KernelId;
 use qcompile_kernels::args::{
     ActivationArgs, ActivationKind, RecurrenceArgs, RecurrenceGradArgs, RecurrenceShape,
     RecurrentCell,
 };
 use qcompile_plan::{Place, Recurrent};
 use std::mem::offset_of;
+
+/// The kernel by what its products read.
+pub(crate) fn kernel(recurrent: &Recurrent) -> KernelId {
+    match (recurrent.gradient, recurrent.recurrence.products) {
+        (false, Some(DType::BF16)) => KernelId::RecurrenceBf16,
+        (false, Some(DType::I8)) => KernelId::RecurrenceI8,
+        (false, _) => KernelId::Recurrence,
+        (true, Some(DType::BF16)) => KernelId::RecurrenceGradBf16,
+        (true, _) => KernelId::RecurrenceGrad,
+    }
+}
 
 /// Fills the argument block of a recurrent layer or its gradient.
 pub(crate) fn arguments(e: &mut Emitter<'_, '_>, recurrent: &Recurrent) -> Block {

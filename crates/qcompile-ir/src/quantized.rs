@@ -27,6 +27,9 @@ impl QuantizedRange {
     /// The smallest scale that is computed: a tensor of zeros is divided by it, and not by zero.
     pub const SMALLEST_SCALE: f64 = 1e-30;
 
+    /// Most products of i8 that an i32 sums, whatever they are (-128 times -128 is 2^14).
+    pub const MOST_I8_PRODUCTS: usize = i32::MAX as usize >> 14;
+
     /// The range of a type; none if it is no quantized type, or has no zero point where one is given.
     #[must_use]
     pub fn of(dtype: DType, zero_point: bool) -> Option<QuantizedRange> {

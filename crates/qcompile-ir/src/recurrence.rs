@@ -1,5 +1,7 @@
 //! Recurrent layers as plain data: the cell, its activations, and which operands its two ops take.
 
+use crate::DType;
+
 /// What one step computes from its gates and the state before it. `x` are the gates' inputs, `h` the state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Cell {
@@ -192,6 +194,8 @@ pub struct Recurrence {
     pub input_forget: bool,
     /// Whether each row of the batch has a number of steps of its own.
     pub lengths: bool,
+    /// What the operands of the products with R are rounded to as they enter them, where that is not their own type.
+    pub products: Option<DType>,
 }
 
 /// Positions of the operands of `recurrence x, r, h0, ...` or `recurrence_grad y, r, dh, ...` that may be absent.
@@ -210,6 +214,30 @@ pub struct RecurrenceOperands {
 }
 
 impl Recurrence {
+    /// Scale of the codes of a state, or of a state times a gate.
+    pub const STATE_SCALE: f32 = 1.0 / 127.0;
+
+    /// The same recurrence with these products.
+    #[must_use]
+    pub fn with_products(self, products: Option<DType>) -> Recurrence {
+        Recurrence { products, ..self }
+    }
+
+    /// Whether every state after a step is within ± 1 if the first h is, and so is what the products read beside it.
+    #[must_use]
+    pub fn is_bounded(&self) -> bool {
+        let [gates, candidate, state] = self.activations.map(|one| one.function);
+        let unit = |function| matches!(function, ActivationOp::Sigmoid | ActivationOp::HardSigmoid);
+        let within = |function| {
+            unit(function) || matches!(function, ActivationOp::Tanh | ActivationOp::Softsign)
+        };
+        match self.cell {
+            Cell::Lstm => within(gates) && within(state),
+            Cell::Gru | Cell::LinearGru => unit(gates) && within(candidate),
+            Cell::Rnn => within(gates),
+        }
+    }
+
     fn positions(&self, cell: bool, bias: bool) -> RecurrenceOperands {
         let mut count = 3;
         let mut next = |present: bool| {

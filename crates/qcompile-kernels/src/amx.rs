@@ -1,4 +1,4 @@
-//! The AMX tier: bf16 and int8 products by `tdpbf16ps` and `tdpbusd`, which multiply blocks of up to 16 rows by 64
+//! The AMX tier: bf16 and int8 products by `tdpbf16ps` and `tdpbssd`, which multiply blocks of up to 16 rows by 64
 //! bytes; all else is AVX-512.
 //!
 //! A register tile is 24 x 32 (or 24 x 16): blocks of 16 and of 8 rows, each beside two (or one) of the right operand,
@@ -6,10 +6,13 @@
 //! rows are equally far apart and their words adjacent, else copied first.
 
 use crate::avx512;
-use crate::lanes::{Lanes, Simd, Task};
+use crate::lanes::{Lanes, Simd, Task, word_of_bf16, word_of_i8};
 use crate::tile::{Start, Tile, tile};
 use std::arch::asm;
-use std::arch::x86_64::{__m512, __m512i, _mm512_maskz_loadu_epi32, _mm512_store_si512};
+use std::arch::x86_64::{
+    __m512, __m512i, _mm512_dpwssd_epi32, _mm512_maskz_loadu_epi32, _mm512_slli_epi16,
+    _mm512_srai_epi16, _mm512_store_si512,
+};
 use std::cell::Cell;
 use std::mem::MaybeUninit;
 
@@ -189,7 +192,7 @@ impl Simd for Amx {
 
 /// Lanes whose single vectors are those of AVX-512 and whose tiles are multiplied by AMX.
 macro_rules! amx_lanes {
-    ($name:ident, $under:ty, $v:ty, $element:ty, $instruction:literal) => {
+    ($name:ident, $under:ty, $v:ty, $element:ty, $instruction:literal, { $($own:tt)* }) => {
         #[derive(Clone, Copy)]
         pub(crate) struct $name;
 
@@ -202,9 +205,11 @@ macro_rules! amx_lanes {
             const ROWS_PAIR: usize = ROWS;
             const ROWS_SINGLE: usize = ROWS;
             const UNROLL: usize = <$under>::UNROLL;
-            const HALO: u32 = <$under>::HALO;
-            const HEADER: bool = <$under>::HEADER;
+            const HALO: u32 = 0;
+            const HEADER: bool = false;
+            const ALONG_K: bool = true;
             const INTEGER: bool = <$under>::INTEGER;
+            $($own)*
 
             #[inline(always)]
             unsafe fn zero() -> Self::V {
@@ -227,22 +232,9 @@ macro_rules! amx_lanes {
                 unsafe { <$under>::store(to, value) }
             }
             #[inline(always)]
-            unsafe fn dot(sum: Self::V, a: Self::V, b: Self::V) -> Self::V {
-                // SAFETY: passed on from the caller.
-                unsafe { <$under>::dot(sum, a, b) }
-            }
-            #[inline(always)]
             unsafe fn scale(sum: Self::V, left: *const f32, right: *const f32) -> Self::V {
                 // SAFETY: passed on from the caller.
                 unsafe { <$under>::scale(sum, left, right) }
-            }
-            #[inline(always)]
-            fn left_word(elements: &[$element; 4]) -> u32 {
-                <$under>::left_word(elements)
-            }
-            #[inline(always)]
-            fn right_word(elements: &[$element; 4]) -> u32 {
-                <$under>::right_word(elements)
             }
             unsafe fn tile_pair(tile: &Tile) {
                 // SAFETY: passed on from the caller.
@@ -302,8 +294,42 @@ macro_rules! amx_lanes {
     };
 }
 
-amx_lanes!(Bf16, avx512::Bf16, __m512, u16, "tdpbf16ps");
-amx_lanes!(Int8, avx512::Int8, __m512i, i8, "tdpbusd");
+amx_lanes!(Bf16, avx512::Bf16, __m512, u16, "tdpbf16ps", {
+    #[inline(always)]
+    unsafe fn dot(sum: __m512, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: passed on from the caller.
+        unsafe { avx512::Bf16::dot(sum, a, b) }
+    }
+    #[inline(always)]
+    fn left_word(elements: &[u16; 4]) -> u32 {
+        word_of_bf16(elements)
+    }
+    #[inline(always)]
+    fn right_word(elements: &[u16; 4]) -> u32 {
+        word_of_bf16(elements)
+    }
+});
+amx_lanes!(Int8, avx512::Int8, __m512i, i8, "tdpbssd", {
+    /// AVX-512 multiplies signed bytes by unsigned ones only, and signed words by signed ones.
+    #[inline(always)]
+    unsafe fn dot(sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: the caller checked the CPU.
+        unsafe {
+            let even = |v: __m512i| _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(v));
+            let odd = |v: __m512i| _mm512_srai_epi16::<8>(v);
+            let sum = _mm512_dpwssd_epi32(sum, even(a), even(b));
+            _mm512_dpwssd_epi32(sum, odd(a), odd(b))
+        }
+    }
+    #[inline(always)]
+    fn left_word(elements: &[i8; 4]) -> u32 {
+        word_of_i8(elements)
+    }
+    #[inline(always)]
+    fn right_word(elements: &[i8; 4]) -> u32 {
+        word_of_i8(elements)
+    }
+});
 
 /// Rows that are equally far apart.
 #[derive(Clone, Copy)]

@@ -7,6 +7,8 @@ use std::cell::Cell;
 pub(crate) enum Slot {
     /// A packed or padded left operand.
     Left,
+    /// A left operand with words along K side by side.
+    Turned,
     /// A packed right operand.
     Right,
     /// Results before they are finished.
@@ -22,7 +24,7 @@ pub(crate) enum Slot {
 struct Line([u8; 64]);
 
 thread_local! {
-    static BUFFERS: [Cell<Vec<Line>>; 5] = const { [const { Cell::new(Vec::new()) }; 5] };
+    static BUFFERS: [Cell<Vec<Line>>; 6] = const { [const { Cell::new(Vec::new()) }; 6] };
 }
 
 /// A buffer taken from this thread; it goes back when dropped.

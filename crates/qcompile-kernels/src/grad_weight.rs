@@ -290,6 +290,19 @@ impl<L: Lanes> Outer<L> {
                 } else {
                     Window::zipped::<L>(g, *strip, args.x, input, range, &mut left)
                 };
+                // Where K runs along pixels one by one, those of each channel side by side, for all kernel positions.
+                let turns = L::ALONG_K && L::GROUP > 1 && g.columns.step() == 1;
+                let (pitch, mut turned) = match turns {
+                    true => {
+                        let pitch = pack::row_pitch(words / channels);
+                        (pitch, Buffer::take(Slot::Turned, channels * pitch))
+                    }
+                    false => (1, Buffer::take(Slot::Turned, 0)),
+                };
+                let window = match turns {
+                    true => window.turned::<L::Tier>(words / channels, pitch, turned.words()),
+                    false => window,
+                };
                 lines.clear();
                 for image in 0..part.images {
                     for row in part.row_begin..part.row_end {
@@ -306,7 +319,7 @@ impl<L: Lanes> Outer<L> {
                     let shift = |tap: Option<crate::geometry::Tap>| tap.map_or(0, |tap| tap.shift);
                     let from = window.pixel(0, shift(down), shift(across));
                     for (channel, pointer) in pointers.iter_mut().enumerate() {
-                        *pointer = from.wrapping_add(channel);
+                        *pointer = from.wrapping_add(channel * pitch);
                     }
                 }
                 let last = rows[count - 1];
@@ -483,7 +496,7 @@ impl<E> Task for Sum<E> {
                 }
                 let first = (group * g.target_channels * g.source_channels + begin) * g.kernel;
                 let to = self.args.dw.add(first);
-                transpose::<S>(
+                pack::transpose::<S>(
                     total.words(),
                     [rows, columns],
                     cut.stride,
@@ -521,35 +534,6 @@ impl<E> Sum<E> {
         for (column, sum) in exact.iter().enumerate() {
             // SAFETY: granted by the caller.
             unsafe { *total.add(column) = *sum as f32 * (left * *right.add(column * stride)) };
-        }
-    }
-}
-
-/// Writes a matrix's columns as rows.
-#[inline(always)]
-unsafe fn transpose<S: Simd>(
-    from: *const u32,
-    [rows, columns]: [usize; 2],
-    from_stride: usize,
-    to: *mut u32,
-    to_stride: usize,
-) {
-    // SAFETY: granted by the caller.
-    unsafe {
-        for column in (0..columns).step_by(8) {
-            for row in (0..rows).step_by(8) {
-                let from = from.add(row * from_stride + column);
-                let to = to.add(column * to_stride + row);
-                if row + 8 <= rows && column + 8 <= columns {
-                    S::transpose8(from, from_stride, to, to_stride);
-                    continue;
-                }
-                for c in 0..8.min(columns - column) {
-                    for r in 0..8.min(rows - row) {
-                        *to.add(c * to_stride + r) = *from.add(r * from_stride + c);
-                    }
-                }
-            }
         }
     }
 }

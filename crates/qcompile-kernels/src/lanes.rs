@@ -124,6 +124,9 @@ pub(crate) trait Lanes: Copy + 'static {
     const PLAIN: bool = size_of::<Self::Element>() * Self::GROUP == 4 && Self::HALO == 0;
     /// Whether a packed panel begins with the first values of its accumulators.
     const HEADER: bool;
+    /// Whether tiles want words that follow one another along K adjacent in each row of the left operand, and rows
+    /// equally far apart.
+    const ALONG_K: bool = false;
     /// Whether sums are i32 (and want scales) rather than f32.
     const INTEGER: bool;
 

@@ -135,6 +135,12 @@ pub enum KernelId {
     Recurrence,
     /// [`args::RecurrenceGradArgs`]
     RecurrenceGrad,
+    /// [`args::RecurrenceArgs`] with products of bf16.
+    RecurrenceBf16,
+    /// [`args::RecurrenceGradArgs`] with products of bf16.
+    RecurrenceGradBf16,
+    /// [`args::RecurrenceArgs`] with products of int8 codes.
+    RecurrenceI8,
 }
 
 impl KernelId {
@@ -142,7 +148,7 @@ impl KernelId {
     pub const COUNT: usize = Self::ALL.len();
 
     /// All kernels in the order of the table.
-    pub const ALL: [KernelId; 31] = [
+    pub const ALL: [KernelId; 34] = [
         KernelId::Matmul,
         KernelId::MatmulI8,
         KernelId::Conv2d,
@@ -174,6 +180,9 @@ impl KernelId {
         KernelId::Random,
         KernelId::Recurrence,
         KernelId::RecurrenceGrad,
+        KernelId::RecurrenceBf16,
+        KernelId::RecurrenceGradBf16,
+        KernelId::RecurrenceI8,
     ];
 }
 
@@ -229,8 +238,11 @@ const fn table<S: Simd>(tier: Tier) -> Kernels {
             top_k::primitive(),
             generate::iota_primitive(),
             generate::random_primitive::<S>(),
-            recurrence::primitive::<S>(),
-            recurrence::grad_primitive::<S>(),
+            recurrence::primitive::<recurrence::RealKind, S>(),
+            recurrence::grad_primitive::<recurrence::RealKind, S>(),
+            recurrence::primitive::<recurrence::Bf16Kind, S>(),
+            recurrence::grad_primitive::<recurrence::Bf16Kind, S>(),
+            recurrence::primitive::<recurrence::Int8Kind, S>(),
         ],
     }
 }
@@ -244,6 +256,9 @@ const fn with_bf16<S: Simd>(mut kernels: Kernels, tier: Tier) -> Kernels {
     to[KernelId::Conv2dBf16 as usize] = conv::primitive::<conv::ForwardBf16, S>();
     to[KernelId::Conv2dGradInputBf16 as usize] = conv::primitive::<conv::GradInputBf16, S>();
     to[KernelId::Conv2dGradWeightBf16 as usize] = grad_weight::primitive::<S::Bf16>();
+    to[KernelId::RecurrenceBf16 as usize] = recurrence::primitive::<recurrence::Bf16Kind, S>();
+    to[KernelId::RecurrenceGradBf16 as usize] =
+        recurrence::grad_primitive::<recurrence::Bf16Kind, S>();
     kernels
 }
 
@@ -255,6 +270,7 @@ const fn with_int8<S: Simd>(mut kernels: Kernels) -> Kernels {
     to[KernelId::Conv2dI8 as usize] = conv::primitive::<conv::ForwardI8, S>();
     to[KernelId::Conv2dGradInputI8 as usize] = conv::primitive::<conv::GradInputI8, S>();
     to[KernelId::Conv2dGradWeightI8 as usize] = grad_weight::primitive::<S::Int8>();
+    to[KernelId::RecurrenceI8 as usize] = recurrence::primitive::<recurrence::Int8Kind, S>();
     kernels
 }
 

@@ -1,11 +1,13 @@
 //! Matrix products, f32, bf16 and int8.
 
+mod operands;
+
 use crate::Primitive;
 use crate::args::{Epilogue, MatmulArgs, MatmulBf16Args, MatmulI8Args, Stream};
 use crate::buffer::{Buffer, Slot};
 use crate::lanes::{Lanes, Simd, Task};
-use crate::pack::{self, Left, Right, Source};
 use crate::tile::{Block, Depth, Finish, Panels, ROW_GROUP, Scales};
+use operands::{LeftForm, pack_left, pack_right};
 
 /// Most rows of a block, where there are several of them.
 const BLOCK_ROWS: usize = 4 * ROW_GROUP;
@@ -17,8 +19,6 @@ const BLOCK_COLUMNS: usize = 256;
 const ALONE_WORDS: usize = 96 << 10;
 /// Most words of K handled at once: a panel of them stays in L1.
 const BLOCK_WORDS: usize = 256;
-/// Words of K packed at once, over all panels of a block.
-const PACK_WORDS: usize = 64;
 /// Blocks are made narrower until there are this many, for the threads to share.
 const WANTED_UNITS: usize = 32;
 /// Blocks are made lower until there are this many.
@@ -160,17 +160,6 @@ impl Kind for Int8Kind {
     }
 }
 
-/// How the left operand is read.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum LeftForm {
-    /// Where it is.
-    InPlace,
-    /// Packed row by row.
-    Rows,
-    /// Packed by groups of rows, a word of each row after the other.
-    Groups,
-}
-
 /// How a product is cut into units.
 struct Cut {
     panels: Panels,
@@ -207,6 +196,7 @@ impl Cut {
             true => LeftForm::Rows,
             // A single panel reads A once, which is no more than packing does.
             false if L::PLAIN && L::GROUP == 1 && count <= 1 => LeftForm::InPlace,
+            false if L::ALONG_K => LeftForm::Turned,
             false => LeftForm::Groups,
         };
         let in_place = left == LeftForm::InPlace;
@@ -237,7 +227,7 @@ impl Cut {
             panels,
             left,
             left_copies: if in_place || left_alone { 0 } else { left_copies },
-            left_words: p.m.next_multiple_of(ROW_GROUP) * panels.k,
+            left_words: p.m.next_multiple_of(ROW_GROUP) * left.pitch(panels.k),
             right_copies: if right_alone { 0 } else { right_copies },
             row_blocks,
             rows,
@@ -340,94 +330,13 @@ impl<L: Lanes> Task for Pack<L> {
                     let all = p.m.div_ceil(ROW_GROUP);
                     let (copy, group) = ((unit - right_units) / all, (unit - right_units) % all);
                     let groups = (end - unit).min(all - group).min(BLOCK_ROWS / ROW_GROUP);
-                    let (row, words) = (group * ROW_GROUP, cut.panels.k);
+                    let (row, pitch) = (group * ROW_GROUP, cut.left.pitch(cut.panels.k));
                     let to = cut.right_copies * cut.panels.words::<L>() + copy * cut.left_words;
-                    let to = p.scratch.add(to + row * words);
+                    let to = p.scratch.add(to + row * pitch);
                     let rows = (groups * ROW_GROUP).min(p.m - row);
                     pack_left::<L>(&p, cut.left, copy, row, rows, to);
                     unit += groups;
                 }
-            }
-        }
-    }
-}
-
-/// Packs the first panels of a matrix's columns from `column` on.
-#[inline(always)]
-unsafe fn pack_right<L: Lanes>(
-    p: &Product<L::Element>,
-    matrix: usize,
-    column: usize,
-    panels: Panels,
-    count: usize,
-    to: *mut u32,
-) {
-    // SAFETY: granted by the caller.
-    unsafe {
-        let first = p.b.add(matrix * p.b_strides[0] + column * p.b_strides[2]);
-        let header = usize::from(L::HEADER);
-        // Panels side by side, so that a row of B is read as far as the block goes.
-        for word in (0..panels.k).step_by(PACK_WORDS) {
-            let k = word * L::GROUP;
-            let length = (PACK_WORDS * L::GROUP).min(p.k - k);
-            for panel in 0..count {
-                let from = Source {
-                    first: first
-                        .add(k * p.b_strides[1] + panel * Panels::width::<L>() * p.b_strides[2]),
-                    k_stride: p.b_strides[1],
-                    column_stride: p.b_strides[2],
-                };
-                let stored = panels.stored::<L>(panel);
-                let to = to.add(panels.offset::<L>(panel) + (header + word) * stored);
-                pack::interleave::<L, Right>(from, length, panels.valid::<L>(panel), to, stored);
-            }
-        }
-        if L::HEADER {
-            for panel in 0..count {
-                let to = to.add(panels.offset::<L>(panel));
-                let stored = panels.stored::<L>(panel);
-                pack::header::<L>(to.add(stored), panels.k, stored, to);
-            }
-        }
-    }
-}
-
-/// Packs `count` rows of A from `row` on, by groups where the form says so.
-#[inline(always)]
-unsafe fn pack_left<L: Lanes>(
-    p: &Product<L::Element>,
-    form: LeftForm,
-    matrix: usize,
-    row: usize,
-    count: usize,
-    to: *mut u32,
-) {
-    let words = p.k.div_ceil(L::GROUP);
-    // SAFETY: granted by the caller.
-    unsafe {
-        let from = p.a.add(matrix * p.a_strides[0] + row * p.a_strides[1]);
-        if form == LeftForm::Rows {
-            for r in 0..count {
-                pack::row::<L, Left>(from.add(r * p.a_strides[1]), p.k, to.add(r * words));
-            }
-            return;
-        }
-        // Groups side by side, so that a row of the transposed A is read as far as the rows go.
-        // Lines so far apart push each other out of L1 before the next group takes the rest of them.
-        let far = p.a_strides[1] == 1 && p.a_strides[2] * size_of::<L::Element>() >= 4096;
-        let step = if L::PLAIN && L::GROUP > 1 && far { 1 } else { PACK_WORDS };
-        for word in (0..words).step_by(step) {
-            let k = word * L::GROUP;
-            let length = (step * L::GROUP).min(p.k - k);
-            for first in (0..count).step_by(ROW_GROUP) {
-                let source = Source {
-                    first: from.add(k * p.a_strides[2] + first * p.a_strides[1]),
-                    k_stride: p.a_strides[2],
-                    column_stride: p.a_strides[1],
-                };
-                let live = ROW_GROUP.min(count - first);
-                let to = to.add(first * words + word * ROW_GROUP);
-                pack::interleave::<L, Left>(source, length, live, to, ROW_GROUP);
             }
         }
     }
@@ -490,7 +399,8 @@ impl<L: Lanes> Compute<L> {
         let local = Panels { k: words, n: columns };
         let right_words = if cut.right_alone { local.words::<L>() } else { 0 };
         let mut right = Buffer::take(Slot::Right, right_words);
-        let left_words = if cut.left_alone { padded * words } else { 0 };
+        let pitch = cut.left.pitch(words);
+        let left_words = if cut.left_alone { padded * pitch } else { 0 };
         let mut left = Buffer::take(Slot::Left, left_words);
         // SAFETY: rows lie in A, C and the buffers taken above.
         unsafe {
@@ -510,7 +420,7 @@ impl<L: Lanes> Compute<L> {
             } else {
                 let copy = if cut.left_copies == 1 { 0 } else { matrix };
                 let skip = cut.right_copies * cut.panels.words::<L>() + copy * cut.left_words;
-                p.scratch.wrapping_add(skip + row * words).cast_const()
+                p.scratch.wrapping_add(skip + row * pitch).cast_const()
             };
             let a = p.a.add(matrix * p.a_strides[0] + row * p.a_strides[1]);
             let c = p.c.wrapping_add(matrix * p.c_batch_stride + row * p.c_row_stride + column);
@@ -546,13 +456,13 @@ impl<L: Lanes> Compute<L> {
             // Distance from one word of a row to the next.
             let step = match cut.left {
                 LeftForm::InPlace => p.a_strides[2],
-                LeftForm::Rows => 1,
+                LeftForm::Rows | LeftForm::Turned => 1,
                 LeftForm::Groups => ROW_GROUP,
             };
             for (r, pointer) in row_pointers.iter_mut().enumerate().take(padded) {
                 *pointer = match cut.left {
                     LeftForm::InPlace => a.add(r.min(rows - 1) * p.a_strides[1]).cast(),
-                    LeftForm::Rows => left.add(r.min(rows - 1) * words),
+                    LeftForm::Rows | LeftForm::Turned => left.add(r.min(rows - 1) * pitch),
                     LeftForm::Groups => left.add(r / ROW_GROUP * ROW_GROUP * words + r % ROW_GROUP),
                 };
             }

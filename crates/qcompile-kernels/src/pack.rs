@@ -292,3 +292,41 @@ pub(crate) unsafe fn header<L: Lanes>(
         }
     }
 }
+
+/// Words from one row to the next of a left operand whose rows are of so many words: whole cache lines, and an odd number
+/// of them, as rows that are a power of two apart push each other out of L1.
+pub(crate) fn row_pitch(words: usize) -> usize {
+    (words.div_ceil(16) | 1) * 16
+}
+
+/// Writes a matrix's columns as rows.
+///
+/// # Safety
+/// `from` holds the matrix, `to` has room for the rows; the CPU supports the tier.
+#[inline(always)]
+pub(crate) unsafe fn transpose<S: Simd>(
+    from: *const u32,
+    [rows, columns]: [usize; 2],
+    from_stride: usize,
+    to: *mut u32,
+    to_stride: usize,
+) {
+    // SAFETY: granted by the caller.
+    unsafe {
+        for column in (0..columns).step_by(8) {
+            for row in (0..rows).step_by(8) {
+                let from = from.add(row * from_stride + column);
+                let to = to.add(column * to_stride + row);
+                if row + 8 <= rows && column + 8 <= columns {
+                    S::transpose8(from, from_stride, to, to_stride);
+                    continue;
+                }
+                for c in 0..8.min(columns - column) {
+                    for r in 0..8.min(rows - row) {
+                        *to.add(c * to_stride + r) = *from.add(r * from_stride + c);
+                    }
+                }
+            }
+        }
+    }
+}

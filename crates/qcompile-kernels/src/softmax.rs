@@ -11,7 +11,13 @@ pub(crate) const LANES: usize = 16;
 /// `exp(x)` to about 1 ulp for `x <= 0` down to -87; 0 below, NaN for NaN.
 #[inline(always)]
 pub(crate) fn exp<S: Simd>(x: f32) -> f32 {
-    let fma = |a: f32, b: f32, c: f32| if S::FMA { a.mul_add(b, c) } else { a * b + c };
+    exp_fused(x, S::FMA)
+}
+
+/// [`exp`] with multiply and add fused or not.
+#[inline(always)]
+pub(crate) fn exp_fused(x: f32, fused: bool) -> f32 {
+    let fma = |a: f32, b: f32, c: f32| if fused { a.mul_add(b, c) } else { a * b + c };
     // Adding 1.5 * 2^23 rounds to a whole number in the low mantissa bits.
     const SHIFT: f32 = 12_582_912.0;
     let clamped = if x < -87.3 { -87.3 } else { x };

@@ -284,6 +284,31 @@ impl Window {
         part.images * extent.rows * extent.columns * channels
     }
 
+    /// The window of `pixels` pixels, whose words stand channel by channel there, with the pixels of each channel side by
+    /// side, `pitch` words from channel to channel.
+    ///
+    /// # Safety
+    /// `to` has room for all channels; the CPU supports the tier.
+    #[inline(always)]
+    pub(crate) unsafe fn turned<S: Simd>(
+        self,
+        pixels: usize,
+        pitch: usize,
+        to: *mut u32,
+    ) -> Window {
+        let channels = self.pixel_pitch;
+        // SAFETY: granted by the caller; the window's words lie one after the other.
+        unsafe { pack::transpose::<S>(self.origin, [pixels, channels], channels, to, pitch) };
+        let over = |pitch: usize| pitch / channels.max(1);
+        Window {
+            origin: to,
+            image_pitch: over(self.image_pitch),
+            row_pitch: over(self.row_pitch),
+            pixel_pitch: 1,
+            ..self
+        }
+    }
+
     /// The pixel at a source position of an image of the part, which a tap's offset may leave.
     #[inline(always)]
     pub(crate) fn pixel(&self, image: usize, row: isize, column: isize) -> *const u32 {

@@ -21,7 +21,7 @@ use qcompile_ir::{
 pub fn run(graph: &mut Graph) -> Result<usize, PassError> {
     graph.sweep();
     let mut folded = 0;
-    for layer in layers(graph) {
+    for layer in layers(graph).into_iter().filter(|layer| !layer.recurrent) {
         let chain = chain(graph, &layer);
         // What only adds is a bias already.
         if chain.iter().any(|link| matches!(link.op, BinaryOp::Mul | BinaryOp::Div)) {

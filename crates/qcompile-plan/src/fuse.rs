@@ -7,6 +7,7 @@
 
 use crate::build::PlanError;
 use crate::deviations::{self, crosses_rows, deviations};
+use crate::live::live;
 use crate::low::{Codes, LowOperands, attention_codes, exchanged_codes, low_products};
 use crate::merge::merge;
 use crate::recompute::{read_less, recomputed};
@@ -346,7 +347,10 @@ impl Fusion {
         let mut codes = Vec::new();
         if let Some(known) = self.codes.get(&id).cloned() {
             for Codes { view, scale } in known {
-                codes.push(view.base);
+                codes.push(match self.views[view.base.index()].base == view.base {
+                    true => view.base,
+                    false => self.dense_base(graph, view.base, position),
+                });
                 codes.push(self.dense_base(graph, scale, position));
             }
             operands.drain(..3);
@@ -569,45 +573,4 @@ pub(crate) fn kind_of(op: &Op) -> Kind {
             unreachable!("verified: leaves are not computed")
         }
     }
-}
-
-/// Which nodes some output or next value needs.
-fn live(
-    graph: &Graph,
-    order: &[NodeId],
-    views: &[View],
-    (low, codes): (&BTreeMap<NodeId, LowOperands>, &BTreeMap<NodeId, [Codes; 3]>),
-    deviations: &BTreeMap<NodeId, NodeId>,
-) -> Vec<bool> {
-    let mut live = vec![false; graph.len()];
-    for id in graph.outputs().iter().map(|(_, id)| id).chain(graph.next().values()) {
-        live[id.index()] = true;
-    }
-    for &id in order.iter().rev().filter(|id| !graph.op(**id).is_leaf()) {
-        if !live[id.index()] {
-            continue;
-        }
-        live[views[id.index()].base.index()] = true;
-        if let Some(low) = low.get(&id) {
-            let scales = low.scales.into_iter().flat_map(|scales| [scales.a, scales.b]);
-            for needed in [low.a.base, low.b.base].into_iter().chain(scales) {
-                live[needed.index()] = true;
-            }
-        } else if let Some(codes) = codes.get(&id) {
-            let codes = codes.iter().flat_map(|codes| [codes.view.base, codes.scale]);
-            let mask = graph.operands(id).into_iter().skip(3);
-            for needed in codes.chain(mask) {
-                live[needed.index()] = true;
-                live[views[needed.index()].base.index()] = true;
-            }
-        } else if let Some(of) = deviations.get(&id) {
-            live[of.index()] = true;
-        } else if views[id.index()].base == id {
-            for operand in graph.operands(id) {
-                live[operand.index()] = true;
-                live[views[operand.index()].base.index()] = true;
-            }
-        }
-    }
-    live
 }

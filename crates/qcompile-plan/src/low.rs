@@ -2,12 +2,12 @@
 
 use crate::Affine;
 use crate::view::{View, merged};
-use qcompile_ir::{DType, Dim, Graph, NodeId, Op};
+use qcompile_ir::{DType, Dim, Graph, NodeId, Op, QuantizedRange};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-/// Most products of i8 that an i32 sums, whatever they are (-128 times -128 is 2^14): more are not summed in int8.
-pub const MOST_I8_PRODUCTS: usize = i32::MAX as usize >> 14;
+/// Most products of i8 that an i32 sums: more are not summed in int8.
+pub const MOST_I8_PRODUCTS: usize = QuantizedRange::MOST_I8_PRODUCTS;
 
 /// Whether so many products may be summed. Where the number depends on the batch size, [`Plan::largest_batch`] says how
 /// far, and a single sample must do.
@@ -66,8 +66,19 @@ pub(crate) fn attention_codes(graph: &Graph, views: &[View]) -> BTreeMap<NodeId,
             return None;
         }
         let of = |position: usize| {
-            let (view, scale, axis) = hidden(graph, views, graph.operand(id, position))?;
-            axis.is_none().then_some(Codes { view, scale })
+            let id = graph.operand(id, position);
+            let (q, scale, axis) = dequantized(graph, views[id.index()].base)?;
+            if axis.is_some() {
+                return None;
+            }
+            let view = match hidden(graph, views, id) {
+                Some((view, ..)) => view,
+                // The kernel takes any strides of the codes.
+                None if views[id.index()].base == id => views[q.index()].clone(),
+                // A view of codes that do not lie dense: of a copy that does.
+                None => View { base: q, ..views[id.index()].clone() },
+            };
+            Some(Codes { view, scale })
         };
         let (q, v) = (graph.operand(id, 0), graph.operand(id, 2));
         let (width, keys) = (graph.ty(q).shape.0[3], graph.ty(v).shape.0[1]);
@@ -198,16 +209,9 @@ pub(crate) fn exchanged_codes(
 /// If `id` views a `dequantize` of i8: the view of the integers, the scale and its axis.
 fn hidden(graph: &Graph, views: &[View], id: NodeId) -> Option<(View, NodeId, Option<usize>)> {
     let view = &views[id.index()];
-    let Op::Dequantize { axis } = *graph.op(view.base) else { return None };
-    // With a zero point other than 0, the product is in f32.
-    let (q, scale) = match graph.operands(view.base)[..] {
-        [q, scale] => (q, scale),
-        [q, scale, zero_point] if is_zero(graph, zero_point) => (q, scale),
-        _ => return None,
-    };
+    let (q, scale, axis) = dequantized(graph, view.base)?;
     let under = &views[q.index()];
-    // Codes of i4 are a byte each, and small i8.
-    if !matches!(graph.ty(q).dtype, DType::I8 | DType::I4) || !under.is_dense() {
+    if !under.is_dense() {
         return None;
     }
     let offset = view.offset.plus(under.offset)?;
@@ -215,6 +219,19 @@ fn hidden(graph: &Graph, views: &[View], id: NodeId) -> Option<(View, NodeId, Op
     // The axis of the scale counts dims of the dequantized value, which must be those of the integers' memory.
     let same_dims = graph.ty(under.base).shape == graph.ty(q).shape;
     (axis.is_none() || same_dims).then_some((view, scale, axis))
+}
+
+/// The integers, the scale and its axis, if `id` is a `dequantize` of i8.
+fn dequantized(graph: &Graph, id: NodeId) -> Option<(NodeId, NodeId, Option<usize>)> {
+    let Op::Dequantize { axis } = *graph.op(id) else { return None };
+    // With a zero point other than 0, the product is in f32.
+    let (q, scale) = match graph.operands(id)[..] {
+        [q, scale] => (q, scale),
+        [q, scale, zero_point] if is_zero(graph, zero_point) => (q, scale),
+        _ => return None,
+    };
+    // Codes of i4 are a byte each, and small i8.
+    matches!(graph.ty(q).dtype, DType::I8 | DType::I4).then_some((q, scale, axis))
 }
 
 /// Whether a value is a constant 0 throughout.

@@ -423,8 +423,15 @@ impl Primitive {
             Primitive::TopK { .. } => "top_k",
             Primitive::Iota { .. } => "iota",
             Primitive::Random { .. } => "random",
-            Primitive::Recurrent(recurrent) if recurrent.gradient => "recurrence_grad",
-            Primitive::Recurrent(_) => "recurrence",
+            Primitive::Recurrent(recurrent) => {
+                match (recurrent.gradient, recurrent.recurrence.products) {
+                    (false, Some(DType::BF16)) => "recurrence_bf16",
+                    (false, Some(DType::I8)) => "recurrence_i8",
+                    (false, _) => "recurrence",
+                    (true, Some(DType::BF16)) => "recurrence_grad_bf16",
+                    (true, _) => "recurrence_grad",
+                }
+            }
         }
     }
 }

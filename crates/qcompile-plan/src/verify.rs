@@ -552,6 +552,11 @@ fn check_pooling(plan: &Plan, pooling: &Pooling) -> Checked {
 fn check_recurrent(plan: &Plan, recurrent: &Recurrent) -> Checked {
     let Recurrent { recurrence, gradient, steps, batch, hidden, x, r, h, y, .. } = recurrent;
     let cell = recurrence.cell;
+    match recurrence.products {
+        None | Some(DType::BF16) => {}
+        Some(DType::I8) if !gradient => {}
+        Some(other) => return Err(format!("no kernel has recurrent products of {other}")),
+    }
     let size = |sizes: &[usize]| {
         let mut dims: Vec<Dim> = sizes.iter().map(|&size| size.into()).collect();
         dims.push(*batch);

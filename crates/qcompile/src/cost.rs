@@ -91,7 +91,7 @@ struct Small {
     x: TensorType,
     /// The weight's shape; none of a product of activations.
     weight: Option<Vec<usize>>,
-    /// What other activations it reads.
+    /// Its other operands: of a product of activations those, of a recurrent layer states and lengths.
     others: Vec<TensorType>,
     result: TensorType,
     forward: bool,
@@ -114,16 +114,18 @@ impl Small {
     ) -> Small {
         let channels = decision.channels.clone();
         let operands = graph.operands(node);
+        let product = activation_products(graph).contains(&node);
         let others = match graph.op(node) {
             Op::Attention { .. } => &operands[1..3],
-            _ if activation_products(graph).contains(&node) => &operands[1..],
+            Op::Recurrence(_) => &operands[2..],
+            _ if product => &operands[1..],
             _ => &[],
         };
         let low = if others.is_empty() { decide.low() } else { decision.precision };
         Small {
             op: graph.op(node).clone(),
             x: graph.ty(operands[0]).clone(),
-            weight: others.is_empty().then(|| graph.ty(operands[1]).shape.sizes(1)),
+            weight: (!product).then(|| graph.ty(operands[1]).shape.sizes(1)),
             others: others.iter().map(|&other| graph.ty(other).clone()).collect(),
             result: graph.ty(node).clone(),
             forward: decide.operations.forward,
@@ -142,13 +144,11 @@ impl Small {
             op, x, weight, others, forward, backward, low, high, quantizer, channels, ..
         } = self;
         let batch = self.batch;
-        let operands = match weight {
-            Some(weight) => format!("{weight:?}"),
-            None => others.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "),
-        };
+        let others: Vec<String> = others.iter().map(ToString::to_string).collect();
+        let others = others.join(" ");
         let apart = if channels.is_empty() { String::new() } else { format!(" {channels:?}") };
         format!(
-            "{op:?} {x} {operands} {forward} {backward} {low:?} {high:?} {quantizer:?} {batch}{apart}"
+            "{op:?} {x} {weight:?} {others} {forward} {backward} {low:?} {high:?} {quantizer:?} {batch}{apart}"
         )
     }
 
@@ -164,14 +164,28 @@ impl Small {
     }
 
     /// The op that gives the gradient of the weight, and whether the incoming gradient is its first operand.
-    fn grad_weight(&self) -> (Op, bool) {
+    fn grad_weight(&self) -> Option<(Op, bool)> {
         match &self.op {
-            Op::Conv2d(geometry) => (Op::Conv2dGradWeight(*geometry), false),
+            Op::Conv2d(geometry) => Some((Op::Conv2dGradWeight(*geometry), false)),
             Op::Matmul { transpose_b, .. } => {
-                (Op::Matmul { transpose_a: true, transpose_b: false }, *transpose_b)
+                Some((Op::Matmul { transpose_a: true, transpose_b: false }, *transpose_b))
             }
-            other => (other.clone(), false),
+            _ => None,
         }
+    }
+
+    /// The operands after the weight: zeros, and so many steps as there are.
+    fn others(&self, graph: &mut Graph) -> std::result::Result<Vec<NodeId>, GraphError> {
+        let steps = self.x.shape.0.first().map_or(0.0, |steps| steps.scale as f64);
+        let mut others = Vec::with_capacity(self.others.len());
+        for (at, ty) in self.others.iter().enumerate() {
+            let value = if ty.dtype.is_float() { 0.0 } else { steps };
+            let value = Op::Const(Arc::new(Tensor::scalar(ty.dtype, value)));
+            let value = graph.add(value, &[], format!("constant{at}"), Region::Forward)?;
+            let all = Op::Broadcast(ty.shape.clone());
+            others.push(graph.add(all, &[value], format!("other{at}"), Region::Forward)?);
+        }
+        Ok(others)
     }
 
     /// The type that values between products are stored in.
@@ -208,12 +222,14 @@ impl Small {
         };
         let x = input(graph, "x", &self.x)?;
         let mut operands = vec![x];
-        for (index, other) in self.others.iter().enumerate() {
-            operands.push(input(graph, &format!("x{}", index + 1), other)?);
-        }
         if let Some(weight) = &self.weight {
             let weight = synthetic::normal(weight, 0.05, &mut random);
             operands.push(graph.add(Op::Param(Arc::new(weight)), &[], "w", Region::Forward)?);
+            operands.extend(self.others(graph)?);
+        } else {
+            for (index, other) in self.others.iter().enumerate() {
+                operands.push(input(graph, &format!("x{}", index + 1), other)?);
+            }
         }
         let second = operands[1];
         let dy = input(graph, "dy", &self.result)?;
@@ -222,13 +238,13 @@ impl Small {
             products.push((self.op.clone(), operands, "y", Region::Forward));
         }
         if self.backward {
-            let grad_input =
-                self.grad_input().map(|op| (op, vec![dy, second], "dx", Region::Backward));
-            products.extend(grad_input);
+            let product = |op| (op, vec![dy, second], "dx", Region::Backward);
+            products.extend(self.grad_input().map(product));
         }
         // Only where int8 may change it.
-        if self.low.grad_weight != self.high.grad_weight {
-            let (op, flipped) = self.grad_weight();
+        if self.low.grad_weight != self.high.grad_weight
+            && let Some((op, flipped)) = self.grad_weight()
+        {
             let operands = if flipped { vec![dy, x] } else { vec![x, dy] };
             products.push((op, operands, "dw", Region::Backward));
         }
@@ -238,7 +254,8 @@ impl Small {
             if low && region == Region::Forward {
                 graph.note_mut(y).channels = self.channels.clone();
             }
-            if stored != DType::F32 && name != "dw" {
+            let stays = name == "dw" || matches!(self.op, Op::Recurrence(_));
+            if stored != DType::F32 && !stays {
                 y = graph.add(Op::Cast(stored), &[y], format!("{name}.stored"), region)?;
             }
             graph.add_output(name, y);

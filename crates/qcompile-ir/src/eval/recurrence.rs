@@ -2,7 +2,35 @@
 
 use super::value::round_float;
 use super::{Data, Rounding, Value};
-use crate::{Activation, ActivationOp, Cell, DType, Recurrence};
+use crate::{Activation, ActivationOp, Cell, DType, QuantizedRange, Recurrence};
+use std::borrow::Cow;
+
+/// A number as a product reads it, by the scale of its codes if it has some. Rounded even where floats stay exact: it is
+/// what the op does.
+fn entered(products: Option<DType>, x: f64, scale: f64) -> f64 {
+    match products {
+        Some(DType::I8) => {
+            let code = (f64::from((x / scale) as f32)).round_ties_even().clamp(-127.0, 127.0);
+            // NaN becomes 0.
+            if code.is_nan() { 0.0 } else { code * scale }
+        }
+        Some(dtype) => round_float(f64::from(x as f32), dtype, Rounding::PerOp),
+        None => x,
+    }
+}
+
+/// R as the products read it: codes have a scale for each row.
+fn weight(products: Option<DType>, r: &[f64], hidden: usize) -> Cow<'_, [f64]> {
+    if products.is_none() {
+        return Cow::Borrowed(r);
+    }
+    let row = |row: &[f64]| {
+        let amax = row.iter().fold(0.0, |amax: f64, x| amax.max(x.abs()));
+        let scale = (amax as f32 / 127.0).max(QuantizedRange::SMALLEST_SCALE as f32);
+        row.iter().map(|&x| entered(products, x, f64::from(scale))).collect::<Vec<_>>()
+    };
+    Cow::Owned(r.chunks_exact(hidden).flat_map(row).collect())
+}
 
 /// The function at `x`.
 fn activate(activation: Activation, x: f64) -> f64 {
@@ -51,7 +79,8 @@ struct Layer<'a> {
     steps: usize,
     batch: usize,
     hidden: usize,
-    r: &'a [f64],
+    /// As the products read it.
+    r: Cow<'a, [f64]>,
     peepholes: Option<&'a [f64]>,
     lengths: Option<&'a [i64]>,
     /// How the result of the forward op is kept.
@@ -83,10 +112,15 @@ impl Layer<'_> {
         self.peepholes.map_or(0.0, |peepholes| peepholes[which * self.hidden + unit])
     }
 
+    /// A state or a gradient as a product reads it.
+    fn entered(&self, x: f64) -> f64 {
+        entered(self.recurrence.products, x, f64::from(Recurrence::STATE_SCALE))
+    }
+
     /// `(h Rᵀ)` of one unit of one gate.
     fn product(&self, h: impl Fn(usize) -> f64, gate: usize, unit: usize) -> f64 {
         let row = (gate * self.hidden + unit) * self.hidden;
-        (0..self.hidden).map(|k| h(k) * self.r[row + k]).sum()
+        (0..self.hidden).map(|k| self.entered(h(k)) * self.r[row + k]).sum()
     }
 
     fn clipped(&self, x: f64) -> f64 {
@@ -124,7 +158,7 @@ fn layer<'a>(
         steps,
         batch,
         hidden,
-        r: operands[1].data.floats(),
+        r: weight(recurrence.products, operands[1].data.floats(), hidden),
         peepholes: peepholes.map(|at| operands[at].data.floats()),
         lengths: lengths.map(|at| operands[at].data.ints()),
         kept,
@@ -258,7 +292,7 @@ pub(super) fn recurrence_grad(
             // `dgate R` of one unit.
             let back = |gates: &[Vec<f64>], from: usize, gate: usize, j: usize| -> f64 {
                 let r = |k: usize| layer.r[(gate * hidden + k) * hidden + j];
-                (0..hidden).map(|k| gates[from][k] * r(k)).sum()
+                (0..hidden).map(|k| layer.entered(gates[from][k]) * r(k)).sum()
             };
             match recurrence.cell {
                 Cell::Rnn => {

@@ -1,10 +1,17 @@
 //! Recurrent layers.
 
 use super::{Types, fixed, float, same};
-use crate::{Cell, DType, Recurrence, RecurrenceOperands, Shape, TensorType};
+use crate::{Cell, DType, QuantizedRange, Recurrence, RecurrenceOperands, Shape, TensorType};
 
-fn recurrence_fits(recurrence: &Recurrence) -> Result<(), String> {
-    let Recurrence { cell, activations, clip, peepholes, input_forget, .. } = recurrence;
+/// Checks the attributes of a layer, or of its gradient, on values of a type.
+fn recurrence_fits(recurrence: &Recurrence, ty: &TensorType, back: bool) -> Result<(), String> {
+    let Recurrence { cell, activations, clip, peepholes, input_forget, products, .. } = recurrence;
+    if let Some(products) = products {
+        let known = *products == DType::BF16 || (*products == DType::I8 && !back);
+        if !known || ty.dtype != DType::F32 {
+            return Err(format!("has no products of {products} on {}", ty.dtype));
+        }
+    }
     if *cell != Cell::Lstm && (*peepholes || *input_forget) {
         return Err(format!("{} has no peepholes and no input_forget", cell.name()));
     }
@@ -41,13 +48,13 @@ fn recurrence_extras(
 }
 
 pub(super) fn recurrence(recurrence: &Recurrence, operands: Types) -> Result<TensorType, String> {
-    recurrence_fits(recurrence)?;
     let at = recurrence.operands();
     if operands.len() != at.count {
         return Err(format!("takes {} operands, not {}", at.count, operands.len()));
     }
     let [x, r, h0] = [operands[0], operands[1], operands[2]];
     float(x)?;
+    recurrence_fits(recurrence, x, false)?;
     let gates = recurrence.cell.gates();
     let [steps, batch, columns] = x.shape.0[..] else {
         return Err(format!("{x} is not [steps, batch, gates]"));
@@ -62,6 +69,9 @@ pub(super) fn recurrence(recurrence: &Recurrence, operands: Types) -> Result<Ten
     {
         return Err(format!("{x}, {r} and {h0} do not fit"));
     }
+    if recurrence.products == Some(DType::I8) && hidden > QuantizedRange::MOST_I8_PRODUCTS {
+        return Err(format!("an i32 holds no sum of {hidden} products of i8"));
+    }
     recurrence_extras(at, operands, [&state, &state], hidden)?;
     let rows = steps.checked_add(1).ok_or("too many steps")?;
     let sections = recurrence.cell.sections();
@@ -73,13 +83,13 @@ pub(super) fn recurrence_grad(
     cell: bool,
     operands: Types,
 ) -> Result<TensorType, String> {
-    recurrence_fits(recurrence)?;
     let at = recurrence.gradient_operands(cell);
     if operands.len() != at.count || (cell && recurrence.cell != Cell::Lstm) {
         return Err(format!("takes {} operands, not {}", at.count, operands.len()));
     }
     let [y, r, dh] = [operands[0], operands[1], operands[2]];
     float(y)?;
+    recurrence_fits(recurrence, y, true)?;
     let [sections, rows, batch, hidden] = y.shape.0[..] else {
         return Err(format!("{y} is no recurrence"));
     };

@@ -135,6 +135,9 @@ fn recurrence(r: &Recurrence, cell: bool) -> String {
     if let Some(clip) = r.clip {
         let _ = write!(text, " clip={}", literal::float(clip));
     }
+    if let Some(products) = r.products {
+        let _ = write!(text, " products={products}");
+    }
     let flags = [
         ("reverse", r.reverse),
         ("input_forget", r.input_forget),
@@ -408,7 +411,23 @@ impl<'a> Attributes<'a> {
             *activation = Activation { function, alpha: alphas[at], beta: betas[at] };
         }
         let clip = self.value("clip")?;
-        Ok(Recurrence { cell, activations, reverse, clip, peepholes, input_forget, lengths })
+        let products = match self.words("products").as_deref() {
+            None => None,
+            Some([word]) => {
+                Some(word.parse().map_err(|_| format!("products takes a type, not {word:?}"))?)
+            }
+            Some(_) => return Err("products takes one type".to_owned()),
+        };
+        Ok(Recurrence {
+            cell,
+            activations,
+            reverse,
+            clip,
+            peepholes,
+            input_forget,
+            lengths,
+            products,
+        })
     }
 
     /// So many numbers, or zeros.

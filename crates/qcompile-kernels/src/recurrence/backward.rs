@@ -1,23 +1,26 @@
 //! The gradient of a recurrent layer.
 
 use super::activation::{activate, multiply_clipped_slope, multiply_slope};
-use super::{Rows, product, runs};
+use super::product::{Kind, Operand, Panels, product};
+use super::{Rows, runs};
 use crate::args::{RecurrenceGradArgs, RecurrentCell};
 use crate::buffer::{Buffer, Slot};
 use crate::lanes::{Simd, Task};
+use std::marker::PhantomData;
 use std::slice::{from_raw_parts, from_raw_parts_mut};
 
-pub(super) struct Backward {
+pub(super) struct Backward<K> {
     pub(super) args: RecurrenceGradArgs,
+    pub(super) kind: PhantomData<K>,
     pub(super) begin: usize,
     pub(super) end: usize,
 }
 
-impl Task for Backward {
+impl<K: Kind> Task for Backward<K> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         for unit in self.begin..self.end {
-            let rows = Rows::of::<S::Real>(&self.args.shape, unit);
+            let rows = Rows::of::<K, S>(&self.args.shape, unit);
             // SAFETY: the rows exist, and no other unit has them.
             unsafe { self.rows::<S>(&rows) };
         }
@@ -33,7 +36,7 @@ struct Site<'a> {
     dc: &'a mut [f32],
 }
 
-impl Backward {
+impl<K: Kind> Backward<K> {
     /// A row of a section of the forward result.
     #[inline(always)]
     unsafe fn section(&self, section: usize, t: usize, row: usize) -> &[f32] {
@@ -65,11 +68,12 @@ impl Backward {
     #[inline(always)]
     unsafe fn rows<S: Simd>(&self, rows: &Rows) {
         let (args, shape) = (&self.args, &self.args.shape);
-        let (hidden, stride) = (shape.hidden, shape.padded::<S::Real>());
+        let (hidden, stride) = (shape.hidden, Panels::<K::Lanes<S>>::of(shape).columns());
         let mut dh = Buffer::take(Slot::Result, rows.padded * stride);
         let mut dc = Buffer::take(Slot::Left, rows.padded * hidden);
         let mut reset = Buffer::take(Slot::Right, rows.padded * stride);
-        let (dh, reset) = (dh.words(), reset.words());
+        let mut operand = Buffer::take(Slot::Staging, Operand::room::<K::Lanes<S>>(shape, rows));
+        let (dh, reset, operand) = (dh.words(), reset.words(), operand.words());
         let dc = dc.words().cast::<f32>();
         // SAFETY: rows and sections exist; buffers are as large as they were taken.
         unsafe {
@@ -106,7 +110,7 @@ impl Backward {
                     dh_row(local).fill(0.0);
                 }
                 if shape.cell == RecurrentCell::Gru {
-                    self.back::<S>(rows, t, (2, 2), reset, false);
+                    self.back::<S>(rows, t, (2, 2), operand, reset, false);
                     for local in 0..rows.count {
                         let row = rows.first + local;
                         if runs(args.lengths, row, t) {
@@ -124,7 +128,7 @@ impl Backward {
                     RecurrentCell::Rnn => &[(0, 0)],
                 };
                 for &gate in gates {
-                    self.back::<S>(rows, t, gate, dh, true);
+                    self.back::<S>(rows, t, gate, operand, dh, true);
                 }
             }
             for local in 0..rows.count {
@@ -151,6 +155,7 @@ impl Backward {
         rows: &Rows,
         t: usize,
         (from, gate): (usize, usize),
+        operand: *mut u32,
         out: *mut u32,
         add: bool,
     ) {
@@ -158,12 +163,11 @@ impl Backward {
         let columns = shape.gradients() * shape.hidden;
         // SAFETY: granted by the caller.
         unsafe {
-            let first = t * shape.batch * columns + from * shape.hidden;
-            let left = rows.pointers(self.args.dx.cast_const().add(first), columns);
+            let first = (t * shape.batch + rows.first) * columns + from * shape.hidden;
+            let first = self.args.dx.cast_const().add(first);
+            let left = Operand::of::<K::Lanes<S>>(shape, rows, first, columns, operand);
             let packed = self.args.scratch.cast::<u32>().cast_const();
-            let packed = packed.add(gate * shape.packed::<S::Real>());
-            let stride = shape.padded::<S::Real>();
-            product::<S::Real>(shape, &left[..rows.padded], packed, out, stride, add);
+            product::<K::Lanes<S>>(shape, &left, packed, gate, out, add);
         }
     }
 
@@ -193,11 +197,11 @@ impl Backward {
             let [d_i, d_o, d_f, d_g] = [0, 1, 2, 3].map(|gate| self.gradient(gate, t, row));
             // The gradient of g holds the activated state until it is needed.
             d_g.copy_from_slice(next);
-            activate::<S>(state, d_g);
+            activate::<S>(state, false, d_g);
             multiply(d_o, dh, d_g);
             multiply_clipped_slope::<S>(gates, shape.clip, o, d_o);
             multiply(d_i, dh, o);
-            multiply_slope(state, d_g, d_i);
+            multiply_slope::<S>(state, d_g, d_i);
             add(dc, d_i);
             if let Some(peephole) = self.peephole(1) {
                 add_product(dc, d_o, peephole);

@@ -1,30 +1,33 @@
 //! A recurrent layer forward.
 
 use super::activation::{activate, clip};
-use super::{Rows, product, runs};
+use super::product::{Kind, Operand, Panels, product};
+use super::{Rows, runs};
 use crate::args::{ActivationArgs, RecurrenceArgs, RecurrentCell};
 use crate::buffer::{Buffer, Slot};
 use crate::lanes::{Simd, Task};
+use std::marker::PhantomData;
 use std::slice::{from_raw_parts, from_raw_parts_mut};
 
-pub(super) struct Forward {
+pub(super) struct Forward<K> {
     pub(super) args: RecurrenceArgs,
+    pub(super) kind: PhantomData<K>,
     pub(super) begin: usize,
     pub(super) end: usize,
 }
 
-impl Task for Forward {
+impl<K: Kind> Task for Forward<K> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         for unit in self.begin..self.end {
-            let rows = Rows::of::<S::Real>(&self.args.shape, unit);
+            let rows = Rows::of::<K, S>(&self.args.shape, unit);
             // SAFETY: the rows exist, and no other unit has them.
             unsafe { self.rows::<S>(&rows) };
         }
     }
 }
 
-impl Forward {
+impl<K: Kind> Forward<K> {
     /// A row of a section of the result.
     ///
     /// # Safety
@@ -48,7 +51,7 @@ impl Forward {
     #[inline(always)]
     unsafe fn rows<S: Simd>(&self, rows: &Rows) {
         let (args, shape) = (&self.args, &self.args.shape);
-        let (hidden, stride) = (shape.hidden, shape.padded::<S::Real>());
+        let (hidden, stride) = (shape.hidden, Panels::<K::Lanes<S>>::of(shape).columns());
         let states = 1 + usize::from(shape.cell == RecurrentCell::Lstm);
         let sections = match shape.cell {
             RecurrentCell::Lstm => 6,
@@ -59,8 +62,10 @@ impl Forward {
         let size = rows.padded * stride;
         let mut products = Buffer::take(Slot::Result, shape.gates() * size);
         let mut reset = Buffer::take(Slot::Left, rows.padded * hidden);
+        let mut operand = Buffer::take(Slot::Right, Operand::room::<K::Lanes<S>>(shape, rows));
         let products = products.words();
         let reset = reset.words().cast::<f32>();
+        let operand = operand.words();
         // SAFETY: rows and sections exist; buffers are as large as they were taken.
         unsafe {
             let start = if shape.reverse == 0 { 0 } else { shape.steps };
@@ -73,17 +78,15 @@ impl Forward {
                     self.section(section, shape.steps, row).fill(0.0);
                 }
             }
-            let packed = |gate: usize| {
-                args.scratch.cast::<u32>().cast_const().add(gate * shape.packed::<S::Real>())
-            };
+            let packed = args.scratch.cast::<u32>().cast_const();
             for order in 0..shape.steps {
                 let [t, before, after] = shape.step(order);
-                let h = rows.pointers(args.y.add(shape.at(0, before, 0)), hidden);
-                let h = &h[..rows.padded];
+                let h = args.y.cast_const().add(shape.at(0, before, rows.first));
+                let h = Operand::of::<K::Lanes<S>>(shape, rows, h, hidden, operand);
                 let early = if shape.cell == RecurrentCell::Gru { 2 } else { shape.gates() };
                 for gate in (0..early).filter(|&gate| gate != 2 || shape.input_forget == 0) {
                     let out = products.add(gate * size);
-                    product::<S::Real>(shape, h, packed(gate), out, stride, false);
+                    product::<K::Lanes<S>>(shape, &h, packed, gate, out, false);
                 }
                 let sums = |gate: usize, row: usize| {
                     let from = products.add(gate * size + row * stride).cast::<f32>();
@@ -138,11 +141,9 @@ impl Forward {
                             *to = r * h;
                         }
                     }
-                    let alone = Rows { first: 0, ..*rows };
-                    let left = alone.pointers(reset, hidden);
+                    let left = Operand::of::<K::Lanes<S>>(shape, rows, reset, hidden, operand);
                     let out = products.add(2 * size);
-                    let left = &left[..rows.padded];
-                    product::<S::Real>(shape, left, packed(2), out, stride, false);
+                    product::<K::Lanes<S>>(shape, &left, packed, 2, out, false);
                     for local in 0..rows.count {
                         let row = rows.first + local;
                         if runs(args.lengths, row, t) {
@@ -185,7 +186,8 @@ impl Forward {
         }
         let activation: &ActivationArgs = &shape.activations[activation];
         clip(shape.clip, out);
-        activate::<S>(activation, out);
+        // SAFETY: the CPU has the tier, as the caller runs on it.
+        unsafe { activate::<S>(activation, K::IS_CODES, out) };
     }
 
     /// The states of an LSTM after a step.
@@ -218,7 +220,7 @@ impl Forward {
             let p_o = self.peephole(1).map(|p| (p, &*next));
             self.gate::<S>(o, 1, 0, [t, row], sums(1), p_o);
             h.copy_from_slice(next);
-            activate::<S>(&shape.activations[2], h);
+            activate::<S>(&shape.activations[2], K::IS_CODES, h);
             for (h, o) in h.iter_mut().zip(&*o) {
                 *h *= o;
             }

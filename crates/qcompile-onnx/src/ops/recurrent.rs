@@ -140,6 +140,7 @@ fn recurrent(draft: &mut Draft, node: &OnnxNode, cell: Cell) -> Results {
             peepholes: cell == Cell::Lstm && node.optional(7).is_some(),
             input_forget,
             lengths: layer.lengths.is_some(),
+            products: None,
         };
         let y = layer.direction(draft, node, &recurrence, direction)?;
         sequences.push(layer.sequence(draft, y, reverse)?);

@@ -92,7 +92,7 @@ pub fn run(graph: &mut Graph) -> Result<Gradients, PassError> {
             let before = graph.len();
             let part = rules::gradient(graph, id, position, dy, &name)?;
             if graph.len() > before {
-                note_product(graph, id, part);
+                note_products(graph, id, before, part);
             }
             parts.entry(operand).or_default().push(part);
         }
@@ -200,13 +200,22 @@ fn total(graph: &mut Graph, id: NodeId, parts: &[NodeId]) -> Result<NodeId, Pass
 
 /// The products of the backward pass belong to the layer of their forward product: they carry its origin and its
 /// precision, so that the precision of each can be decided with it.
-fn note_product(graph: &mut Graph, forward: NodeId, product: NodeId) {
+fn note_products(graph: &mut Graph, forward: NodeId, first: usize, part: NodeId) {
     let Node { op, note, .. } = graph.node(forward);
-    if !matches!(op, Op::Matmul { .. } | Op::Conv2d(_) | Op::Attention { .. }) {
-        return;
-    }
+    let products = match op {
+        Op::Matmul { .. } | Op::Conv2d(_) | Op::Attention { .. } => vec![part],
+        // The way back through the steps, and those of the gradient of R, which may be joined.
+        Op::Recurrence(_) => {
+            let new = graph.ids().skip(first);
+            new.filter(|&id| matches!(graph.op(id), Op::RecurrenceGrad { .. } | Op::Matmul { .. }))
+                .collect()
+        }
+        _ => return,
+    };
     let note = Note { sensitivity: None, channels: Channels::default(), ..note.clone() };
-    *graph.note_mut(product) = note;
+    for product in products {
+        *graph.note_mut(product) = note.clone();
+    }
 }
 
 #[cfg(test)]

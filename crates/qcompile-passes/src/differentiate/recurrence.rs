@@ -79,7 +79,9 @@ impl Layer<'_> {
         operands.extend(dc);
         let rest = [at.peepholes, at.lengths].into_iter().flatten();
         operands.extend(rest.map(|position| site.operands[position]));
-        let op = Op::RecurrenceGrad { recurrence: *self.recurrence, cell: dc.is_some() };
+        // What the products of the backward pass read is for the note of the layer to say.
+        let recurrence = self.recurrence.with_products(None);
+        let op = Op::RecurrenceGrad { recurrence, cell: dc.is_some() };
         Ok(b.graph.add(op, &operands, name, b.region)?)
     }
 

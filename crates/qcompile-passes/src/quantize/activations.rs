@@ -13,7 +13,7 @@ use std::collections::BTreeSet;
 /// The layers whose forward product is noted as int8.
 pub(super) fn chosen(graph: &Graph) -> Vec<Layer> {
     let int8 = |layer: &Layer| {
-        let precision = graph.node(layer.node).note.precision;
+        let precision = graph.node(layer.node).note.precision.filter(|_| !layer.recurrent);
         precision.is_some_and(|precision| precision.forward == DType::I8)
     };
     layers(graph).into_iter().filter(int8).collect()

@@ -8,6 +8,7 @@
 
 use super::insert::{is_quantized, with_op};
 use super::layer::{Gradient, parameter, unquantized};
+use super::recurrence;
 use crate::PassError;
 use crate::builder::Builder;
 use crate::simplify::splat;
@@ -24,9 +25,8 @@ pub(super) fn insert_forward(graph: &mut Graph) -> Result<(), PassError> {
     };
     let products: Vec<NodeId> = graph.order().into_iter().filter(|&id| asked(graph, id)).collect();
     for &product in &products {
-        if let Some(value) =
-            stored_result(graph, product).filter(|_| !is_narrow_attention(graph, product))
-        {
+        let rounds_result = !is_narrow_attention(graph, product) && !is_recurrence(graph, product);
+        if let Some(value) = stored_result(graph, product).filter(|_| rounds_result) {
             round_everywhere(graph, value)?;
         }
     }
@@ -36,6 +36,12 @@ pub(super) fn insert_forward(graph: &mut Graph) -> Result<(), PassError> {
             continue;
         }
         let bf16 = graph.node(product).note.precision.is_some_and(|p| p.forward == DType::BF16);
+        if is_recurrence(graph, product) {
+            if bf16 {
+                recurrence::products(graph, product, Some(DType::BF16))?;
+            }
+            continue;
+        }
         for (position, operand) in graph.operands(product).into_iter().enumerate() {
             let weight = parameter(graph, operand).is_some();
             let mask = position == 3;
@@ -62,16 +68,23 @@ pub(super) fn insert_backward(graph: &mut Graph) -> Result<usize, PassError> {
     for id in graph.order() {
         let note = &graph.node(id).note;
         let (stored, precision) = (note.stored, note.precision);
+        let Some(precision) = precision else { continue };
+        let narrow = precision.grad_input == DType::BF16;
         if matches!(graph.op(id), Op::AttentionGrad { .. }) {
-            if precision.is_some_and(|precision| precision.grad_input == DType::BF16) {
+            if narrow {
                 narrow_attention(graph, id)?;
                 count += 1;
             }
             continue;
         }
-        let (Some(gradient), Some(precision)) = (Gradient::of(graph, id), precision) else {
+        if is_recurrence(graph, id) {
+            if graph.node(id).region == Region::Backward && narrow {
+                recurrence::products(graph, id, Some(DType::BF16))?;
+                count += 1;
+            }
             continue;
-        };
+        }
+        let Some(gradient) = Gradient::of(graph, id) else { continue };
         let positions = match (gradient.precision(&precision), gradient) {
             (DType::BF16, _) => vec![0, 1],
             (dtype, _) if !is_quantized(dtype) || stored != Some(DType::BF16) => continue,
@@ -164,6 +177,10 @@ fn is_exact(graph: &Graph, id: NodeId, exact: &[bool]) -> bool {
 fn is_narrow_attention(graph: &Graph, id: NodeId) -> bool {
     let bf16 = graph.node(id).note.precision.is_some_and(|p| p.forward == DType::BF16);
     bf16 && matches!(graph.op(id), Op::Attention { .. })
+}
+
+fn is_recurrence(graph: &Graph, id: NodeId) -> bool {
+    matches!(graph.op(id), Op::Recurrence(_) | Op::RecurrenceGrad { .. })
 }
 
 /// Attention, or a gradient of it, on bf16 queries, keys, values and gradient, and with its products in bf16: what the

@@ -83,6 +83,11 @@ pub(super) fn choose(graph: &Graph, layer: &Layer, options: &Options) -> Result<
         (channels.input_outliers.len(), layer.input_channels, "channels of its data"),
     ];
     for (count, all, what) in sets {
+        if count > 0 && layer.recurrent {
+            return Err(format!(
+                "{count} {what} are sensitive, and a recurrent layer is not split"
+            ));
+        }
         if count > 0 && layer.grouped {
             return Err(format!(
                 "{count} {what} are sensitive, and a grouped convolution is not split"

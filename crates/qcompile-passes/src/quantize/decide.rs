@@ -6,6 +6,7 @@ use super::choice::PrecisionChoice;
 use super::insert::is_quantized;
 use super::layer::{Layer, activation_products, layers};
 use super::numerics::{Numerics, OperandTypes};
+use super::recurrence;
 use super::weights;
 use crate::PassError;
 use crate::sensitivity::Scores;
@@ -91,7 +92,8 @@ pub struct Options {
     pub scores: Option<Scores>,
     /// How quantized products are rounded.
     pub numerics: Numerics,
-    /// Whether values are rounded within ranges that are known before: products of two activations then have no int8.
+    /// Whether values are rounded within ranges that are known before. Products of two activations and recurrent ones then
+    /// stay in high precision: no operator of ONNX computes them on integers.
     pub ranged: bool,
 }
 
@@ -201,7 +203,10 @@ pub fn decide(graph: &mut Graph, options: &Options) -> Result<Vec<Decision>, Pas
     if let Some(scores) = &options.scores {
         scores.annotate(graph);
     }
-    let within_budget = within_budget(graph, &candidates, options);
+    // What has no kernel takes no share.
+    let able = |one: &Candidate<'_>| obstacle(graph, *one, options).is_none();
+    let able: Vec<Candidate<'_>> = candidates.iter().copied().filter(able).collect();
+    let within_budget = within_budget(graph, &able, options);
     let decide = |one: &Candidate<'_>| decide_one(graph, *one, options, &within_budget);
     let mut decided: Vec<Decision> = candidates.iter().map(decide).collect();
     weights::decide(graph, &layers, options, decided.iter_mut());
@@ -245,7 +250,9 @@ fn check(graph: &Graph, candidates: &[Candidate<'_>], options: &Options) -> Resu
     }
     for one in candidates {
         let node = graph.node(one.node);
-        if let Some(reason) = noted_contradiction(&node.note) {
+        let recurrent = one.layer.is_some_and(|layer| layer.recurrent);
+        let of_layer = if recurrent { recurrence::contradiction(&node.note) } else { None };
+        if let Some(reason) = noted_contradiction(&node.note).or(of_layer) {
             return Err(refusal(format!("the notes of {}: {reason}", node.name)));
         }
     }
@@ -342,6 +349,14 @@ pub(super) fn barred(graph: &Graph, one: Candidate<'_>, options: &Options) -> Op
     Some(format!("int8{what} measures {low_ms:.3} ms, {base} {high_ms:.3} ms"))
 }
 
+/// Why no int8 kernel computes it, if so.
+fn obstacle(graph: &Graph, one: Candidate<'_>, options: &Options) -> Option<String> {
+    match one.layer {
+        Some(layer) => recurrence::obstacle(graph, layer, options),
+        None => without_int8(options),
+    }
+}
+
 /// The layers that the budget of `max_loss_increase` takes, by name, with the sum up to and with each.
 pub(super) fn within_budget(
     graph: &Graph,
@@ -352,6 +367,7 @@ pub(super) fn within_budget(
         .iter()
         .filter(|one| must_be_f32(graph, one.node, options).is_none())
         .filter(|one| barred(graph, **one, options).is_none())
+        .filter(|one| obstacle(graph, **one, options).is_none())
         .filter_map(|one| {
             let node = graph.node(one.node);
             node.note.sensitivity.map(|score| (score, node.name.clone()))
@@ -420,10 +436,7 @@ fn decide_one(
         return decision(Precision::uniform(DType::F32), Channels::default(), reason);
     }
     let high = |reason| decision(options.high(), Channels::default(), reason);
-    if let Some(reason) = barred(graph, one, options) {
-        return high(reason);
-    }
-    if let Some(reason) = without_int8(options).filter(|_| one.layer.is_none()) {
+    if let Some(reason) = barred(graph, one, options).or_else(|| obstacle(graph, one, options)) {
         return high(reason);
     }
     let (low, mut reason) = by_score(graph, one.node, options, within_budget);
@@ -443,6 +456,10 @@ fn decide_one(
     if is_quantized(precision.grad_weight) && layer.depthwise {
         precision.grad_weight = options.high().grad_weight;
         reason.push_str("; the gradient of a depthwise weight has no int8 kernel");
+    }
+    if layer.recurrent && is_quantized(precision.grad_input) {
+        precision.grad_input = options.high().grad_input;
+        reason.push_str("; the way back through the steps has no int8 kernel");
     }
     decision(precision, channels, reason)
 }

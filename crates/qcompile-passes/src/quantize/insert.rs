@@ -1,6 +1,7 @@
 //! Puts `quantize`, `dequantize` pairs before the operands of a product, with the scales they need.
 
 use super::layer::{Layer, reads_quantized};
+use super::recurrence;
 use super::scale;
 use crate::PassError;
 use crate::builder::Builder;
@@ -96,13 +97,16 @@ pub(super) fn rows(graph: &Graph, product: NodeId, quantizer: Quantizer) -> Opti
 }
 
 /// Rounds both operands of a layer's product: data per tensor or row, weight per output channel or tensor. One that is
-/// quantized already stays as it is.
+/// quantized already stays as it is. A recurrent layer rounds within.
 pub(crate) fn forward(
     graph: &mut Graph,
     layer: &Layer,
     inserted: &mut Inserted,
 ) -> Result<(), PassError> {
     let note = &graph.node(layer.node).note;
+    if layer.recurrent {
+        return recurrence::products(graph, layer.node, Some(DType::I8));
+    }
     let quantizer = note.quantizer.unwrap_or_default();
     let activation = match note.precision {
         Some(precision) if is_quantized(precision.forward) => precision.forward,

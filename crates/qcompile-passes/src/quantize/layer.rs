@@ -4,8 +4,8 @@ use crate::differentiate::{is_constant, learned};
 use qcompile_ir::{DType, Graph, NodeId, Op, Precision, Region};
 use std::collections::BTreeSet;
 
-/// A forward `conv2d` or `matmul` whose first operand depends on an input and whose second is a parameter, perhaps
-/// reshaped or transposed.
+/// A forward `conv2d`, `matmul` or `recurrence` whose first operand depends on an input and whose second is a parameter,
+/// perhaps reshaped or transposed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layer {
     /// The product.
@@ -26,6 +26,9 @@ pub struct Layer {
     pub grouped: bool,
     /// Whether each group has one input channel.
     pub depthwise: bool,
+    /// Whether it is the product of a recurrent layer's states with R: channels are rows of R, those of the data units of
+    /// the state.
+    pub recurrent: bool,
 }
 
 impl Layer {
@@ -42,9 +45,10 @@ impl Layer {
         let (conv, [transpose_a, transpose_b]) = match graph.op(node) {
             Op::Conv2d(geometry) => (Some(*geometry), [false; 2]),
             Op::Matmul { transpose_a, transpose_b } => (None, [*transpose_a, *transpose_b]),
+            Op::Recurrence(_) => (None, [false, true]),
             _ => return None,
         };
-        let [x, weight] = graph.operands(node)[..] else { return None };
+        let [x, weight, ..] = graph.operands(node)[..] else { return None };
         if !from_data[x.index()] || from_data[weight.index()] || !is_weight(weight) {
             return None;
         }
@@ -67,6 +71,7 @@ impl Layer {
             input_channels: shape[weight_input_axis],
             grouped: conv.is_some_and(|geometry| geometry.groups != 1),
             depthwise: conv.is_some_and(|geometry| geometry.groups != 1) && shape[1] == 1,
+            recurrent: matches!(graph.op(node), Op::Recurrence(_)),
         })
     }
 }
@@ -77,9 +82,10 @@ pub fn layers(graph: &Graph) -> Vec<Layer> {
     with_weights(graph, &|weight| parameter(graph, weight).is_some())
 }
 
-/// Every product of data and of what is computed from stored values.
+/// Every product of data and of what is computed from stored values, but for recurrent ones.
 pub(crate) fn stored_layers(graph: &Graph) -> Vec<Layer> {
-    with_weights(graph, &|weight| is_stored(graph, weight))
+    let all = with_weights(graph, &|weight| is_stored(graph, weight));
+    all.into_iter().filter(|layer| !layer.recurrent).collect()
 }
 
 fn with_weights(graph: &Graph, is_weight: &dyn Fn(NodeId) -> bool) -> Vec<Layer> {
@@ -137,7 +143,8 @@ fn from_data(graph: &Graph, order: &[NodeId]) -> Vec<bool> {
 }
 
 /// Forward products that are neither layers nor [`activation_products`], so that no int8 kernel runs them: of values that
-/// are computed of parameters alone, convolutions by a computed kernel, the recurrent ones.
+/// are computed of parameters alone, convolutions by a computed kernel, the recurrent ones with an R
+/// that is not trained.
 #[must_use]
 pub fn other_products(graph: &Graph) -> Vec<NodeId> {
     let mut known: Vec<NodeId> = layers(graph).into_iter().map(|layer| layer.node).collect();

@@ -27,6 +27,7 @@ mod pairs;
 mod pairs_tests;
 mod permute;
 mod ranged;
+mod recurrence;
 mod remove;
 mod rules;
 mod scale;
@@ -74,11 +75,15 @@ pub fn run(graph: &mut Graph, options: &Options) -> Result<Vec<Decision>, PassEr
     Ok(decisions)
 }
 
-/// Products of two computed values and attention are no layers; in bf16 they run as layers do.
+/// Products of two computed values, attention, and recurrent products with an R that is not trained are no layers; in bf16
+/// they run as layers do.
 fn note_other_products(graph: &mut Graph, operations: Operations) {
     for id in graph.order() {
         let node = graph.node(id);
-        let product = matches!(node.op, Op::Matmul { .. } | Op::Conv2d(_) | Op::Attention { .. });
+        let product = matches!(
+            node.op,
+            Op::Matmul { .. } | Op::Conv2d(_) | Op::Attention { .. } | Op::Recurrence(_)
+        );
         if product && node.region == Region::Forward && node.ty.dtype == DType::F32 {
             let precision = decide::high(operations, DType::BF16);
             graph.note_mut(id).precision.get_or_insert(precision);
@@ -111,6 +116,12 @@ pub fn insert_backward(graph: &mut Graph) -> Result<usize, PassError> {
 pub fn insert(graph: &mut Graph) -> Result<(), PassError> {
     for layer in layers(graph) {
         let note = &graph.node(layer.node).note;
+        if let Some(reason) = recurrence::contradiction(note).filter(|_| layer.recurrent) {
+            return Err(decide::refusal(format!(
+                "the notes of {}: {reason}",
+                graph.node(layer.node).name
+            )));
+        }
         let low = note.precision.is_some_and(|precision| precision.is_quantized());
         if low && !note.channels.is_empty() {
             split::channels(graph, &layer)?;

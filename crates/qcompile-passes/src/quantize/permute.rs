@@ -27,7 +27,7 @@ impl Path {
             if seen || graph.node(user).region != Region::Forward {
                 return None;
             }
-            let reader = layers.iter().find(|layer| layer.node == user);
+            let reader = layers.iter().find(|layer| layer.node == user && !layer.recurrent);
             match graph.op(user) {
                 Op::Unary(_) | Op::MaxPool2d(_) | Op::AveragePool2d(_) => {}
                 Op::Binary(_) => {

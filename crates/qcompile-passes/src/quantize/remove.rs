@@ -31,7 +31,10 @@ pub fn remove(graph: &mut Graph) -> Result<bool, PassError> {
                 removed = true;
                 made
             }
-            None => copied(graph, &mut copy, id, &operands)?,
+            None => {
+                removed |= matches!(graph.op(id), Op::Recurrence(r) if r.products.is_some());
+                copied(graph, &mut copy, id, &operands)?
+            }
         };
         copies.insert(id, made);
     }
@@ -104,10 +107,13 @@ fn copied(
             _ => operand.id,
         });
     }
-    let mut op = node.op.clone();
-    if let Op::Attention { products, .. } | Op::AttentionGrad { products, .. } = &mut op {
-        *products = DType::F32;
-    }
+    let op = match node.op.clone() {
+        Op::Recurrence(recurrence) => Op::Recurrence(recurrence.with_products(None)),
+        Op::Attention { scale, causal, .. } => {
+            Op::Attention { scale, causal, products: DType::F32 }
+        }
+        other => other,
+    };
     let new = copy.add(op, &ids, node.name.clone(), node.region)?;
     *copy.note_mut(new) = node.note.clone();
     copy.note_mut(new).precision = None;

@@ -183,6 +183,8 @@ pub fn run(
                 let channels = output_noise(graph, layer, evaluator, options)?;
                 (noise::total(&channels).ratio(), ratios(&channels))
             }
+            // States have the range of their codes, whatever they are.
+            Metric::ActivationRange if layer.recurrent => continue,
             Metric::ActivationRange => {
                 let name = &graph.node(graph.operand(layer.node, 0)).name;
                 let data = value(graph, evaluator, name)?;

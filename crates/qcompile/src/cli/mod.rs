@@ -54,7 +54,7 @@ pub enum Command {
     Export(ExportCommand),
     /// Measure the time of a training step.
     Bench(BenchCommand),
-    /// Show what this machine offers, and check that it computes correctly.
+    /// Show what this machine offers, whether it computes correctly, and how fast.
     Doctor(DoctorCommand),
     /// Write shell completions to stdout.
     Completions(CompletionsCommand),

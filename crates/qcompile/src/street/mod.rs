@@ -16,7 +16,7 @@ use crate::sensitivity::{self, Calibration};
 use crate::terminal::Show;
 use qcompile_ir::{Graph, verify};
 use qcompile_passes::attach_loss::{self, LossKind};
-use qcompile_passes::quantize::{self, Held, LayerCost, OperandTypes, PrecisionChoice};
+use qcompile_passes::quantize::{self, Decision, Held, LayerCost, OperandTypes, PrecisionChoice};
 use qcompile_passes::sensitivity::{LayerScore, Metric, Scores};
 use qcompile_passes::{
     PassError, attention, differentiate, distribute, evaluation, saved, simplify, update,
@@ -282,10 +282,12 @@ impl<'a> Street<'a> {
                 let name = draft.graph.node(layer.node).name.as_str();
                 let channels = match scores.metric {
                     Metric::ActivationRange => layer.input_channels,
+                    Metric::OutputSqnr if layer.recurrent => layer.input_channels,
                     _ => layer.channels,
                 };
                 let fits = |score: &LayerScore| score.channels.len() == channels;
-                (!scores.find(name).is_some_and(fits)).then_some(name)
+                let unscored = layer.recurrent && scores.metric == Metric::ActivationRange;
+                (!unscored && !scores.find(name).is_some_and(fits)).then_some(name)
             });
             if let Some(name) = unknown {
                 let cause =
@@ -352,6 +354,17 @@ impl<'a> Street<'a> {
                 others.len(),
                 first.note.origin.as_deref().unwrap_or(first.name.as_str()),
                 first.op.name()
+            ));
+        }
+        let recurrent = |one: &&Decision| one.op == "recurrence" && !one.precision.is_quantized();
+        if self.options.precision == PrecisionChoice::Int8
+            && let Some(first) = decided.iter().find(recurrent)
+        {
+            draft.about.warnings.push(format!(
+                "{} recurrent products are not int8; the first is {}: {}",
+                decided.iter().filter(recurrent).count(),
+                first.node,
+                first.reason
             ));
         }
         let decisions: Vec<LayerDecision> =

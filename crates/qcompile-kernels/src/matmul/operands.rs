@@ -1,0 +1,153 @@
+//! The operands of a matrix product as its tiles read them.
+
+use super::Product;
+use crate::lanes::Lanes;
+use crate::pack::{self, Left, Right, Source};
+use crate::tile::{Panels, ROW_GROUP};
+use std::mem::MaybeUninit;
+
+/// Words of K packed at once, over all panels of a block.
+const PACK_WORDS: usize = 64;
+
+/// How the left operand is read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum LeftForm {
+    /// Where it is.
+    InPlace,
+    /// Packed row by row.
+    Rows,
+    /// Packed by groups of rows, a word of each row after the other.
+    Groups,
+    /// Packed row by row, where K was not adjacent.
+    Turned,
+}
+
+impl LeftForm {
+    /// Words from one packed row of so many to the next.
+    pub(super) fn pitch(self, words: usize) -> usize {
+        if self == LeftForm::Turned { pack::row_pitch(words) } else { words }
+    }
+}
+
+/// Packs `count` rows of A from `row` on, by groups where the form says so.
+#[inline(always)]
+pub(super) unsafe fn pack_left<L: Lanes>(
+    p: &Product<L::Element>,
+    form: LeftForm,
+    matrix: usize,
+    row: usize,
+    count: usize,
+    to: *mut u32,
+) {
+    let words = p.k.div_ceil(L::GROUP);
+    // SAFETY: granted by the caller.
+    unsafe {
+        let from = p.a.add(matrix * p.a_strides[0] + row * p.a_strides[1]);
+        if form == LeftForm::Rows {
+            for r in 0..count {
+                pack::row::<L, Left>(from.add(r * p.a_strides[1]), p.k, to.add(r * words));
+            }
+            return;
+        }
+        if form == LeftForm::Turned {
+            turn::<L>(p, from, count, to);
+            return;
+        }
+        // Groups side by side, so that a row of the transposed A is read as far as the rows go.
+        // Lines so far apart push each other out of L1 before the next group takes the rest of them.
+        let far = p.a_strides[1] == 1 && p.a_strides[2] * size_of::<L::Element>() >= 4096;
+        let step = if L::PLAIN && L::GROUP > 1 && far { 1 } else { PACK_WORDS };
+        for word in (0..words).step_by(step) {
+            let k = word * L::GROUP;
+            let length = (step * L::GROUP).min(p.k - k);
+            for first in (0..count).step_by(ROW_GROUP) {
+                let source = Source {
+                    first: from.add(k * p.a_strides[2] + first * p.a_strides[1]),
+                    k_stride: p.a_strides[2],
+                    column_stride: p.a_strides[1],
+                };
+                let live = ROW_GROUP.min(count - first);
+                let to = to.add(first * words + word * ROW_GROUP);
+                pack::interleave::<L, Left>(source, length, live, to, ROW_GROUP);
+            }
+        }
+    }
+}
+
+/// Packs `count` rows of A, whose K is not adjacent, row by row: a cache line of each at a time, by way of a group's
+/// words.
+///
+/// # Safety
+/// As of [`pack_left`], whose `to` has room for whole groups.
+#[inline(always)]
+unsafe fn turn<L: Lanes>(
+    p: &Product<L::Element>,
+    from: *const L::Element,
+    count: usize,
+    to: *mut u32,
+) {
+    const LINE: usize = 16;
+    let words = p.k.div_ceil(L::GROUP);
+    let pitch = LeftForm::Turned.pitch(words);
+    let mut group = MaybeUninit::<[u32; LINE * ROW_GROUP]>::uninit();
+    let group = group.as_mut_ptr().cast::<u32>();
+    for word in (0..words).step_by(LINE) {
+        let k = word * L::GROUP;
+        let length = (LINE * L::GROUP).min(p.k - k);
+        for first in (0..count).step_by(ROW_GROUP) {
+            // SAFETY: granted by the caller.
+            unsafe {
+                let source = Source {
+                    first: from.add(k * p.a_strides[2] + first * p.a_strides[1]),
+                    k_stride: p.a_strides[2],
+                    column_stride: p.a_strides[1],
+                };
+                let live = ROW_GROUP.min(count - first);
+                pack::interleave::<L, Left>(source, length, live, group, ROW_GROUP);
+                let size = [length.div_ceil(L::GROUP), ROW_GROUP];
+                let to = to.add(first * pitch + word);
+                pack::transpose::<L::Tier>(group, size, ROW_GROUP, to, pitch);
+            }
+        }
+    }
+}
+
+/// Packs the first panels of a matrix's columns from `column` on.
+#[inline(always)]
+pub(super) unsafe fn pack_right<L: Lanes>(
+    p: &Product<L::Element>,
+    matrix: usize,
+    column: usize,
+    panels: Panels,
+    count: usize,
+    to: *mut u32,
+) {
+    // SAFETY: granted by the caller.
+    unsafe {
+        let first = p.b.add(matrix * p.b_strides[0] + column * p.b_strides[2]);
+        let header = usize::from(L::HEADER);
+        // Panels side by side, so that a row of B is read as far as the block goes.
+        for word in (0..panels.k).step_by(PACK_WORDS) {
+            let k = word * L::GROUP;
+            let length = (PACK_WORDS * L::GROUP).min(p.k - k);
+            for panel in 0..count {
+                let from = Source {
+                    first: first
+                        .add(k * p.b_strides[1] + panel * Panels::width::<L>() * p.b_strides[2]),
+                    k_stride: p.b_strides[1],
+                    column_stride: p.b_strides[2],
+                };
+                let stored = panels.stored::<L>(panel);
+                let to = to.add(panels.offset::<L>(panel) + (header + word) * stored);
+                pack::interleave::<L, Right>(from, length, panels.valid::<L>(panel), to, stored);
+            }
+        }
+        if L::HEADER {
+            for panel in 0..count {
+                let to = to.add(panels.offset::<L>(panel));
+                let stored = panels.stored::<L>(panel);
+                pack::header::<L>(to.add(stored), panels.k, stored, to);
+            }
+        }
+    }
+}
