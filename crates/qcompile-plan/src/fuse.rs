@@ -347,10 +347,9 @@ impl Fusion {
         let mut codes = Vec::new();
         if let Some(known) = self.codes.get(&id).cloned() {
             for Codes { view, scale } in known {
-                codes.push(match self.views[view.base.index()].base == view.base {
-                    true => view.base,
-                    false => self.dense_base(graph, view.base, position),
-                });
+                let stored = self.views[view.base.index()].base == view.base;
+                let base = view.base;
+                codes.push(if stored { base } else { self.dense_base(graph, base, position) });
                 codes.push(self.dense_base(graph, scale, position));
             }
             operands.drain(..3);
