@@ -251,16 +251,16 @@ impl Kind for Int8 {
             // SAFETY: the caller grants whole blocks; what is written lies no further than what was read.
             unsafe {
                 let block = *row.add(at).cast::<[f32; BLOCK]>();
-                let code = |i: usize| (block[i] * LARGEST + SHIFT).to_bits() as u8;
+                let code = |value: f32| (value * LARGEST + SHIFT).to_bits() as u8;
                 if <S::Int8 as Lanes>::GROUP == 4 {
                     let to = &mut *row.cast::<u8>().add(at).cast::<[u8; BLOCK]>();
                     for i in 0..BLOCK {
-                        to[i] = code(i);
+                        to[i] = code(block[i]);
                     }
                 } else {
                     let to = &mut *row.cast::<u16>().add(at).cast::<[u16; BLOCK]>();
                     for i in 0..BLOCK {
-                        to[i] = u16::from(code(i));
+                        to[i] = u16::from(code(block[i]));
                     }
                 }
             }
