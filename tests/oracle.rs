@@ -365,8 +365,10 @@ fn attention(
     [rows, keys, heads, groups]: [usize; 4],
     mask: &str,
     causal: bool,
+    products: &str,
 ) -> String {
     let attributes = if causal { "scale=0.6 causal" } else { "scale=0.6" };
+    let attributes = format!("{attributes} products={products}");
     let (width, value_width) = (9, 20);
     let (mask_operand, mask_input) = match mask {
         "" => (String::new(), String::new()),
@@ -402,6 +404,9 @@ fn attention(
 #[test]
 fn attention_of_every_form() {
     for (dtype, sizes, mask, causal) in [
+        ("bf16 bf16", [50, 50, 2, 2], "", true),
+        ("bf16 bf16", [90, 91, 4, 1], "N, 1, 90, 91", true),
+        ("bf16 bf16", [17, 30, 4, 1], "N, 1, 17, 30", false),
         ("f32", [1, 1, 1, 1], "", true),
         ("f32", [1, 33, 2, 1], "1, 1, 1, 33", false),
         ("f32", [90, 90, 2, 2], "", true),
@@ -411,13 +416,46 @@ fn attention_of_every_form() {
         ("bf16", [50, 50, 2, 2], "", true),
         ("bf16", [17, 30, 4, 1], "N, 1, 17, 30", false),
     ] {
-        let source = attention(dtype, sizes, mask, causal);
+        let (dtype, products) = dtype.split_once(' ').unwrap_or((dtype, "f32"));
+        let source = attention(dtype, sizes, mask, causal, products);
         let graph = parse(&source);
         for tier in Tier::ALL.into_iter().filter(|tier| tier.is_supported()) {
-            compare(&format!("attention of {dtype} {sizes:?}"), &graph, 3, tier);
+            let what = format!("attention of {dtype} in {products} {sizes:?}");
+            compare(&what, &graph, 3, tier);
         }
         let plan = build(graph, &BuildOptions::default()).expect("has kernels");
         assert_eq!(plan.steps().len(), 2, "no operand is copied, gradients are one step:\n{plan}");
+    }
+}
+
+/// Attention on codes, with a scale of each operand, some with more keys than scores are held at once.
+#[test]
+fn attention_in_int8() {
+    for (rows, keys, heads, groups, causal) in
+        [(7, 7, 2, 2, true), (40, 75, 4, 2, false), (80, 80, 2, 1, true), (5, 1000, 1, 1, false)]
+    {
+        let causal = if causal { " causal" } else { "" };
+        let (queries, wide) = (format!("N, {rows}, {heads}"), format!("N, {keys}, {groups}"));
+        let source = format!(
+            "graph @g {{\n  input %x : f32[{queries}, 9]\n  input %z : f32[{wide}, 29]\n\
+             const %s : f32[] = 0.02\n  const %t : f32[] = 0.03\nforward:\n\
+             %k.real : f32[{wide}, 9] = slice %z axis=3 start=0 end=9 step=1\n\
+             %v.real : f32[{wide}, 20] = slice %z axis=3 start=9 end=29 step=1\n\
+             %q.codes : i8[{queries}, 9] = quantize %x, %s i8\n\
+             %k.codes : i8[{wide}, 9] = quantize %k.real, %s i8\n\
+             %v.codes : i8[{wide}, 20] = quantize %v.real, %t i8\n\
+             %q : f32[{queries}, 9] = dequantize %q.codes, %s\n\
+             %k : f32[{wide}, 9] = dequantize %k.codes, %s\n\
+             %v : f32[{wide}, 20] = dequantize %v.codes, %t\n\
+             %y : f32[{queries}, 20] = attention %q, %k, %v scale=0.6{causal} products=i8\n\
+             return %y\n}}\n"
+        );
+        let graph = parse(&source);
+        for tier in Tier::ALL.into_iter().filter(|tier| tier.is_supported()) {
+            compare(&format!("attention in i8 {rows} x {keys}"), &graph, 2, tier);
+        }
+        let plan = build(graph, &BuildOptions::default()).expect("has kernels").to_string();
+        assert!(plan.contains("products i8"), "{plan}");
     }
 }
 

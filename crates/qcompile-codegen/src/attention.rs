@@ -32,9 +32,17 @@ pub(crate) fn arguments(e: &mut Emitter<'_, '_>, attention: &Attention) -> Block
         AttentionResult::Forward(y) => (Some(y), None, [None; 3]),
         AttentionResult::Gradients { dy, of } => (None, Some(dy), of),
     };
-    operand!(q, q_strides, Some(attention.q), bytes);
-    operand!(k, k_strides, Some(attention.k), bytes);
-    operand!(v, v_strides, Some(attention.v), bytes);
+    let stored = if attention.scales.is_some() { 1 } else { bytes };
+    operand!(q, q_strides, Some(attention.q), stored);
+    operand!(k, k_strides, Some(attention.k), stored);
+    operand!(v, v_strides, Some(attention.v), stored);
+    for at in 0..3 {
+        let scale = match attention.scales {
+            Some(scales) => e.place(scales[at], 4),
+            None => e.int(0),
+        };
+        block.put(e, offset_of!(AttentionArgs, scales) + at * 8, scale);
+    }
     operand!(mask, mask_strides, attention.mask, 4);
     operand!(dy, dy_strides, dy, bytes);
     let [dq, dk, dv] = gradients;
@@ -65,6 +73,7 @@ pub(crate) fn arguments(e: &mut Emitter<'_, '_>, attention: &Attention) -> Block
     let kind = match (attention.dtype, attention.products) {
         (DType::BF16, DType::BF16) => AttentionKind::Bf16,
         (DType::BF16, _) => AttentionKind::Bf16Operands,
+        (_, DType::I8) => AttentionKind::Int8,
         _ => AttentionKind::F32,
     };
     for (offset, word) in [
@@ -82,6 +91,7 @@ pub(crate) fn arguments(e: &mut Emitter<'_, '_>, attention: &Attention) -> Block
 pub(crate) fn places(attention: &Attention) -> (Vec<Place>, Vec<Place>) {
     let mut reads = vec![attention.q.place, attention.k.place, attention.v.place];
     reads.extend(attention.mask.map(|mask| mask.place));
+    reads.extend(attention.scales.into_iter().flatten());
     let writes = match attention.result {
         AttentionResult::Forward(y) => vec![y],
         AttentionResult::Gradients { dy, of } => {

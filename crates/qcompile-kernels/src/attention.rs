@@ -6,10 +6,10 @@
 
 use crate::Primitive;
 use crate::args::{AttentionArgs, AttentionKind};
-use crate::attention_kind::{Along, Bf16, Kind, Matrix, Real, Rows, Widened};
+use crate::attention_kind::{Along, Bf16, Int8, Kind, Matrix, Real, Rows, Widened};
 use crate::buffer::{Buffer, Slot};
 use crate::lanes::{Lanes, Simd, Task};
-use crate::seen::{Over, Product, Seen, grain};
+use crate::seen::{Left, Over, Product, Seen, grain};
 use crate::softmax::{exp, no_scratch};
 use crate::tile::{Panels, ROW_GROUP};
 use std::marker::PhantomData;
@@ -209,6 +209,9 @@ unsafe extern "C" fn run<S: Simd>(args: *const u64, _phase: usize, begin: usize,
             AttentionKind::Bf16 => {
                 S::enter(Forward::<Bf16> { args, begin, end, kind: PhantomData })
             }
+            AttentionKind::Int8 => {
+                S::enter(Forward::<Int8> { args, begin, end, kind: PhantomData })
+            }
         }
     }
 }
@@ -294,7 +297,6 @@ unsafe fn strip_of<S: Simd, K: Kind>(
     [batch, head, row]: [usize; 3],
 ) {
     let rows = STRIP.min(args.rows - row);
-    let scale = f32::from_bits(args.scale as u32);
     let (mut largest, mut sums) = ([f32::NEG_INFINITY; STRIP], [0.0_f32; STRIP]);
     let mut seen = Seen { causal: args.causal != 0, keys: args.keys, row, key: 0 };
     let all = seen.all(rows - 1);
@@ -307,7 +309,13 @@ unsafe fn strip_of<S: Simd, K: Kind>(
             std::ptr::write_bytes(memory.out, 0, rows * memory.out_stride);
             sums = [1.0; STRIP];
         }
-        for key in (0..all).step_by(CHUNK) {
+        let [scale, value_scale] = K::scales(args);
+        // Integers want the maximum before their first product: then there is a round that finds it.
+        let first = usize::from(K::INTEGER && all > CHUNK);
+        let chunks = all.div_ceil(CHUNK);
+        for step in 0..(first + 1) * chunks {
+            let key = step % chunks * CHUNK;
+            let measures = step < first * chunks;
             seen.key = key;
             let columns = CHUNK.min(all - key);
             let (keys, width) = (memory.keys, args.width);
@@ -337,15 +345,20 @@ unsafe fn strip_of<S: Simd, K: Kind>(
                 let filled = filled::<K::Lanes<S>>(count, columns);
                 clear_rest(scores, count, filled);
                 let mask = Mask::of(args, [batch, head, row + r, key]);
+                K::real(scores, count);
                 let most = finish_scores(scores, count, scale, mask).max(largest[r]);
                 if most == f32::NEG_INFINITY {
                     // Nothing is seen up to here.
                     std::ptr::write_bytes(scores, 0, count.next_multiple_of(BLOCK));
                     continue;
                 }
+                if measures {
+                    largest[r] = most;
+                    continue;
+                }
                 let sum = exponentials::<S>(scores, count, most);
                 K::narrow::<S>(scores, filled);
-                if key > 0 {
+                if key > 0 && !K::INTEGER {
                     let factor = exp::<S>(largest[r] - most);
                     sums[r] *= factor;
                     for c in 0..memory.out_stride {
@@ -354,6 +367,9 @@ unsafe fn strip_of<S: Simd, K: Kind>(
                 }
                 largest[r] = most;
                 sums[r] += sum;
+            }
+            if measures {
+                continue;
             }
             let panels =
                 Panels { k: args.keys.div_ceil(K::Lanes::<S>::GROUP), n: args.value_width };
@@ -369,13 +385,15 @@ unsafe fn strip_of<S: Simd, K: Kind>(
                 out: memory.out.cast(),
                 out_stride: memory.out_stride,
                 resume: key > 0,
+                kind: Left::Plain,
             };
             product.run::<K::Lanes<S>>(Over::Keys, seen);
         }
         for (r, sum) in sums.iter().enumerate().take(rows) {
             let at = ((batch * args.rows + row + r) * args.heads + head) * args.value_width;
             let out = memory.out.add(r * memory.out_stride);
-            K::store(out, args.value_width, 1.0 / sum, args.y.cast::<K::Stored>().add(at));
+            let factor = value_scale / sum;
+            K::store(out, args.value_width, factor, args.y.cast::<K::Result>().add(at));
         }
     }
 }
@@ -404,6 +422,7 @@ pub(crate) unsafe fn scores_of<L: Lanes>(
         out: out.cast(),
         out_stride: score_stride(args.keys),
         resume: false,
+        kind: Left::Packed,
     };
     // SAFETY: granted by the caller.
     unsafe { product.run::<L>(Over::Scores, seen) };

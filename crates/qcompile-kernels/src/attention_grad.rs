@@ -16,7 +16,7 @@ use crate::attention_kind::{Along, Bf16, Kind, Real, Rows, Widened};
 use crate::buffer::{Buffer, Slot};
 use crate::lanes::{Lanes, Simd, Task};
 use crate::pack::{self, Left};
-use crate::seen::{Over, Product, Seen};
+use crate::seen::{Left as LeftOperand, Over, Product, Seen};
 use crate::softmax::{exp, no_scratch};
 use crate::tile::{Panels, ROW_GROUP};
 use std::marker::PhantomData;
@@ -41,6 +41,8 @@ unsafe extern "C" fn run<S: Simd>(args: *const u64, _phase: usize, begin: usize,
             AttentionKind::Bf16 => {
                 S::enter(Gradients::<Bf16> { args, begin, end, kind: PhantomData })
             }
+            // The plan has none: gradients of what is rounded to codes are those of the values.
+            AttentionKind::Int8 => {}
         }
     }
 }
@@ -226,7 +228,7 @@ impl Head<'_> {
                     for r in 0..if args.dq.is_null() { 0 } else { rows } {
                         let at = ((batch * args.rows + row + r) * args.heads + head) * width;
                         let from = memory.dq.add(r * memory.stride);
-                        K::store(from, width, 1.0, args.dq.cast::<K::Stored>().add(at));
+                        K::store(from, width, 1.0, args.dq.cast::<K::Result>().add(at));
                     }
                 }
             }
@@ -243,11 +245,11 @@ impl Head<'_> {
             for key in 0..keys {
                 let at = (batch * keys + key) * args.key_heads + key_head;
                 if !args.dk.is_null() {
-                    let to = args.dk.cast::<K::Stored>().add(at * width);
+                    let to = args.dk.cast::<K::Result>().add(at * width);
                     K::store(memory.dk.add(key * memory.stride), width, 1.0, to);
                 }
                 if !args.dv.is_null() {
-                    let to = args.dv.cast::<K::Stored>().add(at * value_width);
+                    let to = args.dv.cast::<K::Result>().add(at * value_width);
                     K::store(memory.dv.add(key * memory.value_stride), value_width, 1.0, to);
                 }
             }
@@ -445,6 +447,7 @@ impl Head<'_> {
             out: memory.dq.cast(),
             out_stride: memory.stride,
             resume: seen.key > 0,
+            kind: LeftOperand::Plain,
         };
         let by_keys = |narrow: *mut f32, words: *mut u32| {
             let first = if L::GROUP == 1 { narrow.cast() } else { words };

@@ -1,5 +1,6 @@
 //! What attention reads and multiplies: the types in memory, and the lanes of the products.
 
+use crate::args::AttentionArgs;
 use crate::attention::BLOCK;
 use crate::lanes::{Codes, Lanes, Simd};
 use crate::pack::{self, Left, Right, Source};
@@ -32,7 +33,10 @@ pub(crate) enum Along {
 /// What operands and results hold, and what products run in; all else is f32.
 pub(crate) trait Kind: Copy + 'static {
     type Stored: Copy + 'static;
+    type Result: Copy + 'static;
     type Lanes<S: Simd>: Lanes;
+    /// Whether sums are i32, which cannot be brought to another maximum.
+    const INTEGER: bool = false;
     /// Whether `staging` of as many words as the matrix has elements is wanted.
     const STAGED: bool;
 
@@ -55,13 +59,23 @@ pub(crate) trait Kind: Copy + 'static {
         to: *mut u32,
     );
 
+    /// What sums are multiplied with: of scores, and of the result.
+    #[inline(always)]
+    unsafe fn scales(args: &AttentionArgs) -> [f32; 2] {
+        [f32::from_bits(args.scale as u32), 1.0]
+    }
+
+    /// Makes the first `count` sums of a row f32 in place, where they are not.
+    #[inline(always)]
+    unsafe fn real(_row: *mut f32, _count: usize) {}
+
     /// Makes the first `count` values of a row, whole blocks, words of a left operand in place: nothing where those are
     /// f32.
     #[inline(always)]
     unsafe fn narrow<S: Simd>(_row: *mut f32, _count: usize) {}
 
-    /// Writes `values[i] * factor`.
-    unsafe fn store(values: *const f32, count: usize, factor: f32, to: *mut Self::Stored);
+    /// Writes `values[i] * factor`, where the values are sums.
+    unsafe fn store(values: *const f32, count: usize, factor: f32, to: *mut Self::Result);
 }
 
 /// f32 throughout.
@@ -70,6 +84,7 @@ pub(crate) struct Real;
 
 impl Kind for Real {
     type Stored = f32;
+    type Result = f32;
     type Lanes<S: Simd> = S::Real;
     const STAGED: bool = false;
 
@@ -103,6 +118,7 @@ pub(crate) struct Widened;
 
 impl Kind for Widened {
     type Stored = u16;
+    type Result = u16;
     type Lanes<S: Simd> = S::Real;
     const STAGED: bool = true;
 
@@ -137,6 +153,7 @@ pub(crate) struct Bf16;
 
 impl Kind for Bf16 {
     type Stored = u16;
+    type Result = u16;
     type Lanes<S: Simd> = S::Bf16;
     const STAGED: bool = true;
 
@@ -180,6 +197,81 @@ impl Kind for Bf16 {
     unsafe fn store(values: *const f32, count: usize, factor: f32, to: *mut u16) {
         // SAFETY: passed on from the caller.
         unsafe { Widened::store(values, count, factor, to) };
+    }
+}
+
+/// i8 in memory and in the products, with one scale for each operand; the result is f32.
+#[derive(Clone, Copy)]
+pub(crate) struct Int8;
+
+/// The largest code of an exponential.
+const LARGEST: f32 = 127.0;
+
+impl Kind for Int8 {
+    type Stored = i8;
+    type Result = f32;
+    type Lanes<S: Simd> = S::Int8;
+    const INTEGER: bool = true;
+    const STAGED: bool = true;
+
+    #[inline(always)]
+    unsafe fn left<S: Simd>(from: Matrix<i8>, size: [usize; 2], staging: *mut f32) -> Rows {
+        // SAFETY: passed on from the caller.
+        unsafe { pack_rows::<S::Int8>(from, size, staging.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn right<S: Simd>(
+        from: Matrix<i8>,
+        along: Along,
+        size: [usize; 2],
+        _: *mut f32,
+        to: *mut u32,
+    ) {
+        // SAFETY: passed on from the caller.
+        unsafe { pack::<S::Int8>(from, along, size, to) };
+    }
+    #[inline(always)]
+    unsafe fn scales(args: &AttentionArgs) -> [f32; 2] {
+        let [q, k, v] = args.scales;
+        // SAFETY: the caller grants a scale of each operand.
+        unsafe { [f32::from_bits(args.scale as u32) * (*q * *k), *v / LARGEST] }
+    }
+    #[inline(always)]
+    unsafe fn real(row: *mut f32, count: usize) {
+        for i in 0..count {
+            // SAFETY: granted by the caller.
+            unsafe { *row.add(i) = *row.add(i).cast::<i32>() as f32 };
+        }
+    }
+    #[inline(always)]
+    unsafe fn narrow<S: Simd>(row: *mut f32, count: usize) {
+        // Adding 1.5 * 2^23 rounds to a whole number in the low mantissa bits.
+        const SHIFT: f32 = 12_582_912.0;
+        for at in (0..count).step_by(BLOCK) {
+            // SAFETY: the caller grants whole blocks; what is written lies no further than what was read.
+            unsafe {
+                let block = *row.add(at).cast::<[f32; BLOCK]>();
+                let code = |value: f32| (value * LARGEST + SHIFT).to_bits() as u8;
+                if <S::Int8 as Lanes>::GROUP == 4 {
+                    let to = &mut *row.cast::<u8>().add(at).cast::<[u8; BLOCK]>();
+                    for i in 0..BLOCK {
+                        to[i] = code(block[i]);
+                    }
+                } else {
+                    let to = &mut *row.cast::<u16>().add(at).cast::<[u16; BLOCK]>();
+                    for i in 0..BLOCK {
+                        to[i] = u16::from(code(block[i]));
+                    }
+                }
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn store(values: *const f32, count: usize, factor: f32, to: *mut f32) {
+        for i in 0..count {
+            // SAFETY: granted by the caller.
+            unsafe { *to.add(i) = *values.add(i).cast::<i32>() as f32 * factor };
+        }
     }
 }
 

@@ -22,6 +22,16 @@ pub(crate) struct Product {
     pub(crate) out_stride: usize,
     /// Whether to add to what `out` holds.
     pub(crate) resume: bool,
+    pub(crate) kind: Left,
+}
+
+/// What the words of a left operand of bytes hold.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Left {
+    /// What packing makes of them, over all of K: panels with a header take off again what it adds.
+    Packed,
+    /// The bytes themselves, not below 0.
+    Plain,
 }
 
 /// Elements of K that products begin and end at: whole words, and as many as tiles take at once.
@@ -104,6 +114,7 @@ impl Product {
     #[inline(always)]
     pub(crate) unsafe fn run<L: Lanes>(&self, over: Over, seen: Seen) {
         let words = grain::<L>() / L::GROUP;
+        let header = usize::from(L::HEADER);
         for panel in self.panel_begin..self.panel_end {
             let stored = self.panels.stored::<L>(panel);
             let single = stored == L::LANES;
@@ -137,8 +148,12 @@ impl Product {
                         segment_count: 1,
                         length,
                         step: self.left.step as isize,
-                        right: panel_words.wrapping_add(begin * stored),
-                        start: if self.resume { Start::Resume } else { Start::Zero },
+                        right: panel_words.wrapping_add((begin + header) * stored),
+                        start: match (self.resume, self.kind) {
+                            (true, _) => Start::Resume,
+                            (false, Left::Packed) if L::HEADER => Start::Header(panel_words),
+                            (false, _) => Start::Zero,
+                        },
                         scales: None,
                         ahead: (std::ptr::null(), 0),
                     };

@@ -2,6 +2,7 @@
 
 use crate::build::PlanError;
 use crate::lower::Lowering;
+use crate::view::View;
 use crate::{Affine, Attention, AttentionResult, Place, Strided};
 use qcompile_ir::{AttentionOperand, DType, Dim, NodeId, Op};
 
@@ -19,10 +20,15 @@ pub(crate) fn attention(lowering: &Lowering, members: &[NodeId]) -> Result<Atten
             ty: ty.to_string(),
         });
     }
-    let strided = |id: NodeId| {
-        let view = lowering.fusion.strided_view(graph, id);
+    let codes = lowering.fusion.codes.get(&first);
+    let place_of = |view: &View| {
         let strides = view.strides[..].try_into().expect("verified: attention has four dims");
-        Strided { place: lowering.place(&view), strides }
+        Strided { place: lowering.place(view), strides }
+    };
+    let strided = |id: NodeId| place_of(&lowering.fusion.strided_view(graph, id));
+    let operand = |position: usize, id: NodeId| match codes {
+        Some(codes) => place_of(&codes[position].view),
+        None => strided(id),
     };
     let dense = |id: NodeId| Place { slot: lowering.memory.slot_of[&id], offset: Affine::ZERO };
     let (scale, causal, products, result, inputs) = match *op {
@@ -40,6 +46,13 @@ pub(crate) fn attention(lowering: &Lowering, members: &[NodeId]) -> Result<Atten
         }
         _ => unreachable!("fused: only attention comes here"),
     };
+    if products == DType::I8 && codes.is_none() {
+        return Err(PlanError::Unsupported {
+            name: graph.node(first).name.clone(),
+            op: "attention with products=i8",
+            ty: "operands that are not dequantized from i8 with one scale each".to_owned(),
+        });
+    }
     let dims = |position: usize| &graph.ty(inputs[position]).shape.0;
     let heads = |dim: Dim| dim.as_fixed().expect("verified: heads are fixed");
     let (q, k, v) = (dims(0), dims(1), dims(2));
@@ -55,9 +68,10 @@ pub(crate) fn attention(lowering: &Lowering, members: &[NodeId]) -> Result<Atten
         causal,
         dtype: ty.dtype,
         products,
-        q: strided(inputs[0]),
-        k: strided(inputs[1]),
-        v: strided(inputs[2]),
+        scales: codes.map(|codes| codes.each_ref().map(|codes| lowering.dense_place(codes.scale))),
+        q: operand(0, inputs[0]),
+        k: operand(1, inputs[1]),
+        v: operand(2, inputs[2]),
         mask: inputs.get(3).map(|&mask| strided(mask)),
         result,
     })

@@ -7,7 +7,8 @@
 
 use crate::build::PlanError;
 use crate::deviations::{self, crosses_rows, deviations};
-use crate::low::{LowOperands, Scales, exchanged_codes, low_products};
+use crate::live::live;
+use crate::low::{Codes, LowOperands, Scales, attention_codes, exchanged_codes, low_products};
 use crate::merge::merge;
 use crate::recompute::{read_less, recomputed};
 use crate::view::{View, first_parameter};
@@ -55,6 +56,8 @@ pub(crate) struct Fusion {
     pub(crate) needs: Vec<BitSet>,
     pub(crate) views: Vec<View>,
     pub(crate) low: BTreeMap<NodeId, LowOperands>,
+    /// What attention with its products in i8 reads.
+    pub(crate) codes: BTreeMap<NodeId, [Codes; 3]>,
     /// Sums of squared deviations that a product's kernel computes, each with the product, or with that rounded.
     pub(crate) deviations: BTreeMap<NodeId, NodeId>,
     /// For each node, by index, whether it belongs to no group: its readers compute it.
@@ -114,9 +117,10 @@ const MAX_GROUPS: usize = 1 << 15;
 /// [`PlanError::TooLarge`].
 pub(crate) fn fuse(graph: &Graph, order: &[NodeId], views: Vec<View>) -> Result<Fusion, PlanError> {
     let low = low_products(graph, &views);
+    let codes = attention_codes(graph, &views);
     let deviations = deviations(graph, &views);
     let recomputed = recomputed(graph, order, &views);
-    let live = live(graph, order, &views, &low, &deviations);
+    let live = live(graph, order, &views, (&low, &codes), &deviations);
     let mut fusion = Fusion {
         groups: Vec::new(),
         group_of: vec![None; graph.len()],
@@ -124,6 +128,7 @@ pub(crate) fn fuse(graph: &Graph, order: &[NodeId], views: Vec<View>) -> Result<
         needs: Vec::new(),
         views,
         low,
+        codes,
         deviations,
         recomputed,
     };
@@ -338,7 +343,17 @@ impl Fusion {
             }
             return reads;
         }
-        let operands = graph.operands(id);
+        let mut operands = graph.operands(id);
+        let mut codes = Vec::new();
+        if let Some(known) = self.codes.get(&id).cloned() {
+            for Codes { view, scale } in known {
+                let stored = self.views[view.base.index()].base == view.base;
+                let base = view.base;
+                codes.push(if stored { base } else { self.dense_base(graph, base, position) });
+                codes.push(self.dense_base(graph, scale, position));
+            }
+            operands.drain(..3);
+        }
         match (kind, graph.op(id)) {
             (Kind::Loop | Kind::Assembly | Kind::Copy, _) => {
                 let sources = self.sources(graph, id).into_iter().map(|view| view.base);
@@ -353,7 +368,7 @@ impl Fusion {
                 .collect(),
             // Its kernels take any strides.
             (Kind::Primitive, Op::Attention { .. } | Op::AttentionGrad { .. }) => {
-                let mut reads = Vec::with_capacity(operands.len());
+                let mut reads = codes;
                 for operand in operands {
                     let base = self.strided_view(graph, operand).base;
                     reads.push(if base == operand {
@@ -557,38 +572,4 @@ pub(crate) fn kind_of(op: &Op) -> Kind {
             unreachable!("verified: leaves are not computed")
         }
     }
-}
-
-/// Which nodes some output or next value needs.
-fn live(
-    graph: &Graph,
-    order: &[NodeId],
-    views: &[View],
-    low: &BTreeMap<NodeId, LowOperands>,
-    deviations: &BTreeMap<NodeId, NodeId>,
-) -> Vec<bool> {
-    let mut live = vec![false; graph.len()];
-    for id in graph.outputs().iter().map(|(_, id)| id).chain(graph.next().values()) {
-        live[id.index()] = true;
-    }
-    for &id in order.iter().rev().filter(|id| !graph.op(**id).is_leaf()) {
-        if !live[id.index()] {
-            continue;
-        }
-        live[views[id.index()].base.index()] = true;
-        if let Some(low) = low.get(&id) {
-            let scales = low.scales.into_iter().flat_map(Scales::values);
-            for needed in [low.a.base, low.b.base].into_iter().chain(scales) {
-                live[needed.index()] = true;
-            }
-        } else if let Some(of) = deviations.get(&id) {
-            live[of.index()] = true;
-        } else if views[id.index()].base == id {
-            for operand in graph.operands(id) {
-                live[operand.index()] = true;
-                live[views[operand.index()].base.index()] = true;
-            }
-        }
-    }
-    live
 }

@@ -12,6 +12,7 @@ mod build;
 mod deviations;
 pub mod file;
 mod fuse;
+mod live;
 mod low;
 mod lower;
 mod memory;

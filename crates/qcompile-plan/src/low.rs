@@ -65,6 +65,44 @@ pub(crate) fn low_products(graph: &Graph, views: &[View]) -> BTreeMap<NodeId, Lo
     graph.ids().filter_map(|id| Some((id, low(id)?))).collect()
 }
 
+/// An operand of attention that `dequantize` hides: the codes and their one scale.
+#[derive(Clone, Debug)]
+pub(crate) struct Codes {
+    pub(crate) view: View,
+    pub(crate) scale: NodeId,
+}
+
+/// The codes of queries, keys and values of each attention whose products are in i8, where they have one scale each.
+pub(crate) fn attention_codes(graph: &Graph, views: &[View]) -> BTreeMap<NodeId, [Codes; 3]> {
+    let codes = |id: NodeId| {
+        if !matches!(graph.op(id), Op::Attention { products: DType::I8, .. }) {
+            return None;
+        }
+        let of = |position: usize| {
+            let id = graph.operand(id, position);
+            let (q, scale, zero_point, axis) = dequantized(graph, views[id.index()].base)?;
+            let signed = matches!(graph.ty(q).dtype, DType::I8 | DType::I4);
+            if axis.is_some() || zero_point.is_some() || !signed {
+                return None;
+            }
+            let view = match hidden(graph, views, id) {
+                Some(hidden) => hidden.view,
+                // The kernel takes any strides of the codes.
+                None if views[id.index()].base == id => views[q.index()].clone(),
+                // A view of codes that do not lie dense: of a copy that does.
+                None => View { base: q, ..views[id.index()].clone() },
+            };
+            Some(Codes { view, scale })
+        };
+        let (q, v) = (graph.operand(id, 0), graph.operand(id, 2));
+        let (width, keys) = (graph.ty(q).shape.0[3], graph.ty(v).shape.0[1]);
+        let summed =
+            [width, keys].into_iter().all(|dim| dim.as_fixed().is_some() && is_summed(dim, false));
+        if summed { Some([of(0)?, of(1)?, of(2)?]) } else { None }
+    };
+    graph.ids().filter_map(|id| Some((id, codes(id)?))).collect()
+}
+
 /// `product(cast f32 x, cast f32 y)` as a product of the bf16 values `x` and `y`.
 fn bf16_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<LowOperands> {
     let fits: fn(&View) -> bool = match graph.op(id) {
@@ -220,14 +258,9 @@ impl Hidden {
 /// What is under `id`, if that views a `dequantize` of codes of a byte.
 fn hidden(graph: &Graph, views: &[View], id: NodeId) -> Option<Hidden> {
     let view = &views[id.index()];
-    let Op::Dequantize { axis } = *graph.op(view.base) else { return None };
-    let operands = graph.operands(view.base);
-    let (q, scale) = (operands[0], operands[1]);
-    let zero_point = operands.get(2).copied().filter(|&zero_point| !is_zero(graph, zero_point));
+    let (q, scale, zero_point, axis) = dequantized(graph, view.base)?;
     let under = &views[q.index()];
-    // Codes of 4 bits are a byte each, and small codes of 8.
-    let codes = matches!(graph.ty(q).dtype, DType::I8 | DType::I4 | DType::U8 | DType::U4);
-    if !codes || !under.is_dense() || (zero_point.is_some() && axis.is_some()) {
+    if !under.is_dense() || (zero_point.is_some() && axis.is_some()) {
         return None;
     }
     let offset = view.offset.plus(under.offset)?;
@@ -235,6 +268,24 @@ fn hidden(graph: &Graph, views: &[View], id: NodeId) -> Option<Hidden> {
     // The axis of the scale counts dims of the dequantized value, which must be those of the integers' memory.
     let same_dims = graph.ty(under.base).shape == graph.ty(q).shape;
     (axis.is_none() || same_dims).then_some(Hidden { view, scale, zero_point, axis })
+}
+
+/// What a `dequantize` of codes of a byte reads: the codes, the scale, the zero point if it is not 0, and the axis.
+fn dequantized(
+    graph: &Graph,
+    id: NodeId,
+) -> Option<(NodeId, NodeId, Option<NodeId>, Option<usize>)> {
+    let Op::Dequantize { axis } = *graph.op(id) else { return None };
+    let operands = graph.operands(id);
+    let zero_point = operands.get(2).copied().filter(|&zero_point| !is_zero(graph, zero_point));
+    // Codes of 4 bits are a byte each, and small codes of 8.
+    let dtype = graph.ty(operands[0]).dtype;
+    matches!(dtype, DType::I8 | DType::I4 | DType::U8 | DType::U4).then_some((
+        operands[0],
+        operands[1],
+        zero_point,
+        axis,
+    ))
 }
 
 /// Whether a value is a constant 0 throughout.

@@ -195,8 +195,10 @@ pub struct Attention {
     pub causal: bool,
     /// Element type of everything but the mask: f32 or bf16.
     pub dtype: DType,
-    /// What the products run in: f32, or bf16 where the operands are.
+    /// What the products run in: f32, or bf16 where the operands are; or i8.
     pub products: DType,
+    /// One scale each of `q`, `k` and `v`, which are i8 then, where the products run in it.
+    pub scales: Option<[Place; 3]>,
     /// Queries.
     pub q: Strided,
     /// Keys.

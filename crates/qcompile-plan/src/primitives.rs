@@ -149,7 +149,7 @@ fn split_last(dims: &[Dim]) -> (Dim, Dim) {
 
 impl Lowering<'_> {
     /// Where a dense operand is.
-    fn dense_place(&self, id: NodeId) -> Place {
+    pub(crate) fn dense_place(&self, id: NodeId) -> Place {
         let view = self.fusion.dense_view(self.graph, id);
         self.place(&view)
     }

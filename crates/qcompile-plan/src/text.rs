@@ -267,6 +267,9 @@ fn write_attention(f: &mut fmt::Formatter<'_>, attention: &crate::Attention) -> 
     for operand in [attention.q, attention.k, attention.v] {
         write!(f, " {operand}")?;
     }
+    if let Some([q, k, v]) = attention.scales {
+        write!(f, " scales {q}, {k}, {v}")?;
+    }
     if let Some(mask) = attention.mask {
         write!(f, " mask {mask}")?;
     }

@@ -489,10 +489,14 @@ fn check_attention(plan: &Plan, attention: &Attention) -> Checked {
     if !matches!(attention.dtype, DType::F32 | DType::BF16) {
         return Err(format!("there is no attention of {}", attention.dtype));
     }
-    if !matches!(
-        (attention.products, attention.dtype),
-        (DType::F32, _) | (DType::BF16, DType::BF16)
-    ) {
+    let forward = matches!(attention.result, AttentionResult::Forward(_));
+    let codes = attention.scales.is_some();
+    let fits = match (attention.products, attention.dtype) {
+        (DType::F32, _) | (DType::BF16, DType::BF16) => !codes,
+        (DType::I8, DType::F32) => codes && forward,
+        _ => false,
+    };
+    if !fits {
         return Err(format!("{} has no products of {}", attention.dtype, attention.products));
     }
     let (heads, key_heads) = (heads.into(), key_heads.into());
@@ -505,7 +509,10 @@ fn check_attention(plan: &Plan, attention: &Attention) -> Checked {
     let v_dims = [batch, keys, key_heads, value_width];
     let y_dims = [batch, rows, heads, value_width];
     for (operand, dims) in [(q, q_dims), (k, k_dims), (v, v_dims)] {
-        strided(operand, attention.dtype, dims)?;
+        strided(operand, if codes { DType::I8 } else { attention.dtype }, dims)?;
+    }
+    for scale in attention.scales.into_iter().flatten() {
+        dense(plan, scale, DType::F32, product(&[Dim::ONE])?)?;
     }
     if let Some(mask) = attention.mask {
         strided(mask, DType::F32, [batch, heads, rows, keys])?;

@@ -132,7 +132,9 @@ fn main() {
     ] {
         matmul(&bench, name, [batch, m, n, k]);
     }
-    println!("batch x length x heads x width   forward      backward");
+    println!(
+        "batch x length x heads x width   f32: forward, backward    bf16 operands             bf16                      int8"
+    );
     for (name, sizes, causal) in [
         ("bert", [16, 128, 4, 64], false),
         ("gpt", [8, 256, 6, 64], true),
@@ -283,39 +285,57 @@ fn attention(bench: &Bench, name: &str, [batch, rows, heads, width]: [usize; 4],
         (0..count).map(|i| (i * 37 % 101) as f32 / 101.0 - 0.5).collect()
     };
     let (qkv, dy) = (values(batch * rows * 3 * size), values(batch * rows * size));
+    let narrow = |values: &[f32]| -> Vec<u16> {
+        values.iter().map(|value| (value.to_bits() >> 16) as u16).collect()
+    };
+    let (qkv_bf16, dy_bf16) = (narrow(&qkv), narrow(&dy));
+    let codes: Vec<i8> = qkv.iter().map(|value| (value * 254.0) as i8).collect();
     let mut results = vec![0.0_f32; batch * rows * size * 4];
     let [y, dq, dk, dv] = [0, 1, 2, 3].map(|at| results[at * batch * rows * size..].as_mut_ptr());
     let strides = [rows * 3 * size, 3 * size, width, 1];
-    let args = AttentionArgs {
-        q: qkv.as_ptr().cast(),
-        k: qkv[size..].as_ptr().cast(),
-        v: qkv[2 * size..].as_ptr().cast(),
-        mask: null(),
-        dy: dy.as_ptr().cast(),
-        y: y.cast(),
-        dq: dq.cast(),
-        dk: dk.cast(),
-        dv: dv.cast(),
-        batch,
-        rows,
-        keys: rows,
-        heads,
-        key_heads: heads,
-        width,
-        value_width: width,
-        q_strides: strides,
-        k_strides: strides,
-        v_strides: strides,
-        mask_strides: [0; 4],
-        dy_strides: [rows * size, size, width, 1],
-        scale: u64::from(0.125_f32.to_bits()),
-        causal: usize::from(causal),
-        kind: AttentionKind::F32,
-    };
+    let code_scale = 1.0_f32 / 254.0;
     let mut line = format!("{name:32}");
-    for (id, products) in [(KernelId::Attention, 2), (KernelId::AttentionGrad, 5)] {
-        let flops = (2 * products * pairs * width) as f64;
-        bench.cell(&mut line, flops, time(table, id, &args, budget), 0);
+    for kind in
+        [AttentionKind::F32, AttentionKind::Bf16Operands, AttentionKind::Bf16, AttentionKind::Int8]
+    {
+        let (q, dy, bytes) = match kind {
+            AttentionKind::F32 => (qkv.as_ptr().cast::<u8>(), dy.as_ptr().cast::<u8>(), 4),
+            AttentionKind::Int8 => (codes.as_ptr().cast(), null(), 1),
+            _ => (qkv_bf16.as_ptr().cast(), dy_bf16.as_ptr().cast(), 2),
+        };
+        let args = AttentionArgs {
+            q,
+            k: q.wrapping_add(size * bytes),
+            v: q.wrapping_add(2 * size * bytes),
+            mask: null(),
+            dy,
+            y: y.cast(),
+            dq: dq.cast(),
+            dk: dk.cast(),
+            dv: dv.cast(),
+            batch,
+            rows,
+            keys: rows,
+            heads,
+            key_heads: heads,
+            width,
+            value_width: width,
+            q_strides: strides,
+            k_strides: strides,
+            v_strides: strides,
+            mask_strides: [0; 4],
+            dy_strides: [rows * size, size, width, 1],
+            scale: u64::from(0.125_f32.to_bits()),
+            causal: usize::from(causal),
+            kind,
+            scales: [&raw const code_scale; 3],
+        };
+        let ids = [(KernelId::Attention, 2), (KernelId::AttentionGrad, 5)];
+        let forward = kind == AttentionKind::Int8;
+        for (id, products) in ids.into_iter().take(if forward { 1 } else { 2 }) {
+            let flops = (2 * products * pairs * width) as f64;
+            bench.cell(&mut line, flops, time(table, id, &args, budget), 0);
+        }
     }
     println!("{line}");
 }

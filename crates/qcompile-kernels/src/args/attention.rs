@@ -56,9 +56,11 @@ pub struct AttentionArgs {
     pub causal: usize,
     /// What operands hold and products run in.
     pub kind: AttentionKind,
+    /// The scales of q, k and v, one value each ([`AttentionKind::Int8`] only).
+    pub scales: [*const f32; 3],
 }
 
-/// What all but the mask hold, and what products run in. Sums are f32.
+/// What all but the mask hold, and what products run in. Sums are f32, of int8 i32.
 #[repr(usize)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AttentionKind {
@@ -68,4 +70,6 @@ pub enum AttentionKind {
     Bf16Operands = 1,
     /// bf16 in memory and in the products: probabilities and the gradients of scores are rounded to it.
     Bf16 = 2,
+    /// q, k and v are i8, the result is f32; exponentials are rounded to codes of 1/127. Without gradients.
+    Int8 = 3,
 }

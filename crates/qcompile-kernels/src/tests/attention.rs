@@ -1,6 +1,6 @@
 use super::check::{ALONE, Guarded, Random, assert_close, run, tables};
-use crate::KernelId;
 use crate::args::{AttentionArgs, AttentionKind};
+use crate::{KernelId, Tier};
 use std::ptr::{null, null_mut};
 
 #[derive(Clone, Copy)]
@@ -166,6 +166,7 @@ impl Case {
             scale: u64::from(SCALE.to_bits()),
             causal: usize::from(self.causal),
             kind: AttentionKind::F32,
+            scales: [null(); 3],
         }
     }
 }
@@ -276,6 +277,41 @@ fn attention_of_bf16() {
             let exact = [&operands.y, &operands.dq, &operands.dk, &operands.dv];
             for (result, exact) in results.iter().zip(exact) {
                 assert_close(&widen(result), exact, bound, &format!("{kind:?} on {}", table.tier));
+            }
+        }
+    }
+}
+
+/// Against the exact attention of what the codes mean; that the exponentials are rounded is told by the reference evaluator.
+#[test]
+fn attention_of_int8() {
+    static STEP: f32 = 1.0 / 64.0;
+    let mut random = Random(94);
+    let codes = |values: &[f32]| -> Vec<i8> {
+        values.iter().map(|value| (value / STEP).round() as i8).collect()
+    };
+    for (number, case) in cases().into_iter().enumerate() {
+        let operands = case.draw(&mut random, |x| (x / STEP).round().clamp(-127.0, 127.0) * STEP);
+        let [q, k, v] = [&operands.q, &operands.k, &operands.v].map(|values| codes(values));
+        let mut first: Option<Vec<f32>> = None;
+        for table in tables() {
+            let what = format!("case {number} on {}", table.tier);
+            for pieces in [1, ALONE] {
+                let mut y = Guarded::new(operands.y.len());
+                let mut args = case.args(&operands);
+                (args.q, args.k) = (q.as_ptr().cast(), k.as_ptr().cast());
+                (args.v, args.y) = (v.as_ptr().cast(), y.as_mut_ptr().cast());
+                (args.kind, args.scales) = (AttentionKind::Int8, [&raw const STEP; 3]);
+                run(table, KernelId::Attention, &args, pieces);
+                let y = y.checked(&what);
+                assert_close(&y, &operands.y, 3e-2, &what);
+                // Exponentials differ by the fused multiply and add alone.
+                let fused = table.tier != Tier::Portable
+                    && !std::ptr::eq(table, &raw const super::emulated::TABLE);
+                if fused {
+                    let first = first.get_or_insert_with(|| y.clone());
+                    assert!(*first == y, "{what}: the tiers differ");
+                }
             }
         }
     }

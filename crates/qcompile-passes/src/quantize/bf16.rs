@@ -6,7 +6,7 @@
 //! of normalisation and everything else between products computes in f32, from values that are stored in bf16. int8
 //! products among them read and give what is stored so.
 
-use super::insert::is_quantized;
+use super::insert::{is_quantized, with_op};
 use super::layer::{Gradient, parameter, unquantized};
 use super::recurrence;
 use crate::PassError;
@@ -25,13 +25,13 @@ pub(super) fn insert_forward(graph: &mut Graph) -> Result<(), PassError> {
     };
     let products: Vec<NodeId> = graph.order().into_iter().filter(|&id| asked(graph, id)).collect();
     for &product in &products {
-        let rounds_result = !is_attention(graph, product) && !is_recurrence(graph, product);
+        let rounds_result = !is_narrow_attention(graph, product) && !is_recurrence(graph, product);
         if let Some(value) = stored_result(graph, product).filter(|_| rounds_result) {
             round_everywhere(graph, value)?;
         }
     }
     for &product in &products {
-        if is_attention(graph, product) {
+        if is_narrow_attention(graph, product) {
             narrow_attention(graph, product)?;
             continue;
         }
@@ -44,7 +44,8 @@ pub(super) fn insert_forward(graph: &mut Graph) -> Result<(), PassError> {
         }
         for (position, operand) in graph.operands(product).into_iter().enumerate() {
             let weight = parameter(graph, operand).is_some();
-            if views_bf16(graph, operand) || (weight && !bf16) {
+            let mask = position == 3;
+            if mask || views_bf16(graph, operand) || (weight && !bf16) {
                 continue;
             }
             if weight || matches!(graph.op(operand), Op::Input(_)) {
@@ -172,8 +173,10 @@ fn is_exact(graph: &Graph, id: NodeId, exact: &[bool]) -> bool {
     }
 }
 
-fn is_attention(graph: &Graph, id: NodeId) -> bool {
-    matches!(graph.op(id), Op::Attention { .. })
+/// Whether it is an attention in bf16.
+fn is_narrow_attention(graph: &Graph, id: NodeId) -> bool {
+    let bf16 = graph.node(id).note.precision.is_some_and(|p| p.forward == DType::BF16);
+    bf16 && matches!(graph.op(id), Op::Attention { .. })
 }
 
 fn is_recurrence(graph: &Graph, id: NodeId) -> bool {
@@ -204,16 +207,14 @@ fn narrow_attention(graph: &mut Graph, id: NodeId) -> Result<(), PassError> {
             *operand = narrowed(graph, real)?;
         }
     }
-    let node = graph.node(id).clone();
-    let new = graph.add(op, &operands, node.name.clone(), node.region)?;
-    *graph.note_mut(new) = node.note;
+    let new = with_op(graph, id, op, &operands)?;
     let mut whole = new;
-    if node.ty.dtype == DType::F32 {
-        let name = format!("{}.f32", node.name.as_str());
-        whole = graph.add(Op::Cast(DType::F32), &[new], name, node.region)?;
+    if graph.ty(id).dtype == DType::F32 {
+        let node = graph.node(new);
+        let (name, region) = (format!("{}.f32", node.name.as_str()), node.region);
+        whole = graph.add(Op::Cast(DType::F32), &[new], name, region)?;
     }
     graph.replace_uses(id, whole)?;
-    graph.swap_names(id, new);
     Ok(())
 }
 

@@ -10,9 +10,7 @@ use super::recurrence;
 use super::weights;
 use crate::PassError;
 use crate::sensitivity::Scores;
-use qcompile_ir::{
-    Channels, DType, Granularity, Graph, Name, NodeId, Note, Op, Precision, Quantizer,
-};
+use qcompile_ir::{Channels, DType, Granularity, Graph, Name, NodeId, Note, Precision, Quantizer};
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::str::FromStr;
@@ -205,10 +203,7 @@ pub fn decide(graph: &mut Graph, options: &Options) -> Result<Vec<Decision>, Pas
     if let Some(scores) = &options.scores {
         scores.annotate(graph);
     }
-    // What has no kernel takes no share.
-    let able = |one: &Candidate<'_>| obstacle(graph, *one, options).is_none();
-    let able: Vec<Candidate<'_>> = candidates.iter().copied().filter(able).collect();
-    let within_budget = within_budget(graph, &able, options);
+    let within_budget = within_budget(graph, &candidates, options);
     let decide = |one: &Candidate<'_>| decide_one(graph, *one, options, &within_budget);
     let mut decided: Vec<Decision> = candidates.iter().map(decide).collect();
     weights::decide(graph, &layers, options, decided.iter_mut());
@@ -355,7 +350,7 @@ pub(super) fn barred(graph: &Graph, one: Candidate<'_>, options: &Options) -> Op
 fn obstacle(graph: &Graph, one: Candidate<'_>, options: &Options) -> Option<String> {
     match one.layer {
         Some(layer) => recurrence::obstacle(graph, layer, options),
-        None => without_int8(graph, one.node, options),
+        None => without_int8(options),
     }
 }
 
@@ -369,6 +364,7 @@ pub(super) fn within_budget(
         .iter()
         .filter(|one| must_be_f32(graph, one.node, options).is_none())
         .filter(|one| barred(graph, **one, options).is_none())
+        .filter(|one| obstacle(graph, **one, options).is_none())
         .filter_map(|one| {
             let node = graph.node(one.node);
             node.note.sensitivity.map(|score| (score, node.name.clone()))
@@ -466,16 +462,12 @@ fn decide_one(
 }
 
 /// Why a product of two activations has no int8 form under these options, if so.
-fn without_int8(graph: &Graph, node: NodeId, options: &Options) -> Option<String> {
+fn without_int8(options: &Options) -> Option<String> {
     let codes = options.numerics.types.activation;
     if !options.operations.forward {
         Some("of a product of two activations only the forward one has an int8 kernel".to_owned())
-    } else if codes.is_float() {
-        Some(format!("a product of two activations has no {codes} codes"))
-    } else if matches!(graph.op(node), Op::Attention { .. }) {
-        Some("attention has no int8 kernel".to_owned())
     } else {
-        None
+        codes.is_float().then(|| format!("a product of two activations has no {codes} codes"))
     }
 }
 

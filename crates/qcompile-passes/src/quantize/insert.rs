@@ -129,7 +129,8 @@ pub(crate) fn forward(
     Ok(())
 }
 
-/// Rounds both operands of a product of two activations, per tensor. One that is quantized already stays as it is.
+/// Rounds the operands of a product of two activations, per tensor: of attention queries, keys and values, and the
+/// exponentials of its scores in the kernel. One that is quantized already stays as it is.
 pub(crate) fn activations(
     graph: &mut Graph,
     product: NodeId,
@@ -139,14 +140,41 @@ pub(crate) fn activations(
     let quantizer = note.quantizer.unwrap_or_default();
     let dtype = note.precision.map_or(DType::I8, |precision| precision.forward);
     let how = Operand { role: Role::Activation, axis: None, dtype, quantizer };
-    for position in 0..2 {
+    let mut op = graph.op(product).clone();
+    let rounded = match &mut op {
+        Op::Attention { products, .. } => {
+            *products = DType::I8;
+            3
+        }
+        _ => 2,
+    };
+    for position in 0..rounded {
         let operand = graph.operand(product, position);
         if !reads_quantized(graph, operand) {
             let quantized = inserted.quantized(graph, operand, how, Region::Forward)?;
             graph.set_operand(product, position, quantized)?;
         }
     }
+    if op != *graph.op(product) {
+        let operands = graph.operands(product);
+        let new = with_op(graph, product, op, &operands)?;
+        graph.replace_uses(product, new)?;
+    }
     Ok(())
+}
+
+/// A node in the place of `id` that computes `op`, with its name and notes; what uses `id` is the caller's to change.
+pub(super) fn with_op(
+    graph: &mut Graph,
+    id: NodeId,
+    op: Op,
+    operands: &[NodeId],
+) -> Result<NodeId, PassError> {
+    let node = graph.node(id).clone();
+    let new = graph.add(op, operands, node.name.clone(), node.region)?;
+    *graph.note_mut(new) = node.note;
+    graph.swap_names(id, new);
+    Ok(new)
 }
 
 /// Whether products of these values read codes.

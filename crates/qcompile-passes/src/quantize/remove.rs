@@ -107,9 +107,12 @@ fn copied(
             _ => operand.id,
         });
     }
-    let op = match &node.op {
+    let op = match node.op.clone() {
         Op::Recurrence(recurrence) => Op::Recurrence(recurrence.with_products(None)),
-        other => other.clone(),
+        Op::Attention { scale, causal, .. } => {
+            Op::Attention { scale, causal, products: DType::F32 }
+        }
+        other => other,
     };
     let new = copy.add(op, &ids, node.name.clone(), node.region)?;
     *copy.note_mut(new) = node.note.clone();

@@ -10,7 +10,7 @@ use crate::terminal::{Align, Table, width};
 use qcompile_ir::{Graph, NodeId, Op, QuantizedRange};
 use qcompile_onnx::{STAND_IN, Survey, SurveyedNode, Verdict};
 use qcompile_passes::differentiate::carries_gradient;
-use qcompile_passes::quantize::layers;
+use qcompile_passes::quantize::{activation_products, layers};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 
@@ -29,11 +29,12 @@ pub(super) fn run(command: &InspectCommand, target: &Target) -> Result<()> {
     let options = Options::default().with_import(&command.import);
     let survey = survey(bytes, command.file.parent(), &options)
         .map_err(|error| at_path(error.into(), &command.file))?;
-    let layers: BTreeSet<NodeId> =
-        layers(&survey.graph).into_iter().map(|layer| layer.node).collect();
+    let weighted = layers(&survey.graph).into_iter().map(|layer| layer.node);
+    let quantizable: BTreeSet<NodeId> =
+        weighted.chain(activation_products(&survey.graph)).collect();
     let varies = varying(&survey.graph);
     let found: Vec<Capability> =
-        survey.nodes.iter().map(|node| of(node, &survey.graph, &layers, &varies)).collect();
+        survey.nodes.iter().map(|node| of(node, &survey.graph, &quantizable, &varies)).collect();
     if command.talk.json { report_json(&survey, &found) } else { report(&survey, &found) }
 }
 
@@ -50,7 +51,7 @@ fn varying(graph: &Graph) -> Vec<bool> {
 fn of(
     node: &SurveyedNode,
     graph: &Graph,
-    layers: &BTreeSet<NodeId>,
+    quantizable: &BTreeSet<NodeId>,
     varies: &[bool],
 ) -> Capability {
     let no = |reason: &str| Err(reason.to_owned());
@@ -81,14 +82,14 @@ fn of(
     } else {
         no("its derivative is zero wherever there is one")
     };
-    let quantize = if inner.values.iter().any(|id| layers.contains(id)) {
+    let quantize = if inner.values.iter().any(|id| quantizable.contains(id)) {
         Ok(())
     } else if inner
         .values
         .iter()
         .any(|&id| matches!(graph.op(id), Op::Matmul { .. } | Op::Conv2d(_)))
     {
-        no("it is no product of data with a trained weight")
+        no("it is no product of data with a trained weight or other data")
     } else {
         no("it is no product")
     };
