@@ -97,6 +97,26 @@ fn products() -> Vec<(&'static str, &'static str, &'static str)> {
              pads=[1, 1, 1, 1] dilations=[1, 1] groups=1",
             "N, 7, 7, 9",
         ),
+        (
+            "input %x : u8[N, 40]\n  const %w : i8[40, 33] = splat 3\n  const %s : f32[] = 0.25\n  const %zp : u8[] = 9",
+            "%xf : f32[N, 40] = dequantize %x, %s, %zp\n%wf : f32[40, 33] = dequantize %w, %s\n\
+             %y : f32[N, 33] = matmul %xf, %wf",
+            "N, 33",
+        ),
+        conv(
+            "input %x : u8[N, 7, 7, 20]\n  const %w : i8[9, 20, 3, 3] = splat 2\n  const %s : f32[] = 0.25\n  const %zp : u8[] = 200",
+            "%xf : f32[N, 7, 7, 20] = dequantize %x, %s, %zp\n%wf : f32[9, 20, 3, 3] = dequantize %w, %s\n\
+             %y : f32[N, 7, 7, 9] = conv2d %xf, %wf input=[7, 7] kernel=[3, 3] strides=[1, 1] \
+             pads=[1, 1, 1, 1] dilations=[1, 1] groups=1",
+            "N, 7, 7, 9",
+        ),
+        conv(
+            "input %x : i8[N, 9, 7, 37]\n  const %w : i8[37, 1, 3, 3] = splat 2\n  const %s : f32[] = 0.25\n  const %zp : i8[] = -5",
+            "%xf : f32[N, 9, 7, 37] = dequantize %x, %s, %zp\n%wf : f32[37, 1, 3, 3] = dequantize %w, %s\n\
+             %y : f32[N, 9, 7, 37] = conv2d %xf, %wf input=[9, 7] kernel=[3, 3] strides=[1, 1] \
+             pads=[1, 1, 1, 1] dilations=[1, 1] groups=37",
+            "N, 9, 7, 37",
+        ),
     ]
 }
 

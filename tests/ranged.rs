@@ -6,7 +6,7 @@ use qcompile_ir::eval::{EvalOptions, eval};
 use qcompile_ir::{DType, Graph, Op, Tensor};
 use qcompile_onnx::{ExportOptions, ImportOptions, Port, export, import};
 use qcompile_passes::calibrate::Range;
-use qcompile_passes::quantize::{Codes, Held, Scheme, Weights, activations};
+use qcompile_passes::quantize::{Codes, Held, Scheme, WeightScales, Weights, activations};
 use qcompile_passes::{differentiate, fold_batch_norm, freeze, quantize};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -67,7 +67,7 @@ fn ranged(graph: &Graph, codes: Codes, weights: Weights, held: Held) -> Graph {
     graph
 }
 
-const INT8: Weights = Weights { dtype: DType::I8, block: None };
+const INT8: Weights = Weights { dtype: DType::I8, scales: WeightScales::Channel };
 
 #[test]
 fn roundings_by_known_ranges_are_as_in_the_snapshots() {
@@ -81,11 +81,13 @@ fn roundings_by_known_ranges_are_as_in_the_snapshots() {
 /// What is written is what was rounded: the model comes back as the same function, to the last code.
 #[test]
 fn roundings_go_out_and_come_back_exactly() {
-    let block = Weights { dtype: DType::I4, block: Some(4) };
-    let int4 = Weights { dtype: DType::I4, block: None };
+    let tensor = Weights { dtype: DType::I8, scales: WeightScales::Tensor };
+    let block = Weights { dtype: DType::I4, scales: WeightScales::Block(4) };
+    let int4 = Weights { dtype: DType::I4, scales: WeightScales::Channel };
     for case in cases("ranged") {
         for codes in Codes::ALL {
-            for (weights, opset) in [(INT8, 13), (INT8, 19), (int4, 21), (block, 21)] {
+            for (weights, opset) in [(INT8, 13), (INT8, 19), (tensor, 13), (int4, 21), (block, 21)]
+            {
                 let mut graph = ranged(&parse(&case), codes, weights, Held::Constant);
                 quantize::round_biases(&mut graph).expect("rounds");
                 let graph = frozen(graph);
@@ -144,6 +146,35 @@ fn trained_ranges_follow_the_values() {
     }
 }
 
+/// Scales of activations and weights are parameters that begin as the paper says, and have a gradient.
+#[test]
+fn learned_step_sizes_begin_by_the_mean_magnitude() {
+    let case = cases("ranged").into_iter().find(|case| name(case) == "matrices").expect("is there");
+    let int4 = Weights { dtype: DType::I4, scales: WeightScales::Channel };
+    let graph = ranged(&parse(&case), Codes::Uint8, int4, Held::Parameter);
+    let given = inputs(&graph, BATCH, 2, &mut Random::new(3));
+    let values = eval(&graph, &given, BATCH, &EvalOptions::default()).expect("has a value");
+    let w = values.get_f64("w").expect("evaluated");
+    for (channel, step) in values.get_f64("w.step_size").expect("evaluated").iter().enumerate() {
+        let mean = (0..8).map(|row| w[row * 4 + channel].abs()).sum::<f64>() / 8.0;
+        let wanted = 2.0 * mean / 7.0_f64.sqrt();
+        assert!((step - wanted).abs() < 1e-6 * wanted, "{step}, not {wanted}");
+    }
+    let mut graph = graph;
+    let output = graph.outputs()[0].1;
+    let axes = (0..graph.ty(output).shape.rank()).collect();
+    let sum = Op::Reduce { op: qcompile_ir::ReduceOp::Sum, axes };
+    let region = qcompile_ir::Region::Forward;
+    let sum = graph.add(sum, &[output], "sum", region).expect("adds");
+    let loss = graph.add(Op::Reshape(qcompile_ir::Shape::scalar()), &[sum], "loss", region);
+    graph.set_outputs(vec![("loss".to_owned(), loss.expect("adds"))]);
+    differentiate::run(&mut graph).expect("differentiates");
+    for step in ["x.step_size", "w.step_size", "v.step_size"] {
+        assert!(graph.find(&format!("{step}.grad")).is_some(), "{step} has no gradient");
+    }
+    snapshot("ranged", "matrices.lsq.train", &graph.to_string());
+}
+
 /// What a line that is refused says.
 fn refused(place: &Place, line: &str) -> String {
     let outcome = place.try_run(line);
@@ -168,6 +199,28 @@ fn quantization_aware_training_goes_out_with_its_scales() {
     assert!(plain["operators"].get("QuantizeLinear").is_none(), "{plain}");
     let refused = refused(&place, "export run --format qdq-onnx -o x.onnx --weights int4");
     assert!(refused.contains("trained with its ranges"), "{refused}");
+}
+
+#[test]
+fn learned_step_sizes_are_trained_and_go_out() {
+    let place = Place::new();
+    for (activations, weights) in [("int8", "int8"), ("uint8", "int4")] {
+        let flags = format!("--calibration lsq --activations {activations} --weights {weights}");
+        place.run(&format!(
+            "train @/digits_mlp.onnx -q --qat {flags} --data {DIGITS} --epochs 1 --lr 0.01 --checkpoint {weights}"
+        ));
+        let accuracy = place.run(&format!("eval {weights} --data {DIGITS} --json")).json();
+        assert!(accuracy["accuracy"].as_f64().expect("a number") > 0.5, "{accuracy}");
+        let line = format!("export {weights} --format qdq-onnx -o {weights}.onnx --json");
+        let document = place.run(&line).json();
+        assert_eq!((&document["layers"], &document["layers_f32"]), (&2.into(), &0.into()));
+        assert_eq!(document["operators"]["QuantizeLinear"], 2);
+    }
+    let refused = refused(
+        &place,
+        &format!("export int8 --format qdq-onnx -o x.onnx --data {DIGITS} --calibration lsq"),
+    );
+    assert!(refused.contains("--qat"), "{refused}");
 }
 
 #[test]

@@ -249,8 +249,12 @@ fn saved_bytes_are_those_of_the_plan_and_memory_falls() {
                     "{model} int8 {granularity:?} {format:?}"
                 );
             }
-            assert!(bytes < before, "{model} {format:?}: {bytes} of {before}");
             assert!(!saved.compressed.is_empty());
+            if format == Format::F16 {
+                assert_eq!(bytes, before, "{model}: as many as in bf16");
+                continue;
+            }
+            assert!(bytes < before, "{model} {format:?}: {bytes} of {before}");
             before = bytes;
             peaks.push(plan.bytes(batch));
         }

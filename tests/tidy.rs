@@ -58,7 +58,10 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
             "qcompile-runtime",
         ],
     ),
-    ("qcompile-experiments", &["qcompile", "qcompile-ir", "qcompile-passes", "qcompile-plan"]),
+    (
+        "qcompile-experiments",
+        &["qcompile", "qcompile-ir", "qcompile-passes", "qcompile-plan", "qcompile-runtime"],
+    ),
 ];
 
 /// Each heavy dependency is named in exactly one manifest.

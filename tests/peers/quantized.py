@@ -300,6 +300,56 @@ def check_gradients(work, learned, moves):
     return (None if errors[worst] <= LIMIT else f"{worst} differs by {errors[worst]:.1e}"), errors[worst]
 
 
+def dynamic_network():
+    """A convolution and a product as ONNX Runtime's dynamic quantization writes them."""
+    nodes, constants = [], []
+    rng = np.random.default_rng(13)
+    conv, fc = (rng.integers(-127, 128, shape).astype(np.int8) for shape in ((6, 3, 3, 3), (150, 5)))
+    scales = {"conv": np.float32(0.004), "fc": rng.uniform(0.001, 0.003, 5).astype(np.float32)}
+    for name, weight in (("conv", conv), ("fc", fc)):
+        constants += [constant(name, weight), constant(f"{name}.s", scales[name]), constant(f"{name}.z", np.zeros_like(scales[name], dtype=np.int8))]
+    for name, op, given, result in (("conv", "ConvInteger", "x", "c"), ("fc", "MatMulInteger", "r", "y")):
+        nodes.append(node("DynamicQuantizeLinear", [given], [f"{given}.q", f"{given}.s", f"{given}.z"]))
+        nodes.append(node("Mul", [f"{given}.s", f"{name}.s"], [f"{name}.scales"]))
+        nodes.append(node(op, [f"{given}.q", name, f"{given}.z", f"{name}.z"], [f"{name}.i"]))
+        nodes.append(node("Cast", [f"{name}.i"], [f"{name}.f"], to=TensorProto.FLOAT))
+        nodes.append(node("Mul", [f"{name}.f", f"{name}.scales"], [result]))
+        if name == "conv":
+            nodes += [node("Relu", ["c"], ["a"]), node("Flatten", ["a"], ["r"])]
+    made = model(nodes, [ported("x", TensorProto.FLOAT, ["N", 3, 7, 7])], [ported("y", TensorProto.FLOAT, ["N", 5])], constants)
+    return made, {"conv": conv * scales["conv"], "fc": fc * scales["fc"]}, scales
+
+
+def check_dynamic(work):
+    """Results against ONNX Runtime, gradients against PyTorch with the ranges of the batch."""
+    made, weights, scales = dynamic_network()
+    x = random.normal(size=(16, 3, 7, 7)).astype(np.float32)
+    label = random.integers(0, 5, 16)
+    reason, worst = check_forward(work, "dynamic", made, {"x": x}, 1e-4)
+    if reason:
+        return reason, worst
+    leaves = {name: torch.tensor(weight, requires_grad=True) for name, weight in weights.items()}
+
+    def rounded(value):
+        low, high = min(value.min().item(), 0.0), max(value.max().item(), 0.0)
+        scale = np.float32(high - low) / np.float32(255)
+        return torch.fake_quantize_per_tensor_affine(value, scale.item(), round(-low / scale), 0, 255)
+
+    conv = torch.fake_quantize_per_tensor_affine(leaves["conv"], scales["conv"].item(), 0, -127, 127)
+    fc = torch.fake_quantize_per_channel_affine(leaves["fc"], torch.from_numpy(scales["fc"]), torch.zeros(5, dtype=torch.int32), 1, -127, 127)
+    hidden = torch.relu(F.conv2d(rounded(torch.from_numpy(x)), conv)).flatten(1)
+    loss = F.cross_entropy(rounded(hidden) @ fc, torch.from_numpy(label))
+    loss.backward()
+    np.savez(work.path / "batch.npz", x=x, label=label)
+    work.run("run", "model.onnx", "--precision", "f32", "--loss", "cross-entropy", "--inputs", "batch.npz", "--gradients", "gradients.npz")
+    with np.load(work.path / "gradients.npz") as file:
+        got = {key: file[key] for key in file.files}
+    error = {name: np.linalg.norm(got[name] - leaf.grad.numpy()) / np.linalg.norm(leaf.grad.numpy()) for name, leaf in leaves.items()}
+    error["loss"] = abs(float(got["loss"]) - loss.item()) / loss.item()
+    worst = max(error, key=error.get)
+    return (None if error[worst] <= LIMIT else f"{worst} differs by {error[worst]:.1e}"), error[worst]
+
+
 GRADIENTS = {
     "gradients": (False, False),
     "gradients, codes moved": (False, True),
@@ -316,6 +366,7 @@ def main():
     rows, failures = [], []
     cases = [(name, lambda name=name, case=case: check_forward(work, name, *case)) for name, *case in forward_cases()]
     cases += [(name, lambda case=case: check_gradients(work, *case)) for name, case in GRADIENTS.items()]
+    cases.append(("dynamic quantization", lambda: check_dynamic(work)))
     for name, check in cases:
         if values.names and not any(word in name for word in values.names):
             continue

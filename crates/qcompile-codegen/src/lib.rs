@@ -17,6 +17,7 @@ mod loops;
 mod math;
 mod memory;
 mod nest;
+mod places;
 mod primitives;
 pub mod program;
 mod quantized;

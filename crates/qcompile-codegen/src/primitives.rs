@@ -17,7 +17,8 @@ use qcompile_kernels::args::{
 };
 use qcompile_kernels::{KernelId, Kernels, Primitive as Entry};
 use qcompile_plan::{
-    AttentionResult, Convolution, Matmul, Matrix, Operands, Place, Pooling, Primitive, Product,
+    AttentionResult, Convolution, Int8, Matmul, Matrix, Operands, Place, Pooling, Primitive,
+    Product,
 };
 
 use std::mem::{offset_of, size_of};
@@ -317,6 +318,8 @@ fn matmul(e: &mut Emitter<'_, '_>, matmul: &Matmul, tail: Tail) -> Block {
             MatmulI8Args {
                 a_scale: e.place(int8.scale_a, 4),
                 a_scale_stride: e.int(usize::from(int8.per_row)),
+                a_zero: zero_point(e, int8),
+                a_unsigned: e.int(usize::from(int8.unsigned_a)),
                 b_scale: e.place(int8.scale_b, 4),
                 b_scale_stride: e.int(usize::from(int8.per_channel)),
             }
@@ -328,6 +331,14 @@ fn matmul(e: &mut Emitter<'_, '_>, matmul: &Matmul, tail: Tail) -> Block {
     block.scratch = offset_of!(MatmulArgs, scratch);
     common!(block, MatmulArgs);
     block
+}
+
+/// The address of a zero point; null for 0.
+fn zero_point(e: &mut Emitter<'_, '_>, int8: &Int8) -> Value {
+    match int8.zero_a {
+        Some(place) => e.place(place, 1),
+        None => e.int(0),
+    }
 }
 
 /// Stores the geometry of a convolution.
@@ -404,6 +415,8 @@ fn convolution(e: &mut Emitter<'_, '_>, convolution: &Convolution, tail: Tail) -
             y: c,
             x_scale: e.place(int8.scale_a, 4),
             x_scale_stride: e.int(usize::from(int8.per_row)),
+            x_zero: zero_point(e, int8),
+            x_unsigned: e.int(usize::from(int8.unsigned_a)),
             w_scale: e.place(int8.scale_b, 4),
             w_scale_stride: e.int(usize::from(int8.per_channel)),
         }),
@@ -559,39 +572,4 @@ pub(crate) fn scratch(
 /// The entry of the table for a primitive.
 pub(crate) fn entry<'k>(kernels: &'k Kernels, primitive: &Primitive) -> &'k Entry {
     kernels.get(kernel_id(primitive))
-}
-
-/// Where the scales of integers are.
-fn scales(operands: &Operands) -> impl Iterator<Item = Place> {
-    operands.scales().into_iter().flat_map(|int8| [int8.scale_a, int8.scale_b])
-}
-
-/// The places of a primitive: what it reads, and what it writes besides its epilogue.
-pub(crate) fn places(primitive: &Primitive) -> (Vec<Place>, Vec<Place>) {
-    match primitive {
-        Primitive::Matmul(matmul, epilogue) => {
-            let mut reads = vec![matmul.a.place, matmul.b.place];
-            reads.extend(scales(&matmul.operands));
-            (reads, if epilogue.is_some() { Vec::new() } else { vec![matmul.c] })
-        }
-        Primitive::Convolution(convolution, epilogue) => {
-            let Convolution { a, b, c, operands, .. } = convolution;
-            let mut reads = vec![*a, *b];
-            reads.extend(scales(operands));
-            (reads, if epilogue.is_some() { Vec::new() } else { vec![*c] })
-        }
-        Primitive::Pooling(pooling) => (vec![pooling.x, pooling.dy], vec![pooling.y]),
-        Primitive::Attention(attention) => attention::places(attention),
-        Primitive::Softmax { x, y, .. } => (vec![*x], vec![*y]),
-        Primitive::CrossEntropy { logits, label, loss, .. } => (vec![*logits, *label], vec![*loss]),
-        Primitive::CrossEntropyGrad { logits, label, dloss, dlogits, .. } => {
-            (vec![*logits, *label, *dloss], vec![*dlogits])
-        }
-        Primitive::Gather { table, indices, y, .. } => (vec![*table, *indices], vec![*y]),
-        Primitive::Scatter { indices, values, y, .. } => (vec![*indices, *values], vec![*y]),
-        Primitive::TopK { x, y, .. } => (vec![*x], vec![*y]),
-        Primitive::Iota { y, .. } => (Vec::new(), vec![*y]),
-        Primitive::Random { step, y, .. } => (vec![*step], vec![*y]),
-        Primitive::Recurrent(recurrent) => (recurrent.reads().collect(), vec![recurrent.y]),
-    }
 }

@@ -5,7 +5,7 @@ use crate::epilogue::{self, Partials};
 use crate::facts::Facts;
 use crate::frame::Frame;
 use crate::wide::{self, Code, Shape, Wide};
-use crate::{loops, primitives, schedule};
+use crate::{loops, places, primitives, schedule};
 use cranelift_codegen::Context;
 use cranelift_codegen::ir::types::I64;
 use cranelift_codegen::ir::{AbiParam, Function, InstBuilder, Signature, Value};
@@ -425,7 +425,7 @@ impl<'p> Unit<'p> {
         let slots = match &step.kernel {
             Kernel::Loops(nests) => loops::slots(nests).collect(),
             Kernel::Primitive(primitive) => {
-                let (reads, writes) = primitives::places(primitive);
+                let (reads, writes) = places::of(primitive);
                 let results = primitive
                     .epilogue()
                     .into_iter()

@@ -3,7 +3,7 @@
 
 use crate::emitter::Emitter;
 use crate::frame::Frame;
-use crate::{loops, primitives};
+use crate::{loops, places, primitives};
 use cranelift_codegen::ir::condcodes::IntCC;
 use cranelift_codegen::ir::{InstBuilder, Value};
 use qcompile_kernels::Kernels;
@@ -34,7 +34,7 @@ impl Touched {
                 touched.scratch = touched.barrier;
             }
             Kernel::Primitive(primitive) => {
-                let (reads, writes) = primitives::places(primitive);
+                let (reads, writes) = places::of(primitive);
                 touched.reads.extend(reads.iter().map(|place| place.slot));
                 touched.writes.extend(writes.iter().map(|place| place.slot));
                 if let Some(nest) = primitive.epilogue() {

@@ -206,7 +206,7 @@ macro_rules! amx_lanes {
             const ROWS_SINGLE: usize = ROWS;
             const UNROLL: usize = <$under>::UNROLL;
             const HALO: u32 = 0;
-            const HEADER: bool = false;
+            const HEADER: bool = <$under>::HEADER;
             const ALONG_K: bool = true;
             const INTEGER: bool = <$under>::INTEGER;
             $($own)*

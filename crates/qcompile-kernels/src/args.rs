@@ -99,7 +99,7 @@ pub struct MatmulArgs<E = f32> {
 /// The product of bf16 operands, given as their bits; sums and results are f32.
 pub type MatmulBf16Args = MatmulArgs<u16>;
 
-/// `C = (A * B in i32) as f32 * (scale_a * scale_b)` with i8 operands, symmetric (no zero points).
+/// `C = ((A - zero) * B in i32) as f32 * (scale_a * scale_b)`: A is i8 or u8, with or without a zero point, B is i8.
 ///
 /// Sums wrap in 32 bits; the result is bit-equal on every tier.
 #[repr(C)]
@@ -115,6 +115,10 @@ pub struct MatmulI8Args {
     pub a_scale: *const f32,
     /// 0 for one scale, 1 for a scale per row.
     pub a_scale_stride: usize,
+    /// The code of A that stands for 0, of its type; null for 0.
+    pub a_zero: *const u8,
+    /// Whether A is u8.
+    pub a_unsigned: usize,
     /// Scale of B: one value, or one for each column of B (the same for each matrix of the batch).
     pub b_scale: *const f32,
     /// 0 for one scale, 1 for a scale per column.
@@ -301,7 +305,8 @@ pub struct Conv2dGradWeightI8Args {
     pub dy_scale_stride: usize,
 }
 
-/// Convolution of i8 operands: `y = sum(x * w) as f32 * (x_scale * w_scale)`, bit-equal on every tier.
+/// Convolution of codes: `y = sum((x - zero) * w) as f32 * (x_scale * w_scale)`, x i8 or u8, with or without a zero point, w
+/// i8; bit-equal on every tier.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Conv2dI8Args {
@@ -315,6 +320,10 @@ pub struct Conv2dI8Args {
     pub x_scale: *const f32,
     /// 0 for one scale, 1 for a scale per image.
     pub x_scale_stride: usize,
+    /// The code of x that stands for 0, of its type; null for 0.
+    pub x_zero: *const u8,
+    /// Whether x is u8.
+    pub x_unsigned: usize,
     /// Scale of w: one value, or one for each output channel.
     pub w_scale: *const f32,
     /// 0 for one scale, 1 for a scale per output channel.
@@ -518,12 +527,12 @@ pub struct CrossEntropyGradArgs {
 
 const _: () = {
     assert!(size_of::<MatmulArgs>() == 20 * 8);
-    assert!(size_of::<MatmulI8Args>() == 24 * 8);
+    assert!(size_of::<MatmulI8Args>() == 26 * 8);
     assert!(size_of::<ConvShape>() == 16 * 8);
     assert!(size_of::<Conv2dArgs>() == 24 * 8);
     assert!(size_of::<Conv2dGradInputArgs>() == 24 * 8);
     assert!(size_of::<Conv2dGradWeightArgs>() == 20 * 8);
-    assert!(size_of::<Conv2dI8Args>() == 28 * 8);
+    assert!(size_of::<Conv2dI8Args>() == 30 * 8);
     assert!(size_of::<Conv2dGradInputI8Args>() == 28 * 8);
     assert!(size_of::<PoolShape>() == 16 * 8);
     assert!(size_of::<MaxPoolGradArgs>() == 19 * 8);

@@ -2,7 +2,7 @@
 
 use crate::args::AttentionArgs;
 use crate::attention::BLOCK;
-use crate::lanes::{Lanes, Simd};
+use crate::lanes::{Codes, Lanes, Simd};
 use crate::pack::{self, Left, Right, Source};
 use crate::tile::Panels;
 
@@ -312,10 +312,11 @@ pub(crate) unsafe fn pack_rows<L: Lanes>(
         unsafe {
             let (from_row, to) = (from.first.add(row * from.row_stride), to.add(row * words));
             if from.column_stride == 1 {
-                pack::row::<L, Left>(from_row, columns, to);
+                pack::row::<L, Left>(from_row, columns, to, 0);
                 continue;
             }
-            let source = Source { first: from_row, k_stride: from.column_stride, column_stride: 0 };
+            let source =
+                Source { first: from_row, k_stride: from.column_stride, column_stride: 0, flip: 0 };
             pack::interleave::<L, Left>(source, columns, 1, to, 1);
         }
     }
@@ -341,11 +342,11 @@ pub(crate) unsafe fn pack<L: Lanes>(
             let first = from.first.add(panel * Panels::width::<L>() * column_stride);
             let to = to.add(panels.offset::<L>(panel));
             let (valid, stored) = (panels.valid::<L>(panel), panels.stored::<L>(panel));
-            let source = Source { first, k_stride, column_stride };
+            let source = Source { first, k_stride, column_stride, flip: 0 };
             let words = to.add(usize::from(L::HEADER) * stored);
             pack::interleave::<L, Right>(source, k, valid, words, stored);
             if L::HEADER {
-                pack::header::<L>(words, panels.k, stored, to);
+                pack::header::<L>(words, panels.k, stored, to, Codes::default());
             }
         }
     }

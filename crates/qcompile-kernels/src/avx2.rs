@@ -149,7 +149,7 @@ impl Lanes for Int8 {
     const LANES: usize = 8;
     const GROUP: usize = 2;
     const HALO: u32 = 0;
-    const HEADER: bool = false;
+    const HEADER: bool = true;
     const INTEGER: bool = true;
     tile_entries!(6, 12, "avx2,fma");
 

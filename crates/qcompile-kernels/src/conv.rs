@@ -13,7 +13,7 @@ use crate::args::{
 use crate::depthwise;
 use crate::direct;
 use crate::geometry::{Geometry, Part, Parts, Tap};
-use crate::lanes::{Lanes, Simd, Task};
+use crate::lanes::{Codes, Lanes, Simd, Task};
 use crate::pack::{self, Right, Source};
 use crate::tile::{Finish, Panels, ROW_GROUP};
 
@@ -45,6 +45,7 @@ pub(crate) struct Convolution<E> {
     pub(crate) weights: *const E,
     pub(crate) result: *mut f32,
     pub(crate) scales: Option<Scales>,
+    pub(crate) codes: Codes,
     pub(crate) epilogue: Option<Epilogue>,
     pub(crate) epilogue_ctx: *const u8,
     pub(crate) streams: (*const Stream, usize),
@@ -94,7 +95,7 @@ pub(crate) trait Kind: 'static {
 
 macro_rules! kind {
     ($name:ident, $args:ident, $lanes:ident, $element:ty, $backward:literal,
-     $source:ident, $result:ident, $scales:expr) => {
+     $source:ident, $result:ident, $scales:expr, $codes:expr) => {
         #[doc = concat!("[`", stringify!($args), "`]")]
         pub(crate) struct $name;
         impl Kind for $name {
@@ -103,12 +104,14 @@ macro_rules! kind {
                 // SAFETY: the caller passes the argument block of this kernel.
                 let args = unsafe { &*args.cast::<$args>() };
                 let scales: fn(&$args) -> Option<Scales> = $scales;
+                let codes: fn(&$args) -> Codes = $codes;
                 Convolution {
                     geometry: Geometry::new(&args.shape, $backward),
                     source: args.$source,
                     weights: args.w,
                     result: args.$result,
                     scales: scales(args),
+                    codes: codes(args),
                     epilogue: args.epilogue,
                     epilogue_ctx: args.epilogue_ctx,
                     streams: (args.streams, args.stream_count),
@@ -119,22 +122,47 @@ macro_rules! kind {
     };
 }
 
-kind!(Forward, Conv2dArgs, Real, f32, false, x, y, |_| None);
-kind!(GradInput, Conv2dGradInputArgs, Real, f32, true, dy, dx, |_| None);
-kind!(ForwardBf16, Conv2dBf16Args, Bf16, u16, false, x, y, |_| None);
-kind!(GradInputBf16, Conv2dGradInputBf16Args, Bf16, u16, true, dy, dx, |_| None);
-kind!(ForwardI8, Conv2dI8Args, Int8, i8, false, x, y, |args| Some(Scales {
-    source: args.x_scale,
-    source_stride: args.x_scale_stride,
-    weight: args.w_scale,
-    weight_stride: args.w_scale_stride,
-}));
-kind!(GradInputI8, Conv2dGradInputI8Args, Int8, i8, true, dy, dx, |args| Some(Scales {
-    source: args.dy_scale,
-    source_stride: args.dy_scale_stride,
-    weight: args.w_scale,
-    weight_stride: args.w_scale_stride,
-}));
+kind!(Forward, Conv2dArgs, Real, f32, false, x, y, |_| None, |_| Codes::default());
+kind!(GradInput, Conv2dGradInputArgs, Real, f32, true, dy, dx, |_| None, |_| Codes::default());
+kind!(ForwardBf16, Conv2dBf16Args, Bf16, u16, false, x, y, |_| None, |_| Codes::default());
+kind!(GradInputBf16, Conv2dGradInputBf16Args, Bf16, u16, true, dy, dx, |_| None, |_| {
+    Codes::default()
+});
+kind!(
+    ForwardI8,
+    Conv2dI8Args,
+    Int8,
+    i8,
+    false,
+    x,
+    y,
+    |args| Some(Scales {
+        source: args.x_scale,
+        source_stride: args.x_scale_stride,
+        weight: args.w_scale,
+        weight_stride: args.w_scale_stride,
+    }),
+    |args| {
+        // SAFETY: the caller passes the argument block of this kernel.
+        unsafe { Codes::new(args.x_zero, args.x_unsigned) }
+    }
+);
+kind!(
+    GradInputI8,
+    Conv2dGradInputI8Args,
+    Int8,
+    i8,
+    true,
+    dy,
+    dx,
+    |args| Some(Scales {
+        source: args.dy_scale,
+        source_stride: args.dy_scale_stride,
+        weight: args.w_scale,
+        weight_stride: args.w_scale_stride,
+    }),
+    |_| Codes::default()
+);
 
 /// How a convolution is cut.
 pub(crate) struct Cut {
@@ -206,8 +234,8 @@ pub(crate) fn phases<L: Lanes>(g: &Geometry) -> (Vec<Phase>, usize) {
 
 /// Whether the convolution goes to the depthwise kernels.
 fn is_depthwise<E>(c: &Convolution<E>) -> bool {
-    // In int8 the depthwise kernel sums products exactly in f32, up to 2^24 / 2^14 of them.
-    c.geometry.is_depthwise() && (c.scales.is_none() || c.geometry.kernel <= 1024)
+    // In int8 the depthwise kernel sums products exactly in f32, up to 2^24 / 2^15 of them.
+    c.geometry.is_depthwise() && (c.scales.is_none() || c.geometry.kernel <= 512)
 }
 
 unsafe extern "C" fn units<K: Kind, S: Simd>(args: *const u64, phase: usize) -> usize {
@@ -319,13 +347,14 @@ impl<L: Lanes> Task for Pack<L> {
                             first: c.weights.add(first),
                             k_stride: at(channel + 1, column) - first,
                             column_stride: at(channel, column + 1) - first,
+                            flip: 0,
                         };
                         pack::interleave::<L, Right>(from, channels, valid, to, stored);
                         to = to.add((end - begin) * stored);
                     }
                 }
                 if L::HEADER {
-                    pack::header::<L>(first_word, phase.panels.k, stored, panel_words);
+                    pack::header::<L>(first_word, phase.panels.k, stored, panel_words, c.codes);
                 }
             }
         }

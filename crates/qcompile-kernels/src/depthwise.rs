@@ -7,7 +7,7 @@
 use crate::buffer::{Buffer, Slot};
 use crate::conv::Convolution;
 use crate::geometry::{Geometry, Parts, Tap};
-use crate::lanes::{Element, Lanes, Simd, Task};
+use crate::lanes::{Codes, Element, Lanes, Simd, Task};
 use crate::tile::ROW_GROUP;
 use crate::window::{Ahead, Extent};
 use std::ops::Range;
@@ -139,7 +139,7 @@ impl<L: Lanes> Task for Compute<L> {
                     let from = c.source.add((part.image + image) * height * line_values);
                     let (source, first_row) = if narrow {
                         let to = widened.words().cast::<f32>();
-                        widen(from.add(read.start * line_values), size, to);
+                        widen(from.add(read.start * line_values), size, to, c.codes);
                         (to.cast_const(), read.start)
                     } else {
                         (from.cast::<f32>(), 0)
@@ -204,18 +204,19 @@ impl<L: Lanes> Task for Compute<L> {
     }
 }
 
-/// Turns elements into f32.
+/// Turns elements into f32, codes less their zero.
 ///
 /// # Safety
 /// Both are valid for the count.
 #[inline(always)]
-pub(crate) unsafe fn widen<E: Element>(from: *const E, count: usize, to: *mut f32) {
+pub(crate) unsafe fn widen<E: Element>(from: *const E, count: usize, to: *mut f32, codes: Codes) {
     // SAFETY: granted by the caller.
     unsafe {
         let from = std::slice::from_raw_parts(from, count);
         let to = std::slice::from_raw_parts_mut(to, count);
+        let zero = E::zero(codes).real();
         for (to, from) in to.iter_mut().zip(from) {
-            *to = from.real();
+            *to = from.flipped(codes.flip).real() - zero;
         }
     }
 }

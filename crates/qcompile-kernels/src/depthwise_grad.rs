@@ -5,7 +5,7 @@ use crate::buffer::{Buffer, Slot};
 use crate::depthwise::{self, Reach};
 use crate::geometry::Geometry;
 use crate::grad_weight::Cut;
-use crate::lanes::{Element, Lanes, Simd, Task};
+use crate::lanes::{Codes, Element, Lanes, Simd, Task};
 use crate::window::Extent;
 
 /// Most taps whose sums one sweep over a row keeps in registers: those of a 3 x 3 kernel.
@@ -53,8 +53,9 @@ impl<E: Element> Task for Depthwise<E> {
                             x.add(read.start * line_values),
                             read.len() * line_values,
                             to_x,
+                            Codes::default(),
                         );
-                        depthwise::widen(dy, size, to_dy);
+                        depthwise::widen(dy, size, to_dy, Codes::default());
                         (to_x.cast_const(), to_dy.cast_const(), read.start)
                     } else {
                         (x.cast(), dy.cast(), 0)

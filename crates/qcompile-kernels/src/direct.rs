@@ -99,12 +99,13 @@ impl<L: Lanes> Task for Compute<L> {
             };
             let mut result = Buffer::take(Slot::Result, (held + 1) * stride);
             let channels = group * g.source_channels..(group + 1) * g.source_channels;
-            let words = Window::words::<L>(g, &part, c.source_total(), &channels);
+            let words = Window::words::<L>(g, &part, c.codes, c.source_total(), &channels);
             let mut left = Buffer::take(Slot::Left, words);
             // SAFETY: the part lies in source and target; the buffers were sized for it above.
             unsafe {
+                let source = (c.source, c.codes);
                 let window =
-                    Window::open::<L>(g, &part, c.source, c.source_total(), channels, &mut left);
+                    Window::open::<L>(g, &part, source, c.source_total(), channels, &mut left);
                 let finish = c.finish(&part, part_index, first_column..first_column + columns);
                 // Scales of the columns, filled up to whole vectors.
                 let mut scale_buffer = Buffer::take(Slot::Scales, stride);

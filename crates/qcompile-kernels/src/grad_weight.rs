@@ -10,7 +10,7 @@ use crate::args::{Conv2dGradWeightArgs, Conv2dGradWeightI8Args};
 use crate::buffer::{Buffer, Slot};
 use crate::depthwise_grad::Depthwise;
 use crate::geometry::{Geometry, Part, Parts};
-use crate::lanes::{Lanes, Simd, Task};
+use crate::lanes::{Codes, Lanes, Simd, Task};
 use crate::pack::{self, Right, Source};
 use crate::tile::{Block, Depth, Panels, ROW_GROUP};
 use crate::window::{Ahead, Window};
@@ -280,13 +280,13 @@ impl<L: Lanes> Outer<L> {
                 let first = group * g.source_channels + first_channel;
                 let range = first..first + channels;
                 let words = if L::GROUP == 1 {
-                    Window::words::<L>(g, &part, input, &range)
+                    Window::words::<L>(g, &part, Codes::default(), input, &range)
                 } else {
                     Window::zipped_words(g, &part, channels)
                 };
                 let mut left = Buffer::take(Slot::Left, words);
                 let window = if L::GROUP == 1 {
-                    Window::open::<L>(g, &part, args.x, input, range, &mut left)
+                    Window::open::<L>(g, &part, (args.x, Codes::default()), input, range, &mut left)
                 } else {
                     Window::zipped::<L>(g, *strip, args.x, input, range, &mut left)
                 };
@@ -346,7 +346,7 @@ impl<L: Lanes> Outer<L> {
                     let valid = panels.valid::<L>(panel);
                     let to = head.add(if L::HEADER { stored } else { 0 });
                     if L::GROUP == 1 {
-                        let from = Source { first, k_stride: output, column_stride: 1 };
+                        let from = Source { first, k_stride: output, column_stride: 1, flip: 0 };
                         pack::interleave::<L, Right>(from, pixels, valid, to, stored);
                         continue;
                     }
@@ -364,7 +364,7 @@ impl<L: Lanes> Outer<L> {
                         to.add(line).write_bytes(0, pitch - line);
                     }
                     if L::HEADER {
-                        pack::header::<L>(to, pixels, stored, head);
+                        pack::header::<L>(to, pixels, stored, head, Codes::default());
                     }
                     if L::HEADER && index > 0 {
                         // The sums go on from what they are, so the header joins them here.

@@ -68,6 +68,42 @@ pub(crate) trait Element: Copy + Default + 'static {
     const NARROW: bool = size_of::<Self>() < 4;
     /// Its value.
     fn real(self) -> f32;
+    /// A code that is stored with some bits flipped, as it is meant.
+    #[inline(always)]
+    fn flipped(self, _flip: u8) -> Self {
+        self
+    }
+    /// The code that stands for 0.
+    #[inline(always)]
+    fn zero(_codes: Codes) -> Self {
+        Self::default()
+    }
+}
+
+/// How the codes of a left operand are read: `(code ^ flip) - zero` as i8, so that u8 is i8 with another zero point.
+/// Floats have neither.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Codes {
+    pub(crate) flip: u8,
+    pub(crate) zero: i8,
+}
+
+impl Codes {
+    /// The codes of an argument block.
+    ///
+    /// # Safety
+    /// `zero` is null, or holds a code.
+    pub(crate) unsafe fn new(zero: *const u8, unsigned: usize) -> Codes {
+        let flip = if unsigned == 0 { 0 } else { 0x80 };
+        // SAFETY: granted by the caller.
+        let zero = if zero.is_null() { 0 } else { unsafe { zero.read() } };
+        Codes { flip, zero: (zero ^ flip).cast_signed() }
+    }
+
+    /// Whether adjacent codes in memory are words as they are.
+    pub(crate) fn are_plain<L: Lanes>(self) -> bool {
+        L::PLAIN && self.flip == 0
+    }
 }
 
 impl Element for f32 {
@@ -87,6 +123,14 @@ impl Element for i8 {
     #[inline(always)]
     fn real(self) -> f32 {
         f32::from(self)
+    }
+    #[inline(always)]
+    fn flipped(self, flip: u8) -> Self {
+        (self.cast_unsigned() ^ flip).cast_signed()
+    }
+    #[inline(always)]
+    fn zero(codes: Codes) -> Self {
+        codes.zero
     }
 }
 
@@ -118,7 +162,7 @@ pub(crate) trait Lanes: Copy + 'static {
     /// Words of K in one turn of the inner loop. More than one spoils sums made of two instructions:
     /// the compiler reorders the additions of a turn, and then lacks registers.
     const UNROLL: usize = if Self::INTEGER { 1 } else { 4 };
-    /// The word of a left operand that stands for zeros.
+    /// The word of a left operand that stands for zeros, where the code of 0 is 0.
     const HALO: u32;
     /// Whether adjacent elements in memory are words as they are.
     const PLAIN: bool = size_of::<Self::Element>() * Self::GROUP == 4 && Self::HALO == 0;
@@ -143,6 +187,11 @@ pub(crate) trait Lanes: Copy + 'static {
     /// `sum as f32 * (left * right)` in each lane, for i32 sums, one `left` and a vector of `right`.
     unsafe fn scale(sum: Self::V, left: *const f32, right: *const f32) -> Self::V;
 
+    /// The word of a left operand that stands for zeros, of these codes.
+    #[inline(always)]
+    fn halo(codes: Codes) -> u32 {
+        Self::left_word(&[Self::Element::zero(codes); 4])
+    }
     /// The word of a left operand.
     fn left_word(elements: &[Self::Element; 4]) -> u32;
     /// The word of a right operand.

@@ -5,7 +5,7 @@ mod operands;
 use crate::Primitive;
 use crate::args::{Epilogue, MatmulArgs, MatmulBf16Args, MatmulI8Args, Stream};
 use crate::buffer::{Buffer, Slot};
-use crate::lanes::{Lanes, Simd, Task};
+use crate::lanes::{Codes, Lanes, Simd, Task};
 use crate::tile::{Block, Depth, Finish, Panels, ROW_GROUP, Scales};
 use operands::{LeftForm, pack_left, pack_right};
 
@@ -48,6 +48,7 @@ struct Product<E> {
     c_batch_stride: usize,
     c_row_stride: usize,
     scale: Option<Dequantize>,
+    codes: Codes,
     epilogue: Option<Epilogue>,
     epilogue_ctx: *const u8,
     streams: (*const Stream, usize),
@@ -103,6 +104,7 @@ impl<E> MatmulArgs<E> {
             c_batch_stride: self.c_batch_stride,
             c_row_stride: self.c_row_stride,
             scale: None,
+            codes: Codes::default(),
             epilogue: self.epilogue,
             epilogue_ctx: self.epilogue_ctx,
             streams: (self.streams, self.stream_count),
@@ -151,6 +153,8 @@ impl Kind for Int8Kind {
                 right: args.b_scale,
                 right_stride: args.b_scale_stride,
             }),
+            // SAFETY: the caller passes the argument block of this kernel.
+            codes: unsafe { Codes::new(args.a_zero, args.a_unsigned) },
             epilogue: args.epilogue,
             epilogue_ctx: args.epilogue_ctx,
             streams: (args.streams, args.stream_count),
@@ -192,7 +196,7 @@ impl Cut {
             |rows: usize, columns: usize| p.batch * p.m.div_ceil(rows) * count.div_ceil(columns);
         let adjacent = p.a_strides[2] == 1 || p.k <= 1;
         let left = match adjacent {
-            true if L::PLAIN && p.k.is_multiple_of(L::GROUP) => LeftForm::InPlace,
+            true if p.codes.are_plain::<L>() && p.k.is_multiple_of(L::GROUP) => LeftForm::InPlace,
             true => LeftForm::Rows,
             // A single panel reads A once, which is no more than packing does.
             false if L::PLAIN && L::GROUP == 1 && count <= 1 => LeftForm::InPlace,

@@ -1,7 +1,7 @@
 //! Packing of operands into words.
 
 use crate::buffer::{Buffer, Slot};
-use crate::lanes::{Lanes, Simd};
+use crate::lanes::{Codes, Element, Lanes, Simd};
 
 /// Rows of fewer words are copied in place of a call.
 const FEW_WORDS: usize = 16;
@@ -29,15 +29,20 @@ fn word<L: Lanes, S: Side>(elements: &[L::Element; 4]) -> u32 {
     if S::LEFT { L::left_word(elements) } else { L::right_word(elements) }
 }
 
-/// Packs `k` adjacent elements into words, the last one filled up with zeros.
+/// Packs `k` adjacent elements, stored with `flip`, into words, the last one filled up with anything.
 ///
 /// # Safety
 /// `from` holds `k` elements, `to` has room for `k / GROUP` words rounded up.
 #[inline(always)]
-pub(crate) unsafe fn row<L: Lanes, S: Side>(from: *const L::Element, k: usize, to: *mut u32) {
+pub(crate) unsafe fn row<L: Lanes, S: Side>(
+    from: *const L::Element,
+    k: usize,
+    to: *mut u32,
+    flip: u8,
+) {
     // SAFETY: granted by the caller.
     unsafe {
-        if L::PLAIN {
+        if L::PLAIN && flip == 0 {
             let words = k / L::GROUP;
             if L::GROUP > 1 && words < FEW_WORDS {
                 for w in 0..words {
@@ -60,7 +65,7 @@ pub(crate) unsafe fn row<L: Lanes, S: Side>(from: *const L::Element, k: usize, t
             let padded = k.next_multiple_of(L::GROUP);
             if L::GROUP == 4 {
                 // The word of four bytes is these bytes, and what makes zero the halo.
-                let flip = if S::LEFT { L::HALO as i8 } else { 0 };
+                let flip = flip.cast_signed() ^ if S::LEFT { L::HALO as i8 } else { 0 };
                 let to = std::slice::from_raw_parts_mut(to.cast::<i8>(), padded);
                 for (to, from) in to.iter_mut().zip(from) {
                     *to = from ^ flip;
@@ -69,7 +74,7 @@ pub(crate) unsafe fn row<L: Lanes, S: Side>(from: *const L::Element, k: usize, t
             } else {
                 let to = std::slice::from_raw_parts_mut(to.cast::<i16>(), padded);
                 for (to, from) in to.iter_mut().zip(from) {
-                    *to = i16::from(*from);
+                    *to = i16::from(from.flipped(flip));
                 }
                 to[k..].fill(0);
             }
@@ -79,14 +84,14 @@ pub(crate) unsafe fn row<L: Lanes, S: Side>(from: *const L::Element, k: usize, t
         for w in 0..whole {
             let mut elements = [L::Element::default(); 4];
             for (g, element) in elements.iter_mut().enumerate().take(L::GROUP) {
-                *element = *from.add(w * L::GROUP + g);
+                *element = (*from.add(w * L::GROUP + g)).flipped(flip);
             }
             *to.add(w) = word::<L, S>(&elements);
         }
         if whole * L::GROUP < k {
             let mut elements = [L::Element::default(); 4];
             for (g, element) in elements.iter_mut().enumerate().take(k - whole * L::GROUP) {
-                *element = *from.add(whole * L::GROUP + g);
+                *element = (*from.add(whole * L::GROUP + g)).flipped(flip);
             }
             *to.add(whole) = word::<L, S>(&elements);
         }
@@ -101,6 +106,8 @@ pub(crate) struct Source<E> {
     pub(crate) k_stride: usize,
     /// From one column to the next.
     pub(crate) column_stride: usize,
+    /// Bits that codes are stored with.
+    pub(crate) flip: u8,
 }
 
 /// Packs `columns` columns of `k` elements as `to[word * width + column]`; columns up to `width` and
@@ -139,7 +146,7 @@ pub(crate) unsafe fn interleave<L: Lanes, S: Side>(
                     for c in 0..columns {
                         let mut elements = [L::Element::default(); 4];
                         for (g, element) in elements.iter_mut().enumerate().take(L::GROUP) {
-                            *element = *line.add(g * from.k_stride + c);
+                            *element = (*line.add(g * from.k_stride + c)).flipped(from.flip);
                         }
                         *out.add(c) = word::<L, S>(&elements);
                     }
@@ -147,7 +154,8 @@ pub(crate) unsafe fn interleave<L: Lanes, S: Side>(
                     for c in 0..columns {
                         let mut elements = [L::Element::default(); 4];
                         for (g, element) in elements.iter_mut().enumerate().take(live) {
-                            *element = *line.add(g * from.k_stride + c * from.column_stride);
+                            let at = g * from.k_stride + c * from.column_stride;
+                            *element = (*line.add(at)).flipped(from.flip);
                         }
                         *out.add(c) = word::<L, S>(&elements);
                     }
@@ -233,6 +241,7 @@ unsafe fn transposed<L: Lanes, S: Side>(
     let words = k.div_ceil(L::GROUP);
     let in_place =
         L::PLAIN && k.is_multiple_of(L::GROUP) && from.column_stride.is_multiple_of(L::GROUP);
+    let in_place = in_place && from.flip == 0;
     let mut staging = Buffer::take(Slot::Staging, if in_place { 0 } else { 8 * words });
     // SAFETY: granted by the caller; the staging rows are `words` long.
     unsafe {
@@ -244,7 +253,7 @@ unsafe fn transposed<L: Lanes, S: Side>(
             } else {
                 for c in 0..live {
                     let line = first.add(c * from.column_stride);
-                    row::<L, S>(line, k, staging.words().add(c * words));
+                    row::<L, S>(line, k, staging.words().add(c * words), from.flip);
                 }
                 (staging.words().cast_const(), words)
             };
@@ -264,7 +273,8 @@ unsafe fn transposed<L: Lanes, S: Side>(
     }
 }
 
-/// Writes the header of a panel: what its accumulators begin with, `-128` times the sum of each column.
+/// Writes the header of a panel: what its accumulators begin with, the sum of each column times what the left operand has
+/// in the place of 0, negative.
 ///
 /// # Safety
 /// `panel` holds `words` packed rows of `stored` columns, `to` has room for one; the CPU supports the
@@ -275,10 +285,15 @@ pub(crate) unsafe fn header<L: Lanes>(
     words: usize,
     stored: usize,
     to: *mut u32,
+    codes: Codes,
 ) {
     // SAFETY: granted by the caller; `stored` is a multiple of the vector's width.
     unsafe {
-        let word = L::HALO;
+        let word = L::halo(codes);
+        if word == 0 {
+            to.write_bytes(0, stored);
+            return;
+        }
         let halo = L::splat(&raw const word);
         for column in (0..stored).step_by(L::LANES) {
             let mut sum = L::zero();

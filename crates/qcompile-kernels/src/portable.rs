@@ -79,7 +79,7 @@ impl Lanes for Int8 {
     const LANES: usize = 4;
     const GROUP: usize = 2;
     const HALO: u32 = 0;
-    const HEADER: bool = false;
+    const HEADER: bool = true;
     const INTEGER: bool = true;
     tile_entries!(4, 8);
 

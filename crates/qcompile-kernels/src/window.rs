@@ -2,7 +2,7 @@
 
 use crate::buffer::Buffer;
 use crate::geometry::{Geometry, Part};
-use crate::lanes::{Lanes, Simd};
+use crate::lanes::{Codes, Lanes, Simd};
 use crate::pack::{self, Left};
 use std::ops::Range;
 
@@ -59,9 +59,13 @@ impl Extent {
     }
 
     /// Whether channels of the source, of `total` in all, can be read in place.
-    fn in_place<L: Lanes>(&self, total: usize, channels: &Range<usize>) -> bool {
+    fn in_place<L: Lanes>(&self, codes: Codes, total: usize, channels: &Range<usize>) -> bool {
         let whole = |count: usize| count.is_multiple_of(L::GROUP);
-        self.inside && L::PLAIN && whole(total) && whole(channels.start) && whole(channels.len())
+        self.inside
+            && codes.are_plain::<L>()
+            && whole(total)
+            && whole(channels.start)
+            && whole(channels.len())
     }
 }
 
@@ -150,17 +154,18 @@ impl Window {
     pub(crate) unsafe fn open<L: Lanes>(
         geometry: &Geometry,
         part: &Part,
-        source: *const L::Element,
+        (source, codes): (*const L::Element, Codes),
         total: usize,
         channels: Range<usize>,
         buffer: &mut Buffer,
     ) -> Window {
+        let halo = L::halo(codes);
         let extent = Extent::of(geometry, part.row_begin, part.row_end);
         let (height, width) = (geometry.rows.source, geometry.columns.source);
         // SAFETY: granted by the caller; `words` below sized the buffer.
         unsafe {
             let first = source.add(part.image * height * width * total + channels.start);
-            if extent.in_place::<L>(total, &channels) {
+            if extent.in_place::<L>(codes, total, &channels) {
                 let skip = extent.row as usize * width + extent.column as usize;
                 let pixel_pitch = total / L::GROUP;
                 return Window {
@@ -187,21 +192,27 @@ impl Window {
                     let to = buffer.words().add(image * window.image_pitch + r * row_pitch);
                     let row = extent.row + r as isize;
                     if row < 0 || row >= height as isize || begin >= end {
-                        fill(to, row_pitch, L::HALO);
+                        fill(to, row_pitch, halo);
                         continue;
                     }
                     let line = first.add(((image * height + row as usize) * width + begin) * total);
-                    fill(to, before, L::HALO);
+                    fill(to, before, halo);
                     let words = (end - begin) * pixel_pitch;
                     if channels.len() == total && total.is_multiple_of(L::GROUP) {
-                        pack::row::<L, Left>(line, (end - begin) * total, to.add(before));
+                        let to = to.add(before);
+                        pack::row::<L, Left>(line, (end - begin) * total, to, codes.flip);
                     } else {
                         for p in 0..end - begin {
                             let to = to.add(before + p * pixel_pitch);
-                            pack::row::<L, Left>(line.add(p * total), channels.len(), to);
+                            pack::row::<L, Left>(
+                                line.add(p * total),
+                                channels.len(),
+                                to,
+                                codes.flip,
+                            );
                         }
                     }
-                    fill(to.add(before + words), row_pitch - before - words, L::HALO);
+                    fill(to.add(before + words), row_pitch - before - words, halo);
                 }
             }
             window
@@ -212,11 +223,12 @@ impl Window {
     pub(crate) fn words<L: Lanes>(
         geometry: &Geometry,
         part: &Part,
+        codes: Codes,
         total: usize,
         channels: &Range<usize>,
     ) -> usize {
         let extent = Extent::of(geometry, part.row_begin, part.row_end);
-        if extent.in_place::<L>(total, channels) {
+        if extent.in_place::<L>(codes, total, channels) {
             return 0;
         }
         part.images * extent.rows * extent.columns * channels.len().div_ceil(L::GROUP)

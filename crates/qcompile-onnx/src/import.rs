@@ -4,6 +4,7 @@ use crate::bind::{bind, check_names};
 use crate::body::{Body, BodyNode, Opsets, Weight};
 use crate::dims::{Resolved, declared_element_type, resolve};
 use crate::draft::{Draft, ValueId};
+use crate::dynamic::dequantize_products;
 use crate::error::{ImportError, Need, Obstacle, Problem, UnsupportedNode};
 use crate::function::{Functions, plain_domain};
 use crate::node::{Attributes, OnnxNode};
@@ -27,7 +28,9 @@ pub fn import(bytes: &[u8], options: &ImportOptions) -> Result<Import, ImportErr
     let mut functions = Functions::new(model.functions, options.limits.nodes)
         .map_err(|problem| ImportError::InvalidModel(vec![problem]))?;
     let graph = model.graph.into_option().ok_or_else(no_graph)?;
-    let body = Body::new(graph, "", &opsets, &mut functions).map_err(ImportError::InvalidModel)?;
+    let mut body =
+        Body::new(graph, "", &opsets, &mut functions).map_err(ImportError::InvalidModel)?;
+    dequantize_products(&mut body);
     if body.outputs.is_empty() {
         let reason = "the model has no outputs".to_owned();
         return Err(ImportError::InvalidModel(vec![Problem { place: None, reason }]));

@@ -11,6 +11,7 @@ mod build;
 mod control;
 mod dims;
 mod draft;
+mod dynamic;
 mod error;
 mod export;
 mod fold;

@@ -76,6 +76,43 @@ fn integers_that_others_read_or_that_are_frozen_stay() {
     }
 }
 
+/// `x · w` as ONNX Runtime's dynamic quantization writes it, with the product of the scales under this name.
+fn dynamic(scale: &str, outputs: &[&str]) -> Import {
+    let nodes = vec![
+        node("DynamicQuantizeLinear", "q", &["x"], &["xq", "xs", "xz"]),
+        node("Mul", "scales", &["xs", scale], &["xw"]),
+        node("MatMulInteger", "m", &["xq", "w", "xz", "z"], &["p"]),
+        with(node("Cast", "c", &["p"], &["f"]), "to", int(i64::from(FLOAT))),
+        node("Mul", "s", &["f", "xw"], &["y"]),
+    ];
+    let weights = vec![
+        tensor("w", INT8, &[2, 3], &[1, -2, 127, 4, 0, -127]),
+        scale_of_columns(),
+        tensor("z", INT8, &[3], &[0, 0, 0]),
+    ];
+    let outputs = outputs.iter().map(|name| floats(name, &["N", "3"])).collect();
+    let graph = body(nodes, weights, vec![floats("x", &["N", "2"])], outputs);
+    import(&model(graph, vec![]), &ImportOptions::default()).expect("sound")
+}
+
+fn scale_of_columns() -> TensorProto {
+    scale(&[0.5, 0.25, 1.0])
+}
+
+#[test]
+fn products_of_dynamic_quantization_are_of_dequantized_values() {
+    let import = dynamic("s", &["y"]);
+    let wanted = vec![0.5, -0.5, 127.0, 2.0, 0.0, -127.0];
+    assert_eq!(parameters(&import), [("w".to_owned(), wanted)]);
+    assert_eq!(operands(&import.graph, "dequantize").len(), 2, "{}", import.graph);
+    assert!(import.graph.ids().all(|id| import.graph.ty(id).dtype != qcompile_ir::DType::I32));
+    // With other scales, or where something else reads the floats, it stays as it is.
+    for import in [dynamic("xs", &["y"]), dynamic("s", &["y", "f"])] {
+        assert!(parameters(&import).iter().all(|(name, _)| name != "w"), "{}", import.graph);
+        assert_eq!(operands(&import.graph, "dequantize"), [] as [usize; 0]);
+    }
+}
+
 #[test]
 fn integers_that_are_read_in_two_ways_stay() {
     let codes = [1, -2, 127, 4, 0, -127];

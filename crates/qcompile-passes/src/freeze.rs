@@ -112,7 +112,7 @@ fn moves_dequantized(graph: &Graph, mut id: NodeId) -> bool {
 }
 
 /// What these values depend on, with them as outputs of their names.
-fn part(graph: &Graph, roots: &[NodeId]) -> Result<Graph, PassError> {
+pub(crate) fn part(graph: &Graph, roots: &[NodeId]) -> Result<Graph, PassError> {
     let mut wanted = vec![false; graph.len()];
     let mut stack = roots.to_vec();
     while let Some(id) = stack.pop() {

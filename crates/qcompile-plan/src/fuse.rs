@@ -8,7 +8,7 @@
 use crate::build::PlanError;
 use crate::deviations::{self, crosses_rows, deviations};
 use crate::live::live;
-use crate::low::{Codes, LowOperands, attention_codes, exchanged_codes, low_products};
+use crate::low::{Codes, LowOperands, Scales, attention_codes, exchanged_codes, low_products};
 use crate::merge::merge;
 use crate::recompute::{read_less, recomputed};
 use crate::view::{View, first_parameter};
@@ -338,7 +338,7 @@ impl Fusion {
     ) -> Vec<NodeId> {
         if let Some(low) = self.low.get(&id).cloned() {
             let mut reads = vec![low.a.base, low.b.base];
-            for scale in low.scales.into_iter().flat_map(|scales| [scales.a, scales.b]) {
+            for scale in low.scales.into_iter().flat_map(Scales::values) {
                 reads.push(self.dense_base(graph, scale, position));
             }
             return reads;

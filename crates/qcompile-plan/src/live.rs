@@ -1,6 +1,6 @@
 //! What has to be computed.
 
-use crate::low::{Codes, LowOperands};
+use crate::low::{Codes, LowOperands, Scales};
 use crate::view::View;
 use qcompile_ir::{Graph, NodeId};
 use std::collections::BTreeMap;
@@ -23,7 +23,7 @@ pub(crate) fn live(
         }
         live[views[id.index()].base.index()] = true;
         if let Some(low) = low.get(&id) {
-            let scales = low.scales.into_iter().flat_map(|scales| [scales.a, scales.b]);
+            let scales = low.scales.into_iter().flat_map(Scales::values);
             for needed in [low.a.base, low.b.base].into_iter().chain(scales) {
                 live[needed.index()] = true;
             }

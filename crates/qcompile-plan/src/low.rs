@@ -8,13 +8,15 @@ use std::ops::Range;
 
 /// Most products of i8 that an i32 sums: more are not summed in int8.
 pub const MOST_I8_PRODUCTS: usize = QuantizedRange::MOST_I8_PRODUCTS;
+/// The same where the first operand is u8 or has a zero point, so that it is from -255 to 255 less that.
+pub(crate) const MOST_AFFINE_PRODUCTS: usize = i32::MAX as usize >> 15;
 
 /// Whether so many products may be summed. Where the number depends on the batch size, [`Plan::largest_batch`] says how
 /// far, and a single sample must do.
 ///
 /// [`Plan::largest_batch`]: crate::Plan::largest_batch
-fn is_summed(count: Dim) -> bool {
-    count.scale <= MOST_I8_PRODUCTS
+fn is_summed(count: Dim, affine: bool) -> bool {
+    count.scale <= if affine { MOST_AFFINE_PRODUCTS } else { MOST_I8_PRODUCTS }
 }
 
 /// The operands of a product as they are stored, where both are of low precision: under what `dequantize` or a
@@ -25,6 +27,13 @@ pub(crate) struct LowOperands {
     pub(crate) b: View,
     /// Of integers; bf16 has none.
     pub(crate) scales: Option<Scales>,
+}
+
+impl Scales {
+    /// Every value that they are read from.
+    pub(crate) fn values(self) -> impl Iterator<Item = NodeId> {
+        [self.a, self.b].into_iter().chain(self.zero_a)
+    }
 }
 
 impl LowOperands {
@@ -38,6 +47,10 @@ impl LowOperands {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Scales {
     pub(crate) a: NodeId,
+    /// The zero point of the first operand, if it has one other than 0.
+    pub(crate) zero_a: Option<NodeId>,
+    /// Whether the first operand is u8.
+    pub(crate) unsigned_a: bool,
     /// Whether there is one for each row, image or input channel.
     pub(crate) per_row: bool,
     /// Whether those of rows go on from one matrix of the batch to the next.
@@ -72,7 +85,7 @@ pub(crate) fn attention_codes(graph: &Graph, views: &[View]) -> BTreeMap<NodeId,
                 return None;
             }
             let view = match hidden(graph, views, id) {
-                Some((view, ..)) => view,
+                Some(hidden) => hidden.view,
                 // The kernel takes any strides of the codes.
                 None if views[id.index()].base == id => views[q.index()].clone(),
                 // A view of codes that do not lie dense: of a copy that does.
@@ -83,7 +96,7 @@ pub(crate) fn attention_codes(graph: &Graph, views: &[View]) -> BTreeMap<NodeId,
         let (q, v) = (graph.operand(id, 0), graph.operand(id, 2));
         let (width, keys) = (graph.ty(q).shape.0[3], graph.ty(v).shape.0[1]);
         let summed =
-            [width, keys].into_iter().all(|dim| dim.as_fixed().is_some() && is_summed(dim));
+            [width, keys].into_iter().all(|dim| dim.as_fixed().is_some() && is_summed(dim, false));
         if summed { Some([of(0)?, of(1)?, of(2)?]) } else { None }
     };
     graph.ids().filter_map(|id| Some((id, codes(id)?))).collect()
@@ -103,7 +116,8 @@ fn bf16_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<LowOperand
 }
 
 /// `product(dequantize(q, s), dequantize(r, t))` as a product of `q` and `r`, if the kernels have it: a scale may belong
-/// to whatever the sums do not run over.
+/// to whatever the sums do not run over, and what is first in a matrix product or a forward convolution may be u8 and have
+/// a zero point.
 fn int8_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<LowOperands> {
     let product = matches!(
         graph.op(id),
@@ -112,8 +126,16 @@ fn int8_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<LowOperand
     if !product {
         return None;
     }
-    let (a, scale_a, axis_a) = hidden(graph, views, graph.operand(id, 0))?;
-    let (b, scale_b, axis_b) = hidden(graph, views, graph.operand(id, 1))?;
+    let [first, second] = [0, 1].map(|position| hidden(graph, views, graph.operand(id, position)));
+    let (first, second) = (first?, second?);
+    let (zero_a, unsigned_a) = (first.zero_point, first.is_unsigned(graph));
+    let affine = unsigned_a || zero_a.is_some();
+    let of_affine = matches!(graph.op(id), Op::Matmul { .. } | Op::Conv2d(_));
+    if affine && !of_affine || second.is_unsigned(graph) || second.zero_point.is_some() {
+        return None;
+    }
+    let Hidden { view: a, scale: scale_a, axis: axis_a, .. } = first;
+    let Hidden { view: b, scale: scale_b, axis: axis_b, .. } = second;
     let along = |view: &View, dim: usize, axis: Option<usize>| {
         axis.is_none_or(|axis| runs_along(graph, view, dim..dim + 1, axis))
     };
@@ -132,14 +154,16 @@ fn int8_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<LowOperand
                     return None;
                 }
             }
-            along(&b, column, axis_b) && is_summed(a.dims[inner])
+            along(&b, column, axis_b) && is_summed(a.dims[inner], affine)
         }
         Op::Conv2d(geometry) => {
             let inputs = graph.ty(graph.operand(id, 1)).shape.0[1];
             let [height, width] = geometry.kernel;
             along(&a, 0, axis_a)
                 && along(&b, 0, axis_b)
-                && inputs.times(height.checked_mul(width)?.into()).is_some_and(is_summed)
+                && inputs
+                    .times(height.checked_mul(width)?.into())
+                    .is_some_and(|count| is_summed(count, affine))
         }
         Op::Conv2dGradInput(geometry) => {
             // Weights are OIHW. Where every channel is convolved by itself, it has the same number on both sides.
@@ -151,7 +175,9 @@ fn int8_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<LowOperand
             along(&a, 0, axis_a)
                 && along(&b, usize::from(!alone), axis_b)
                 && (axis_b.is_none() || !of_group)
-                && outputs.times(height.checked_mul(width)?.into()).is_some_and(is_summed)
+                && outputs
+                    .times(height.checked_mul(width)?.into())
+                    .is_some_and(|count| is_summed(count, false))
         }
         Op::Conv2dGradWeight(geometry) => {
             let [height, width] = geometry.output()?;
@@ -166,6 +192,8 @@ fn int8_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<LowOperand
     let fits = fits && (matches!(graph.op(id), Op::Matmul { .. }) || a.is_dense() && b.is_dense());
     let scales = Scales {
         a: scale_a,
+        zero_a,
+        unsigned_a,
         per_row: axis_a.is_some(),
         over_batch,
         b: scale_b,
@@ -189,11 +217,13 @@ pub(crate) fn exchanged_codes(
     id: NodeId,
 ) -> Option<(NodeId, NodeId, usize)> {
     let view = &views[id.index()];
-    let (q, scale, axis) = hidden(graph, views, id)?;
+    let Hidden { view: q, scale, zero_point, axis } = hidden(graph, views, id)?;
     let scale = &views[scale.index()];
     let shape = graph.ty(view.base).shape.as_fixed()?;
     let whole = |view: &View| view.is_dense() && view.offset == Affine::ZERO;
     let fits = axis == Some(0)
+        && zero_point.is_none()
+        && graph.ty(q.base).dtype != DType::U8
         && whole(view)
         && whole(&q)
         && whole(scale)
@@ -206,19 +236,42 @@ pub(crate) fn exchanged_codes(
     }
 }
 
-/// If `id` views a `dequantize` of i8: the view of the integers, the scale and its axis.
-fn hidden(graph: &Graph, views: &[View], id: NodeId) -> Option<(View, NodeId, Option<usize>)> {
+/// What a `dequantize` hides.
+struct Hidden {
+    /// The codes.
+    view: View,
+    scale: NodeId,
+    /// If it is not 0; one for all.
+    zero_point: Option<NodeId>,
+    /// The axis of the scale.
+    axis: Option<usize>,
+}
+
+impl Hidden {
+    /// Whether the codes are from 0 on.
+    fn is_unsigned(&self, graph: &Graph) -> bool {
+        matches!(graph.ty(self.view.base).dtype, DType::U8 | DType::U4)
+    }
+}
+
+/// What is under `id`, if that views a `dequantize` of codes of a byte.
+fn hidden(graph: &Graph, views: &[View], id: NodeId) -> Option<Hidden> {
     let view = &views[id.index()];
-    let (q, scale, axis) = dequantized(graph, view.base)?;
+    let Op::Dequantize { axis } = *graph.op(view.base) else { return None };
+    let operands = graph.operands(view.base);
+    let (q, scale) = (operands[0], operands[1]);
+    let zero_point = operands.get(2).copied().filter(|&zero_point| !is_zero(graph, zero_point));
     let under = &views[q.index()];
-    if !under.is_dense() {
+    // Codes of 4 bits are a byte each, and small codes of 8.
+    let codes = matches!(graph.ty(q).dtype, DType::I8 | DType::I4 | DType::U8 | DType::U4);
+    if !codes || !under.is_dense() || (zero_point.is_some() && axis.is_some()) {
         return None;
     }
     let offset = view.offset.plus(under.offset)?;
     let view = View { base: under.base, offset, ..view.clone() };
     // The axis of the scale counts dims of the dequantized value, which must be those of the integers' memory.
     let same_dims = graph.ty(under.base).shape == graph.ty(q).shape;
-    (axis.is_none() || same_dims).then_some((view, scale, axis))
+    (axis.is_none() || same_dims).then_some(Hidden { view, scale, zero_point, axis })
 }
 
 /// The integers, the scale and its axis, if `id` is a `dequantize` of i8.

@@ -1,6 +1,6 @@
 //! The nouns of a plan: slots, steps, bindings.
 
-use crate::low::MOST_I8_PRODUCTS;
+use crate::low::{MOST_AFFINE_PRODUCTS, MOST_I8_PRODUCTS};
 use crate::{LoopNest, Primitive};
 use qcompile_ir::{CollectiveOp, Dim, Graph, Region, Tensor, TensorType};
 use std::collections::BTreeMap;
@@ -321,10 +321,10 @@ impl Plan {
     #[must_use]
     pub fn largest_batch(&self) -> Option<usize> {
         let bound = |step: &Step| match &step.kernel {
-            Kernel::Primitive(Primitive::Matmul(matmul, _))
-                if matmul.operands.scales().is_some() && matmul.k.batch =>
-            {
-                MOST_I8_PRODUCTS.checked_div(matmul.k.scale)
+            Kernel::Primitive(Primitive::Matmul(matmul, _)) if matmul.k.batch => {
+                let affine = matmul.operands.scales()?.is_affine();
+                let most = if affine { MOST_AFFINE_PRODUCTS } else { MOST_I8_PRODUCTS };
+                most.checked_div(matmul.k.scale)
             }
             _ => None,
         };

@@ -32,8 +32,16 @@ pub enum Operands {
     F32,
     /// bf16; sums are f32.
     Bf16,
-    /// i8, with their scales; sums are i32.
+    /// i8, or the first u8, with their scales; sums are i32.
     Int8(Int8),
+}
+
+impl Int8 {
+    /// Whether the first operand less its zero point has 9 bits.
+    #[must_use]
+    pub const fn is_affine(&self) -> bool {
+        self.unsigned_a || self.zero_a.is_some()
+    }
 }
 
 impl Operands {
@@ -57,7 +65,7 @@ impl Operands {
     }
 }
 
-/// Scales of a product of int8 operands: `y = (a · b) · scale_a · scale_b`.
+/// Scales of a product of codes: `y = ((a - zero_a) · b) · scale_a · scale_b`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Int8 {
     /// The scale of the first operand.
@@ -65,6 +73,10 @@ pub struct Int8 {
     /// Whether the first has one scale for each row of a matrix (matmul; the same for all of the batch), for each image
     /// (convolution) or for each input channel (its gradient of the weight).
     pub per_row: bool,
+    /// The zero point of the first operand; none for 0. For matrix products and forward convolutions.
+    pub zero_a: Option<Place>,
+    /// Whether the first operand is u8, likewise.
+    pub unsigned_a: bool,
     /// The scale of the second operand.
     pub scale_b: Place,
     /// Whether the second has one scale for each result column (matmul), result channel (convolution) or output channel

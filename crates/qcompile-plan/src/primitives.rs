@@ -165,6 +165,8 @@ impl Lowering<'_> {
         Operands::Int8(Int8 {
             scale_a: self.dense_place(scales.a),
             per_row: scales.per_row,
+            zero_a: scales.zero_a.map(|zero_point| self.dense_place(zero_point)),
+            unsigned_a: scales.unsigned_a,
             scale_b: self.dense_place(scales.b),
             per_channel: scales.per_channel,
         })

@@ -291,5 +291,12 @@ fn write_scales(f: &mut fmt::Formatter<'_>, operands: &crate::Operands) -> fmt::
     let Some(int8) = operands.scales() else { return Ok(()) };
     let rows = if int8.per_row { " per row" } else { "" };
     let channels = if int8.per_channel { " per channel" } else { "" };
-    write!(f, " scales {}{rows}, {}{channels}", int8.scale_a, int8.scale_b)
+    write!(f, " scales {}{rows}", int8.scale_a)?;
+    if int8.unsigned_a {
+        f.write_str(" u8")?;
+    }
+    if let Some(zero_point) = int8.zero_a {
+        write!(f, " zero point {zero_point}")?;
+    }
+    write!(f, ", {}{channels}", int8.scale_b)
 }

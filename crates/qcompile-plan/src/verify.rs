@@ -411,6 +411,9 @@ fn check_scales(plan: &Plan, int8: &Int8, rows: Dim, channels: Dim) -> Checked {
     let rows = if int8.per_row { rows } else { Dim::ONE };
     let channels = if int8.per_channel { channels } else { Dim::ONE };
     dense(plan, int8.scale_a, DType::F32, product(&[rows])?)?;
+    if let Some(zero_point) = int8.zero_a {
+        dense(plan, zero_point, DType::U8, product(&[])?)?;
+    }
     dense(plan, int8.scale_b, DType::F32, product(&[channels])?)
 }
 
@@ -463,6 +466,9 @@ fn check_convolution(
             Product::Forward | Product::GradInput => (*images, cols),
             Product::GradWeight => ((*in_channels).into(), *out_channels),
         };
+        if *kind != Product::Forward && int8.is_affine() {
+            return Err("only a forward convolution has a zero point".to_owned());
+        }
         check_scales(plan, int8, rows, channels.into())?;
     }
     if epilogue.is_none() {

@@ -307,7 +307,7 @@ impl Small {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use qcompile_ir::{Dim, Shape, verify};
+    use qcompile_ir::{Activation, Cell, Dim, Recurrence, Shape, verify};
 
     #[test]
     fn small_plans_are_whole() {
@@ -353,5 +353,44 @@ mod tests {
             let cost = small.measure(&TrainerOptions::default()).unwrap();
             assert!(cost.high_ms > 0.0 && cost.low_ms > 0.0);
         }
+    }
+
+    #[test]
+    fn recurrent_layers_have_their_states_and_lengths() {
+        let ty = |dims: &[Dim]| TensorType::f32(Shape(dims.to_vec()));
+        let fixed = Dim::fixed;
+        let state = ty(&[Dim::N, fixed(8)]);
+        let recurrence = Recurrence {
+            cell: Cell::Lstm,
+            activations: [Activation::SIGMOID, Activation::TANH, Activation::TANH],
+            reverse: false,
+            clip: None,
+            peepholes: false,
+            input_forget: false,
+            lengths: true,
+            products: None,
+        };
+        let small = Small {
+            op: Op::Recurrence(recurrence),
+            x: ty(&[fixed(3), Dim::N, fixed(32)]),
+            weight: Some(vec![32, 8]),
+            others: vec![state.clone(), state, TensorType::new(DType::I64, Shape(vec![Dim::N]))],
+            result: ty(&[fixed(6), fixed(4), Dim::N, fixed(8)]),
+            forward: true,
+            backward: true,
+            low: Precision { forward: DType::I8, ..Precision::uniform(DType::BF16) },
+            high: Precision::uniform(DType::BF16),
+            quantizer: Quantizer::default(),
+            channels: Channels::default(),
+            batch: 4,
+        };
+        for (low, word) in [(false, "= recurrence_bf16 "), (true, "= recurrence_i8 ")] {
+            let graph = small.graph(low).unwrap();
+            verify(&graph).unwrap();
+            let text = build(graph, &BuildOptions { batch_size: 4 }).unwrap().to_string();
+            assert_eq!(text.matches(word).count(), 1, "{text}");
+        }
+        let cost = small.measure(&TrainerOptions::default()).unwrap();
+        assert!(cost.high_ms > 0.0 && cost.low_ms > 0.0);
     }
 }

@@ -140,6 +140,14 @@ impl Exported {
         self.form.ids().any(|id| self.form.ty(id).dtype == DType::I4)
     }
 
+    /// Folds batch normalization into weights, as it is in inference on integers.
+    ///
+    /// # Errors
+    /// Only by a defect.
+    pub fn fold(&mut self) -> Result<()> {
+        qdq::fold(&mut self.form)
+    }
+
     /// Makes the model compute on integers: with the ranges that it was trained with, or else with ranges measured on
     /// `options.data`.
     ///

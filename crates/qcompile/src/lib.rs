@@ -72,7 +72,7 @@ pub use qcompile_ir::{DType, GradientRounding, Granularity, Region, Scaling, Ten
 pub use qcompile_kernels::Tier;
 pub use qcompile_passes::attach_loss::LossKind;
 pub use qcompile_passes::quantize::{
-    ChannelPolicy, Numerics, OperandTypes, Operations, PrecisionChoice,
+    ChannelPolicy, Numerics, OperandTypes, Operations, PrecisionChoice, WeightScales, Weights,
 };
 pub use qcompile_passes::sensitivity::Metric;
 pub use qcompile_passes::update::Optimizer;

@@ -8,7 +8,7 @@ use qcompile_kernels::Tier;
 use qcompile_passes::attach_loss::LossKind;
 use qcompile_passes::calibrate::Method;
 use qcompile_passes::quantize::{
-    ChannelPolicy, Codes, Numerics, Operations, PrecisionChoice, Weights,
+    ChannelPolicy, Codes, Numerics, Operations, PrecisionChoice, WeightScales, Weights,
 };
 use qcompile_passes::saved;
 use qcompile_passes::sensitivity::Metric;
@@ -113,7 +113,7 @@ impl Default for Options {
             operations: Operations::default(),
             qat: false,
             activations: Codes::default(),
-            weights: Weights { dtype: DType::I8, block: None },
+            weights: Weights { dtype: DType::I8, scales: WeightScales::Channel },
             calibration: Method::default(),
             master_weights: true,
             saved: Vec::new(),
@@ -190,7 +190,10 @@ impl Options {
         let dtype = args.weights.unwrap_or(self.weights.dtype);
         Options {
             activations: args.activations.unwrap_or(self.activations),
-            weights: Weights { dtype, block: args.block_size },
+            weights: Weights {
+                dtype,
+                scales: args.block_size.map_or(self.weights.scales, WeightScales::Block),
+            },
             calibration: args.calibration.unwrap_or(self.calibration),
             ..self
         }
@@ -207,11 +210,17 @@ impl Options {
     /// # Errors
     /// A usage error that names those that do not.
     pub fn check(&self) -> Result<()> {
-        if self.weights.block.is_some() && self.weights.dtype != DType::I4 {
+        let block = matches!(self.weights.scales, WeightScales::Block(_));
+        if block && self.weights.dtype != DType::I4 {
             return Err(Error::usage("--block-size is for --weights int4"));
         }
         if self.qat {
             self.check_qat()?;
+        } else if self.calibration == Method::Lsq {
+            return Err(Error::usage(
+                "--calibration lsq learns scales in training: it is for --qat",
+            )
+            .help("min-max, percentile=P, mse and entropy find ranges without training"));
         }
         let thresholds =
             [("--threshold", self.threshold), ("--channel-threshold", self.channel_threshold)];
@@ -309,7 +318,7 @@ impl Options {
                 "weights",
                 if self.weights.dtype == DType::I4 { "int4" } else { "int8" }.to_owned(),
             );
-            if let Some(block) = self.weights.block {
+            if let WeightScales::Block(block) = self.weights.scales {
                 say("block-size", block.to_string());
             }
             say("calibration", self.calibration.to_string());

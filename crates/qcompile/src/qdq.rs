@@ -109,8 +109,7 @@ pub(crate) fn post_training(
     about: &About,
     options: &Options,
 ) -> Result<PostTraining> {
-    fold_batch_norm::run(form)?;
-    freeze(form)?;
+    fold(form)?;
     for id in form.ids() {
         // What ran in f32 for its speed, or in bf16, may be integers here.
         form.note_mut(id).precision = None;
@@ -143,6 +142,15 @@ pub(crate) fn post_training(
     finish(form)?;
     let Calibrated { samples, notes, .. } = calibrated;
     Ok(PostTraining { layers, kept: decisions.len() - layers, samples, notes })
+}
+
+/// Folds batch normalization into weights.
+///
+/// # Errors
+/// Only by a defect.
+pub(crate) fn fold(form: &mut Graph) -> Result<()> {
+    fold_batch_norm::run(form)?;
+    freeze(form)
 }
 
 /// Prepares an evaluation form that was trained with its roundings: its scales stay as they are.

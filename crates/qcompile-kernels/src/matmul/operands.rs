@@ -45,7 +45,8 @@ pub(super) unsafe fn pack_left<L: Lanes>(
         let from = p.a.add(matrix * p.a_strides[0] + row * p.a_strides[1]);
         if form == LeftForm::Rows {
             for r in 0..count {
-                pack::row::<L, Left>(from.add(r * p.a_strides[1]), p.k, to.add(r * words));
+                let row = from.add(r * p.a_strides[1]);
+                pack::row::<L, Left>(row, p.k, to.add(r * words), p.codes.flip);
             }
             return;
         }
@@ -65,6 +66,7 @@ pub(super) unsafe fn pack_left<L: Lanes>(
                     first: from.add(k * p.a_strides[2] + first * p.a_strides[1]),
                     k_stride: p.a_strides[2],
                     column_stride: p.a_strides[1],
+                    flip: p.codes.flip,
                 };
                 let live = ROW_GROUP.min(count - first);
                 let to = to.add(first * words + word * ROW_GROUP);
@@ -101,6 +103,7 @@ unsafe fn turn<L: Lanes>(
                     first: from.add(k * p.a_strides[2] + first * p.a_strides[1]),
                     k_stride: p.a_strides[2],
                     column_stride: p.a_strides[1],
+                    flip: p.codes.flip,
                 };
                 let live = ROW_GROUP.min(count - first);
                 pack::interleave::<L, Left>(source, length, live, group, ROW_GROUP);
@@ -136,6 +139,7 @@ pub(super) unsafe fn pack_right<L: Lanes>(
                         .add(k * p.b_strides[1] + panel * Panels::width::<L>() * p.b_strides[2]),
                     k_stride: p.b_strides[1],
                     column_stride: p.b_strides[2],
+                    flip: 0,
                 };
                 let stored = panels.stored::<L>(panel);
                 let to = to.add(panels.offset::<L>(panel) + (header + word) * stored);
@@ -146,7 +150,7 @@ pub(super) unsafe fn pack_right<L: Lanes>(
             for panel in 0..count {
                 let to = to.add(panels.offset::<L>(panel));
                 let stored = panels.stored::<L>(panel);
-                pack::header::<L>(to.add(stored), panels.k, stored, to);
+                pack::header::<L>(to.add(stored), panels.k, stored, to, p.codes);
             }
         }
     }

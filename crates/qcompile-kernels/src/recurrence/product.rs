@@ -3,7 +3,7 @@
 use super::{MAX_ROWS, Pass, Rows};
 use crate::args::RecurrenceShape;
 use crate::buffer::{Buffer, Slot};
-use crate::lanes::{Element, Lanes, Simd, Task};
+use crate::lanes::{Codes, Element, Lanes, Simd, Task};
 use crate::pack::{self, Left, Right, Source};
 use crate::softmax::reduce;
 use crate::tile::{Scales, Start, Tile, tile};
@@ -161,7 +161,7 @@ impl<A: Pass, K: Kind> Pack<A, K> {
         // SAFETY: granted by the caller; the buffer has room for the panel's elements.
         unsafe {
             let first = self.args.r().add(gate * hidden * hidden + column * column_stride);
-            let mut from = Source { first: first.cast(), k_stride, column_stride };
+            let mut from = Source { first: first.cast(), k_stride, column_stride, flip: 0 };
             let packed = self.args.scratch();
             if L::Element::NARROW {
                 let to = rounded.words().cast::<L::Element>();
@@ -183,13 +183,13 @@ impl<A: Pass, K: Kind> Pack<A, K> {
                 }
                 let (k_stride, column_stride) =
                     if A::TRANSPOSED { (1, length) } else { (length, 1) };
-                from = Source { first: to.cast_const(), k_stride, column_stride };
+                from = Source { first: to.cast_const(), k_stride, column_stride, flip: 0 };
             }
             let to = packed.add(unit * panels.panel());
             let words = to.add(if L::HEADER { width } else { 0 });
             pack::interleave::<L, Right>(from, hidden, columns, words, width);
             if L::HEADER {
-                pack::header::<L>(words, panels.depth(), width, to);
+                pack::header::<L>(words, panels.depth(), width, to, Codes::default());
             }
         }
     }
@@ -246,7 +246,7 @@ impl Operand {
             for row in 0..rows.count {
                 let from = from_raw_parts(first.add(row * stride), shape.hidden);
                 round(from, STATE_SCALE, from_raw_parts_mut(elements, shape.hidden));
-                pack::row::<L, Left>(elements, shape.hidden, buffer.add(row * depth));
+                pack::row::<L, Left>(elements, shape.hidden, buffer.add(row * depth), 0);
             }
         }
         // Rows that only fill a tile hold anything: no row sees another.

@@ -10,6 +10,28 @@ pub(crate) fn tables() -> Vec<&'static Kernels> {
     tables
 }
 
+/// How codes of a left operand are read.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CodesOf {
+    pub(crate) unsigned: bool,
+    pub(crate) zero: Option<u8>,
+}
+
+impl CodesOf {
+    /// What a code is less the zero point.
+    pub(crate) fn value(self, code: i8) -> i32 {
+        let whole = |byte: u8| {
+            if self.unsigned { i32::from(byte) } else { i32::from(byte.cast_signed()) }
+        };
+        whole(code.cast_unsigned()) - self.zero.map_or(0, whole)
+    }
+
+    /// The argument of a kernel.
+    pub(crate) fn zero(&self) -> *const u8 {
+        self.zero.as_ref().map_or(std::ptr::null(), std::ptr::from_ref)
+    }
+}
+
 /// A small generator (64-bit LCG, upper bits).
 pub(crate) struct Random(pub(crate) u64);
 
@@ -28,6 +50,16 @@ impl Random {
         self.reals(count).iter().map(|v| (v.to_bits() >> 16) as u16).collect()
     }
     /// All i8 values, the extreme ones often.
+    /// A way to read codes of a left operand: symmetric, of i8 or u8 with a zero point, and u8 without one.
+    pub(crate) fn codes(&mut self) -> CodesOf {
+        let zero = (self.next() % 256) as u8;
+        match self.next() % 4 {
+            0 => CodesOf { unsigned: false, zero: None },
+            1 => CodesOf { unsigned: false, zero: Some(zero) },
+            2 => CodesOf { unsigned: true, zero: Some(zero) },
+            _ => CodesOf { unsigned: true, zero: None },
+        }
+    }
     pub(crate) fn bytes(&mut self, count: usize) -> Vec<i8> {
         (0..count)
             .map(|_| match self.next() % 8 {

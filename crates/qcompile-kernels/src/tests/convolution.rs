@@ -260,8 +260,9 @@ fn int8_is_exact_on_every_tier() {
         let (nx, nw, ny) = sizes(&shape);
         let (x, w, dy) = (random.bytes(nx), random.bytes(nw), random.bytes(ny));
         let (mut y, mut dx) = (vec![0_i32; ny], vec![0_i32; nx]);
+        let codes = random.codes();
         products(&shape, |i, j, k| {
-            y[k] += i32::from(x[i]) * i32::from(w[j]);
+            y[k] += codes.value(x[i]) * i32::from(w[j]);
             dx[i] += i32::from(dy[k]) * i32::from(w[j]);
         });
         let image_scale = random.reals(shape.batch);
@@ -288,6 +289,8 @@ fn int8_is_exact_on_every_tier() {
                 y,
                 x_scale: image_scale.as_ptr(),
                 x_scale_stride: image_stride,
+                x_zero: codes.zero(),
+                x_unsigned: usize::from(codes.unsigned),
                 w_scale: channel_scale.as_ptr(),
                 w_scale_stride: channel_stride,
                 shape,

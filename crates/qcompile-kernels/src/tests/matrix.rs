@@ -173,6 +173,7 @@ fn int8_product_is_exact_on_every_tier() {
         let b = random.bytes(batch * k * n);
         let (a_scale, b_scale) = (random.reals(m), random.reals(n));
         let (a_scale_stride, b_scale_stride) = (i % 2, i / 2 % 2);
+        let codes = random.codes();
         let sa = strides(m, k, case.transposed.0, case.broadcast.0);
         let sb = strides(k, n, case.transposed.1, case.broadcast.1);
         let mut expected = Vec::new();
@@ -181,7 +182,7 @@ fn int8_product_is_exact_on_every_tier() {
                 for j in 0..n {
                     let term = |l| {
                         let a = a[x * sa[0] + i * sa[1] + l * sa[2]];
-                        i32::from(a) * i32::from(b[x * sb[0] + l * sb[1] + j * sb[2]])
+                        codes.value(a) * i32::from(b[x * sb[0] + l * sb[1] + j * sb[2]])
                     };
                     let scale = a_scale[i * a_scale_stride] * b_scale[j * b_scale_stride];
                     expected.push((0..k).map(term).sum::<i32>() as f32 * scale);
@@ -189,7 +190,8 @@ fn int8_product_is_exact_on_every_tier() {
             }
         }
         for table in tables() {
-            let what = format!("{:?} {:?} on {}", case.shape, case.transposed, table.tier);
+            let what =
+                format!("{:?} {:?} {codes:?} on {}", case.shape, case.transposed, table.tier);
             let mut c = Guarded::new(batch * m * n);
             let mut args = MatmulI8Args {
                 a: a.as_ptr(),
@@ -197,6 +199,8 @@ fn int8_product_is_exact_on_every_tier() {
                 c: c.as_mut_ptr(),
                 a_scale: a_scale.as_ptr(),
                 a_scale_stride,
+                a_zero: codes.zero(),
+                a_unsigned: usize::from(codes.unsigned),
                 b_scale: b_scale.as_ptr(),
                 b_scale_stride,
                 batch,

@@ -272,7 +272,10 @@ fn master(
     if let Some(blocks) = blocks {
         param = blocks.rows(draft, param)?;
     }
-    let parameters = Parameters { zero_point, ..parameters.clone() };
+    let mut parameters = Parameters { zero_point, ..parameters.clone() };
+    if !codes_fit {
+        parameters = parameters.of_whole_range(draft, dtype)?;
+    }
     let codes_now = draft.emit(Op::Quantize { dtype, axis }, &parameters.operands(param))?;
     let value = draft.emit(Op::Dequantize { axis }, &parameters.operands(codes_now))?;
     draft.derived.insert(codes, value);

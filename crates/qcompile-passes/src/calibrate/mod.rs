@@ -12,7 +12,7 @@ mod entropy;
 mod histogram;
 
 use crate::PassError;
-use crate::quantize::Codes;
+use crate::quantize::{Codes, initial_step_size};
 use histogram::Histogram;
 use qcompile_ir::{Graph, Name, NodeId, Tensor};
 use std::collections::BTreeMap;
@@ -46,6 +46,8 @@ pub enum Method {
     /// With the least Kullback-Leibler divergence of the rounded from the unrounded distribution (Migacz 2017, "8-bit
     /// inference with TensorRT").
     Entropy,
+    /// As learned step sizes begin: by the mean magnitude (Esser et al. 2020, arXiv:1902.08153, section 2.1).
+    Lsq,
 }
 
 impl fmt::Display for Method {
@@ -56,6 +58,7 @@ impl fmt::Display for Method {
             Method::Percentile(percent) => write!(f, "percentile={percent}"),
             Method::Mse => f.write_str("mse"),
             Method::Entropy => f.write_str("entropy"),
+            Method::Lsq => f.write_str("lsq"),
         }
     }
 }
@@ -97,11 +100,15 @@ pub fn run(
     let failed = |reason: String| PassError::Evaluation { pass: PASS, reason };
     let names: Vec<Name> = values.iter().map(|&id| graph.node(id).name.clone()).collect();
     let mut extremes = vec![(f32::INFINITY, f32::NEG_INFINITY); names.len()];
+    let mut magnitudes = vec![(0.0_f64, 0.0_f64); names.len()];
     let mut visit = |at: usize, tensor: &Tensor| {
         let (low, high) = &mut extremes[at];
+        let (sum, count) = &mut magnitudes[at];
         for x in tensor.to_f32().into_iter().filter(|x| x.is_finite()) {
             *low = low.min(x);
             *high = high.max(x);
+            *sum += f64::from(x.abs());
+            *count += 1.0;
         }
     };
     observe.observe(graph, &names, &mut visit).map_err(failed)?;
@@ -113,12 +120,20 @@ pub fn run(
     if method == Method::MinMax {
         return Ok(names.into_iter().zip(ranges).collect());
     }
+    if method == Method::Lsq {
+        #[allow(clippy::cast_possible_truncation, reason = "ranges are f32")]
+        let of_steps = ranges.iter().zip(magnitudes).map(|(range, (sum, count))| {
+            let step = initial_step_size(sum / count, codes.largest(range.low));
+            codes.range_of_step(step as f32, range.low)
+        });
+        return Ok(names.into_iter().zip(of_steps).collect());
+    }
     let mut histograms: Vec<Histogram> =
         ranges.iter().map(|&range| Histogram::new(range)).collect();
     let mut visit = |at: usize, tensor: &Tensor| histograms[at].add(&tensor.to_f32());
     observe.observe(graph, &names, &mut visit).map_err(failed)?;
     let chosen = histograms.iter().map(|histogram| match method {
-        Method::MinMax => histogram.extremes(),
+        Method::MinMax | Method::Lsq => histogram.extremes(),
         Method::Percentile(percent) => histogram.percentile(percent, codes),
         Method::Mse => histogram.least_error(codes),
         Method::Entropy => entropy::range(histogram, codes),

@@ -1,9 +1,10 @@
 //! The codes that activations are rounded to by a known range.
 
+use super::step_size;
 use crate::PassError;
 use crate::builder::Builder;
 use crate::calibrate::Range;
-use qcompile_ir::{BinaryOp, DType, NodeId, QuantizedRange, UnaryOp};
+use qcompile_ir::{BinaryOp, DType, NodeId, QuantizedRange, Tensor, UnaryOp};
 
 const SMALLEST_SCALE: f32 = QuantizedRange::SMALLEST_SCALE as f32;
 
@@ -83,6 +84,32 @@ impl Codes {
                 Grid { scale: f64::from(scale), zero_point: 0.0, low: -128.0, high: 127.0 }
             }
         }
+    }
+
+    /// The range of a step size, which [`Codes::grid`] gives back: symmetric where the least value is below 0, so that the
+    /// zero point is 0 or 128, else from 0 on.
+    pub(crate) fn range_of_step(self, step: f32, least: f32) -> Range {
+        match self {
+            Codes::Uint8 if least >= 0.0 => Range::new(0.0, 255.0 * step),
+            Codes::Uint8 => Range::new(-128.0 * step, 127.0 * step),
+            Codes::Int8 => Range::new(-127.0 * step, 127.0 * step),
+        }
+    }
+
+    /// The largest code of a value, less its zero point, in [`Codes::range_of_step`].
+    pub(crate) fn largest(self, least: f32) -> f64 {
+        if self == Codes::Uint8 && least >= 0.0 { 255.0 } else { 127.0 }
+    }
+
+    /// The scale of a range as a parameter, beside its zero point as a constant.
+    pub(super) fn learned(self, b: &mut Builder, range: Range) -> Result<Parameters, PassError> {
+        let grid = self.grid(range);
+        let scale = step_size::parameter(b, Tensor::scalar(DType::F32, grid.scale))?;
+        let zero_point = match self {
+            Codes::Uint8 => Some(b.scalar(DType::U8, grid.zero_point)?),
+            Codes::Int8 => None,
+        };
+        Ok(Parameters { scale, zero_point })
     }
 
     /// [`Codes::grid`] of a range that the graph holds, in the graph: `low` is at most 0, `high` at least. In training,

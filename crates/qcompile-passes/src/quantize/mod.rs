@@ -32,6 +32,7 @@ mod remove;
 mod rules;
 mod scale;
 mod split;
+mod step_size;
 #[cfg(test)]
 mod tests;
 mod weights;
@@ -50,9 +51,10 @@ pub(crate) use layer::{is_stored, parameter};
 pub use numerics::{Numerics, OperandTypes};
 pub use pack::{pack4, unpack4};
 pub use pairs::join_pairs;
-pub use ranged::{Held, Scheme, Weights, insert_ranged, round_biases};
+pub use ranged::{Held, Scheme, WeightScales, Weights, insert_ranged, round_biases};
 pub use remove::remove;
 pub use rules::rule_names;
+pub(crate) use step_size::initial as initial_step_size;
 pub use window::{Moves, optimise};
 
 use crate::PassError;

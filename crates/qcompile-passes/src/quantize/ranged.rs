@@ -9,6 +9,7 @@ use super::activations::{activations, chosen, is_move};
 use super::codes::{Codes, Parameters};
 use super::layer::{Layer, reads_quantized, stored_layers};
 use super::scale;
+use super::step_size;
 use crate::PassError;
 use crate::builder::Builder;
 use crate::calibrate::Range;
@@ -31,9 +32,19 @@ const LARGEST_BIAS: f64 = (1 << 30) as f64;
 pub struct Weights {
     /// i8 or i4.
     pub dtype: DType,
-    /// So many elements along the axis that a product sums over share a scale; without, all of an output channel do.
-    /// For products of matrices only: convolutions have a scale for each channel.
-    pub block: Option<usize>,
+    /// What shares a scale.
+    pub scales: WeightScales,
+}
+
+/// What of a weight shares a scale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WeightScales {
+    /// All of it. Its bias is not rounded.
+    Tensor,
+    /// An output channel.
+    Channel,
+    /// So many elements along the axis that a product of matrices sums over; of a convolution, an output channel.
+    Block(usize),
 }
 
 /// Who holds the ranges of activations.
@@ -43,6 +54,8 @@ pub enum Held {
     Constant,
     /// States, moved in each step towards the extremes of the batch by an exponential average.
     State,
+    /// Parameters: scales of activations and of weights are learned (LSQ), zero points stay.
+    Parameter,
 }
 
 /// How values are rounded.
@@ -88,15 +101,22 @@ pub fn insert_ranged(
             pass: PASS,
             reason: format!("{name} has no range"),
         })?;
-        let ends = ends(graph, &name, *range, scheme.held)?;
+        let ends = match scheme.held {
+            Held::Constant => Some(ends(graph, &name, *range, Op::Const)?),
+            Held::State => Some(ends(graph, &name, *range, Op::State)?),
+            Held::Parameter => None,
+        };
         let mut b = Builder::new(graph, Region::Forward, name.as_str());
         let trained = scheme.held == Held::State;
-        let parameters = scheme.codes.parameters(&mut b, ends, trained)?;
+        let parameters = match ends {
+            Some(ends) => scheme.codes.parameters(&mut b, ends, trained)?,
+            None => scheme.codes.learned(&mut b, *range)?,
+        };
         let rounded = rounded(graph, value, parameters, scheme.codes.dtype())?;
-        known.insert(rounded, parameters);
-        if trained {
+        if let Some(ends) = ends.filter(|_| trained) {
             follow(graph, value, ends)?;
         }
+        known.insert(rounded, parameters);
     }
     let mut weights: BTreeMap<(NodeId, usize), NodeId> = BTreeMap::new();
     for layer in &layers {
@@ -106,7 +126,7 @@ pub fn insert_ranged(
         }
         let rounded = match weights.get(&(operand, layer.weight_axis)) {
             Some(&rounded) => rounded,
-            None => weight(graph, layer, operand, scheme.weights)?,
+            None => weight(graph, layer, operand, scheme)?,
         };
         weights.insert((operand, layer.weight_axis), rounded);
         graph.set_operand(layer.node, 1, rounded)?;
@@ -119,17 +139,13 @@ fn ends(
     graph: &mut Graph,
     name: &Name,
     range: Range,
-    held: Held,
+    leaf: fn(Arc<Tensor>) -> Op,
 ) -> Result<[NodeId; 2], PassError> {
-    let mut leaf = |word: &str, number: f32| {
+    let mut end = |word: &str, number: f32| {
         let number = Arc::new(Tensor::scalar(DType::F32, f64::from(number)));
-        let leaf = match held {
-            Held::Constant => Op::Const(number),
-            Held::State => Op::State(number),
-        };
-        graph.add(leaf, &[], format!("{}.{word}", name.as_str()), Region::Forward)
+        graph.add(leaf(number), &[], format!("{}.{word}", name.as_str()), Region::Forward)
     };
-    Ok([leaf("low", range.low)?, leaf("high", range.high)?])
+    Ok([end("low", range.low)?, end("high", range.high)?])
 }
 
 /// Moves a range towards the extremes of a value: `momentum · range + (1 - momentum) · extreme`. One that is not finite
@@ -185,11 +201,15 @@ fn weight(
     graph: &mut Graph,
     layer: &Layer,
     weight: NodeId,
-    Weights { dtype, block }: Weights,
+    scheme: &Scheme,
 ) -> Result<NodeId, PassError> {
     let matrix = matches!(graph.op(layer.node), Op::Matmul { .. });
-    let Some(block) = block.filter(|_| matrix) else {
-        return rounded_along(graph, weight, layer.weight_axis, dtype);
+    let block = match scheme.weights.scales {
+        WeightScales::Tensor => return rounded_along(graph, weight, None, scheme),
+        WeightScales::Block(block) if matrix => block,
+        WeightScales::Channel | WeightScales::Block(_) => {
+            return rounded_along(graph, weight, Some(layer.weight_axis), scheme);
+        }
     };
     let shape = graph.ty(weight).shape.clone();
     let name = graph.node(weight).name.as_str().to_owned();
@@ -210,20 +230,25 @@ fn weight(
     let rows = if across { b.add("across", swap.clone(), &[weight])? } else { weight };
     let blocks = Shape::fixed(&[layer.channels * (inner / block), block]);
     let parts = b.reshape("blocks", rows, blocks)?;
-    let rounded = rounded_along(b.graph, parts, 0, dtype)?;
+    let rounded = rounded_along(b.graph, parts, Some(0), scheme)?;
     let rows = b.reshape("rounded", rounded, Shape::fixed(&[layer.channels, inner]))?;
     if across { b.add("along", swap, &[rows]) } else { Ok(rows) }
 }
 
-/// A weight rounded symmetrically by the largest magnitude for each index of an axis.
+/// A weight rounded symmetrically, by one scale or one for each index of an axis: of its largest magnitude, or learned.
 fn rounded_along(
     graph: &mut Graph,
     weight: NodeId,
-    axis: usize,
-    dtype: DType,
+    axis: Option<usize>,
+    scheme: &Scheme,
 ) -> Result<NodeId, PassError> {
-    let axis = Some(axis);
-    let scale = scale::current(graph, weight, axis, dtype, Region::Forward)?;
+    let dtype = scheme.weights.dtype;
+    let scale = match scheme.held {
+        Held::Parameter => step_size::of_weight(graph, weight, axis, dtype)?,
+        Held::Constant | Held::State => {
+            scale::current(graph, weight, axis, dtype, Region::Forward)?
+        }
+    };
     let name = graph.node(weight).name.as_str().to_owned();
     let mut b = Builder::new(graph, Region::Forward, &name);
     let q = b.add("q", Op::Quantize { dtype, axis }, &[weight, scale])?;
@@ -239,7 +264,12 @@ fn rounded_along(
 pub fn round_biases(graph: &mut Graph) -> Result<usize, PassError> {
     let mut count = 0;
     for layer in stored_layers(graph) {
-        let [data, weight] = [graph.operand(layer.node, 0), graph.operand(layer.node, 1)];
+        let weight = graph.operand(layer.node, 1);
+        // Codes that lie in another order have the scale that they had.
+        let mut data = graph.operand(layer.node, 0);
+        while let Op::Transpose(_) | Op::Reshape(_) = graph.op(data) {
+            data = graph.operand(data, 0);
+        }
         let axis = Some(layer.weight_axis);
         let of_codes = *graph.op(data) == Op::Dequantize { axis: None }
             && *graph.op(weight) == Op::Dequantize { axis };

@@ -12,12 +12,14 @@ use std::sync::Arc;
 
 /// The smallest range of a block.
 const TINY: f64 = 1e-30;
+/// The largest number of f16.
+const LARGEST_F16: f64 = 65504.0;
 
 /// A stored copy.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Copy {
-    /// In bf16.
-    Rounded(NodeId),
+    /// In bf16 or f16.
+    Rounded(NodeId, Format),
     /// Codes of blocks, as `Digits` says.
     Codes { codes: NodeId, digits: Digits, low: NodeId, step: NodeId },
     /// Truth values.
@@ -28,7 +30,7 @@ impl Copy {
     /// What it is in: 8 bits may stand for 4.
     pub(super) fn format(&self) -> Format {
         match self {
-            Copy::Rounded(_) => Format::Bf16,
+            Copy::Rounded(_, format) => *format,
             Copy::Codes { digits, .. } if *digits == NIBBLES => Format::Int4,
             Copy::Codes { .. } | Copy::Bits { .. } => Format::Int8,
         }
@@ -62,8 +64,9 @@ impl Builder<'_> {
 
     /// A copy of `x` in this format. Where the elements of a sample cannot be taken in pairs, 8 bits stand for 4.
     pub(super) fn stored(&mut self, x: NodeId, format: Format) -> Result<Copy, PassError> {
-        if format == Format::Bf16 {
-            return Ok(Copy::Rounded(self.cast("saved", x, DType::BF16)?));
+        if let Some(dtype) = format.float() {
+            let held = if dtype == DType::F16 { self.within_f16(x)? } else { x };
+            return Ok(Copy::Rounded(self.cast("saved", held, dtype)?, format));
         }
         let per_sample = self.per_sample(x)?;
         let pairs = blocks::of_samples(per_sample, 2).filter(|_| format == Format::Int4);
@@ -103,6 +106,14 @@ impl Builder<'_> {
         Ok(Copy::Codes { codes: self.packed(code, digits)?, digits, low, step })
     }
 
+    /// `x` without what f16 would make infinite.
+    fn within_f16(&mut self, x: NodeId) -> Built {
+        let most = self.splat_like("saved.most", x, LARGEST_F16)?;
+        let low = self.binary("saved.below", BinaryOp::Min, x, most)?;
+        let least = self.splat_like("saved.least", x, -LARGEST_F16)?;
+        self.binary("saved.within", BinaryOp::Max, low, least)
+    }
+
     /// Truth values as bits; as bytes where the elements of a sample are no multiple of 8.
     pub(super) fn bits(&mut self, mask: NodeId) -> Result<Copy, PassError> {
         let per_sample = self.per_sample(mask)?;
@@ -120,7 +131,7 @@ impl Builder<'_> {
     /// What a copy stands for, of the type of the value that it is of.
     pub(super) fn restored(&mut self, copy: &Copy, like: &TensorType) -> Built {
         let value = match *copy {
-            Copy::Rounded(value) => value,
+            Copy::Rounded(value, _) => value,
             Copy::Codes { codes, digits, low, step } => {
                 let code = self.unpacked(codes, digits)?;
                 let shape = self.shape(code);

@@ -212,7 +212,7 @@ pub(super) fn find(graph: &Graph, rules: &[Rule]) -> Result<Found, PassError> {
                     *matched |= fits(graph, rule, id);
                 }
                 let format = rules[at].format;
-                let gains = format != Format::Bf16 || ty.dtype == DType::F32;
+                let gains = format.float().is_none() || ty.dtype == DType::F32;
                 if gains {
                     treatment = Treatment::Stored(format);
                 }

@@ -2,7 +2,7 @@
 //!
 //! *Before*: a graph with forward and backward region.
 //!
-//! *After*: where the backward region read a large forward value, it reads a copy that was stored in bf16, in 8 or in 4
+//! *After*: where the backward region read a large forward value, it reads a copy that was stored in bf16 or f16, in 8 or in 4
 //! bits, and is restored where it is read first; the forward region reads what it read before. As in ActNN (Chen et al.
 //! 2021, arXiv:2104.14129), integers have a smallest value and a step for each block of a sample, and are rounded at random:
 //! with levels L (255 or 15),
@@ -26,7 +26,7 @@ use crate::PassError;
 use crate::builder::Builder;
 use codes::Copy;
 use find::{Found, Treatment};
-use qcompile_ir::{Graph, NodeId, Op, Region};
+use qcompile_ir::{DType, Graph, NodeId, Op, Region};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// How a saved value is stored.
@@ -34,6 +34,8 @@ use std::collections::{BTreeMap, BTreeSet};
 pub enum Format {
     /// Rounded to bf16.
     Bf16,
+    /// Rounded to f16, and held within its range.
+    F16,
     /// A code of 8 bits; a smallest value and a step for each block.
     Int8,
     /// A code of 4 bits, two in a byte.
@@ -42,15 +44,25 @@ pub enum Format {
 
 impl Format {
     /// Every format.
-    pub const ALL: [Format; 3] = [Format::Bf16, Format::Int8, Format::Int4];
+    pub const ALL: [Format; 4] = [Format::Bf16, Format::F16, Format::Int8, Format::Int4];
 
     /// The word on the command line.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Format::Bf16 => "bf16",
+            Format::F16 => "f16",
             Format::Int8 => "int8",
             Format::Int4 => "int4",
+        }
+    }
+
+    /// The float type that it rounds to, if it does that alone.
+    const fn float(self) -> Option<DType> {
+        match self {
+            Format::Bf16 => Some(DType::BF16),
+            Format::F16 => Some(DType::F16),
+            Format::Int8 | Format::Int4 => None,
         }
     }
 }

@@ -37,7 +37,9 @@ fn what_is_restored_is_near_and_right_on_average() {
     let source =
         SOURCE.replace("return %t,", "%copy : f32[N, 96] = neg %read\n  return %copy as \"t\",");
     let exact = evaluated(&parse(&source), 0);
-    for (format, levels) in [(Format::Bf16, 256.0), (Format::Int8, 255.0), (Format::Int4, 15.0)] {
+    for (format, levels) in
+        [(Format::Bf16, 256.0), (Format::F16, 2048.0), (Format::Int8, 255.0), (Format::Int4, 15.0)]
+    {
         let mut graph = parse(&source);
         let saved = run(&mut graph, &[Rule { format, pattern: None }]).expect("compresses");
         verify(&graph).expect("valid");
@@ -45,7 +47,7 @@ fn what_is_restored_is_near_and_right_on_average() {
         assert_eq!(saved.compressed, [compressed]);
         // A block of 96; smallest value and step in f32; and a bit for each comparison.
         let expected = match format {
-            Format::Bf16 => 2 * 96,
+            Format::Bf16 | Format::F16 => 2 * 96,
             Format::Int8 => 96 + 8,
             Format::Int4 => 48 + 8,
         };
@@ -66,7 +68,7 @@ fn what_is_restored_is_near_and_right_on_average() {
         }
         // Rounding at random has a deviation of at most half a step.
         let limit =
-            if format == Format::Bf16 { 2.0_f64.powi(-8) } else { 1.0 / levels / 16.0 * 5.0 };
+            if format.float().is_some() { 2.0_f64.powi(-8) } else { 1.0 / levels / 16.0 * 5.0 };
         let worst = sum.iter().fold(0.0_f64, |worst, error| worst.max(error.abs()));
         assert!(worst <= limit, "{format:?}: {worst} on average");
     }
@@ -85,7 +87,7 @@ fn what_is_returned_is_saved_anyway() {
 
 #[test]
 fn rules_have_a_text() {
-    for text in ["saved=int8", "saved=int4:conv*", "saved=bf16:a:b"] {
+    for text in ["saved=int8", "saved=f16", "saved=int4:conv*", "saved=bf16:a:b"] {
         assert_eq!(text.parse::<Rule>().map(|rule| rule.to_string()), Ok(text.to_owned()));
     }
     for wrong in ["saved", "saved=", "saved=int8:", "saved=f64", "mean=int8", ""] {

@@ -55,7 +55,7 @@ pub struct CompileArgs {
     /// What --qat rounds to what.
     #[command(flatten)]
     pub ranged: RangedArgs,
-    /// Save what the backward pass reads of the forward pass in bf16, int8 or int4: saved=int8, or of some nodes only
+    /// Save what the backward pass reads of the forward pass in bf16, f16, int8 or int4: saved=int8, or of some nodes only
     /// saved=int4:PATTERN; of several that match the last counts.
     #[arg(long, value_name = "saved=FORMAT[:PATTERN]", help_heading = "Precision")]
     pub compress: Vec<saved::Rule>,
@@ -196,7 +196,8 @@ pub struct RangedArgs {
     /// Elements of an int4 weight of a matrix product that share a scale, along the axis that is summed over.
     #[arg(long, value_name = "N", value_parser = positive, help_heading = "Integers")]
     pub block_size: Option<usize>,
-    /// How ranges follow from the samples: min-max, percentile=P (99.99, say), mse or entropy [default: min-max].
+    /// How ranges follow from the samples: min-max, percentile=P (99.99, say), mse or entropy; with --qat also
+    /// lsq: scales of activations and weights are learned [default: min-max].
     #[arg(long, value_name = "METHOD", value_parser = calibration, help_heading = "Integers")]
     pub calibration: Option<Method>,
 }

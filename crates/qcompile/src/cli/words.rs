@@ -169,11 +169,12 @@ pub(super) fn calibration(text: &str) -> Result<Method, String> {
         None if text == "min-max" => Ok(Method::MinMax),
         None if text == "mse" => Ok(Method::Mse),
         None if text == "entropy" => Ok(Method::Entropy),
+        None if text == "lsq" => Ok(Method::Lsq),
         Some(("percentile", percent)) => {
             let wanted = "a percentage above 50, at most 100";
             real(percent, |x| x > 50.0 && x <= 100.0, wanted).map(Method::Percentile)
         }
-        _ => Err("min-max, percentile=P, mse or entropy is wanted".to_owned()),
+        _ => Err("min-max, percentile=P, mse, entropy or lsq is wanted".to_owned()),
     }
 }
 

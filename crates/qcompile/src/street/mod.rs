@@ -16,6 +16,7 @@ use crate::sensitivity::{self, Calibration};
 use crate::terminal::Show;
 use qcompile_ir::{Graph, verify};
 use qcompile_passes::attach_loss::{self, LossKind};
+use qcompile_passes::calibrate::Method;
 use qcompile_passes::quantize::{self, Decision, Held, LayerCost, OperandTypes, PrecisionChoice};
 use qcompile_passes::sensitivity::{LayerScore, Metric, Scores};
 use qcompile_passes::{
@@ -330,7 +331,9 @@ impl<'a> Street<'a> {
             let decided = quantize::decide(&mut draft.graph, &options)?;
             let calibrated = qdq::calibrate(&draft.graph, &draft.about, self.options)?;
             draft.about.warnings.extend(calibrated.notes.iter().cloned());
-            let scheme = qdq::scheme(self.options, Held::State);
+            let learned = self.options.calibration == Method::Lsq;
+            let held = if learned { Held::Parameter } else { Held::State };
+            let scheme = qdq::scheme(self.options, held);
             quantize::insert_ranged(&mut draft.graph, &calibrated.ranges, &scheme)?;
             decided
         } else {
@@ -356,14 +359,18 @@ impl<'a> Street<'a> {
                 first.op.name()
             ));
         }
-        let recurrent = |one: &&Decision| one.op == "recurrence" && !one.precision.is_quantized();
+        // What --keep names is no surprise.
+        let recurrent = |one: &&Decision| {
+            let left = one.op == "recurrence" && !one.precision.is_quantized();
+            left && !one.reason.ends_with("is to stay f32")
+        };
         if self.options.precision == PrecisionChoice::Int8
             && let Some(first) = decided.iter().find(recurrent)
         {
             draft.about.warnings.push(format!(
                 "{} recurrent products are not int8; the first is {}: {}",
                 decided.iter().filter(recurrent).count(),
-                first.node,
+                first.node.as_str(),
                 first.reason
             ));
         }
