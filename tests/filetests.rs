@@ -5,7 +5,7 @@
 //! differentiation; here it is checked that every op has its files.
 
 use crate::support::{cases, parse, root, snapshot};
-use qcompile_ir::{BinaryOp, GradientRounding, Granularity, ReduceOp, Scaling, UnaryOp};
+use qcompile_ir::{BinaryOp, GradientRounding, Granularity, Graph, ReduceOp, Scaling, UnaryOp};
 use qcompile_passes::{PassError, attention, differentiate, quantize, simplify};
 use std::collections::BTreeSet;
 
@@ -29,13 +29,19 @@ fn shown(result: Result<qcompile_ir::Graph, PassError>) -> String {
 
 #[test]
 fn plan() {
-    check("plan", |graph| {
-        let options = qcompile_plan::BuildOptions { batch_size: 4 };
-        match qcompile_plan::build(graph, &options) {
-            Ok(plan) => plan.to_string(),
-            Err(error) => format!("error: {error}\n"),
-        }
-    });
+    check("plan", |graph| planned(graph).expect("has a plan"));
+}
+
+/// Graphs that are valid and have no plan: what is said of them.
+#[test]
+fn plan_refused() {
+    check("plan-refused", |graph| planned(graph).expect_err("has no plan") + "\n");
+}
+
+fn planned(graph: Graph) -> Result<String, String> {
+    let options = qcompile_plan::BuildOptions { batch_size: 4 };
+    let plan = qcompile_plan::build(graph, &options);
+    plan.map(|plan| plan.to_string()).map_err(|error| error.to_string())
 }
 
 #[test]
@@ -181,6 +187,7 @@ fn every_file_says_its_idea_in_its_first_line() {
         "evaluation",
         "gradients",
         "plan",
+        "plan-refused",
         "quantize",
         "simplify",
         "verify",
@@ -194,7 +201,9 @@ fn every_file_says_its_idea_in_its_first_line() {
 
 #[test]
 fn no_snapshot_is_left_over() {
-    for kind in ["attention", "channels", "evaluation", "plan", "quantize", "simplify"] {
+    for kind in
+        ["attention", "channels", "evaluation", "plan", "plan-refused", "quantize", "simplify"]
+    {
         let names: BTreeSet<_> =
             cases(kind).iter().map(|path| path.file_stem().map(|stem| stem.to_owned())).collect();
         for entry in std::fs::read_dir(root().join("snapshots").join(kind)).expect("snapshots") {
