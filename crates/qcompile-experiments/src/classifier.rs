@@ -8,7 +8,7 @@ use qcompile::terminal::Show;
 use qcompile::train::{Rate, Run, Settings, evaluate};
 use qcompile::wants::Wants;
 use qcompile::{
-    Code, Error, LossKind, Options, PrecisionChoice, Region, Result, Tensor, Trainer,
+    Code, Compiled, Error, LossKind, Options, PrecisionChoice, Region, Result, Tensor, Trainer,
     TrainerOptions, Values, compile,
 };
 use qcompile_passes::differentiate::GRADIENT_SUFFIX;
@@ -29,13 +29,20 @@ pub(crate) struct Pictures {
 impl Pictures {
     /// The pictures in a folder, as `models/fetch.sh` leaves it; `transform` follows a colon, as in `--data`.
     pub(crate) fn load(folder: &Path, transform: &str) -> Result<Pictures> {
-        let load = |part: &str| {
-            let file = |kind: &str| folder.join(format!("{part}-{kind}-ubyte.gz"));
-            let (images, labels) = (file("images-idx3"), file("labels-idx1"));
-            let text = format!("x={}{transform},label={}", images.display(), labels.display());
-            Dataset::load(&text, Limits::default())
-        };
+        let load =
+            |part: &str| Dataset::load(&Pictures::part(folder, transform, part), Limits::default());
         Ok(Pictures { train: load("train")?, test: load("t10k")? })
+    }
+
+    /// Those to train on, as `--data` names them.
+    pub(crate) fn training(folder: &Path, transform: &str) -> String {
+        Pictures::part(folder, transform, "train")
+    }
+
+    fn part(folder: &Path, transform: &str, part: &str) -> String {
+        let file = |kind: &str| folder.join(format!("{part}-{kind}-ubyte.gz"));
+        let (images, labels) = (file("images-idx3"), file("labels-idx1"));
+        format!("x={}{transform},label={}", images.display(), labels.display())
     }
 }
 
@@ -86,8 +93,16 @@ impl Classifier {
         pictures: &Dataset,
         training: &Training,
     ) -> Result<Classifier> {
+        Classifier::train_compiled(compile(model, &training.options)?, pictures, training)
+    }
+
+    /// Trains what was compiled with the options of `training`.
+    pub(crate) fn train_compiled(
+        compiled: Compiled,
+        pictures: &Dataset,
+        training: &Training,
+    ) -> Result<Classifier> {
         let Training { options, epochs, lr, seed } = training;
-        let compiled = compile(model, options)?;
         let wants = Wants::of(compiled.plan.graph(), &compiled.about)?;
         let trainer = Trainer::new(Arc::clone(&compiled.plan), &TrainerOptions::default())?;
         let rate = Rate {
@@ -176,6 +191,11 @@ impl Classifier {
             self.trainer.plan().inputs().iter().map(|input| input.name.as_str()).collect();
         batch.extend(quiet().into_iter().filter(|(name, _)| taken.contains(&name.as_str())));
         Ok(batch)
+    }
+
+    /// The net.
+    pub(crate) fn trainer(&self) -> &Trainer {
+        &self.trainer
     }
 
     /// A parameter.

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod classifier;
+mod depthwise;
 mod gradient_coder;
 mod low_bits;
 mod masks;
@@ -47,6 +48,11 @@ const EXPERIMENTS: &[Experiment] = &[
         "multipoint",
         "error by number of points, and adaptive against random channels",
         multipoint::run,
+    ),
+    (
+        "depthwise",
+        "a depthwise network rounded and trained with it, per tensor and per channel",
+        depthwise::run,
     ),
     ("low-bits", "training a perceptron on int8 and int4", low_bits::perceptron),
     ("resnet8", "training ResNet-8 in int8", low_bits::resnet8),
