@@ -116,11 +116,6 @@ def step(weights, x, label, name, kind):
     return loss.item(), {key: value.detach().numpy() for key, value in gradients.items()}
 
 
-def distance(got, wanted):
-    """The largest error of a tensor."""
-    return max(np.linalg.norm(got[key] - tensor) / np.linalg.norm(tensor) for key, tensor in wanted.items())
-
-
 def main():
     values = peer.parse(peer.arguments(__doc__.splitlines()[0], CASES), CASES)
     work = peer.Workspace(values)
@@ -146,14 +141,12 @@ def main():
         except peer.Failure as failure:
             failures.append(f"{name}: {failure}")
             continue
-        with np.load(work.path / "gradients.npz") as file:
-            got = {key: file[key].astype(np.float64) for key in file.files}
-        error = max(distance(got, wanted), abs(float(got["loss"]) - loss) / loss)
-        change = distance(wanted, exact)
+        got = peer.gradients(work.path / "gradients.npz")
+        error = max(peer.distance(got, wanted), abs(float(got["loss"]) - loss) / loss)
+        change = peer.distance(wanted, exact)
         good = error <= LIMIT and error < change / 2
-        if not good:
-            failures.append(f"{name}: error {error:.2e}, where rounding changes {change:.2e}")
-        rows.append([name, f"{error:.1e}", f"{change:.1e}", "ok" if good else "FAILED"])
+        row, failed = peer.judge(name, error, change, good)
+        rows, failures = [*rows, row], failures + failed
     peer.table(["case", "error", "rounding", ""], rows)
     peer.finish(failures)
 

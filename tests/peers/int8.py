@@ -137,15 +137,9 @@ def step(weights, x, label, how, codes):
     return loss.item(), {key: value.double().numpy() for key, value in gradients.items()}
 
 
-def distance(got, wanted):
-    """The largest error of a tensor."""
-    return max(np.linalg.norm(got[key] - tensor) / np.linalg.norm(tensor) for key, tensor in wanted.items())
-
-
 def gradients(work, plan):
     work.run("run", plan, "--loss", "cross-entropy", "--inputs", "batch.npz", "--gradients", "gradients.npz")
-    with np.load(work.path / "gradients.npz") as file:
-        return {key: file[key].astype(np.float64) for key in file.files}
+    return peer.gradients(work.path / "gradients.npz")
 
 
 def trained(work, plan, epochs, seed=0):
@@ -186,9 +180,8 @@ def main():
             continue
         limit = LIMIT if name != "stochastic" else 0.4
         good = error <= limit and change > 2 * LIMIT
-        if not good:
-            failures.append(f"{name}: error {error:.2e}, where rounding changes {change:.2e}")
-        rows.append([name, f"{error:.1e}", f"{change:.1e}", "ok" if good else "FAILED"])
+        row, failed = peer.judge(name, error, change, good)
+        rows, failures = [*rows, row], failures + failed
     peer.table(["case", "error", "rounding", ""], rows)
     peer.finish(failures)
 
@@ -197,8 +190,8 @@ def nearest(work, plan, weights, x, label, how, exact):
     """The error of a step, and how far that is from one that rounds nothing."""
     loss, wanted = step(weights, x, label, how, Codes())
     got = gradients(work, plan)
-    error = max(distance(got, wanted), abs(float(got["loss"]) - loss) / loss)
-    return error, distance(wanted, exact)
+    error = max(peer.distance(got, wanted), abs(float(got["loss"]) - loss) / loss)
+    return error, peer.distance(wanted, exact)
 
 
 def delayed(work, plan, weights, x, label, how, exact):
@@ -215,7 +208,7 @@ def delayed(work, plan, weights, x, label, how, exact):
     got = trained(work, plan, epochs=2)
     moved = {key: value - weights[key].double().numpy() for key, value in got.items()}
     wanted = two(history=True)
-    return distance(moved, wanted), distance(two(history=False), wanted)
+    return peer.distance(moved, wanted), peer.distance(two(history=False), wanted)
 
 
 def stochastic(work, plan, weights, x, label, how, exact):
@@ -227,9 +220,9 @@ def stochastic(work, plan, weights, x, label, how, exact):
     for seed in range(SEEDS):
         after = trained(work, plan, epochs=1, seed=seed)
         drawn.append({key: (weights[key].double().numpy() - after[key]) / STEP for key in wanted})
-    single = np.mean([distance(one, wanted) for one in drawn])
+    single = np.mean([peer.distance(one, wanted) for one in drawn])
     mean = {key: np.mean([one[key] for one in drawn], axis=0) for key in wanted}
-    return distance(mean, wanted) / single, single
+    return peer.distance(mean, wanted) / single, single
 
 
 main()

@@ -98,6 +98,27 @@ def json_lines(text):
     return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 
+def gradients(path):
+    """The loss and the gradients that `qcompile run --gradients` wrote, in f64."""
+    import numpy as np
+
+    with np.load(path) as file:
+        return {key: file[key].astype(np.float64) for key in file.files}
+
+
+def distance(got, wanted):
+    """The largest error of a tensor: the L2 norm of the difference over that of what is wanted."""
+    import numpy as np
+
+    return max(np.linalg.norm(got[key] - tensor) / np.linalg.norm(tensor) for key, tensor in wanted.items())
+
+
+def judge(name, error, change, good):
+    """The row of a case of [case, error, what rounding changes, verdict], and its failure, if it is one."""
+    failure = [] if good else [f"{name}: error {error:.2e}, where rounding changes {change:.2e}"]
+    return [name, f"{error:.1e}", f"{change:.1e}", "ok" if good else "FAILED"], failure
+
+
 def table(head, rows):
     """Prints aligned columns: the first to the left, the others to the right."""
     cells = [list(map(str, row)) for row in [head, *rows]]

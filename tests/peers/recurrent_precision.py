@@ -114,11 +114,6 @@ def model(cell, weights):
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-def distance(got, wanted):
-    """The largest error of a tensor."""
-    return max(np.linalg.norm(got[key] - tensor) / np.linalg.norm(tensor) for key, tensor in wanted.items())
-
-
 def main():
     values = peer.parse(peer.arguments(__doc__.splitlines()[0], CASES), CASES)
     work = peer.Workspace(values)
@@ -148,14 +143,12 @@ def main():
         except peer.Failure as failure:
             failures.append(f"{name}: {failure}")
             continue
-        with np.load(work.path / "out.npz") as file:
-            got = {key: file[key].astype(np.float64) for key in file.files}
-        error, change = distance(got, wanted), distance(exact, wanted)
+        got = peer.gradients(work.path / "out.npz")
+        error, change = peer.distance(got, wanted), peer.distance(exact, wanted)
         error = max(error, abs(float(got["loss"]) - loss) / loss)
         good = error <= LIMIT and change > 2 * LIMIT
-        if not good:
-            failures.append(f"{name}: error {error:.2e}, where rounding changes {change:.2e}")
-        rows.append([name, f"{error:.1e}", f"{change:.1e}", "ok" if good else "FAILED"])
+        row, failed = peer.judge(name, error, change, good)
+        rows, failures = [*rows, row], failures + failed
     peer.table(["case", "error", "rounding", ""], rows)
     peer.finish(failures)
 

@@ -109,6 +109,10 @@ pub(crate) fn run(settings: &Settings) -> Result<Report> {
         ),
         tensor[0] - channel[0] >= 5.0,
     );
+    report.rule(
+        "the order of the paper at 4 bits: rounded per tensor, per channel, then either after training",
+        tensor[0] > channel[0] && channel[0] > tensor[1].max(channel[1]),
+    );
     for (name, [rounded, trained]) in [("tensor", tensor), ("channel", channel)] {
         report.rule(
             format!(

@@ -62,18 +62,20 @@ pub(super) unsafe fn pack_left<L: Lanes>(
             let k = word * L::GROUP;
             let length = (step * L::GROUP).min(p.k - k);
             for first in (0..count).step_by(ROW_GROUP) {
-                let source = Source {
-                    first: from.add(k * p.a_strides[2] + first * p.a_strides[1]),
-                    k_stride: p.a_strides[2],
-                    column_stride: p.a_strides[1],
-                    flip: p.codes.flip,
-                };
+                let source = left_source(p, from, k, first);
                 let live = ROW_GROUP.min(count - first);
                 let to = to.add(first * words + word * ROW_GROUP);
                 pack::interleave::<L, Left>(source, length, live, to, ROW_GROUP);
             }
         }
     }
+}
+
+/// What begins with element `k` of a row of A, `row` rows after `from`: columns of a packed group are rows of A.
+fn left_source<E>(p: &Product<E>, from: *const E, k: usize, row: usize) -> Source<E> {
+    let [_, column_stride, k_stride] = p.a_strides;
+    let first = from.wrapping_add(k * k_stride + row * column_stride);
+    Source { first, k_stride, column_stride, flip: p.codes.flip }
 }
 
 /// Packs `count` rows of A, whose K is not adjacent, row by row: a cache line of each at a time, by way of a group's
@@ -99,12 +101,7 @@ unsafe fn turn<L: Lanes>(
         for first in (0..count).step_by(ROW_GROUP) {
             // SAFETY: granted by the caller.
             unsafe {
-                let source = Source {
-                    first: from.add(k * p.a_strides[2] + first * p.a_strides[1]),
-                    k_stride: p.a_strides[2],
-                    column_stride: p.a_strides[1],
-                    flip: p.codes.flip,
-                };
+                let source = left_source(p, from, k, first);
                 let live = ROW_GROUP.min(count - first);
                 pack::interleave::<L, Left>(source, length, live, group, ROW_GROUP);
                 let size = [length.div_ceil(L::GROUP), ROW_GROUP];

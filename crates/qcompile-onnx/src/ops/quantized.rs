@@ -420,52 +420,54 @@ pub(super) fn dequantize_linear(draft: &mut Draft, node: &OnnxNode) -> Results {
 /// To unsigned integers, by a scale and a zero point from the extremes, among which 0 is counted.
 pub(super) fn dynamic_quantize_linear(draft: &mut Draft, node: &OnnxNode) -> Results {
     let x = super::elementwise::float_input(draft, node, 0)?;
-    let (scale, zero_point) = dynamic_parameters(draft, x)?;
-    let parameters = Parameters {
-        scale,
-        zero_point: Some(zero_point),
-        axis: None,
-        given: None,
-        given_zero_point: None,
-    };
-    let y = quantized(draft, x, DType::U8, parameters)?;
-    Ok(vec![y, scale, zero_point])
+    let by = Dynamic::of(draft, x)?;
+    let y = quantized(draft, x, DType::U8, by.parameters())?;
+    Ok(vec![y, by.scale, by.zero_point])
 }
 
 /// A value rounded to codes of 8 bits by its extremes.
 pub(super) fn dynamically(draft: &mut Draft, x: ValueId) -> Value {
-    let (scale, zero_point) = dynamic_parameters(draft, x)?;
-    let parameters = Parameters {
-        scale,
-        zero_point: Some(zero_point),
-        axis: None,
-        given: None,
-        given_zero_point: None,
-    };
+    let parameters = Dynamic::of(draft, x)?.parameters();
     let codes = quantized(draft, x, DType::U8, parameters.clone())?;
     dequantized(draft, codes, parameters)
 }
 
-/// The scale and the zero point that a value has by its extremes; no gradient goes through them.
-fn dynamic_parameters(draft: &mut Draft, x: ValueId) -> Result<(ValueId, ValueId), Obstacle> {
-    let axes: Vec<usize> = (0..draft.rank(x)).collect();
-    let negated = draft.unary(UnaryOp::Neg, x)?;
-    let mut extremes = [x, negated];
-    for extreme in &mut extremes {
-        let fixed = draft.unary(UnaryOp::StopGradient, *extreme)?;
-        let max = draft.reduce(ReduceOp::Max, fixed, &axes)?;
-        let max = draft.reshape(max, &[])?;
-        *extreme = draft.binary_scalar(BinaryOp::Max, max, 0.0)?;
+/// The scale and the zero point that a value has by its extremes.
+#[derive(Clone, Copy)]
+struct Dynamic {
+    scale: ValueId,
+    zero_point: ValueId,
+}
+
+impl Dynamic {
+    /// Those of a value; no gradient goes through them.
+    fn of(draft: &mut Draft, x: ValueId) -> Result<Dynamic, Obstacle> {
+        let axes: Vec<usize> = (0..draft.rank(x)).collect();
+        let negated = draft.unary(UnaryOp::Neg, x)?;
+        let mut extremes = [x, negated];
+        for extreme in &mut extremes {
+            let fixed = draft.unary(UnaryOp::StopGradient, *extreme)?;
+            let max = draft.reduce(ReduceOp::Max, fixed, &axes)?;
+            let max = draft.reshape(max, &[])?;
+            *extreme = draft.binary_scalar(BinaryOp::Max, max, 0.0)?;
+        }
+        let [above, below] = extremes;
+        let span = draft.add(above, below)?;
+        let scale = draft.binary_scalar(BinaryOp::Div, span, 255.0)?;
+        // Of zeros alone, any scale will do.
+        let (zero, one) = (draft.scalar(DType::F32, 0.0), draft.scalar(DType::F32, 1.0));
+        let null = draft.compare(CompareOp::Equal, scale, zero)?;
+        let scale = draft.select(null, one, scale)?;
+        let zero_point =
+            draft.emit(Op::Quantize { dtype: DType::U8, axis: None }, &[below, scale])?;
+        Ok(Dynamic { scale, zero_point })
     }
-    let [above, below] = extremes;
-    let span = draft.add(above, below)?;
-    let scale = draft.binary_scalar(BinaryOp::Div, span, 255.0)?;
-    // Of zeros alone, any scale will do.
-    let (zero, one) = (draft.scalar(DType::F32, 0.0), draft.scalar(DType::F32, 1.0));
-    let null = draft.compare(CompareOp::Equal, scale, zero)?;
-    let scale = draft.select(null, one, scale)?;
-    let zero_point = draft.emit(Op::Quantize { dtype: DType::U8, axis: None }, &[below, scale])?;
-    Ok((scale, zero_point))
+
+    fn parameters(self) -> Parameters {
+        let Dynamic { scale, zero_point } = self;
+        let zero_point = Some(zero_point);
+        Parameters { scale, zero_point, axis: None, given: None, given_zero_point: None }
+    }
 }
 
 /// A scale or zero point as what it scales needs it for elementwise ops.
