@@ -2,6 +2,7 @@
 
 use crate::command::{DIGITS, Place};
 use crate::support::{Random, cases, inputs, parse, snapshot};
+use qcompile::data::Array;
 use qcompile_ir::eval::{EvalOptions, eval};
 use qcompile_ir::{DType, Graph, Op, Tensor};
 use qcompile_onnx::{ExportOptions, ImportOptions, Port, export, import};
@@ -221,6 +222,38 @@ fn learned_step_sizes_are_trained_and_go_out() {
         &format!("export int8 --format qdq-onnx -o x.onnx --data {DIGITS} --calibration lsq"),
     );
     assert!(refused.contains("--qat"), "{refused}");
+}
+
+/// A step size that an update carries past 0 goes on being one: at a floor the model would stay what it is then.
+#[test]
+fn step_sizes_survive_large_updates() {
+    let place = Place::new();
+    place.run(&format!(
+        "train @/digits_cnn.onnx -q --qat --calibration lsq --data {DIGITS} --epochs 2 --optimizer adam --lr 0.01 --seed 1 --checkpoint run"
+    ));
+    let accuracy = place.run(&format!("eval run --data {DIGITS} --json")).json();
+    assert!(accuracy["accuracy"].as_f64().expect("a number") > 0.8, "{accuracy}");
+}
+
+/// Ranges are for layers with weights: recurrent products and those of two activations stay as they are, and are named.
+#[test]
+fn products_that_have_no_ranges_stay_and_are_told_of() {
+    let place = Place::new();
+    let keep_attention = "--keep f32=MatMul_1 --keep f32=MatMul_3";
+    for (model, length, keep) in
+        [("tiny_rnn", 12, "--keep f32=*recurrence*"), ("tiny_gpt", 32, keep_attention)]
+    {
+        let words: Vec<i64> = (0..8 * length as i64).map(|at| at % 4).collect();
+        let words = Array::from_i64(vec![8, length], &words).expect("well-formed");
+        place.write_npz("words.npz", &[("x", words)]);
+        let line = format!(
+            "@/{model}.onnx -o {model}.qplan -q --qat --precision int8 --no-measure --data words.npz"
+        );
+        let told = place.run(&line).stderr;
+        assert!(told.contains("no kernel has what is asked for"), "{model}: {told}");
+        let told = place.run(&format!("{line} {keep}")).stderr;
+        assert!(!told.contains("no kernel has"), "{model}: {told}");
+    }
 }
 
 #[test]

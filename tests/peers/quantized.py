@@ -182,7 +182,7 @@ class Rounded(torch.autograd.Function):
         codes = torch.clamp(torch.round(ratio) + z, ctx.low, ctx.high) - z
         slope = codes - torch.where(inside, ratio, torch.zeros_like(ratio))
         dims = [at for at in range(x.dim()) if at != ctx.axis]
-        gradient = (dy * slope).sum(dims) / (ctx.count * ctx.high) ** 0.5
+        gradient = (dy * slope).sum(dims) / (ctx.count * (ctx.high - z)) ** 0.5
         return torch.where(inside, dy, torch.zeros_like(dy)), gradient.view(ctx.shape), None, None, None, None, None
 
 

@@ -95,10 +95,11 @@ impl Program {
     /// Bytes of shared scratch for the batch size in `frame`.
     ///
     /// # Safety
-    /// `frame.slots` points to as many pointers as the plan has slots; they are not followed.
+    /// `frame.slots` points to a pointer for each slot, to as many initialized bytes as the slot needs. Whatever they hold, the
+    /// result is the same.
     #[must_use]
     pub unsafe fn scratch_bytes(&self, frame: &Frame) -> usize {
-        // SAFETY: granted by the caller; kernels compute scratch from sizes alone.
+        // SAFETY: granted by the caller; kernels compute scratch from sizes.
         unsafe { (self.scratch)(frame) }
     }
 

@@ -118,6 +118,15 @@ fn infer_type(op: &Op, operands: Types) -> Result<TensorType, String> {
         Op::Attention { scale, products, .. } => {
             let (operands, mask) = operands.split_at(operands.len().min(3));
             let ty = attention(*scale, operands, mask)?;
+            if *products == DType::I8 {
+                let summed = [operands[0].shape.0[3], operands[1].shape.0[1]];
+                let fits = |dim: &Dim| {
+                    dim.as_fixed().is_some_and(|count| count <= QuantizedRange::MOST_I8_PRODUCTS)
+                };
+                if let Some(dim) = summed.iter().find(|dim| !fits(dim)) {
+                    return Err(format!("an i32 holds no sum of {dim} products of i8"));
+                }
+            }
             match (products, ty.dtype) {
                 (DType::F32, _) | (DType::BF16, DType::BF16) | (DType::I8, DType::F32) => Ok(ty),
                 _ => {

@@ -29,7 +29,8 @@ fn word<L: Lanes, S: Side>(elements: &[L::Element; 4]) -> u32 {
     if S::LEFT { L::left_word(elements) } else { L::right_word(elements) }
 }
 
-/// Packs `k` adjacent elements, stored with `flip`, into words, the last one filled up with anything.
+/// Packs `k` adjacent elements, stored with `flip`, into words, the last one filled up: with zeros, or, of codes, with what
+/// the packed rows of the other side multiply by zero.
 ///
 /// # Safety
 /// `from` holds `k` elements, `to` has room for `k / GROUP` words rounded up.

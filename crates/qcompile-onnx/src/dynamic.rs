@@ -6,25 +6,38 @@
 
 use crate::body::{Body, BodyNode, Weight};
 use crate::function::plain_domain;
-use onnx_protobuf::NodeProto;
+use crate::tensor::decode;
 use onnx_protobuf::tensor_proto::DataType;
-use std::collections::{BTreeMap, BTreeSet};
+use onnx_protobuf::{NodeProto, TensorProto};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
-/// Rewrites every such product. Returns how many there were; others stay, exact and without a gradient.
-pub(crate) fn dequantize_products(body: &mut Body) -> usize {
+/// Nodes of a model that others stand for.
+pub(crate) struct Rewritten {
+    /// The product of integers. A product of floats has its name now, as have the `DequantizeLinear` of its operands.
+    pub(crate) product: BodyNode,
+    /// What made floats of its result.
+    pub(crate) absorbed: Vec<BodyNode>,
+}
+
+/// Rewrites every such product, and returns what is gone; others stay, exact and without a gradient.
+pub(crate) fn dequantize_products(body: &mut Body) -> Vec<Rewritten> {
     let products: Vec<Product> = Nodes::of(body).products();
-    let mut replaced: BTreeMap<usize, Vec<BodyNode>> = products
-        .iter()
-        .map(|product| (product.at, product.nodes(&body.nodes[product.at])))
-        .collect();
-    let gone: BTreeSet<usize> =
-        products.iter().flat_map(|product| [product.cast, product.scaled]).collect();
-    let nodes = std::mem::take(&mut body.nodes).into_iter().enumerate();
-    let nodes = nodes.filter(|(at, _)| !gone.contains(at));
-    body.nodes =
-        nodes.flat_map(|(at, node)| replaced.remove(&at).unwrap_or_else(|| vec![node])).collect();
-    products.len()
+    let mut nodes: Vec<Option<BodyNode>> =
+        std::mem::take(&mut body.nodes).into_iter().map(Some).collect();
+    let mut replaced: BTreeMap<usize, Vec<BodyNode>> = BTreeMap::new();
+    let mut rewritten = Vec::with_capacity(products.len());
+    for one in &products {
+        let Some(product) = nodes[one.at].take() else { continue };
+        replaced.insert(one.at, one.nodes(&product));
+        let absorbed = [one.cast, one.scaled].into_iter().filter_map(|at| nodes[at].take());
+        rewritten.push(Rewritten { product, absorbed: absorbed.collect() });
+    }
+    for (at, node) in nodes.into_iter().enumerate() {
+        body.nodes.extend(node);
+        body.nodes.extend(replaced.remove(&at).unwrap_or_default());
+    }
+    rewritten
 }
 
 /// A product of integers, with the nodes that make floats of it.
@@ -34,6 +47,8 @@ struct Product {
     scaled: usize,
     /// Names of the scales of both operands.
     scales: [String; 2],
+    /// Names for both operands as floats.
+    floats: [String; 2],
     result: String,
 }
 
@@ -41,7 +56,7 @@ impl Product {
     /// The nodes that stand for it.
     fn nodes(&self, node: &BodyNode) -> Vec<BodyNode> {
         let proto = &node.proto;
-        let [first, second] = ["a", "b"].map(|operand| format!("{}.{operand}", proto.output[0]));
+        let [first, second] = self.floats.clone();
         let named = |proto: NodeProto| BodyNode {
             proto,
             name: node.name.clone(),
@@ -75,18 +90,18 @@ struct Nodes<'b> {
     makers: BTreeMap<&'b str, usize>,
     /// The readers of a value; an output of the graph is read by what is no node.
     readers: BTreeMap<&'b str, Vec<usize>>,
-    /// The sizes of initializers.
-    sizes: BTreeMap<&'b str, &'b [i64]>,
+    initializers: BTreeMap<&'b str, &'b TensorProto>,
 }
 
 impl<'b> Nodes<'b> {
     fn of(body: &'b Body) -> Nodes<'b> {
-        let sizes = body.weights.iter().filter_map(|(name, weight)| match weight {
-            Weight::Dense(proto) => Some((name.as_str(), &proto.dims[..])),
+        let initializers = body.weights.iter().filter_map(|(name, weight)| match weight {
+            Weight::Dense(proto) => Some((name.as_str(), &**proto)),
             Weight::Sparse(_) => None,
         });
-        let (makers, readers) = (BTreeMap::new(), BTreeMap::new());
-        let mut nodes = Nodes { body, makers, readers, sizes: sizes.collect() };
+        let (makers, readers, initializers) =
+            (BTreeMap::new(), BTreeMap::new(), initializers.collect());
+        let mut nodes = Nodes { body, makers, readers, initializers };
         for (at, node) in body.nodes.iter().enumerate() {
             nodes.makers.extend(node.proto.output.iter().map(|output| (output.as_str(), at)));
             for name in node.reads() {
@@ -141,20 +156,47 @@ impl<'b> Nodes<'b> {
             cast,
             scaled,
             scales: [scale_a.clone(), scale_b.clone()],
+            floats: ["a", "b"].map(|operand| self.unused(format!("{result}.{operand}"))),
             result: scaling.output[0].clone(),
         })
     }
 
-    /// Whether an initializer scales the codes of a weight: one for all, or for each column of a matrix; and so the zero
-    /// point.
-    fn scales_of_weight(&self, proto: &NodeProto, scale: &str, matrix: bool) -> Option<bool> {
-        let weight = self.sizes.get(proto.input.get(1)?.as_str())?;
-        let scales: i64 = self.sizes.get(scale)?.iter().product();
-        let along = matrix && weight.len() == 2 && weight[1] == scales;
-        let zeros = match proto.input.get(3).filter(|name| !name.is_empty()) {
-            Some(zero_point) => self.sizes.get(zero_point.as_str())?.iter().product(),
-            None => 1,
+    /// A name that no value has.
+    fn unused(&self, mut name: String) -> String {
+        let known = |name: &str| {
+            self.makers.contains_key(name)
+                || self.readers.contains_key(name)
+                || self.body.weights.iter().any(|(weight, _)| weight == name)
+                || self.body.inputs.iter().any(|input| input.name == name)
         };
-        Some((scales == 1 || along) && (zeros == 1 || zeros == scales))
+        while known(&name) {
+            name.push('_');
+        }
+        name
+    }
+
+    /// Whether an initializer scales the codes of a weight as `DequantizeLinear` does: by one number above 0 for all, or by
+    /// one for each column of a matrix; and so the zero point.
+    fn scales_of_weight(&self, proto: &NodeProto, scale: &str, matrix: bool) -> Option<bool> {
+        let weight = &self.initializers.get(proto.input.get(1)?.as_str())?.dims;
+        let scale = self.initializers.get(scale)?;
+        let fits = |dims: &[i64]| match dims {
+            [] => true,
+            [1] => weight.len() >= 2,
+            [columns] => matrix && weight.len() == 2 && weight[1] == *columns,
+            _ => false,
+        };
+        let zeros = match proto.input.get(3).filter(|name| !name.is_empty()) {
+            Some(zero_point) => &self.initializers.get(zero_point.as_str())?.dims,
+            None => &scale.dims,
+        };
+        let alike = *zeros == scale.dims || matches!(zeros[..], [] | [1]);
+        if !fits(&scale.dims) || !alike {
+            return Some(false);
+        }
+        // Scales are few, and lie in the model itself.
+        let elsewhere = |_: &str, _: u64, _: u64| Err(String::new());
+        let values = decode((*scale).clone(), &elsewhere).ok()?.to_f64();
+        Some(values.iter().all(|&value| value > 0.0 && value.is_finite()))
     }
 }

@@ -77,22 +77,25 @@ fn integers_that_others_read_or_that_are_frozen_stay() {
 }
 
 /// `x · w` as ONNX Runtime's dynamic quantization writes it, with the product of the scales under this name.
-fn dynamic(scale: &str, outputs: &[&str]) -> Import {
+fn dynamic_model(scale: &str, columns: TensorProto, outputs: &[&str]) -> Vec<u8> {
     let nodes = vec![
-        node("DynamicQuantizeLinear", "q", &["x"], &["xq", "xs", "xz"]),
+        node("DynamicQuantizeLinear", "q", &["x"], &["xq", "xs", "p.a"]),
         node("Mul", "scales", &["xs", scale], &["xw"]),
-        node("MatMulInteger", "m", &["xq", "w", "xz", "z"], &["p"]),
+        node("MatMulInteger", "m", &["xq", "w", "p.a", "z"], &["p"]),
         with(node("Cast", "c", &["p"], &["f"]), "to", int(i64::from(FLOAT))),
         node("Mul", "s", &["f", "xw"], &["y"]),
     ];
     let weights = vec![
         tensor("w", INT8, &[2, 3], &[1, -2, 127, 4, 0, -127]),
-        scale_of_columns(),
+        columns,
         tensor("z", INT8, &[3], &[0, 0, 0]),
     ];
     let outputs = outputs.iter().map(|name| floats(name, &["N", "3"])).collect();
-    let graph = body(nodes, weights, vec![floats("x", &["N", "2"])], outputs);
-    import(&model(graph, vec![]), &ImportOptions::default()).expect("sound")
+    model(body(nodes, weights, vec![floats("x", &["N", "2"])], outputs), vec![])
+}
+
+fn dynamic(scale: &str, columns: TensorProto, outputs: &[&str]) -> Import {
+    import(&dynamic_model(scale, columns, outputs), &ImportOptions::default()).expect("sound")
 }
 
 fn scale_of_columns() -> TensorProto {
@@ -101,16 +104,49 @@ fn scale_of_columns() -> TensorProto {
 
 #[test]
 fn products_of_dynamic_quantization_are_of_dequantized_values() {
-    let import = dynamic("s", &["y"]);
+    let import = dynamic("s", scale_of_columns(), &["y"]);
     let wanted = vec![0.5, -0.5, 127.0, 2.0, 0.0, -127.0];
     assert_eq!(parameters(&import), [("w".to_owned(), wanted)]);
     assert_eq!(operands(&import.graph, "dequantize").len(), 2, "{}", import.graph);
     assert!(import.graph.ids().all(|id| import.graph.ty(id).dtype != qcompile_ir::DType::I32));
-    // With other scales, or where something else reads the floats, it stays as it is.
-    for import in [dynamic("xs", &["y"]), dynamic("s", &["y", "f"])] {
+    // With other scales, one that is none, or where something else reads the floats, it stays as it is.
+    let mut row = scale_of_columns();
+    row.dims = vec![1, 3];
+    for import in [
+        dynamic("xs", scale_of_columns(), &["y"]),
+        dynamic("s", scale_of_columns(), &["y", "f"]),
+        dynamic("s", scale(&[0.5, -0.25, 1.0]), &["y"]),
+        dynamic("s", scale(&[0.5, 0.0, 1.0]), &["y"]),
+        dynamic("s", row, &["y"]),
+    ] {
         assert!(parameters(&import).iter().all(|(name, _)| name != "w"), "{}", import.graph);
         assert_eq!(operands(&import.graph, "dequantize"), [] as [usize; 0]);
     }
+}
+
+#[test]
+fn a_survey_tells_of_the_nodes_that_dynamic_quantization_wrote() {
+    let bytes = dynamic_model("s", scale_of_columns(), &["y"]);
+    let survey = crate::survey(&bytes, &ImportOptions::default()).expect("sound");
+    let told: Vec<(&str, &str, bool)> = survey
+        .nodes
+        .iter()
+        .map(|node| {
+            (node.node.as_str(), node.op.as_str(), node.verdict == crate::Verdict::Imported)
+        })
+        .collect();
+    let wanted = [
+        ("q", "DynamicQuantizeLinear", true),
+        ("m", "MatMulInteger", true),
+        ("c", "Cast", true),
+        ("s", "Mul", true),
+        // The product of the scales.
+        ("scales", "Mul", false),
+    ];
+    assert_eq!(told, wanted);
+    let product = survey.nodes.iter().find(|node| node.op == "MatMulInteger").expect("told");
+    let result = survey.graph.node(product.results[0]);
+    assert_eq!(result.op.name(), "matmul", "{}", survey.graph);
 }
 
 #[test]

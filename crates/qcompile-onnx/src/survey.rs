@@ -3,6 +3,7 @@
 use crate::ImportOptions;
 use crate::body::{Body, BodyNode};
 use crate::draft::ValueId;
+use crate::dynamic::{Rewritten, dequantize_products};
 use crate::error::{ImportError, Need, Obstacle, Problem};
 use crate::function::Functions;
 use crate::import::{Importer, Inputs, Scope, no_graph, read, take_node};
@@ -121,7 +122,9 @@ fn attempt(bytes: &[u8], options: &ImportOptions) -> Result<Survey, ImportError>
     let mut functions = Functions::new(model.functions, options.limits.nodes)
         .map_err(|problem| ImportError::InvalidModel(vec![problem]))?;
     let graph = model.graph.into_option().ok_or_else(no_graph)?;
-    let body = Body::new(graph, "", &opsets, &mut functions).map_err(ImportError::InvalidModel)?;
+    let mut body =
+        Body::new(graph, "", &opsets, &mut functions).map_err(ImportError::InvalidModel)?;
+    let rewritten = dequantize_products(&mut body);
     let (order, problems) = match order(&body, &|_| false) {
         Ok(order) => (order, Vec::new()),
         Err(problems) => ((0..body.nodes.len()).collect(), problems),
@@ -136,6 +139,9 @@ fn attempt(bytes: &[u8], options: &ImportOptions) -> Result<Survey, ImportError>
     }
     let mut outcomes = importer.survey.take().unwrap_or_default();
     outcomes.extend(nodes.into_iter().filter(|node| !node.name.is_empty()).map(unused));
+    for rewritten in rewritten {
+        tell_rewritten(&mut outcomes, rewritten);
+    }
     let values = |outcome: &Outcome| {
         outcome.operands.iter().chain(&outcome.results).copied().collect::<Vec<_>>()
     };
@@ -162,6 +168,27 @@ fn attempt(bytes: &[u8], options: &ImportOptions) -> Result<Survey, ImportError>
         })
         .collect();
     Ok(Survey { nodes, graph, missing: Vec::new(), problems })
+}
+
+/// Tells of the nodes that the model has, in the place of those that stand for them.
+fn tell_rewritten(outcomes: &mut Vec<Outcome>, Rewritten { product, absorbed }: Rewritten) {
+    let stands = |outcome: &Outcome| outcome.name == product.name;
+    let own = |outcome: &Outcome| stands(outcome) && outcome.op != "DequantizeLinear";
+    let codes = outcomes.iter().find(|outcome| stands(outcome) && !own(outcome));
+    let operands = codes.map_or_else(Vec::new, |outcome| outcome.operands.clone());
+    outcomes.retain(|outcome| own(outcome) || !stands(outcome));
+    let Some(at) = outcomes.iter().position(stands) else { return };
+    let outcome = &mut outcomes[at];
+    outcome.op.clone_from(&product.proto.op_type);
+    outcome.operands = operands;
+    let (verdict, results) = (outcome.verdict.clone(), outcome.results.clone());
+    let absorbed = absorbed.into_iter().map(|node| Outcome {
+        verdict: verdict.clone(),
+        operands: results.clone(),
+        results: results.clone(),
+        ..unused(node)
+    });
+    outcomes.splice(at + 1..at + 1, absorbed);
 }
 
 fn unused(node: BodyNode) -> Outcome {

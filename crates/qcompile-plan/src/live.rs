@@ -1,6 +1,6 @@
 //! What has to be computed.
 
-use crate::low::{Codes, LowOperands, Scales};
+use crate::low::{Codes, LowOperands, stored_operands};
 use crate::view::View;
 use qcompile_ir::{Graph, NodeId};
 use std::collections::BTreeMap;
@@ -22,22 +22,10 @@ pub(crate) fn live(
             continue;
         }
         live[views[id.index()].base.index()] = true;
-        if let Some(low) = low.get(&id) {
-            let scales = low.scales.into_iter().flat_map(Scales::values);
-            for needed in [low.a.base, low.b.base].into_iter().chain(scales) {
-                live[needed.index()] = true;
-            }
-        } else if let Some(codes) = codes.get(&id) {
-            let codes = codes.iter().flat_map(|codes| [codes.view.base, codes.scale]);
-            let mask = graph.operands(id).into_iter().skip(3);
-            for needed in codes.chain(mask) {
-                live[needed.index()] = true;
-                live[views[needed.index()].base.index()] = true;
-            }
-        } else if let Some(of) = deviations.get(&id) {
+        if let Some(of) = deviations.get(&id) {
             live[of.index()] = true;
         } else if views[id.index()].base == id {
-            for operand in graph.operands(id) {
+            for operand in stored_operands(graph, low, codes, id) {
                 live[operand.index()] = true;
                 live[views[operand.index()].base.index()] = true;
             }

@@ -103,6 +103,27 @@ pub(crate) fn attention_codes(graph: &Graph, views: &[View]) -> BTreeMap<NodeId,
     graph.ids().filter_map(|id| Some((id, codes(id)?))).collect()
 }
 
+/// What the kernel of a product or of attention reads: its operands, or codes, scales and bf16 values beneath them.
+pub(crate) fn stored_operands(
+    graph: &Graph,
+    low: &BTreeMap<NodeId, LowOperands>,
+    codes: &BTreeMap<NodeId, [Codes; 3]>,
+    id: NodeId,
+) -> Vec<NodeId> {
+    if let Some(low) = low.get(&id) {
+        let scales = low.scales.into_iter().flat_map(Scales::values);
+        return [low.a.base, low.b.base].into_iter().chain(scales).collect();
+    }
+    let operands = graph.operands(id);
+    match codes.get(&id) {
+        Some(codes) => {
+            let codes = codes.iter().flat_map(|codes| [codes.view.base, codes.scale]);
+            codes.chain(operands.into_iter().skip(3)).collect()
+        }
+        None => operands,
+    }
+}
+
 /// `product(cast f32 x, cast f32 y)` as a product of the bf16 values `x` and `y`.
 fn bf16_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<LowOperands> {
     let fits: fn(&View) -> bool = match graph.op(id) {

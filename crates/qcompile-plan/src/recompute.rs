@@ -4,6 +4,7 @@
 //! elementwise value (a normalized one, a mask) is made again from what is kept anyway, within the loop that reads it.
 
 use crate::fuse::{Fusion, Kind, MAX_READS, is_view_op, kind_of};
+use crate::low::stored_operands;
 use crate::memory::readers;
 use crate::merge::drop_empty;
 use crate::view::View;
@@ -158,8 +159,9 @@ pub(crate) fn read_less(graph: &Graph, order: &[NodeId], fusion: &mut Fusion) {
             };
             let first = other.members[0];
             let product = other.kind == Kind::Primitive
-                && (graph.operands(first).iter())
-                    .any(|operand| fusion.views[operand.index()].base == id);
+                && stored_operands(graph, &fusion.low, &fusion.codes, first)
+                    .iter()
+                    .any(|read| fusion.views[read.index()].base == id);
             other.region <= Region::Backward
                 && other.reads.len() + sources.len() <= MAX_READS
                 && !product

@@ -165,7 +165,7 @@ impl Replica {
         self.errors.clear();
         self.errors.resize(plan.steps().len(), 0);
         let frame = self.frame(batch, 1, 1);
-        // SAFETY: there is an address for each slot.
+        // SAFETY: each slot has the address of its memory, which began as zeros.
         let scratch = unsafe { code.program.scratch_bytes(&frame) };
         if scratch > self.scratch.bytes() {
             self.scratch = Arena::new(0, 0)?;

@@ -5,7 +5,7 @@
 use crate::data::Dtype;
 use crate::error::{Code, Error, Result};
 use qcompile_ir::{Channels, Graph};
-use qcompile_passes::quantize::Decision;
+use qcompile_passes::quantize::{Decision, layers};
 use qcompile_plan::Plan;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -156,8 +156,9 @@ impl LayerDecision {
     #[must_use]
     pub fn new(graph: &Graph, decision: &Decision) -> LayerDecision {
         let id = graph.find(decision.node.as_str());
-        let parameters = id.and_then(|id| {
-            let weight = *graph.operands(id).get(1)?;
+        let layer = layers(graph).into_iter().find(|layer| Some(layer.node) == id);
+        let parameters = layer.and_then(|layer| {
+            let weight = graph.operand(layer.node, 1);
             Some(graph.ty(weight).shape.elements()?.size(1) as u64)
         });
         let precision = &decision.precision;

@@ -44,9 +44,7 @@ pub(crate) fn measure(
     let mut decide = decide.clone();
     let mut all: Vec<(NodeId, Option<Layer>)> =
         layers(graph).into_iter().map(|layer| (layer.node, Some(layer))).collect();
-    if !decide.ranged {
-        all.extend(activation_products(graph).into_iter().map(|product| (product, None)));
-    }
+    all.extend(activation_products(graph).into_iter().map(|product| (product, None)));
     let mut progress = Progress::start(show, "Timing", all.len() as u64);
     // A layer that is not chosen leaves its share of the budget to others, which then have to be measured as well.
     loop {

@@ -90,10 +90,16 @@ impl Exported {
             graph = with_values(&graph, values)?;
             form = with_values(&form, values)?;
         }
-        if about.options.get("master-weights").is_some_and(|word| word == "off") {
-            update::widen(&mut form)?;
+        let mut trained = None;
+        if about.options.contains_key("qat") {
+            // Folded into rounded weights, normalization would not come out again.
+            trained = Some(std::mem::replace(&mut form, evaluation_form(&graph)?));
         }
-        let trained = about.options.contains_key("qat").then(|| form.clone());
+        if about.options.get("master-weights").is_some_and(|word| word == "off") {
+            for form in std::iter::once(&mut form).chain(&mut trained) {
+                update::widen(form)?;
+            }
+        }
         let low = about.decisions.iter().filter(|decision| decision.precision.is_low()).count();
         let widened = low > 0 && quantize::remove(&mut form)?;
         if widened {

@@ -93,7 +93,7 @@ pub(crate) fn scheme(options: &Options, held: Held) -> Scheme {
 pub(crate) struct PostTraining {
     /// Layers that compute on integers.
     pub(crate) layers: usize,
-    /// Layers that stay f32.
+    /// Layers, and products of two activations, that stay f32.
     pub(crate) kept: usize,
     pub(crate) samples: usize,
     pub(crate) notes: Vec<String>,
@@ -140,6 +140,7 @@ pub(crate) fn post_training(
     let calibrated = calibrate(form, about, options)?;
     quantize::insert_ranged(form, &calibrated.ranges, &scheme(options, Held::Constant))?;
     finish(form)?;
+    freeze(form)?;
     let Calibrated { samples, notes, .. } = calibrated;
     Ok(PostTraining { layers, kept: decisions.len() - layers, samples, notes })
 }
@@ -158,17 +159,25 @@ pub(crate) fn fold(form: &mut Graph) -> Result<()> {
 /// # Errors
 /// Only by a defect.
 pub(crate) fn trained(form: &mut Graph) -> Result<()> {
+    round_as_exported(form)?;
+    freeze(form)
+}
+
+/// Folds batch normalization and rounds biases, of an evaluation form whose values are rounded.
+///
+/// # Errors
+/// Only by a defect.
+pub(crate) fn round_as_exported(form: &mut Graph) -> Result<()> {
     fold_batch_norm::run(form)?;
     finish(form)
 }
 
-/// Rounds biases, and stores integers.
+/// Rounds biases.
 fn finish(form: &mut Graph) -> Result<()> {
     quantize::round_biases(form)?;
     form.sweep();
     verify(form)
-        .map_err(|errors| PassError::Verify { pass: "quantize", errors: errors.to_string() })?;
-    freeze(form)
+        .map_err(|errors| PassError::Verify { pass: "quantize", errors: errors.to_string() }.into())
 }
 
 /// Computes on compiled code what depends on stored values alone.

@@ -35,7 +35,8 @@ fn standard_samples(wants: &Wants) -> usize {
             integers.map(elements).max().unwrap_or(1)
         }
     };
-    (PREDICTIONS / predictions.max(1)).clamp(FEWEST, SAMPLES)
+    let samples = (PREDICTIONS / predictions.max(1)).clamp(FEWEST, SAMPLES);
+    samples.max(wants.fixed_batch.unwrap_or(1))
 }
 
 /// Batches to measure on.
@@ -88,7 +89,8 @@ impl Calibration {
             }
         }
         if calibration.batches.is_empty() {
-            let cause = format!("the data has {taken} samples, and the model takes {size} at once");
+            let cause =
+                format!("{taken} samples are to be taken, and the model takes {size} at once");
             return Err(Error::new(Code::DataEmpty, cause));
         }
         Ok(calibration)
@@ -199,6 +201,11 @@ impl Evaluate for Compiled<'_> {
     }
 }
 
+/// What the pass is asked for by a compilation with these options.
+pub(crate) fn of_pass(options: &Options, metric: Metric, samples: usize) -> sensitivity::Options {
+    sensitivity::Options { metric, samples, numerics: options.numerics, ranged: options.qat }
+}
+
 /// Scores the layers of a graph that has its loss.
 ///
 /// # Errors
@@ -210,12 +217,7 @@ pub fn score(
     show: Show,
 ) -> Result<Scores> {
     let mut compiled = Compiled::new(calibration, options);
-    let of_pass = sensitivity::Options {
-        metric: options.metric,
-        samples: calibration.samples(),
-        numerics: options.numerics,
-        ranged: options.qat,
-    };
+    let of_pass = of_pass(options, options.metric, calibration.samples());
     let (layers, products) = sensitivity::scored(graph, &of_pass);
     let total = (layers.len() + products.len()) as u64;
     let mut progress = Progress::start(show, "Scoring", total);

@@ -49,7 +49,6 @@ impl Random {
     pub(crate) fn halves(&mut self, count: usize) -> Vec<u16> {
         self.reals(count).iter().map(|v| (v.to_bits() >> 16) as u16).collect()
     }
-    /// All i8 values, the extreme ones often.
     /// A way to read codes of a left operand: symmetric, of i8 or u8 with a zero point, and u8 without one.
     pub(crate) fn codes(&mut self) -> CodesOf {
         let zero = (self.next() % 256) as u8;
@@ -60,6 +59,7 @@ impl Random {
             _ => CodesOf { unsigned: true, zero: None },
         }
     }
+    /// All i8 values, the extreme ones often.
     pub(crate) fn bytes(&mut self, count: usize) -> Vec<i8> {
         (0..count)
             .map(|_| match self.next() % 8 {

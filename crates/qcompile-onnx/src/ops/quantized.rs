@@ -60,9 +60,10 @@ fn scale_input(draft: &mut Draft, scale: ValueId) -> Value {
     if let Some(&held) = draft.derived.get(&scale) {
         return Ok(held);
     }
-    // A step of training must not take it to 0 or below.
+    // A step of training must not take it to 0, and past 0 it must find a way back.
     let wide = draft.cast(scale, DType::F32)?;
-    let held = draft.binary_scalar(BinaryOp::Max, wide, QuantizedRange::SMALLEST_SCALE)?;
+    let magnitude = draft.unary(UnaryOp::Abs, wide)?;
+    let held = draft.binary_scalar(BinaryOp::Max, magnitude, QuantizedRange::SMALLEST_SCALE)?;
     draft.derived.insert(scale, held);
     Ok(held)
 }

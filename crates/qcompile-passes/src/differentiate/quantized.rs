@@ -8,17 +8,19 @@
 use super::rules::{Site, not_differentiable};
 use crate::PassError;
 use crate::builder::Builder;
-use qcompile_ir::{BinaryOp, DType, Dim, Graph, NodeId, Op, QuantizedRange, Shape};
+use qcompile_ir::{BinaryOp, DType, Dim, Graph, NodeId, Op, QuantizedRange, Shape, UnaryOp};
 
 type Gradient = Result<NodeId, PassError>;
 
-/// Whether a scale is trained: a parameter, perhaps under another shape or held above a constant. A scale that is computed from what
-/// it scales has no gradient.
+/// Whether a scale is trained: a parameter or its magnitude, perhaps under another shape or held above a constant. A scale
+/// that is computed from what it scales has no gradient.
 pub(crate) fn learned(graph: &Graph, mut scale: NodeId) -> bool {
     loop {
         scale = match graph.op(scale) {
             Op::Param(_) => return true,
-            Op::Reshape(_) | Op::Broadcast(_) | Op::Cast(_) => graph.operand(scale, 0),
+            Op::Reshape(_) | Op::Broadcast(_) | Op::Cast(_) | Op::Unary(UnaryOp::Abs) => {
+                graph.operand(scale, 0)
+            }
             Op::Binary(BinaryOp::Max) if is_constant(graph, graph.operand(scale, 1)) => {
                 graph.operand(scale, 0)
             }
@@ -98,13 +100,18 @@ fn told(graph: &Graph, parameters: &[NodeId], axis: Option<usize>) -> String {
 }
 
 /// The gradient of the scale of a pair, by LSQ: `Σ dy · (q - x / s)` where x was not clamped, `Σ dy · q` where it was, with q
-/// less its zero point, times `1 / sqrt(n · q_max)` for n elements of one scale in one sample (Esser et al. 2020, equations 3
-/// and 4 and section 2.2).
+/// less its zero point, times `1 / sqrt(n · q_max)` for n elements of one scale in one sample and the highest code less a fixed
+/// zero point (Esser et al. 2020, equations 3 and 4 and section 2.2).
 fn step_size(b: &mut Builder<'_>, site: &Site, axis: Option<usize>) -> Gradient {
     let (q, scale, dy) = (site.operands[0], site.operands[1], site.dy);
     let ty = b.ty(q);
     let range = QuantizedRange::of(ty.dtype, site.operands.len() > 2);
-    let high = range.map_or(1.0, |range| f64::from(range.high));
+    let zero_point = site.operands.get(2).map(|&zero| match b.graph.op(zero) {
+        Op::Const(zero) => zero.splat().unwrap_or(0.0),
+        _ => 0.0,
+    });
+    let high =
+        range.map_or(1.0, |range| f64::from(range.high) - zero_point.unwrap_or(0.0)).max(1.0);
     let ones = b.splat_like("one", scale, 1.0)?;
     let unscaled = [&[q, ones], &site.operands[2..]].concat();
     let mut slope = b.add("codes", Op::Dequantize { axis }, &unscaled)?;

@@ -83,9 +83,13 @@ fn unclamped(graph: &Graph, id: NodeId) -> Option<NodeId> {
     }
 }
 
-/// Whether the value has the elements of its operand, or some of them: then it needs no range of its own.
-pub(super) fn is_move(op: &Op) -> bool {
-    match op {
+/// Whether the value has the elements of its operand, or some of them: then it needs no range of its own. What a
+/// recurrent layer gives is a part of what its op keeps for the way back, which is not one value.
+pub(super) fn is_move(graph: &Graph, id: NodeId) -> bool {
+    if graph.operands(id).iter().any(|&id| matches!(graph.op(id), Op::Recurrence(_))) {
+        return false;
+    }
+    match graph.op(id) {
         Op::Reshape(_) | Op::Transpose(_) | Op::Slice { .. } | Op::MaxPool2d(_) => true,
         // 0 is among the codes of every range.
         Op::Pad { value, .. } => *value == 0.0,
@@ -106,7 +110,7 @@ fn before(graph: &Graph, id: NodeId) -> Vec<NodeId> {
     match graph.op(below) {
         Op::Binary(BinaryOp::Add | BinaryOp::Mul) if operands.iter().all(large) => operands,
         Op::Concat { .. } | Op::AveragePool2d(_) => operands,
-        op if is_move(op) => operands,
+        _ if is_move(graph, below) => operands,
         // A mean is a sum that is divided by a number.
         Op::Binary(BinaryOp::Div | BinaryOp::Mul) => {
             let sum = operands.into_iter().find(|&operand| {

@@ -4,9 +4,9 @@ use super::PASS;
 use super::channels::{self, ChannelPolicy};
 use super::choice::PrecisionChoice;
 use super::insert::is_quantized;
-use super::layer::{Layer, activation_products, layers};
+use super::layer::{Candidate, layers};
 use super::numerics::{Numerics, OperandTypes};
-use super::recurrence;
+use super::obstacle;
 use super::weights;
 use crate::PassError;
 use crate::sensitivity::Scores;
@@ -155,22 +155,6 @@ pub(super) fn high(operations: Operations, base: DType) -> Precision {
     precision
 }
 
-/// A product that may be of low precision: a layer's, or one of two activations.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Candidate<'l> {
-    /// The product.
-    pub(super) node: NodeId,
-    /// The layer, if there is a weight.
-    pub(super) layer: Option<&'l Layer>,
-}
-
-impl<'l> Candidate<'l> {
-    /// Those with a weight.
-    pub(super) fn of_layers(layers: &'l [Layer]) -> Vec<Candidate<'l>> {
-        layers.iter().map(|layer| Candidate { node: layer.node, layer: Some(layer) }).collect()
-    }
-}
-
 /// What was decided for one layer, or product of two activations.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Decision {
@@ -186,19 +170,20 @@ pub struct Decision {
     pub score: Option<f32>,
     /// Why, in words.
     pub reason: String,
+    /// Whether that is because no kernel has what is asked for.
+    pub impossible: bool,
 }
 
-/// Decides for every layer, in graph order, then for every product of two activations, and notes `sensitivity`, `precision`, `channels` and, where an int8 layer
-/// stands in a bf16 plan, `stored`. A layer whose `precision` is noted already keeps it.
+/// Decides for every layer, in graph order, then for every product of two activations, and notes `sensitivity`,
+/// `precision`, `channels` and, where an int8 layer stands in a bf16 plan, `stored`. A layer whose `precision` is noted
+/// already keeps it.
 ///
 /// # Errors
-/// [`PassError::Unsupported`] for a pattern that no layer matches, a threshold that is not
-/// a number, and a channel threshold without channel scores.
+/// [`PassError::Unsupported`] for a pattern that no layer matches, a threshold that is not a number, a channel threshold
+/// without channel scores, and notes that ask for what has no kernel.
 pub fn decide(graph: &mut Graph, options: &Options) -> Result<Vec<Decision>, PassError> {
     let layers = layers(graph);
-    let products = if options.ranged { Vec::new() } else { activation_products(graph) };
-    let mut candidates = Candidate::of_layers(&layers);
-    candidates.extend(products.into_iter().map(|node| Candidate { node, layer: None }));
+    let candidates = Candidate::all(graph, &layers);
     check(graph, &candidates, options)?;
     if let Some(scores) = &options.scores {
         scores.annotate(graph);
@@ -247,9 +232,8 @@ fn check(graph: &Graph, candidates: &[Candidate<'_>], options: &Options) -> Resu
     }
     for one in candidates {
         let node = graph.node(one.node);
-        let recurrent = one.layer.is_some_and(|layer| layer.recurrent);
-        let of_layer = if recurrent { recurrence::contradiction(&node.note) } else { None };
-        if let Some(reason) = noted_contradiction(&node.note).or(of_layer) {
+        let without_kernel = || obstacle::by_note(graph, *one, options.ranged);
+        if let Some(reason) = noted_contradiction(&node.note).or_else(without_kernel) {
             return Err(refusal(format!("the notes of {}: {reason}", node.name)));
         }
     }
@@ -330,6 +314,10 @@ pub(super) fn barred(graph: &Graph, one: Candidate<'_>, options: &Options) -> Op
         let reason = if asked { "bf16 was asked for" } else { "int8 is not among the choices" };
         return Some(reason.to_owned());
     }
+    if !options.operations.forward && one.layer.is_none_or(|layer| layer.recurrent) {
+        let reason = format!("only the forward {} has an int8 kernel", graph.op(one.node).name());
+        return Some(reason);
+    }
     let LayerCost { high_ms, low_ms } = *options.cost.get(&graph.node(one.node).name)?;
     // A time that is not a number compares as nothing, and bars int8.
     let faster = low_ms.partial_cmp(&high_ms) == Some(Ordering::Less);
@@ -346,14 +334,6 @@ pub(super) fn barred(graph: &Graph, one: Candidate<'_>, options: &Options) -> Op
     Some(format!("int8{what} measures {low_ms:.3} ms, {base} {high_ms:.3} ms"))
 }
 
-/// Why no int8 kernel computes it, if so.
-fn obstacle(graph: &Graph, one: Candidate<'_>, options: &Options) -> Option<String> {
-    match one.layer {
-        Some(layer) => recurrence::obstacle(graph, layer, options),
-        None => without_int8(options),
-    }
-}
-
 /// The layers that the budget of `max_loss_increase` takes, by name, with the sum up to and with each.
 pub(super) fn within_budget(
     graph: &Graph,
@@ -364,7 +344,7 @@ pub(super) fn within_budget(
         .iter()
         .filter(|one| must_be_f32(graph, one.node, options).is_none())
         .filter(|one| barred(graph, **one, options).is_none())
-        .filter(|one| obstacle(graph, **one, options).is_none())
+        .filter(|one| obstacle::by_options(graph, **one, options).is_none())
         .filter_map(|one| {
             let node = graph.node(one.node);
             node.note.sensitivity.map(|score| (score, node.name.clone()))
@@ -425,6 +405,7 @@ fn decide_one(
         channels,
         score: node.note.sensitivity,
         reason,
+        impossible: false,
     };
     if let Some(precision) = node.note.precision {
         return decision(precision, node.note.channels.clone(), "the graph notes it".to_owned());
@@ -433,8 +414,11 @@ fn decide_one(
         return decision(Precision::uniform(DType::F32), Channels::default(), reason);
     }
     let high = |reason| decision(options.high(), Channels::default(), reason);
-    if let Some(reason) = barred(graph, one, options).or_else(|| obstacle(graph, one, options)) {
+    if let Some(reason) = barred(graph, one, options) {
         return high(reason);
+    }
+    if let Some(reason) = obstacle::by_options(graph, one, options) {
+        return Decision { impossible: true, ..high(reason) };
     }
     let (low, mut reason) = by_score(graph, one.node, options, within_budget);
     if !low {
@@ -459,16 +443,6 @@ fn decide_one(
         reason.push_str("; the way back through the steps has no int8 kernel");
     }
     decision(precision, channels, reason)
-}
-
-/// Why a product of two activations has no int8 form under these options, if so.
-fn without_int8(options: &Options) -> Option<String> {
-    let codes = options.numerics.types.activation;
-    if !options.operations.forward {
-        Some("of a product of two activations only the forward one has an int8 kernel".to_owned())
-    } else {
-        codes.is_float().then(|| format!("a product of two activations has no {codes} codes"))
-    }
 }
 
 #[cfg(test)]

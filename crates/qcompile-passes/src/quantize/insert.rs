@@ -1,6 +1,6 @@
 //! Puts `quantize`, `dequantize` pairs before the operands of a product, with the scales they need.
 
-use super::layer::{Layer, reads_quantized};
+use super::layer::{Layer, multiplied, reads_quantized};
 use super::recurrence;
 use super::scale;
 use crate::PassError;
@@ -141,14 +141,10 @@ pub(crate) fn activations(
     let dtype = note.precision.map_or(DType::I8, |precision| precision.forward);
     let how = Operand { role: Role::Activation, axis: None, dtype, quantizer };
     let mut op = graph.op(product).clone();
-    let rounded = match &mut op {
-        Op::Attention { products, .. } => {
-            *products = DType::I8;
-            3
-        }
-        _ => 2,
-    };
-    for position in 0..rounded {
+    if let Op::Attention { products, .. } = &mut op {
+        *products = DType::I8;
+    }
+    for position in 0..multiplied(&op) {
         let operand = graph.operand(product, position);
         if !reads_quantized(graph, operand) {
             let quantized = inserted.quantized(graph, operand, how, Region::Forward)?;

@@ -112,6 +112,42 @@ pub(crate) fn is_stored(graph: &Graph, id: NodeId) -> bool {
     true
 }
 
+/// A product that may be of low precision: a layer's, or one of two activations.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Candidate<'l> {
+    /// The product.
+    pub(crate) node: NodeId,
+    /// The layer, if there is a weight.
+    pub(crate) layer: Option<&'l Layer>,
+}
+
+impl<'l> Candidate<'l> {
+    /// Those with a weight.
+    pub(super) fn of_layers(layers: &'l [Layer]) -> Vec<Self> {
+        layers.iter().map(|layer| Candidate { node: layer.node, layer: Some(layer) }).collect()
+    }
+
+    /// One without.
+    pub(crate) fn of_activations(node: NodeId) -> Self {
+        Candidate { node, layer: None }
+    }
+
+    /// The layers, then the products of two activations.
+    pub(super) fn all(graph: &Graph, layers: &'l [Layer]) -> Vec<Self> {
+        let mut all = Candidate::of_layers(layers);
+        all.extend(activation_products(graph).into_iter().map(Candidate::of_activations));
+        all
+    }
+}
+
+/// How many of its operands, from the first on, a product multiplies.
+pub(crate) fn multiplied(op: &Op) -> usize {
+    match op {
+        Op::Attention { .. } => 3,
+        _ => 2,
+    }
+}
+
 /// Forward products of two values that depend on an input, attention among them, in [`Graph::order`]. They are decided as
 /// layers are, but have no weight.
 #[must_use]
@@ -119,15 +155,13 @@ pub fn activation_products(graph: &Graph) -> Vec<NodeId> {
     let order = graph.order();
     let from_data = from_data(graph, &order);
     let product = |id: &NodeId| {
-        let read = match graph.op(*id) {
-            Op::Attention { .. } => 3,
-            Op::Matmul { .. } => 2,
-            _ => return false,
-        };
-        let operands = &graph.operands(*id)[..read];
-        graph.node(*id).region == Region::Forward
+        let op = graph.op(*id);
+        matches!(op, Op::Attention { .. } | Op::Matmul { .. })
+            && graph.node(*id).region == Region::Forward
             && graph.ty(*id).dtype == DType::F32
-            && operands.iter().all(|operand| from_data[operand.index()])
+            && graph.operands(*id)[..multiplied(op)]
+                .iter()
+                .all(|operand| from_data[operand.index()])
     };
     order.into_iter().filter(product).collect()
 }
@@ -194,13 +228,18 @@ pub(super) fn unquantized(graph: &Graph, id: NodeId) -> NodeId {
     }
 }
 
-/// Whether a value is dequantized, perhaps under another shape.
-pub(super) fn reads_quantized(graph: &Graph, mut id: NodeId) -> bool {
+/// The `dequantize` that gives a value, perhaps under another shape.
+pub(super) fn dequantized(graph: &Graph, mut id: NodeId) -> Option<NodeId> {
     while let Op::Reshape(_) | Op::Transpose(_) | Op::Broadcast(_) | Op::Slice { .. } = graph.op(id)
     {
         id = graph.operand(id, 0);
     }
-    matches!(graph.op(id), Op::Dequantize { .. })
+    matches!(graph.op(id), Op::Dequantize { .. }).then_some(id)
+}
+
+/// Whether a value is dequantized, perhaps under another shape.
+pub(super) fn reads_quantized(graph: &Graph, id: NodeId) -> bool {
+    dequantized(graph, id).is_some()
 }
 
 /// What a product of the backward pass computes, with the positions of its operands.

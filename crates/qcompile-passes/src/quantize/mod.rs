@@ -12,6 +12,7 @@
 mod activations;
 mod backward;
 mod bf16;
+mod biases;
 mod channels;
 mod choice;
 mod codes;
@@ -21,6 +22,7 @@ mod insert;
 mod language;
 mod layer;
 mod numerics;
+mod obstacle;
 mod pack;
 mod pairs;
 #[cfg(test)]
@@ -40,18 +42,20 @@ mod window;
 
 pub use crate::stochastic::{Draws, quantize_stochastically};
 pub use activations::activations;
+pub use biases::round_biases;
 pub use channels::ChannelPolicy;
 pub use choice::PrecisionChoice;
 pub use codes::Codes;
 pub(crate) use decide::matches;
 pub use decide::{Decision, LayerCost, Operations, Options, decide};
 pub(crate) use insert::{Inserted, activations as insert_activations, forward as insert_forward};
+pub(crate) use layer::{Candidate, is_stored, multiplied, parameter};
 pub use layer::{Layer, activation_products, layers, other_products};
-pub(crate) use layer::{is_stored, parameter};
 pub use numerics::{Numerics, OperandTypes};
+pub(crate) use obstacle::{Asked, obstacle};
 pub use pack::{pack4, unpack4};
 pub use pairs::join_pairs;
-pub use ranged::{Held, Scheme, WeightScales, Weights, insert_ranged, round_biases};
+pub use ranged::{Held, Scheme, WeightScales, Weights, insert_ranged};
 pub use remove::remove;
 pub use rules::rule_names;
 pub(crate) use step_size::initial as initial_step_size;
@@ -116,14 +120,15 @@ pub fn insert_backward(graph: &mut Graph) -> Result<usize, PassError> {
 /// # Errors
 /// [`PassError::Unsupported`] if a note asks for what cannot be done.
 pub fn insert(graph: &mut Graph) -> Result<(), PassError> {
-    for layer in layers(graph) {
-        let note = &graph.node(layer.node).note;
-        if let Some(reason) = recurrence::contradiction(note).filter(|_| layer.recurrent) {
-            return Err(decide::refusal(format!(
-                "the notes of {}: {reason}",
-                graph.node(layer.node).name
-            )));
+    let undivided = layers(graph);
+    for one in Candidate::all(graph, &undivided) {
+        if let Some(reason) = obstacle::by_note(graph, one, false) {
+            let name = &graph.node(one.node).name;
+            return Err(decide::refusal(format!("the notes of {name}: {reason}")));
         }
+    }
+    for layer in undivided {
+        let note = &graph.node(layer.node).note;
         let low = note.precision.is_some_and(|precision| precision.is_quantized());
         if low && !note.channels.is_empty() {
             split::channels(graph, &layer)?;

@@ -6,17 +6,16 @@
 
 use super::PASS;
 use super::activations::{activations, chosen, is_move};
+use super::biases;
 use super::codes::{Codes, Parameters};
-use super::layer::{Layer, reads_quantized, stored_layers};
+use super::layer::{Layer, reads_quantized};
 use super::scale;
 use super::step_size;
 use crate::PassError;
 use crate::builder::Builder;
 use crate::calibrate::Range;
-use crate::fold_batch_norm::per_channel;
 use qcompile_ir::{
-    BinaryOp, CompareOp, DType, Dim, Graph, Name, NodeId, Op, QuantizedRange, ReduceOp, Region,
-    Shape, Tensor, UnaryOp,
+    BinaryOp, CompareOp, DType, Graph, Name, NodeId, Op, ReduceOp, Region, Shape, Tensor, UnaryOp,
 };
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -24,8 +23,6 @@ use std::sync::Arc;
 /// The parts of a range that a step of training keeps, and takes from its batch; those of PyTorch's moving average.
 const KEPT: f64 = 0.99;
 const TAKEN: f64 = 0.01;
-/// A bias is at most this many steps, so that it and the sum that it is added to are i32.
-const LARGEST_BIAS: f64 = (1 << 30) as f64;
 
 /// What weights are rounded to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,7 +88,7 @@ pub fn insert_ranged(
     for value in activations(graph) {
         let name = graph.node(value).name.clone();
         // What is moved has the scale that it had. Its operand is rounded by now, if it is at all.
-        let moved = is_move(graph.op(value)).then(|| known.get(&graph.operand(value, 0))).flatten();
+        let moved = is_move(graph, value).then(|| known.get(&graph.operand(value, 0))).flatten();
         if let Some(&parameters) = moved {
             let rounded = rounded(graph, value, parameters, scheme.codes.dtype())?;
             known.insert(rounded, parameters);
@@ -130,6 +127,9 @@ pub fn insert_ranged(
         };
         weights.insert((operand, layer.weight_axis), rounded);
         graph.set_operand(layer.node, 1, rounded)?;
+    }
+    if scheme.held != Held::Constant {
+        biases::train_with_rounded(graph)?;
     }
     Ok(layers.len())
 }
@@ -253,62 +253,4 @@ fn rounded_along(
     let mut b = Builder::new(graph, Region::Forward, &name);
     let q = b.add("q", Op::Quantize { dtype, axis }, &[weight, scale])?;
     b.add("dq", Op::Dequantize { axis }, &[q, scale])
-}
-
-/// Rounds the biases of products of codes to i32, by the product of the scales of data and weight. Where a bias has too
-/// many such steps, the scale of its channel of the weight grows, whose codes then all are small. Returns the number of
-/// biases.
-///
-/// # Errors
-/// [`PassError::Graph`], a defect of this pass.
-pub fn round_biases(graph: &mut Graph) -> Result<usize, PassError> {
-    let mut count = 0;
-    for layer in stored_layers(graph) {
-        let weight = graph.operand(layer.node, 1);
-        // Codes that lie in another order have the scale that they had.
-        let mut data = graph.operand(layer.node, 0);
-        while let Op::Transpose(_) | Op::Reshape(_) = graph.op(data) {
-            data = graph.operand(data, 0);
-        }
-        let axis = Some(layer.weight_axis);
-        let of_codes = *graph.op(data) == Op::Dequantize { axis: None }
-            && *graph.op(weight) == Op::Dequantize { axis };
-        let [(user, position)] = graph.uses(layer.node)[..] else { continue };
-        if !of_codes || *graph.op(user) != Op::Binary(BinaryOp::Add) {
-            continue;
-        }
-        let operand = graph.operand(user, 1 - position);
-        let Some(bias) = per_channel(graph, operand, &layer) else { continue };
-        let [data_scale, old_scale] = [graph.operand(data, 1), graph.operand(weight, 1)];
-        let old_q = graph.operand(weight, 0);
-        let dtype = graph.ty(old_q).dtype;
-        let channels = Shape::fixed(&[layer.channels]);
-        let name = graph.node(bias).name.as_str().to_owned();
-        let mut b = Builder::new(graph, Region::Forward, &name);
-        let one = b.shape(bias).elements() == Some(Dim::ONE);
-        let bias = b.reshape("flat", bias, if one { Shape::scalar() } else { channels.clone() })?;
-        let bias = b.broadcast("each", bias, channels.clone())?;
-        let data_scale = b.broadcast("data_scale", data_scale, channels)?;
-        let magnitude = b.unary("magnitude", UnaryOp::Abs, bias)?;
-        let steps = b.binary("steps", BinaryOp::Div, magnitude, data_scale)?;
-        let least = b.scaled("least", steps, LARGEST_BIAS.recip())?;
-        let smallest = b.splat_like("smallest", least, QuantizedRange::SMALLEST_SCALE)?;
-        let least = b.binary("least", BinaryOp::Max, least, smallest)?;
-        let scale = b.binary("weight.scale", BinaryOp::Max, old_scale, least)?;
-        let codes = b.add("weight.q", Op::Quantize { dtype, axis }, &[weight, scale])?;
-        let rescaled = b.add("weight.dq", Op::Dequantize { axis }, &[codes, scale])?;
-        let product = b.binary("scale", BinaryOp::Mul, data_scale, scale)?;
-        let axis = Some(0);
-        let q = b.add("q", Op::Quantize { dtype: DType::I32, axis }, &[bias, product])?;
-        let bias = b.add("dq", Op::Dequantize { axis }, &[q, product])?;
-        let shape = b.shape(layer.node);
-        let bias = b.broadcast("biases", bias, shape)?;
-        graph.set_operand(layer.node, 1, rescaled)?;
-        graph.set_operand(user, 1 - position, bias)?;
-        for (old, new) in [(old_scale, scale), (old_q, codes), (weight, rescaled)] {
-            graph.swap_names(old, new);
-        }
-        count += 1;
-    }
-    Ok(count)
 }

@@ -18,13 +18,15 @@ pub(crate) fn initial(mean_magnitude: f64, high: f64) -> f64 {
     if step.is_finite() && step > 0.0 { step } else { 1.0 }
 }
 
-/// A parameter that begins as `values`, held above 0 so that no step of training makes it what no scale is.
+/// The magnitude of a parameter that begins as `values`, held above 0, so that no step of training makes it what no scale
+/// is. A step beyond 0 comes back from the other side: at a floor, nothing would move it any more.
 pub(super) fn parameter(b: &mut Builder, values: Tensor) -> Result<NodeId, PassError> {
     let step = Op::Param(Arc::new(values));
     let name = b.name("step_size");
     let step = b.graph.add(step, &[], name, Region::Forward)?;
     let smallest = b.splat_like("smallest", step, QuantizedRange::SMALLEST_SCALE)?;
-    b.binary("scale", BinaryOp::Max, step, smallest)
+    let magnitude = b.unary("magnitude", UnaryOp::Abs, step)?;
+    b.binary("scale", BinaryOp::Max, magnitude, smallest)
 }
 
 /// The learned scale of a weight, or scales, one for each index of `axis`, for codes of `dtype`.

@@ -55,3 +55,90 @@ fn what_many_share_is_built_once() {
     assert_eq!(quantized("shared-by-many"), 1);
     assert_eq!(quantized("forward-and-backward-share"), 1);
 }
+
+/// What `decide` says of a graph with these options.
+fn decided(source: &str, options: &Options) -> Result<Vec<Decision>, String> {
+    decide(&mut graph(source), options).map_err(|error| error.to_string())
+}
+
+/// Attention on inputs, with codes of the model's own for keys, and a recurrent layer from a state of 0.
+fn products(attention: &str, recurrence: &str) -> String {
+    format!(
+        "graph @g {{
+  input %q : f32[N, 6, 2, 4]
+  input %u : u8[N, 6, 2, 4]
+  input %x : f32[5, N, 16]
+  param %r : f32[16, 4] = uniform seed=1
+  const %scale : f32[] = 0.5
+  const %zero : f32[] = 0
+forward:
+  %k : f32[N, 6, 2, 4] = dequantize %u, %scale
+  %a : f32[N, 6, 2, 4] = attention {attention}
+  %start : f32[N, 4] = broadcast %zero
+  %y : f32[6, 6, N, 4] = recurrence %x, %r, %start, %start lstm activations=[sigmoid, tanh, {recurrence}
+  return %a, %y
+}}"
+    )
+}
+
+const PLAIN: [&str; 2] = ["%q, %q, %q", "tanh]"];
+
+#[test]
+fn notes_that_no_kernel_does_are_refused() {
+    let [attention, recurrence] = PLAIN;
+    let int8 = "!precision(forward=i8, grad_input=f32, grad_weight=f32, mean=f32, update=f32)";
+    let back = int8.replace("grad_input=f32", "grad_input=i8");
+    let weight = int8.replace("grad_weight=f32", "grad_weight=i8");
+    let float8 = int8.replace("forward=i8", "forward=f8e4m3");
+    let tensor = "!quantizer(weight=i8, granularity=tensor, rounding=nearest, scaling=current)";
+    let noted = |note: &str| products(&format!("{attention} {note}"), recurrence);
+    let recurrent = |rest: &str, note: &str| products(attention, &format!("{rest} {note}"));
+    let options = Options::default();
+    let sound = decided(&noted(int8), &options).expect("has a kernel");
+    assert_eq!(sound[1].reason, "the graph notes it");
+    assert!(decided(&recurrent(recurrence, int8), &options).is_ok());
+    for (source, reason) in [
+        (noted(&back), "only the forward one"),
+        (noted(&weight), "only the forward one"),
+        (noted(&float8), "no f8e4m3 codes"),
+        (products(&format!("%q, %k, %q {int8}"), recurrence), "the codes that the model has"),
+        (recurrent(recurrence, &float8), "no kernel for f8e4m3"),
+        (recurrent(recurrence, &back), "the way back"),
+        (recurrent(recurrence, &format!("{int8} {tensor}")), "each row of a gate"),
+        (recurrent("relu]", int8), "exceed 1"),
+    ] {
+        let refused = decided(&source, &options).expect_err(reason);
+        assert!(refused.contains("the notes of") && refused.contains(reason), "{refused}");
+        // Inserting by notes alone refuses them, too.
+        assert!(insert(&mut graph(&source)).is_err(), "{reason}");
+    }
+    let ranged = Options { ranged: true, ..options };
+    for source in [noted(int8), recurrent(recurrence, int8)] {
+        assert!(decided(&source, &ranged).is_err(), "{source}");
+    }
+}
+
+#[test]
+fn what_no_kernel_does_is_listed_with_its_reason() {
+    let int8 = Options { precision: PrecisionChoice::Int8, ..Options::default() };
+    let told = |source: &str, options: &Options| -> Vec<(bool, bool, String)> {
+        let decided = decided(source, options).expect("decides");
+        let told = |one: Decision| (one.precision.is_quantized(), one.impossible, one.reason);
+        decided.into_iter().map(told).collect()
+    };
+    let [attention, recurrence] = PLAIN;
+    let all = told(&products(attention, recurrence), &int8);
+    assert!(all.iter().all(|(low, impossible, _)| *low && !impossible), "{all:?}");
+    let own = told(&products("%q, %k, %q", recurrence), &int8);
+    assert!(!own[1].0 && own[1].1 && own[1].2.ends_with("for it in u"), "{own:?}");
+    let ranged = Options { ranged: true, ..int8.clone() };
+    let ranged = told(&products(attention, recurrence), &ranged);
+    assert!(ranged.iter().all(|(low, impossible, _)| !low && *impossible), "{ranged:?}");
+    // What was not asked for is no surprise.
+    let operations = Operations { forward: false, ..Operations::default() };
+    let backward = told(&products(attention, recurrence), &Options { operations, ..int8.clone() });
+    assert!(backward.iter().all(|(low, impossible, _)| !low && !impossible), "{backward:?}");
+    let kept = Options { keep_f32: vec!["a".to_owned(), "y".to_owned()], ranged: true, ..int8 };
+    let kept = told(&products(attention, recurrence), &kept);
+    assert!(kept.iter().all(|(low, impossible, _)| !low && !impossible), "{kept:?}");
+}

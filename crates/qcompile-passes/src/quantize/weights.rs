@@ -1,10 +1,8 @@
 //! What becomes of the gradient of a layer's weight once it is there: its mean over ranks, and the update.
 
 use super::choice::PrecisionChoice;
-use super::decide::{
-    Candidate, Decision, Operations, Options, barred, by_score, must_be_f32, within_budget,
-};
-use super::layer::{Layer, parameter};
+use super::decide::{Decision, Operations, Options, barred, by_score, must_be_f32, within_budget};
+use super::layer::{Candidate, Layer, parameter};
 use qcompile_ir::{DType, Graph, NodeId, Precision};
 use std::collections::BTreeMap;
 

@@ -11,7 +11,8 @@ mod noise;
 
 use crate::PassError;
 use crate::quantize::{
-    Inserted, Layer, Numerics, activation_products, insert_activations, insert_forward, layers,
+    Asked, Candidate, Inserted, Layer, Numerics, activation_products, insert_activations,
+    insert_forward, layers, multiplied, obstacle,
 };
 use noise::Noise;
 use qcompile_ir::{Graph, Name, NodeId, Precision, Tensor};
@@ -140,12 +141,16 @@ impl Scores {
     }
 }
 
-/// The products that [`run`] scores: all layers, then the products of two activations, where those have codes.
+/// The products that [`run`] scores: layers, then products of two activations, where int8 kernels have them.
 #[must_use]
 pub fn scored(graph: &Graph, options: &Options) -> (Vec<Layer>, Vec<NodeId>) {
-    let float = options.numerics.types.activation.is_float();
-    let products = if float || options.ranged { Vec::new() } else { activation_products(graph) };
-    (layers(graph), products)
+    let asked = Asked::by_numerics(&options.numerics, options.ranged);
+    let has_kernel = |one: Candidate<'_>| obstacle(graph, one, asked).is_none();
+    let mut layers = layers(graph);
+    layers.retain(|layer| has_kernel(Candidate { node: layer.node, layer: Some(layer) }));
+    let mut products = activation_products(graph);
+    products.retain(|&node| has_kernel(Candidate::of_activations(node)));
+    (layers, products)
 }
 
 /// Scores what is [`scored`] and notes its sensitivity. `progress` is told how many layers are done, of how many, and the
@@ -251,7 +256,7 @@ fn score_of_product(
         }
         Metric::WeightSqnr | Metric::ActivationRange => {
             let mut worst = 0.0_f32;
-            for position in 0..2 {
+            for position in 0..multiplied(graph.op(product)) {
                 let name = &graph.node(graph.operand(product, position)).name;
                 let data = value(graph, evaluator, name)?;
                 worst =

@@ -100,7 +100,9 @@ fn of(
 fn may_carry(graph: &Graph, node: &SurveyedNode, id: NodeId) -> bool {
     let dtype = graph.ty(id).dtype;
     let rounds = ["QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QGemm"];
-    let rounds = rounds.contains(&node.op.as_str()) || node.op.starts_with("QLinear");
+    let rounds = rounds.contains(&node.op.as_str())
+        || node.op.starts_with("QLinear")
+        || node.op.ends_with("Integer");
     dtype.is_float() || rounds && QuantizedRange::of(dtype, false).is_some()
 }
 

@@ -18,7 +18,7 @@ use qcompile_ir::{Graph, verify};
 use qcompile_passes::attach_loss::{self, LossKind};
 use qcompile_passes::calibrate::Method;
 use qcompile_passes::quantize::{self, Decision, Held, LayerCost, OperandTypes, PrecisionChoice};
-use qcompile_passes::sensitivity::{LayerScore, Metric, Scores};
+use qcompile_passes::sensitivity::{LayerScore, Metric, Scores, scored};
 use qcompile_passes::{
     PassError, attention, differentiate, distribute, evaluation, saved, simplify, update,
 };
@@ -278,16 +278,20 @@ impl<'a> Street<'a> {
     fn score(&mut self, draft: &mut Draft) -> Result<()> {
         if let Some(path) = &self.options.scores {
             let scores = sensitivity::read_scores(path)?;
-            let layers = quantize::layers(&draft.graph);
-            let unknown = layers.iter().find_map(|layer| {
-                let name = draft.graph.node(layer.node).name.as_str();
+            let of_pass = sensitivity::of_pass(self.options, scores.metric, scores.samples);
+            let (layers, products) = scored(&draft.graph, &of_pass);
+            let of_layers = layers.iter().map(|layer| {
                 let channels = match scores.metric {
                     Metric::ActivationRange => layer.input_channels,
                     Metric::OutputSqnr if layer.recurrent => layer.input_channels,
                     _ => layer.channels,
                 };
+                (layer.node, channels, layer.recurrent && scores.metric == Metric::ActivationRange)
+            });
+            let of_products = products.into_iter().map(|product| (product, 0, false));
+            let unknown = of_layers.chain(of_products).find_map(|(node, channels, unscored)| {
+                let name = draft.graph.node(node).name.as_str();
                 let fits = |score: &LayerScore| score.channels.len() == channels;
-                let unscored = layer.recurrent && scores.metric == Metric::ActivationRange;
                 (!unscored && !scores.find(name).is_some_and(fits)).then_some(name)
             });
             if let Some(name) = unknown {
@@ -359,18 +363,15 @@ impl<'a> Street<'a> {
                 first.op.name()
             ));
         }
-        // What --keep names is no surprise.
-        let recurrent = |one: &&Decision| {
-            let left = one.op == "recurrence" && !one.precision.is_quantized();
-            left && !one.reason.ends_with("is to stay f32")
-        };
+        let impossible = |one: &&Decision| one.impossible;
         if self.options.precision == PrecisionChoice::Int8
-            && let Some(first) = decided.iter().find(recurrent)
+            && let Some(first) = decided.iter().find(impossible)
         {
             draft.about.warnings.push(format!(
-                "{} recurrent products are not int8; the first is {}: {}",
-                decided.iter().filter(recurrent).count(),
+                "{} products are not int8, as no kernel has what is asked for; the first is {} ({}): {}",
+                decided.iter().filter(impossible).count(),
                 first.node.as_str(),
+                first.op,
                 first.reason
             ));
         }
@@ -392,7 +393,12 @@ impl<'a> Street<'a> {
         }
         draft.decisions = decisions;
         draft.costs = options.cost;
-        draft.evaluation = Some(evaluation_form(&draft.graph)?);
+        let mut form = evaluation_form(&draft.graph)?;
+        if self.options.qat {
+            // What is evaluated is what will leave.
+            qdq::round_as_exported(&mut form)?;
+        }
+        draft.evaluation = Some(form);
         Ok(())
     }
 }
