@@ -125,6 +125,43 @@ forward:
     }
 }
 
+/// Native code divides by one scale for many without dividing: the last place decides on which side of a tie a quotient is.
+#[test]
+fn quotients_beside_ties_round_as_divisions_do() {
+    let mut random = Random::new(9);
+    let mut scales = vec![1.0_f32, f32::from_bits(0x3fff_ffff), f32::from_bits(0x3f80_0001)];
+    scales.extend([f32::MIN_POSITIVE, f32::from_bits(3), f32::from_bits(0x007f_ffff)]);
+    scales.extend([f32::MAX, f32::from_bits(0x7f00_0001), 1e-30, -0.037, f32::INFINITY, 0.0]);
+    scales.extend((0..60).map(|_| f32::from_bits((random.unit().abs() * 2.1e9) as u32)));
+    for (dtype, codes) in [(DType::I8, -129..129), (DType::U8, -2..258)] {
+        let source = format!(
+            "graph @g {{
+  input %x : f32[N]
+  input %s : f32[]
+forward:
+  %q : {dtype}[N] = quantize %x, %s {dtype}
+  return %q
+}}
+"
+        );
+        for &scale in &scales {
+            let mut values = Vec::new();
+            for code in codes.clone() {
+                let tie = (f64::from(scale) * (f64::from(code) + 0.5)) as f32;
+                let bits = tie.to_bits();
+                let near = (-3..=3).map(|step| f32::from_bits(bits.wrapping_add_signed(step)));
+                values.extend(near.map(f64::from));
+            }
+            let count = values.len();
+            let inputs = Values::from([
+                ("x".to_owned(), tensor(DType::F32, &[count], &values)),
+                ("s".to_owned(), Tensor::scalar(DType::F32, f64::from(scale))),
+            ]);
+            exactly(&source, &inputs, count);
+        }
+    }
+}
+
 #[test]
 fn what_has_no_code_of_its_own_is_told() {
     for (dtype, zero_point, wanted) in [

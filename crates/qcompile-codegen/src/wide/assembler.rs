@@ -135,12 +135,15 @@ opcodes! {
     ABS_INT = "vpabsd", 2, 1, 0, 0x1e;
     MUL_ADD_213 = "vfmadd213ps", 2, 1, 0, 0xa8;
     MUL_ADD_231 = "vfmadd231ps", 2, 1, 0, 0xb8;
+    NEG_MUL_ADD_213 = "vfnmadd213ps", 2, 1, 0, 0xac;
+    EXPONENT = "vgetexpps", 2, 1, 0, 0x42;
     SCALE = "vscalefps", 2, 1, 0, 0x2c;
     BLEND = "vblendmps", 2, 1, 0, 0x65;
     BLEND_F64 = "vblendmpd", 2, 1, 1, 0x65;
     TEST = "vptestmd", 2, 1, 0, 0x27;
     ROUND = "vrndscaleps", 3, 1, 0, 0x08;
     COMPARE_INT = "vpcmpd", 3, 1, 0, 0x1f;
+    SIGNIFICAND = "vgetmantps", 3, 1, 0, 0x26;
     SHUFFLE_QUARTERS = "vshuff32x4", 3, 1, 0, 0x23;
     SHUFFLE_LANES = "vpermilps", 3, 1, 0, 0x04;
 }

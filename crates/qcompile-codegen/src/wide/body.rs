@@ -14,6 +14,17 @@ pub(crate) enum Lane {
     Truth(Name),
 }
 
+/// A scale that many elements are divided by, as `significand · 2^-exponent`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Divisor {
+    exponent: Value,
+    significand: Value,
+    /// 1 over the significand, and what that is short of it.
+    reciprocal: [Value; 2],
+    /// The ends of the range of codes times the significand; 0 for a scale of 0.
+    ends: [Value; 2],
+}
+
 impl Lane {
     fn number(self) -> Option<Value> {
         match self {
@@ -112,13 +123,15 @@ impl Straight {
         Some(())
     }
 
-    /// One value of a body from its operands; reads, tiles and sizes are the caller's.
+    /// One value of a body from its operands; reads, tiles and sizes are the caller's, as is a [`divisor`](Self::divisor)
+    /// for a quantization whose scale the loop does not change.
     pub(crate) fn apply(
         &mut self,
         nest: &LoopNest,
         facts: &Facts,
         at: usize,
         value_of: &dyn Fn(usize) -> Lane,
+        divisor: Option<Divisor>,
     ) -> Option<Lane> {
         let types = &facts.types;
         let number = |x: usize| value_of(x).number();
@@ -157,17 +170,10 @@ impl Straight {
                 let (x, scale) = (number(x)?, number(scale)?);
                 let zero_point = zero_point.map(|zero_point| number(zero_point).ok_or(()));
                 let zero_point = zero_point.transpose().ok()?;
-                let range = range(dtype, zero_point.is_some());
-                let quotient = self.div(x, scale);
-                let scale = Value::Name(self.name(scale));
-                let number = self.compare(Is::Ordered, quotient, quotient);
-                let scaled = self.compare(Is::NotEqual, scale, float(0.0));
-                let valid = self.masks(asm::MASK_AND, Some(number), scaled);
-                let [low, high] = [range.low, range.high].map(|code| self.less(code, zero_point));
-                let clamped = self.larger(quotient, low);
-                let clamped = self.smaller(clamped, high);
-                let whole = self.one(asm::NEAREST_INT, clamped, None);
-                let whole = self.keep(valid, whole);
+                let whole = match divisor {
+                    Some(divisor) => self.quotient_code(x, divisor),
+                    None => self.code(dtype, x, scale, zero_point),
+                };
                 Lane::Number(match zero_point {
                     Some(zero_point) => self.either(asm::ADD_INT, whole, zero_point),
                     None => whole,
@@ -198,6 +204,66 @@ impl Straight {
                 Lane::Number(self.keep(inside, dy))
             }
         })
+    }
+
+    /// `x / scale` rounded and clamped; 0 of what is no number or by a scale of 0.
+    fn code(&mut self, dtype: DType, x: Value, scale: Value, zero_point: Option<Value>) -> Value {
+        let range = range(dtype, zero_point.is_some());
+        let quotient = self.div(x, scale);
+        let scale = Value::Name(self.name(scale));
+        let number = self.compare(Is::Ordered, quotient, quotient);
+        let scaled = self.compare(Is::NotEqual, scale, float(0.0));
+        let valid = self.masks(asm::MASK_AND, Some(number), scaled);
+        let [low, high] = [range.low, range.high].map(|code| self.less(code, zero_point));
+        let clamped = self.larger(quotient, low);
+        let clamped = self.smaller(clamped, high);
+        let whole = self.one(asm::NEAREST_INT, clamped, None);
+        self.keep(valid, whole)
+    }
+
+    /// What the division by a scale needs that is the same for many elements.
+    pub(crate) fn divisor(
+        &mut self,
+        dtype: DType,
+        scale: Lane,
+        zero_point: Option<Lane>,
+    ) -> Option<Divisor> {
+        let scale = Value::Name(self.name(scale.number()?));
+        let zero_point = zero_point.map(|zero_point| zero_point.number().ok_or(()));
+        let zero_point = zero_point.transpose().ok()?;
+        let range = range(dtype, zero_point.is_some());
+        let exponent = self.one(asm::EXPONENT, scale, None);
+        let exponent = self.sub(float(0.0), exponent);
+        let significand = self.one(asm::SIGNIFICAND, scale, Some(0));
+        let high = self.div(float(1.0), significand);
+        let rest = self.neg_mul_add(high, significand, float(1.0));
+        let low = self.mul(rest, high);
+        let scaled = self.compare(Is::NotEqual, scale, float(0.0));
+        let ends = [range.low, range.high].map(|code| {
+            let code = self.less(code, zero_point);
+            self.mul(significand, code)
+        });
+        let ends = [self.smaller(ends[0], ends[1]), self.larger(ends[0], ends[1])];
+        let ends = ends.map(|end| self.keep(scaled, end));
+        Some(Divisor { exponent, significand, reciprocal: [high, low], ends })
+    }
+
+    /// What [`code`](Self::code) gives, without a division: the quotient of the significands, which is exact after a step of
+    /// Newton's (Markstein 1990, "Computation of elementary functions on the IBM RISC System/6000 processor", theorem
+    /// 2: of a quotient within one unit in the last place, with the reciprocal rounded to nearest). Where exponents leave their
+    /// range, the code is 0 or at an end.
+    fn quotient_code(&mut self, x: Value, divisor: Divisor) -> Value {
+        let Divisor { exponent, significand, reciprocal: [high, low], ends } = divisor;
+        let x = self.two(asm::SCALE, x, exponent);
+        let x = self.larger(x, ends[0]);
+        let x = self.smaller(x, ends[1]);
+        let small = self.mul(x, low);
+        let quotient = self.mul_add(x, high, small);
+        let rest = self.neg_mul_add(quotient, significand, x);
+        let quotient = self.mul_add(rest, high, quotient);
+        let number = self.compare(Is::Ordered, quotient, quotient);
+        let whole = self.one(asm::NEAREST_INT, quotient, None);
+        self.keep(number, whole)
     }
 
     /// A code less a zero point, as a float.

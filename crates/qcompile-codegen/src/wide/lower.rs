@@ -1,13 +1,14 @@
 //! A nest as sections of straight-line code around the two loops.
 
 use super::assembler::{self as asm, Code};
-use super::body::{Lane, has_lanes};
+use super::body::{Divisor, Lane, has_lanes};
 use super::straight::{Instruction, Is, Lanes, Memory, Name, Straight, Value, float};
 use super::{Layout, sweep};
 use crate::facts::{Facts, innermost, partial_type, written_once};
 use crate::nest::{Accumulator, Rule};
 use qcompile_ir::{DType, Dim, ReduceOp};
 use qcompile_plan::{Access, LoopNest, Scalar, Write};
+use std::collections::BTreeMap;
 
 /// Columns up to which a nest goes down the rows of 16 or so columns at a time, so that what belongs to a column stays
 /// in registers.
@@ -211,12 +212,30 @@ struct Lowering<'n> {
     levels: Vec<usize>,
 }
 
-type Values = Vec<Vec<Lane>>;
+/// The values of a body so far, each for the vectors of its own.
+#[derive(Clone)]
+struct Values {
+    lanes: Vec<Vec<Lane>>,
+    /// Of quantizations, whose scale changes less often than they do.
+    divisors: BTreeMap<usize, Vec<Divisor>>,
+}
+
+impl Values {
+    /// The value of a vector: that of its own, or the one of all.
+    fn of(&self, at: usize, part: usize) -> Lane {
+        of_part(&self.lanes[at], part)
+    }
+}
+
+fn of_part<T: Copy>(parts: &[T], part: usize) -> T {
+    parts[part.min(parts.len() - 1)]
+}
 
 impl Lowering<'_> {
     fn sections(&self, parts: usize) -> Option<Sections> {
         let mut s = Straight::default();
-        let mut values: Values = vec![Vec::new(); self.nest.body.len()];
+        let lanes = vec![Vec::new(); self.nest.body.len()];
+        let mut values = Values { lanes, divisors: BTreeMap::new() };
         self.lower(&mut s, 0, 1, &mut values)?;
         let mut totals = self.sums(&mut s, Home::Both, parts);
         let before = s.section();
@@ -296,12 +315,38 @@ impl Lowering<'_> {
                         let word = self.shape.layout().size(this_size);
                         Lane::Number(s.read(asm::BROADCAST, Memory::Word(word)))
                     }
-                    _ => s.apply(self.nest, self.facts, at, &|x| of_part(values, x, part))?,
+                    _ => {
+                        let divisor = values.divisors.get(&at).map(|parts| of_part(parts, part));
+                        s.apply(self.nest, self.facts, at, &|x| values.of(x, part), divisor)?
+                    }
                 });
             }
-            values[at] = lanes;
+            values.lanes[at] = lanes;
+        }
+        for (at, &scalar) in self.nest.body.iter().enumerate() {
+            if self.divided_at(at) != Some(level) {
+                continue;
+            }
+            let Scalar::Quantize(dtype, _, scale, zero_point) = scalar else { continue };
+            let mut divisors = Vec::with_capacity(parts);
+            for part in 0..parts {
+                let zero_point = zero_point.map(|zero_point| values.of(zero_point, part));
+                divisors.push(s.divisor(dtype, values.of(scale, part), zero_point)?);
+            }
+            values.divisors.insert(at, divisors);
         }
         Some(())
+    }
+
+    /// The level that knows the scale of a quantization to few codes, if that is not its own.
+    fn divided_at(&self, at: usize) -> Option<usize> {
+        let Scalar::Quantize(dtype, _, scale, zero_point) = self.nest.body[at] else {
+            return None;
+        };
+        let level =
+            [Some(scale), zero_point].into_iter().flatten().map(|x| self.levels[x]).max()?;
+        let few = matches!(dtype, DType::I8 | DType::U8 | DType::I4 | DType::U4);
+        (few && level < self.levels[at]).then_some(level)
     }
 
     fn home(&self, write: usize) -> Home {
@@ -361,7 +406,7 @@ impl Lowering<'_> {
             let across = sum.home == Home::Both || self.shape.order == Order::Rows;
             let lanes = if s.tail && across { Lanes::Tail } else { Lanes::All };
             for part in 0..parts {
-                let value = of_part(&values, self.nest.writes[sum.write].value(), part);
+                let value = values.of(self.nest.writes[sum.write].value(), part);
                 let Lane::Number(value) = value else { return None };
                 join(s, sum.rule, sum.names[part], value, sum.shifts.get(part).copied(), lanes);
             }
@@ -371,7 +416,7 @@ impl Lowering<'_> {
             let dtype = self.shape.cursors[cursor].dtype;
             let lanes = if s.tail { Lanes::Tail } else { Lanes::All };
             for part in 0..parts {
-                let value = of_part(&values, write.value(), part);
+                let value = values.of(write.value(), part);
                 let to = self.memory(cursor, part);
                 match write {
                     Write::Store { value: at, .. } => {
@@ -499,12 +544,6 @@ impl Lowering<'_> {
             }
         }
     }
-}
-
-/// The value of a vector: that of its own, or the one of all.
-fn of_part(values: &Values, at: usize, part: usize) -> Lane {
-    let lanes = &values[at];
-    lanes[part.min(lanes.len() - 1)]
 }
 
 /// Two partial results as one.

@@ -200,6 +200,13 @@ impl Straight {
         Value::Name(self.push(Instruction { tied, second, ..plain }))
     }
 
+    /// `z - x · y`, rounded once.
+    pub(crate) fn neg_mul_add(&mut self, x: Value, y: Value, z: Value) -> Value {
+        let (tied, second) = (Some(self.name(x)), Some(self.name(y)));
+        let plain = self.plain(asm::NEG_MUL_ADD_213, Class::Vector, Last::Value(z));
+        Value::Name(self.push(Instruction { tied, second, ..plain }))
+    }
+
     /// A polynomial in `x`, highest coefficient first.
     pub(crate) fn polynomial(&mut self, x: Value, coefficients: &[f32]) -> Value {
         let (&first, rest) = coefficients.split_first().unwrap_or((&0.0, &[]));

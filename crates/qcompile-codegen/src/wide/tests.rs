@@ -40,6 +40,7 @@ fn sample() -> asm::Code {
         asm::MUL_ADD_213,
         asm::MUL_ADD_231,
         asm::SCALE,
+        asm::NEG_MUL_ADD_213,
     ] {
         a.vector(vector(opcode, 1, Some(2), zmm(3)));
         a.vector(vector(opcode, 9, Some(18), zmm(27)));
@@ -57,6 +58,7 @@ fn sample() -> asm::Code {
         asm::TRUNCATED_INT,
         asm::TO_F64,
         asm::ABS_INT,
+        asm::EXPONENT,
     ] {
         let last = zmm(if opcode == asm::TO_F64 { 6 } else { 26 });
         a.vector(Vector { mask: Some((Mask(3), true)), ..vector(opcode, 17, None, last) });
@@ -88,6 +90,7 @@ fn sample() -> asm::Code {
         a.vector(Vector { mask: Some((Mask(7), false)), ..vector(opcode, 8, Some(16), zmm(24)) });
     }
     a.vector(Vector { immediate: Some(9), ..vector(asm::ROUND, 8, None, zmm(24)) });
+    a.vector(Vector { immediate: Some(0), ..vector(asm::SIGNIFICAND, 8, None, zmm(24)) });
     a.vector(Vector { immediate: Some(0x4e), ..vector(asm::SHUFFLE_QUARTERS, 8, Some(9), zmm(9)) });
     a.vector(Vector { immediate: Some(0xb1), ..vector(asm::SHUFFLE_LANES, 8, None, zmm(19)) });
     for opcode in [asm::MASK_AND, asm::MASK_AND_NOT, asm::MASK_OR, asm::MASK_EQUAL] {
@@ -179,6 +182,8 @@ const EXPECTED: &str = "\
 62126d40b8cb vfmadd231ps zmm9, zmm18, zmm27
 62f26d482ccb vscalefps zmm1, zmm2, zmm3
 62126d402ccb vscalefps zmm9, zmm18, zmm27
+62f26d48accb vfnmadd213ps zmm1, zmm2, zmm3
+62126d40accb vfnmadd213ps zmm9, zmm18, zmm27
 6261044858b540000000 vaddps zmm30, zmm15, [rbp + 64]
 6241044858b48df8ffffff vaddps zmm30, zmm15, [r13 + rcx * 4 + -8]
 6201044858b44c00010000 vaddps zmm30, zmm15, [r12 + r9 * 2 + 256]
@@ -194,6 +199,7 @@ const EXPECTED: &str = "\
 62817ecb5bca vcvttps2dq zmm17 {k3}{z}, zmm26
 62e17ccb5ace vcvtps2pd zmm17 {k3}{z}, zmm6
 62827dcb1eca vpabsd zmm17 {k3}{z}, zmm26
+62827dcb42ca vgetexpps zmm17 {k3}{z}, zmm26
 62d1354072f210 vpslld zmm25, zmm10, 16
 62d1354072e210 vpsrad zmm25, zmm10, 16
 62d1354072d210 vpsrld zmm25, zmm10, 16
@@ -217,6 +223,7 @@ const EXPECTED: &str = "\
 62127d4765c0 vblendmps zmm8 {k7}, zmm16, zmm24
 6212fd4765c0 vblendmpd zmm8 {k7}, zmm16, zmm24
 62137d4808c009 vrndscaleps zmm8, zmm24, 9
+62137d4826c000 vgetmantps zmm8, zmm24, 0
 6253354823c14e vshuff32x4 zmm8, zmm9, zmm9, 78
 62337d4804c3b1 vpermilps zmm8, zmm19, 177
 c4e16441d7 kandw k2, k3, k7
@@ -253,9 +260,9 @@ c442a0f5ca bzhi r9, r10, r11
 0f83e8ffffff jae label0
 0f87e2ffffff ja label0
 0f86dcffffff jbe label0
-62e15450582519000000 vaddps zmm20, zmm21, 1e-45 (0x1)
-62f15450c21d1200000011 vcmpps k3, zmm21, 3e-45 (0x2), 17
-62f27d48182504000000 vbroadcastss zmm4, 1e-45 (0x1)
+62e1545058251c000000 vaddps zmm20, zmm21, 1e-45 (0x1)
+62f15450c21d1500000011 vcmpps k3, zmm21, 3e-45 (0x2), 17
+62f27d48182507000000 vbroadcastss zmm4, 1e-45 (0x1)
 c5f877c3 vzeroupper; ret
 ";
 
