@@ -1,9 +1,15 @@
 //! The committed models rewritten for each precision: which operands each product reads rounded, and how.
 
 use crate::models::{finish, scores, with_loss};
+use crate::ranged::frozen;
 use crate::support::snapshot;
 use qcompile_ir::{DType, Graph, NodeId, Op};
-use qcompile_passes::quantize::{self, ChannelPolicy, Options, PrecisionChoice};
+use qcompile_passes::calibrate::Range;
+use qcompile_passes::quantize::{
+    self, ChannelPolicy, Codes, Held, Operations, Options, PrecisionChoice, Scheme, WeightScales,
+    Weights,
+};
+use qcompile_passes::{evaluation, fold_batch_norm};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
@@ -106,6 +112,42 @@ fn models_at_every_precision_are_as_in_the_snapshots() {
             qcompile_ir::verify(&graph).unwrap_or_else(|errors| panic!("{model}: {errors}"));
             let _ = write!(text, "{name}\n{}", shown(&graph));
         }
+        for (name, codes, dtype, held) in [
+            ("trained with ranges", Codes::Uint8, DType::I8, Held::State),
+            ("trained with learned steps", Codes::Int8, DType::I4, Held::Parameter),
+            ("as it leaves for integers", Codes::Uint8, DType::I8, Held::Constant),
+        ] {
+            let weights = Weights { dtype, scales: WeightScales::Channel };
+            let graph = ranged(model, &plain, Scheme { codes, weights, held });
+            let _ = write!(text, "{name}\n{}", shown(&graph));
+        }
         snapshot("precisions", model, &text);
     }
+}
+
+/// A model whose layers read integers with ranges: a whole step of training, or where ranges are constant the form that
+/// leaves.
+fn ranged(model: &str, plain: &Graph, scheme: Scheme) -> Graph {
+    let mut graph = plain.clone();
+    let leaves = scheme.held == Held::Constant;
+    if leaves {
+        evaluation::run(&mut graph).expect("has a form");
+        fold_batch_norm::run(&mut graph).expect("folds");
+        graph = frozen(graph);
+    }
+    let operations = Operations { backward: false, ..Operations::default() };
+    let precision = PrecisionChoice::Int8;
+    let options = Options { precision, operations, ranged: true, ..Options::default() };
+    quantize::decide(&mut graph, &options).unwrap_or_else(|error| panic!("{model}: {error}"));
+    let values = quantize::activations(&graph).into_iter();
+    let ranges = values.map(|id| (graph.node(id).name.clone(), Range::new(-1.0, 2.0))).collect();
+    quantize::insert_ranged(&mut graph, &ranges, &scheme).expect("inserts");
+    if leaves {
+        quantize::round_biases(&mut graph).expect("rounds");
+    } else {
+        finish(&mut graph);
+    }
+    graph.sweep();
+    qcompile_ir::verify(&graph).unwrap_or_else(|errors| panic!("{model}: {errors}"));
+    graph
 }

@@ -23,7 +23,8 @@ fn evaluated(graph: &Graph, given: &BTreeMap<String, Tensor>) -> BTreeMap<String
     graph.outputs().iter().map(of).collect()
 }
 
-fn frozen(mut graph: Graph) -> Graph {
+/// The graph with what depends on stored values alone computed.
+pub(crate) fn frozen(mut graph: Graph) -> Graph {
     let mut compute = |part: &Graph| Ok(evaluated(part, &BTreeMap::new()));
     freeze::run(&mut graph, &mut compute).expect("freezes");
     qcompile_ir::verify(&graph).expect("verifies");

@@ -1,4 +1,5 @@
-//! Gradient of a depthwise convolution by its weights: lanes are channels. bf16 goes through f32.
+//! Gradient of a depthwise convolution by its weights: lanes are channels. bf16 and int8 go through f32; sums of int8 are
+//! exact there within a row, and i32 beyond.
 
 use crate::args::Conv2dGradWeightArgs;
 use crate::buffer::{Buffer, Slot};
@@ -10,6 +11,9 @@ use crate::window::Extent;
 
 /// Most taps whose sums one sweep over a row keeps in registers: those of a 3 x 3 kernel.
 const MOST_TAPS: usize = 9;
+
+/// Columns of a row whose products of i8 an f32 sums exactly.
+pub(crate) const MOST_EXACT_COLUMNS: usize = 1 << 10;
 
 /// Partial sums of a depthwise convolution: rows are kernel positions, columns are channels.
 pub(crate) struct Depthwise<E> {
@@ -68,6 +72,7 @@ impl<E: Element> Task for Depthwise<E> {
                             stride: cut.stride,
                             channels,
                             step: g.columns.step() * channels,
+                            whole: E::WHOLE,
                         };
                         depthwise::reaches(g, (0, 0), row, first_row, channels, &mut taps);
                         for taps in taps.chunks(MOST_TAPS) {
@@ -104,9 +109,44 @@ struct Line {
     channels: usize,
     /// From one column's source to the next one's.
     step: usize,
+    /// Whether the sums are i32.
+    whole: bool,
 }
 
+/// The lanes of a vector, at most.
+const MOST_LANES: usize = 16;
+
 impl Line {
+    /// The sums of some lanes so far, which those of this row go on from.
+    ///
+    /// # Safety
+    /// `sums` holds the lanes.
+    #[inline(always)]
+    unsafe fn begin<L: Lanes>(&self, sums: *const f32) -> L::V {
+        // SAFETY: granted by the caller.
+        unsafe { if self.whole { L::zero() } else { L::load(sums.cast()) } }
+    }
+
+    /// Stores the sums, or adds those of this row.
+    ///
+    /// # Safety
+    /// As for [`begin`](Self::begin); whole sums are within i32.
+    #[inline(always)]
+    unsafe fn end<L: Lanes>(&self, sum: L::V, sums: *mut f32) {
+        // SAFETY: granted by the caller; a vector has at most so many lanes.
+        unsafe {
+            if !self.whole {
+                L::store(sums.cast(), sum);
+                return;
+            }
+            let mut row = [0.0_f32; MOST_LANES];
+            L::store(row.as_mut_ptr().cast(), sum);
+            for (at, sum) in row.iter().enumerate().take(L::LANES) {
+                *sums.cast::<i32>().add(at) += sum.to_int_unchecked::<i32>();
+            }
+        }
+    }
+
     /// Adds the row's products for some taps.
     #[inline(always)]
     unsafe fn add<S: Simd, const T: usize>(&self, taps: &[Reach; T]) {
@@ -120,7 +160,7 @@ impl Line {
                 let out = |tap: &Reach| self.sums.add(tap.position * self.stride + channel);
                 let mut sums = [S::Real::zero(); T];
                 for (sum, tap) in sums.iter_mut().zip(taps) {
-                    *sum = S::Real::load(out(tap).cast());
+                    *sum = self.begin::<S::Real>(out(tap));
                     let (begin, end) = tap.columns;
                     let (before, after) = (inner.start.min(end), inner.end.max(begin));
                     for column in (begin..before).chain(after.max(before)..end) {
@@ -138,7 +178,7 @@ impl Line {
                     }
                 }
                 for (&sum, tap) in sums.iter().zip(taps) {
-                    S::Real::store(out(tap).cast(), sum);
+                    self.end::<S::Real>(sum, out(tap));
                 }
                 channel += lanes;
             }
@@ -146,9 +186,15 @@ impl Line {
                 for tap in taps {
                     let out = self.sums.add(tap.position * self.stride + channel);
                     let x = self.x.wrapping_offset(tap.offset).wrapping_add(channel);
+                    let mut sum = if self.whole { 0.0 } else { *out };
                     for column in tap.columns.0..tap.columns.1 {
                         let a = *x.wrapping_add(column * self.step);
-                        *out += a * *self.dy.add(column * self.channels + channel);
+                        sum += a * *self.dy.add(column * self.channels + channel);
+                    }
+                    if self.whole {
+                        *out.cast::<i32>() += sum.to_int_unchecked::<i32>();
+                    } else {
+                        *out = sum;
                     }
                 }
             }

@@ -8,7 +8,7 @@
 
 use crate::args::{Conv2dGradWeightArgs, Conv2dGradWeightI8Args};
 use crate::buffer::{Buffer, Slot};
-use crate::depthwise_grad::Depthwise;
+use crate::depthwise_grad::{Depthwise, MOST_EXACT_COLUMNS};
 use crate::geometry::{Geometry, Part, Parts};
 use crate::lanes::{Codes, Lanes, Simd, Task};
 use crate::pack::{self, Right, Source};
@@ -53,8 +53,9 @@ pub(crate) struct Cut {
 impl Cut {
     fn of<L: Lanes>(args: &Conv2dGradWeightArgs<L::Element>) -> Cut {
         let g = Geometry::new(&args.shape, false);
-        // Sums in f32 would depend on their order, and so on the tier.
-        let depthwise = g.is_depthwise() && !L::INTEGER;
+        // Sums of int8 that f32 rounds would depend on their order, and so on the tier.
+        let exact = !L::INTEGER || g.columns.target <= MOST_EXACT_COLUMNS;
+        let depthwise = g.is_depthwise() && exact;
         let width = Panels::width::<L>();
         let panels = Panels { k: 0, n: if depthwise { g.groups } else { g.target_channels } };
         let stride = panels.count::<L>() * width;
@@ -480,7 +481,9 @@ impl<E> Task for Sum<E> {
                     let total = total.words().cast::<f32>().add(row * cut.stride);
                     if let Some(scales) = self.scales {
                         let channel = group * g.source_channels + channel;
-                        let left = *scales.x.add(channel * scales.x_stride);
+                        // Columns of a depthwise convolution are channels of the data, too.
+                        let along = if cut.depthwise { scales.x_stride } else { 0 };
+                        let left = (scales.x.add(channel * scales.x_stride), along);
                         let right = scales.dy.add(group * g.target_channels * scales.dy_stride);
                         let exact = std::slice::from_raw_parts_mut(exact.words().cast(), columns);
                         self.dequantized(&partial, exact, left, (right, scales.dy_stride), total);
@@ -512,14 +515,14 @@ impl<E> Sum<E> {
     /// Adds a row of i32 sums, exactly, and scales it.
     ///
     /// # Safety
-    /// `exact` and `total` hold the columns, and the right scale has its stride for each.
+    /// `exact` and `total` hold the columns, and the scales have their strides for each.
     #[inline(always)]
     unsafe fn dequantized(
         &self,
         partial: &impl Fn(usize) -> *mut u8,
         exact: &mut [f64],
-        left: f32,
-        (right, stride): (*const f32, usize),
+        (left, left_stride): (*const f32, usize),
+        (right, right_stride): (*const f32, usize),
         total: *mut f32,
     ) {
         exact.fill(0.0);
@@ -533,7 +536,10 @@ impl<E> Sum<E> {
         }
         for (column, sum) in exact.iter().enumerate() {
             // SAFETY: granted by the caller.
-            unsafe { *total.add(column) = *sum as f32 * (left * *right.add(column * stride)) };
+            unsafe {
+                let scale = *left.add(column * left_stride) * *right.add(column * right_stride);
+                *total.add(column) = *sum as f32 * scale;
+            }
         }
     }
 }

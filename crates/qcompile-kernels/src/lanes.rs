@@ -66,6 +66,8 @@ pub(crate) trait Simd: Copy + 'static {
 pub(crate) trait Element: Copy + Default + 'static {
     /// Whether it is narrower than a word.
     const NARROW: bool = size_of::<Self>() < 4;
+    /// Whether it is an integer.
+    const WHOLE: bool = false;
     /// Its value.
     fn real(self) -> f32;
     /// A code that is stored with some bits flipped, as it is meant.
@@ -120,6 +122,7 @@ impl Element for u16 {
     }
 }
 impl Element for i8 {
+    const WHOLE: bool = true;
     #[inline(always)]
     fn real(self) -> f32 {
         f32::from(self)

@@ -203,10 +203,8 @@ fn int8_operands(graph: &Graph, views: &[View], id: NodeId) -> Option<LowOperand
         }
         Op::Conv2dGradWeight(geometry) => {
             let [height, width] = geometry.output()?;
-            let depthwise = geometry.groups > 1 && a.dims.last() == Some(&geometry.groups.into());
             along(&a, 3, axis_a)
                 && along(&b, 3, axis_b)
-                && !depthwise
                 && height.checked_mul(width)? <= MOST_I8_PRODUCTS
         }
         _ => return None,

@@ -386,6 +386,21 @@ fn int8_grad_weight_is_exact_on_every_tier() {
     }
 }
 
+/// Depthwise: rows whose products an f32 just sums exactly, longer ones, and channels beyond whole vectors.
+#[test]
+fn int8_grad_weight_of_depthwise_convolutions_is_exact() {
+    for (width, channels) in [(1024, 19), (1025, 3), (40, 64), (3, 1)] {
+        let words = [3, 4, width, channels, channels, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, channels];
+        let shape = shape(words);
+        let (nx, _, ny) = sizes(&shape);
+        for strides in [[0, 0], [1, 0], [0, 1], [1, 1]] {
+            check_int8_grad_weight(shape, &vec![-128; nx], &vec![-128; ny], strides);
+        }
+        let mut random = Random(7);
+        check_int8_grad_weight(shape, &random.bytes(nx), &random.bytes(ny), [1, 1]);
+    }
+}
+
 /// More pixels than an i32 holds products of, all as large as can be.
 #[test]
 fn int8_grad_weight_does_not_overflow() {

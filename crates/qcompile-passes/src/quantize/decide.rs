@@ -434,10 +434,6 @@ fn decide_one(
         Err(reason) => return high(reason),
     };
     let mut precision = options.low();
-    if is_quantized(precision.grad_weight) && layer.depthwise {
-        precision.grad_weight = options.high().grad_weight;
-        reason.push_str("; the gradient of a depthwise weight has no int8 kernel");
-    }
     if layer.recurrent && is_quantized(precision.grad_input) {
         precision.grad_input = options.high().grad_input;
         reason.push_str("; the way back through the steps has no int8 kernel");

@@ -24,8 +24,6 @@ pub struct Layer {
     pub input_channels: usize,
     /// Whether it is a convolution of more than one group.
     pub grouped: bool,
-    /// Whether each group has one input channel.
-    pub depthwise: bool,
     /// Whether it is the product of a recurrent layer's states with R: channels are rows of R, those of the data units of
     /// the state.
     pub recurrent: bool,
@@ -70,7 +68,6 @@ impl Layer {
             weight_input_axis,
             input_channels: shape[weight_input_axis],
             grouped: conv.is_some_and(|geometry| geometry.groups != 1),
-            depthwise: conv.is_some_and(|geometry| geometry.groups != 1) && shape[1] == 1,
             recurrent: matches!(graph.op(node), Op::Recurrence(_)),
         })
     }
