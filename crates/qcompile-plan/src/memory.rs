@@ -92,15 +92,15 @@ pub(crate) fn readers(fusion: &Fusion) -> BTreeMap<NodeId, Vec<usize>> {
     readers
 }
 
-/// Bytes of what the forward region stores for later regions, as far as they depend on the batch size.
-pub(crate) fn saved(graph: &Graph, fusion: &Fusion) -> Affine {
+/// What the forward region stores for later regions, as far as it depends on the batch size: each value with its bytes.
+pub(crate) fn saved(graph: &Graph, fusion: &Fusion) -> Vec<(NodeId, Affine)> {
     let region = |group: usize| fusion.groups[group].region;
     let saved = readers(fusion).into_iter().filter(|(id, readers)| {
         let computed = fusion.producer(*id).is_some_and(|from| region(from) == Region::Forward);
         let large = graph.ty(*id).shape.elements().is_some_and(|elements| elements.batch);
         computed && large && readers.iter().any(|&reader| region(reader) > Region::Forward)
     });
-    saved.fold(Affine::ZERO, |sum, (id, _)| sum.plus(bytes_of(graph.ty(id))).unwrap_or(sum))
+    saved.map(|(id, _)| (id, bytes_of(graph.ty(id)))).collect()
 }
 
 /// The bases that someone reads from memory; what only its own group uses stays in registers.
