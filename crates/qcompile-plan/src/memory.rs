@@ -268,21 +268,28 @@ impl Memory {
     fn share(&mut self, pieces: &[Piece], batch: usize) -> Vec<SlotId> {
         let mut sorted: Vec<usize> = (0..pieces.len()).collect();
         sorted.sort_by_key(|&piece| (Reverse(pieces[piece].bytes.at(batch)), piece));
-        let mut shared: Vec<Vec<usize>> = Vec::new();
+        let mut shared: Vec<(Affine, Vec<usize>)> = Vec::new();
         for piece in sorted {
-            let free = |slot: &Vec<usize>| {
-                slot.iter().all(|&other| !pieces[other].lives_with(&pieces[piece]))
+            let wanted = pieces[piece].bytes;
+            // What a fixed size and one by the batch size share is as large as both.
+            let grown = |slot: &(Affine, Vec<usize>)| {
+                let free = slot.1.iter().all(|&other| !pieces[other].lives_with(&pieces[piece]));
+                let growth = slot.0.max(wanted).at(batch).saturating_sub(slot.0.at(batch));
+                (free && growth < wanted.at(batch)).then_some((growth, slot.0.at(batch)))
             };
-            match shared.iter().rposition(free) {
-                Some(slot) => shared[slot].push(piece),
-                None => shared.push(vec![piece]),
+            let fitting = shared.iter_mut().filter_map(|slot| Some((grown(slot)?, slot)));
+            match fitting.min_by_key(|(waste, _)| *waste) {
+                Some((_, (bytes, members))) => {
+                    *bytes = (*bytes).max(wanted);
+                    members.push(piece);
+                }
+                None => shared.push((wanted, vec![piece])),
             }
         }
         // Numbered as they are used.
-        shared.sort_by_key(|slot| slot.iter().copied().min());
+        shared.sort_by_key(|(_, members)| members.iter().copied().min());
         let mut slots = vec![SlotId(0); pieces.len()];
-        for members in shared {
-            let bytes = members.iter().fold(Affine::ZERO, |most, &of| most.max(pieces[of].bytes));
+        for (bytes, members) in shared {
             let slot = self.new_slot(Storage::Shared, bytes);
             members.into_iter().for_each(|piece| slots[piece] = slot);
         }

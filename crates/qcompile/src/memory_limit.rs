@@ -122,11 +122,23 @@ impl Search {
             self.whole.push(attempt);
         }
         let size = |attempt: &Attempt| attempt.plan.bytes(self.batch);
-        let all = self.orders.iter().zip(&self.whole);
-        let fitting = all.clone().filter(|(_, whole)| size(whole) <= limit);
-        let Some((order, whole)) = fitting.min_by(|a, b| a.1.added.total_cmp(&b.1.added)) else {
-            return Ok(all.map(|(_, whole)| whole).min_by_key(|whole| size(whole)).cloned());
-        };
+        let all = || self.orders.iter().zip(&self.whole);
+        let mut fitting: Vec<_> = all().filter(|(_, whole)| size(whole) <= limit).collect();
+        fitting.sort_by(|a, b| a.1.added.total_cmp(&b.1.added));
+        if fitting.is_empty() {
+            return Ok(all().map(|(_, whole)| whole).min_by_key(|whole| size(whole)).cloned());
+        }
+        // Between the one that adds least and the one that adds most.
+        fitting.drain(1..fitting.len().max(2) - 1);
+        let mut found = Vec::new();
+        for (order, whole) in fitting {
+            found.push(self.fewest(order, whole, limit)?);
+        }
+        Ok(found.into_iter().min_by(|a, b| a.added.total_cmp(&b.added)))
+    }
+
+    /// The plan with the fewest of the first values of an order that fits, where all of them do.
+    fn fewest(&self, order: &[NodeId], whole: &Attempt, limit: usize) -> Result<Attempt> {
         let mut best = whole.clone();
         let (mut few, mut enough) = (0_usize, order.len());
         for _ in 0..HALVINGS {
@@ -135,12 +147,12 @@ impl Search {
                 break;
             }
             let attempt = self.attempt(&order[..middle])?;
-            if size(&attempt) <= limit {
+            if attempt.plan.bytes(self.batch) <= limit {
                 (best, enough) = (attempt, middle);
             } else {
                 few = middle;
             }
         }
-        Ok(Some(best))
+        Ok(best)
     }
 }
