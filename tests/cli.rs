@@ -48,6 +48,7 @@ fn compiles_to_equal_bytes_and_says_what_it_decided() {
         "optimizer",
         "peak_bytes",
         "plan",
+        "rematerialised",
         "saved_bytes",
         "state_bytes",
         "step_ms",
@@ -107,8 +108,8 @@ fn a_graph_leaves_the_street_and_comes_back() {
         .run("@/digits_mlp.onnx -q --precision f32 --no-measure --dump-after all --dump-dir dumps");
     assert_eq!(
         std::fs::read_dir(place.path("dumps")).unwrap().count(),
-        24,
-        "twelve texts, twelve tensor files"
+        26,
+        "thirteen texts, thirteen tensor files"
     );
 }
 
@@ -116,7 +117,7 @@ fn a_graph_leaves_the_street_and_comes_back() {
 fn emits_every_form() {
     let place = Place::new();
     for (form, beginning) in
-        [("graph", "; after: compress\n"), ("plan-text", ""), ("clif", ""), ("asm", "")]
+        [("graph", "; after: rematerialise\n"), ("plan-text", ""), ("clif", ""), ("asm", "")]
     {
         let text = place
             .run(&format!(

@@ -135,6 +135,16 @@ fn evaluation() {
     });
 }
 
+/// The step, with all that may be made again.
+#[test]
+fn rematerialise() {
+    check("rematerialise", |mut graph| {
+        differentiate::run(&mut graph).expect("differentiable");
+        let plan = qcompile_plan::build(graph, &qcompile_plan::BuildOptions { batch_size: 4 });
+        crate::rematerialise::made_again(&plan.expect("builds"), 4, None).0.to_string()
+    });
+}
+
 /// Every mnemonic that stands in a file of `tests/filetests/<kind>/`.
 fn mnemonics(kind: &str) -> BTreeSet<&'static str> {
     let mut found = BTreeSet::new();
@@ -189,6 +199,7 @@ fn every_file_says_its_idea_in_its_first_line() {
         "plan",
         "plan-refused",
         "quantize",
+        "rematerialise",
         "simplify",
         "verify",
     ] {

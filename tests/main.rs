@@ -18,6 +18,7 @@ mod quantizers;
 mod random_graph;
 mod ranged;
 mod refusals;
+mod rematerialise;
 mod state;
 mod support;
 mod tidy;

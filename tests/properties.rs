@@ -1,6 +1,7 @@
 //! What holds for every graph, on graphs that nobody would think of.
 
 use crate::random_graph::{Wanted, random_graph};
+use crate::rematerialise::made_again;
 use crate::support::{Random, inputs};
 use qcompile_ir::eval::{EvalOptions, Rounding, Value, Values, eval};
 use qcompile_ir::{Graph, Note, Region, Tensor, text};
@@ -215,6 +216,24 @@ fn run(plan: &Arc<Plan>, tier: Tier, threads: usize) -> Option<BTreeMap<String, 
     let options = TrainerOptions { threads, workers: 1, tier: Some(tier) };
     let mut trainer = Trainer::new(Arc::clone(plan), &options).expect("compiles");
     trainer.run(&inputs.collect(), Region::Comm).ok()
+}
+
+#[test]
+fn making_values_again_keeps_every_bit() {
+    let (mut ran, mut made) = (0, 0);
+    for seed in 0..300 {
+        let graph = random_graph(seed, PLANNED);
+        let Ok(plan) = build(graph, &BuildOptions { batch_size: BATCH }) else { continue };
+        let (graph, copied) = made_again(&plan, BATCH, None);
+        let again = build(graph, &BuildOptions { batch_size: BATCH })
+            .unwrap_or_else(|error| panic!("{seed}: {error}"));
+        let Some(wanted) = run(&Arc::new(plan), Tier::detect(), 1) else { continue };
+        let got = run(&Arc::new(again), Tier::detect(), 2).expect("as without");
+        assert_eq!(got, wanted, "{seed}");
+        ran += 1;
+        made += copied.values;
+    }
+    assert!(ran > 100 && made > 20, "only {made} values of {ran} graphs");
 }
 
 #[test]

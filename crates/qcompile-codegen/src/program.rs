@@ -66,6 +66,9 @@ pub struct Program {
     regions: [RegionFunction; Region::ALL.len()],
     steps: Vec<StepFunction>,
     scratch: ScratchFunction,
+    /// How many slots the plan has.
+    slots: usize,
+    code_bytes: usize,
     tier: Tier,
 }
 
@@ -92,15 +95,31 @@ impl Program {
         self.tier
     }
 
-    /// Bytes of shared scratch for the batch size in `frame`.
-    ///
-    /// # Safety
-    /// `frame.slots` points to a pointer for each slot, to as many initialized bytes as the slot needs. Whatever they hold, the
-    /// result is the same.
+    /// Bytes of shared scratch for a batch size.
     #[must_use]
-    pub unsafe fn scratch_bytes(&self, frame: &Frame) -> usize {
-        // SAFETY: granted by the caller; kernels compute scratch from sizes.
-        unsafe { (self.scratch)(frame) }
+    pub fn scratch_bytes(&self, batch: usize) -> usize {
+        let slots = vec![std::ptr::null_mut(); self.slots];
+        let frame = Frame {
+            slots: slots.as_ptr(),
+            batch,
+            first: 0,
+            threads: 1,
+            ranks: 1,
+            scratch: std::ptr::null_mut(),
+            barrier: std::ptr::null(),
+            collective_context: std::ptr::null(),
+            collective: no_exchange,
+            errors: std::ptr::null_mut(),
+        };
+        // SAFETY: the function fills argument blocks with addresses, which kernels do not follow here: they compute
+        // scratch from sizes.
+        unsafe { (self.scratch)(&raw const frame) }
+    }
+
+    /// Bytes of native code.
+    #[must_use]
+    pub fn code_bytes(&self) -> usize {
+        self.code_bytes
     }
 
     /// Runs a region as thread `thread` of `frame.threads`. All of them must run it, at the same time.
@@ -130,6 +149,9 @@ impl Program {
     }
 }
 
+/// The exchange of a rank alone: there is none.
+unsafe extern "C" fn no_exchange(_context: *const (), _step: usize) {}
+
 /// Compiles a plan for this CPU.
 ///
 /// # Errors
@@ -138,12 +160,15 @@ pub fn compile(plan: &Plan, options: &Options) -> Result<Program, CodegenError> 
     let mut unit = Unit::new(plan, options)?;
     let mut emitted = unit.emit()?;
     let mut context = Context::new();
+    let mut code_bytes = 0;
     for (name, id, function) in &mut emitted.functions {
         context.clear();
         std::mem::swap(&mut context.func, function);
         unit.module.define_function(*id, &mut context).map_err(|error| failed(name, &error))?;
+        code_bytes += context.compiled_code().map_or(0, |code| code.code_buffer().len());
     }
     for (name, id, code) in &unit.wide {
+        code_bytes += code.bytes.len();
         unit.module
             .define_function_bytes(*id, 64, &code.bytes, &[])
             .map_err(|error| failed(name, &error))?;
@@ -164,7 +189,8 @@ pub fn compile(plan: &Plan, options: &Options) -> Result<Program, CodegenError> 
         .map(|id| unsafe { std::mem::transmute::<*const u8, StepFunction>(address(id)) })
         .collect();
     let module = Mutex::new(Some(unit.module));
-    Ok(Program { module, regions, steps, scratch, tier: options.tier })
+    let (slots, tier) = (plan.slots().len(), options.tier);
+    Ok(Program { module, regions, steps, scratch, slots, code_bytes, tier })
 }
 
 /// Cranelift's intermediate code of every function of a plan, as text.

@@ -19,6 +19,7 @@ pub mod evaluation;
 pub mod fold_batch_norm;
 pub mod freeze;
 pub mod quantize;
+pub mod rematerialise;
 pub mod saved;
 pub mod sensitivity;
 pub mod simplify;

@@ -1,13 +1,11 @@
 //! Graph to plan: fuse, order, allocate, lower.
 
-use crate::fuse::{BitSet, Fusion, fuse};
+use crate::fuse::{Fusion, fuse};
 use crate::lower::lower;
 use crate::memory::{Item, Placement, allocate, place, saved};
 use crate::view::views;
 use crate::{Binding, Plan, VerifyError};
 use qcompile_ir::{Graph, Name, NodeId, Op, Region};
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
 use thiserror::Error;
 
 /// Why a graph has no plan.
@@ -112,34 +110,28 @@ pub fn build(graph: Graph, options: &BuildOptions) -> Result<Plan, PlanError> {
     Ok(plan)
 }
 
-/// Groups in a stable order: regions in order, operands first, otherwise as the graph has them. Copies of outputs end
-/// their region; copies of next values end the step.
+/// Groups in a stable order: regions in order, otherwise as the graph has them, and before each what it needs. So what is
+/// made again for the backward pass is made when it is read, not as soon as it can be. Copies of outputs end their
+/// region; copies of next values end the step.
 fn schedule(graph: &Graph, fusion: &Fusion, placement: &Placement) -> Vec<Item> {
     let groups = &fusion.groups;
-    let mut waiting: Vec<usize> = vec![0; groups.len()];
-    let mut users: Vec<Vec<usize>> = vec![Vec::new(); groups.len()];
-    for (group, waiting) in waiting.iter_mut().enumerate() {
-        // Latest first: what an earlier one is needed for anyway is not waited for again.
-        let mut implied = BitSet::default();
-        let needed: Vec<usize> = fusion.needs[group].iter().collect();
-        for &from in needed.iter().rev() {
-            if !implied.contains(from) {
-                implied.union(&fusion.needs[from]);
-                *waiting += 1;
-                users[from].push(group);
-            }
-        }
-    }
-    let key = |group: usize| Reverse((groups[group].region, groups[group].position, group));
-    let mut ready: BinaryHeap<_> =
-        (0..groups.len()).filter(|&group| waiting[group] == 0).map(key).collect();
+    let place = |group: &usize| (groups[*group].region, groups[*group].position, *group);
+    let mut wanted: Vec<usize> = (0..groups.len()).collect();
+    wanted.sort_by_key(place);
     let mut ordered: Vec<usize> = Vec::with_capacity(groups.len());
-    while let Some(Reverse((_, _, group))) = ready.pop() {
-        ordered.push(group);
-        for &user in &users[group] {
-            waiting[user] -= 1;
-            if waiting[user] == 0 {
-                ready.push(key(user));
+    let mut placed = vec![false; groups.len()];
+    for group in wanted {
+        let mut stack = vec![group];
+        while let Some(&group) = stack.last() {
+            let missing = fusion.needs[group].iter().filter(|&need| !placed[need]);
+            match missing.min_by_key(place).filter(|_| !placed[group]) {
+                Some(need) => stack.push(need),
+                None => {
+                    if !std::mem::replace(&mut placed[group], true) {
+                        ordered.push(group);
+                    }
+                    stack.pop();
+                }
             }
         }
     }

@@ -5,6 +5,7 @@
 //! it. Elementwise nodes join a matmul or convolution as its epilogue under the same conditions, and so do reductions
 //! over its rows.
 
+use crate::again::made_again;
 use crate::build::PlanError;
 use crate::deviations::{self, crosses_rows, deviations};
 use crate::live::live;
@@ -43,7 +44,13 @@ pub(crate) struct Group {
     pub(crate) reads: Vec<NodeId>,
     /// Position in the graph's order of its last member.
     pub(crate) position: usize,
+    /// Whether its members make forward values again. They join their like only: where a gradient is summed, and so in
+    /// which order, must not depend on what is made again.
+    pub(crate) again: bool,
 }
+
+/// What groups that may be joined have in common.
+pub(crate) type Domain = (Region, bool, Vec<Dim>);
 
 /// Everything that fusing found out.
 pub(crate) struct Fusion {
@@ -62,6 +69,8 @@ pub(crate) struct Fusion {
     pub(crate) deviations: BTreeMap<NodeId, NodeId>,
     /// For each node, by index, whether it belongs to no group: its readers compute it.
     pub(crate) recomputed: Vec<bool>,
+    /// For each node, by index, whether it makes a forward value again.
+    pub(crate) again: Vec<bool>,
 }
 
 /// A growing set of small numbers.
@@ -131,13 +140,14 @@ pub(crate) fn fuse(graph: &Graph, order: &[NodeId], views: Vec<View>) -> Result<
         codes,
         deviations,
         recomputed,
+        again: made_again(graph, order),
     };
     // Those of each product; what nobody uses is left out.
     let mut of_product: BTreeMap<NodeId, Vec<[NodeId; 2]>> = BTreeMap::new();
     for (&id, &value) in fusion.deviations.iter().filter(|(id, _)| live[id.index()]) {
         of_product.entry(deviations::product(graph, value)).or_default().push([value, id]);
     }
-    let mut by_domain: BTreeMap<(Region, Vec<Dim>), Vec<usize>> = BTreeMap::new();
+    let mut by_domain: BTreeMap<Domain, Vec<usize>> = BTreeMap::new();
     for (position, &id) in order.iter().enumerate() {
         let placed = fusion.group_of[id.index()].is_some() || fusion.recomputed[id.index()];
         if !live[id.index()] || graph.op(id).is_leaf() || fusion.is_view(graph, id) || placed {
@@ -214,13 +224,14 @@ impl Fusion {
         graph: &Graph,
         id: NodeId,
         position: usize,
-        by_domain: &mut BTreeMap<(Region, Vec<Dim>), Vec<usize>>,
+        by_domain: &mut BTreeMap<Domain, Vec<usize>>,
     ) {
         let region = graph.node(id).region;
         let kind = kind_of(graph.op(id));
         let domain = self.domain(graph, id);
         let reads = self.memory_reads(graph, id, position, kind);
-        let key = (region, domain.clone());
+        let again = self.again[id.index()];
+        let key = (region, again, domain.clone());
         let may_join = |group: &usize| self.may_join(graph, *group, id, kind, &reads);
         let joined = match kind {
             Kind::Primitive => self.same_attention(graph, id),
@@ -243,6 +254,7 @@ impl Fusion {
                 domain,
                 reads: Vec::new(),
                 position,
+                again,
             });
             self.needs.push(BitSet::default());
             by_domain.entry(key).or_default().push(self.groups.len() - 1);
@@ -408,6 +420,7 @@ impl Fusion {
                 domain: view.dims.clone(),
                 reads: vec![view.base],
                 position,
+                again: self.again[id.index()],
             });
             self.needs.push(BitSet::default());
             self.copied[id.index()] = Some(group);

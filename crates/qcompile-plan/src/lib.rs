@@ -7,6 +7,7 @@
 //! within its slot for every batch size.
 #![forbid(unsafe_code)]
 
+mod again;
 mod attention;
 mod build;
 mod deviations;

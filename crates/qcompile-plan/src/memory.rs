@@ -4,6 +4,7 @@ use crate::fuse::{Fusion, Kind};
 use crate::plan::bytes_of;
 use crate::{Affine, Slot, SlotId, Storage};
 use qcompile_ir::{Graph, NodeId, Op, Region};
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// One place of the schedule.
@@ -92,15 +93,15 @@ pub(crate) fn readers(fusion: &Fusion) -> BTreeMap<NodeId, Vec<usize>> {
     readers
 }
 
-/// Bytes of what the forward region stores for later regions, as far as they depend on the batch size.
-pub(crate) fn saved(graph: &Graph, fusion: &Fusion) -> Affine {
+/// What the forward region stores for later regions, as far as it depends on the batch size: each value with its bytes.
+pub(crate) fn saved(graph: &Graph, fusion: &Fusion) -> Vec<(NodeId, Affine)> {
     let region = |group: usize| fusion.groups[group].region;
     let saved = readers(fusion).into_iter().filter(|(id, readers)| {
         let computed = fusion.producer(*id).is_some_and(|from| region(from) == Region::Forward);
         let large = graph.ty(*id).shape.elements().is_some_and(|elements| elements.batch);
         computed && large && readers.iter().any(|&reader| region(reader) > Region::Forward)
     });
-    saved.fold(Affine::ZERO, |sum, (id, _)| sum.plus(bytes_of(graph.ty(id))).unwrap_or(sum))
+    saved.map(|(id, _)| (id, bytes_of(graph.ty(id)))).collect()
 }
 
 /// The bases that someone reads from memory; what only its own group uses stays in registers.
@@ -236,59 +237,76 @@ impl Memory {
                 ending[last[&id]].push(id);
             }
         }
-        let region = |at: usize| match schedule[at] {
-            Item::Group(group) => fusion.groups[group].region,
-            Item::Output(position) => graph.node(graph.outputs()[position].1).region,
-            Item::Next(..) => Region::Update,
-        };
-        let mut free: Vec<SlotId> = Vec::new();
+        let mut pieces: Vec<Piece> = Vec::new();
+        let mut piece_of: BTreeMap<NodeId, usize> = BTreeMap::new();
         for at in 0..schedule.len() {
             for &id in &starting[at] {
-                // Over a value that dies here, or else in a slot that is free.
                 let over = |&dying: &NodeId| {
                     first[&dying] < at && may_overwrite(graph, fusion, &schedule[at], id, dying)
                 };
-                let slot = match ending[at].iter().position(over) {
-                    Some(dying) => self.slot_of[&ending[at].swap_remove(dying)],
+                let piece = match ending[at].iter().position(over) {
+                    Some(dying) => piece_of[&ending[at].swap_remove(dying)],
                     None => {
-                        let stays = region(last[&id]) > region(at);
-                        self.take(&mut free, bytes_of(graph.ty(id)), batch, stays)
+                        pieces.push(Piece { begin: at, end: at, bytes: Affine::ZERO });
+                        pieces.len() - 1
                     }
                 };
-                self.slot_of.insert(id, slot);
+                pieces[piece].end = last[&id];
+                pieces[piece].bytes = pieces[piece].bytes.max(bytes_of(graph.ty(id)));
+                piece_of.insert(id, piece);
             }
-            free.extend(ending[at].iter().map(|id| self.slot_of[id]));
         }
+        let slots = self.share(&pieces, batch);
+        self.slot_of.extend(piece_of.into_iter().map(|(id, piece)| (id, slots[piece])));
         for (id, owner) in exchanged {
             self.slot_of.insert(id, self.slot_of[&owner]);
         }
     }
 
-    /// The free slot that wastes least: the smallest that is large enough, else the largest, grown. What `stays` for
-    /// another region would withhold what it wastes for most of the step.
-    fn take(&mut self, free: &mut Vec<SlotId>, bytes: Affine, batch: usize, stays: bool) -> SlotId {
-        let wanted = bytes.at(batch);
-        let waste = |slot: SlotId| {
-            let size = self.slots[slot.index()].bytes.at(batch);
-            (size < wanted, size.abs_diff(wanted), slot)
-        };
-        let best = (0..free.len()).min_by_key(|&at| waste(free[at]));
-        // A slot that is much too large is left for those who need it.
-        let best = best.filter(|&at| {
-            let size = self.slots[free[at].index()].bytes.at(batch);
-            let most =
-                if stays { wanted.saturating_add(wanted / 4) } else { wanted.saturating_mul(4) };
-            size <= most.max(4096)
-        });
-        match best {
-            Some(at) => {
-                let slot = free.swap_remove(at);
-                let grown = self.slots[slot.index()].bytes.max(bytes);
-                self.slots[slot.index()].bytes = grown;
-                slot
+    /// The slot of each piece: the largest pieces first, each where none is in its way, in the smallest slot of those (greedy
+    /// by size: Pisarchyk and Lee 2020, arXiv:2001.03288).
+    fn share(&mut self, pieces: &[Piece], batch: usize) -> Vec<SlotId> {
+        let mut sorted: Vec<usize> = (0..pieces.len()).collect();
+        sorted.sort_by_key(|&piece| (Reverse(pieces[piece].bytes.at(batch)), piece));
+        let mut shared: Vec<(Affine, Vec<usize>)> = Vec::new();
+        for piece in sorted {
+            let wanted = pieces[piece].bytes;
+            // What a fixed size and one by the batch size share is as large as both.
+            let grown = |slot: &(Affine, Vec<usize>)| {
+                let free = slot.1.iter().all(|&other| !pieces[other].lives_with(&pieces[piece]));
+                let growth = slot.0.max(wanted).at(batch).saturating_sub(slot.0.at(batch));
+                (free && growth < wanted.at(batch)).then_some((growth, slot.0.at(batch)))
+            };
+            let fitting = shared.iter_mut().filter_map(|slot| Some((grown(slot)?, slot)));
+            match fitting.min_by_key(|(waste, _)| *waste) {
+                Some((_, (bytes, members))) => {
+                    *bytes = (*bytes).max(wanted);
+                    members.push(piece);
+                }
+                None => shared.push((wanted, vec![piece])),
             }
-            None => self.new_slot(Storage::Shared, bytes),
         }
+        // Numbered as they are used.
+        shared.sort_by_key(|(_, members)| members.iter().copied().min());
+        let mut slots = vec![SlotId(0); pieces.len()];
+        for (bytes, members) in shared {
+            let slot = self.new_slot(Storage::Shared, bytes);
+            members.into_iter().for_each(|piece| slots[piece] = slot);
+        }
+        slots
+    }
+}
+
+/// Memory of a value, and of those that are written over it as it dies, for their part of the schedule.
+struct Piece {
+    begin: usize,
+    end: usize,
+    bytes: Affine,
+}
+
+impl Piece {
+    fn lives_with(&self, other: &Piece) -> bool {
+        self.begin <= other.end && other.begin <= self.end
     }
 }
 

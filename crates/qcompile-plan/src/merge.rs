@@ -1,8 +1,8 @@
 //! Joins groups that were begun apart, loops to loops and to the epilogue of a product: a node is placed before it is
 //! known who uses it.
 
-use crate::fuse::{BitSet, Fusion, Group, Kind, MAX_MEMBERS, MAX_READS, has_epilogue};
-use qcompile_ir::{Dim, Graph, NodeId, Region};
+use crate::fuse::{BitSet, Domain, Fusion, Group, Kind, MAX_MEMBERS, MAX_READS, has_epilogue};
+use qcompile_ir::{Graph, NodeId};
 use std::collections::BTreeMap;
 
 /// How many neighbours of the same domain are tried.
@@ -15,11 +15,12 @@ pub(crate) fn merge(graph: &Graph, order: &[NodeId], fusion: &mut Fusion) {
     for (position, id) in order.iter().enumerate() {
         positions[id.index()] = position;
     }
-    let mut by_domain: BTreeMap<(Region, Vec<Dim>), Vec<usize>> = BTreeMap::new();
+    let mut by_domain: BTreeMap<Domain, Vec<usize>> = BTreeMap::new();
     for (index, group) in fusion.groups.iter().enumerate() {
         let product = group.kind == Kind::Primitive && has_epilogue(graph.op(group.members[0]));
         if group.kind == Kind::Loop || product {
-            by_domain.entry((group.region, group.domain.clone())).or_default().push(index);
+            let domain = (group.region, group.again, group.domain.clone());
+            by_domain.entry(domain).or_default().push(index);
         }
     }
     for mut groups in by_domain.into_values() {

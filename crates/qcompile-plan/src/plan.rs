@@ -2,7 +2,7 @@
 
 use crate::low::{MOST_AFFINE_PRODUCTS, MOST_I8_PRODUCTS};
 use crate::{LoopNest, Primitive};
-use qcompile_ir::{CollectiveOp, Dim, Graph, Region, Tensor, TensorType};
+use qcompile_ir::{CollectiveOp, Dim, Graph, NodeId, Region, Tensor, TensorType};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
@@ -227,8 +227,8 @@ pub struct Plan {
     pub(crate) consts: Vec<Binding>,
     pub(crate) meta: BTreeMap<String, String>,
     pub(crate) batch_size: usize,
-    /// Bytes that the forward region stores for the backward region.
-    pub(crate) saved: Affine,
+    /// What the forward region stores for the backward region, with its bytes.
+    pub(crate) saved: Vec<(NodeId, Affine)>,
     pub(crate) evaluation: Option<Arc<Plan>>,
 }
 
@@ -259,7 +259,7 @@ impl Plan {
             consts,
             meta: BTreeMap::new(),
             batch_size: 1,
-            saved: Affine::ZERO,
+            saved: Vec::new(),
             evaluation: None,
         };
         crate::verify(&plan)?;
@@ -373,11 +373,17 @@ impl Plan {
         &self.consts
     }
 
-    /// Bytes of the values of samples that the forward region stores and later regions read, when the batch size is
-    /// `batch`. Inputs and what is computed again are not among them.
+    /// The values of samples that the forward region stores and later regions read, in the order of the graph, with their
+    /// bytes. Inputs and what is computed again are not among them.
+    #[must_use]
+    pub fn saved(&self) -> &[(NodeId, Affine)] {
+        &self.saved
+    }
+
+    /// Bytes of [`saved`](Self::saved) values when the batch size is `batch`.
     #[must_use]
     pub fn saved_bytes(&self, batch: usize) -> usize {
-        self.saved.at(batch)
+        self.saved.iter().fold(0, |sum, (_, bytes)| sum.saturating_add(bytes.at(batch)))
     }
 
     /// Bytes of all slots when the batch size is `batch` (without kernel scratch), each rounded up to 64.

@@ -3,6 +3,7 @@
 use crate::{RuntimeError, Values};
 use qcompile_ir::{DType, Tensor};
 use qcompile_plan::{Binding, Plan};
+use std::borrow::Cow;
 
 /// The inputs of one call, in the order of the plan's, and the batch size.
 pub(crate) struct Inputs<'a> {
@@ -54,17 +55,23 @@ impl<'a> Inputs<'a> {
     }
 
     /// The bytes of input `index` for samples `begin..end`, as the plan's memory holds them.
-    pub(crate) fn part(&self, plan: &Plan, index: usize, begin: usize, end: usize) -> Vec<u8> {
+    pub(crate) fn part(
+        &self,
+        plan: &Plan,
+        index: usize,
+        begin: usize,
+        end: usize,
+    ) -> Cow<'a, [u8]> {
         let (binding, tensor) = (&plan.inputs()[index], self.tensors[index]);
         let mut bytes = match binding.ty.shape.batch_axis() {
             Some(axis) if (begin, end) != (0, self.batch) => {
                 let per_sample = binding.ty.shape.0[axis].scale;
-                rows(tensor, axis, begin * per_sample, end * per_sample)
+                Cow::Owned(rows(tensor, axis, begin * per_sample, end * per_sample))
             }
-            _ => tensor.bytes().to_vec(),
+            _ => Cow::Borrowed(tensor.bytes()),
         };
         if tensor.dtype() == DType::Bool {
-            bytes.iter_mut().for_each(|byte| *byte = u8::from(*byte != 0));
+            bytes.to_mut().iter_mut().for_each(|byte| *byte = u8::from(*byte != 0));
         }
         bytes
     }

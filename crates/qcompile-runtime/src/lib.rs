@@ -16,4 +16,4 @@ pub mod sparse;
 mod trainer;
 
 pub use error::RuntimeError;
-pub use trainer::{RegionTimes, StepReport, Trainer, TrainerOptions, Values};
+pub use trainer::{RegionTimes, StepReport, Trainer, TrainerOptions, Values, predicted_bytes};

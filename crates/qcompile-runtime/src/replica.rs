@@ -36,7 +36,7 @@ impl Code {
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.constants.bytes()
+        self.constants.bytes() + self.program.code_bytes()
     }
 }
 
@@ -164,9 +164,7 @@ impl Replica {
         }
         self.errors.clear();
         self.errors.resize(plan.steps().len(), 0);
-        let frame = self.frame(batch, 1, 1);
-        // SAFETY: each slot has the address of its memory, which began as zeros.
-        let scratch = unsafe { code.program.scratch_bytes(&frame) };
+        let scratch = code.program.scratch_bytes(batch);
         if scratch > self.scratch.bytes() {
             self.scratch = Arena::new(0, 0)?;
             self.scratch = Arena::new(scratch, self.limit.saturating_sub(self.bytes()))?;

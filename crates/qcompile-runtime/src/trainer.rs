@@ -1,7 +1,7 @@
 //! Steps of training, on one worker or several.
 
 use crate::RuntimeError;
-use crate::arena::physical_memory;
+use crate::arena::{give_back_heap, physical_memory};
 use crate::collective::Group;
 use crate::inputs::Inputs;
 use crate::replica::{Call, Code, Form, Replica};
@@ -140,7 +140,8 @@ impl Trainer {
         self.tier
     }
 
-    /// Bytes of memory that all workers hold now.
+    /// Bytes of memory that all workers hold now: parameters, states, values of a step, scratch of kernels, constants and
+    /// code.
     #[must_use]
     pub fn bytes(&self) -> usize {
         let constants: usize = self.codes.iter().map(Code::bytes).sum();
@@ -355,7 +356,23 @@ fn lock(replica: &Mutex<Replica>) -> std::sync::MutexGuard<'_, Replica> {
 /// Compiles one form of a plan.
 fn code(plan: &Plan, tier: Tier, limit: usize) -> Result<Code, RuntimeError> {
     let program = qcompile_codegen::compile(plan, &qcompile_codegen::Options { tier })?;
+    give_back_heap();
     Code::new(plan, program, limit)
+}
+
+/// Bytes of memory that a trainer with one worker will hold after a step of this batch size: see [`Trainer::bytes`].
+///
+/// # Errors
+/// [`RuntimeError::Codegen`].
+pub fn predicted_bytes(
+    plan: &Plan,
+    batch: usize,
+    tier: Option<Tier>,
+) -> Result<usize, RuntimeError> {
+    let tier = tier.unwrap_or_else(Tier::detect);
+    let program = qcompile_codegen::compile(plan, &qcompile_codegen::Options { tier })?;
+    let beside = program.scratch_bytes(batch).saturating_add(program.code_bytes());
+    Ok(plan.bytes(batch).saturating_add(beside))
 }
 
 /// The forms that are compiled.

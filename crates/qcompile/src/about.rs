@@ -4,6 +4,7 @@
 
 use crate::data::Dtype;
 use crate::error::{Code, Error, Result};
+use crate::terminal::bytes;
 use qcompile_ir::{Channels, Graph};
 use qcompile_passes::quantize::{Decision, layers};
 use qcompile_plan::Plan;
@@ -183,6 +184,32 @@ impl LayerDecision {
     }
 }
 
+/// What is made again in the backward pass, so that a step takes less memory.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Rematerialised {
+    /// How many values.
+    pub values: usize,
+    /// Operations that this adds, for each one of the step without it.
+    pub added_operations: f64,
+    /// Memory of the step without it, at the plan's batch size.
+    pub bytes_before: usize,
+    /// Memory of the step.
+    pub bytes_after: usize,
+}
+
+impl std::fmt::Display for Rematerialised {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{} values made again, {:.1} % more operations, memory {} -> {}",
+            self.values,
+            100.0 * self.added_operations,
+            bytes(self.bytes_before as u64),
+            bytes(self.bytes_after as u64)
+        )
+    }
+}
+
 /// All that a plan says about itself.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -203,6 +230,9 @@ pub struct About {
     pub options: BTreeMap<String, String>,
     /// What was decided, in the order of the graph.
     pub decisions: Vec<LayerDecision>,
+    /// What is made again, where a limit on memory asks for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rematerialised: Option<Rematerialised>,
     /// What was assumed.
     pub warnings: Vec<String>,
 }

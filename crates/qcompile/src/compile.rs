@@ -2,6 +2,7 @@
 
 use crate::about::{About, LayerDecision};
 use crate::error::{Code, Error, Result};
+use crate::memory_limit::MEMORY_LIMIT;
 use crate::model::{self, draft};
 use crate::options::Options;
 use crate::sensitivity::{Calibration, increase};
@@ -118,11 +119,14 @@ pub(crate) fn finish(
     for &choice in options.precision.candidates() {
         candidates.add(choice, each.is_some())?;
     }
-    if options.measure {
+    if options.measure && !candidates.all.is_empty() {
         candidates.add_references()?;
     }
+    if let Some(error) = candidates.too_large.take().filter(|_| candidates.all.is_empty()) {
+        return Err(error);
+    }
     let mut chosen = choose(std::mem::take(&mut candidates.all), options)?;
-    if options.measure && !options.saved.is_empty() {
+    if options.measure && !options.saved.is_empty() && options.memory_limit.is_none() {
         let slower = candidates.slower_by_compression(&chosen)?;
         chosen.compiled.warnings.extend(slower);
     }
@@ -211,11 +215,14 @@ struct Candidates<'a> {
     all: Vec<Candidate>,
     /// Why a plan is not among them.
     notes: Vec<String>,
+    /// The last that does not fit into the memory.
+    too_large: Option<Error>,
 }
 
 impl<'a> Candidates<'a> {
     fn new(high: &'a Draft, options: &'a Options, show: Show) -> Candidates<'a> {
-        Candidates { high, options, show, calibration: None, all: Vec::new(), notes: Vec::new() }
+        let (all, notes) = (Vec::new(), Vec::new());
+        Candidates { high, options, show, calibration: None, all, notes, too_large: None }
     }
 
     /// Adds the plan of one fixed choice: as long as the loss allows it, and it is another than those that are there.
@@ -244,7 +251,14 @@ impl<'a> Candidates<'a> {
             predicted = Some(increase);
         }
         let quantized = keep.then(|| (draft.clone(), took));
-        let mut compiled = self.compiled(draft, &fixed)?;
+        let mut compiled = match self.compiled(draft, &fixed) {
+            Err(error) if free && error.code() == Code::MemoryLimit => {
+                self.notes.push(format!("{} was left out: {}", choice.name(), error.cause()));
+                self.too_large = Some(error);
+                return Ok(());
+            }
+            compiled => compiled?,
+        };
         compiled.predicted = predicted.or(compiled.predicted);
         let has_int8 = compiled.about.decisions.iter().any(|d| d.precision.is_quantized());
         let same = self.all.iter().position(|known| {
@@ -272,8 +286,13 @@ impl<'a> Candidates<'a> {
             let mut draft = self.high.clone();
             Street::new(&fixed, Show::Nothing, &mut |_, _, _| Ok(()))
                 .run(&mut draft, Pass::Quantize)?;
-            let compiled = self.compiled(draft, &fixed)?;
-            self.all.push(Candidate { choice, eligible: false, compiled, quantized: None });
+            match self.compiled(draft, &fixed) {
+                Err(error) if error.code() == Code::MemoryLimit => {}
+                compiled => {
+                    let compiled = compiled?;
+                    self.all.push(Candidate { choice, eligible: false, compiled, quantized: None });
+                }
+            }
         }
         Ok(())
     }
@@ -317,7 +336,9 @@ impl<'a> Candidates<'a> {
     /// The plan of a draft that is quantized.
     fn compiled(&self, mut draft: Draft, fixed: &Options) -> Result<Compiled> {
         Street::new(fixed, Show::Nothing, &mut |_, _, _| Ok(())).run(&mut draft, Pass::LAST)?;
+        let limit = draft.about.options.remove_entry(MEMORY_LIMIT);
         draft.about.options = self.options.said();
+        draft.about.options.extend(limit);
         if self.options.precision.is_measured() {
             for decision in draft.decisions.iter_mut().chain(&mut draft.about.decisions) {
                 let reason = match decision.reason.as_str() {
@@ -347,7 +368,8 @@ impl<'a> Candidates<'a> {
     fn allows(&mut self, increase: f64, choice: PrecisionChoice) -> bool {
         let most = f64::from(self.options.max_loss_increase);
         let within = increase.is_finite() && increase <= most;
-        if within || self.all.is_empty() || self.options.has_threshold() {
+        let only = self.all.is_empty() && self.too_large.is_none();
+        if within || only || self.options.has_threshold() {
             return true;
         }
         let what = if choice.has_int8() { "int8 within bf16" } else { "bf16" };

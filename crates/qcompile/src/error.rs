@@ -95,6 +95,7 @@ codes! {
     Limit = "QC0801", Limit, "A limit on memory, size or time was reached.";
     ReadFailed = "QC0802", Io, "A file could not be read.";
     WriteFailed = "QC0803", Io, "A file could not be written.";
+    MemoryLimit = "QC0804", Limit, "No plan of the model takes as little memory as is allowed.";
     Usage = "QC0901", Usage, "An option or argument is wrong.";
     GateFailed = "QC0902", GateFailed, "A demanded bound was not met.";
     Internal = "QC0A01", Internal, "Internal error: a bug of qcompile.";

@@ -70,6 +70,8 @@ pub struct Options {
     pub master_weights: bool,
     /// How values are saved for the backward pass; of several rules that match, the last counts.
     pub saved: Vec<saved::Rule>,
+    /// Bytes that the memory of a step may take, at the batch size.
+    pub memory_limit: Option<usize>,
     /// How quantized products are rounded.
     pub numerics: Numerics,
     /// Scores to be read instead of measured.
@@ -117,6 +119,7 @@ impl Default for Options {
             calibration: Method::default(),
             master_weights: true,
             saved: Vec::new(),
+            memory_limit: None,
             numerics: Numerics::default(),
             scores: None,
             data: None,
@@ -160,6 +163,7 @@ impl Options {
             operations: precision.quantize_ops.unwrap_or(operations),
             master_weights: precision.master_weights.unwrap_or(standard.master_weights),
             saved: args.compress.clone(),
+            memory_limit: args.memory_limit,
             numerics: precision.numerics.numerics(),
             scores: precision.scores.clone(),
             samples: precision.samples,

@@ -3,6 +3,7 @@
 use crate::about::LayerDecision;
 use crate::compile::Compiled;
 use crate::terminal::{Align, Table, bytes, count, milliseconds, width};
+use qcompile_runtime::predicted_bytes;
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -138,6 +139,9 @@ pub(crate) fn text(compiled: &Compiled, verbose: bool) -> String {
         let saved = compiled.plan.saved_bytes(compiled.plan.batch_size());
         line("saved", format!("{} for the backward pass ({how})", bytes(saved as u64)));
     }
+    if let Some(again) = &compiled.about.rematerialised {
+        line("made again", again.to_string());
+    }
     match &compiled.measured {
         Some(steps) => {
             let chosen = &steps.chosen;
@@ -163,12 +167,18 @@ pub(crate) fn text(compiled: &Compiled, verbose: bool) -> String {
             }
         }
         None => {
-            let plan = &compiled.plan;
-            let text = bytes(plan.bytes(plan.batch_size()) as u64);
-            line("memory", format!("{text} at batch {}", plan.batch_size()));
+            let text = bytes(predicted(compiled) as u64);
+            line("memory", format!("{text} at batch {}", compiled.plan.batch_size()));
         }
     }
     out
+}
+
+/// The memory that a step will take.
+fn predicted(compiled: &Compiled) -> usize {
+    let plan = &compiled.plan;
+    let bytes = predicted_bytes(plan, plan.batch_size(), None);
+    bytes.unwrap_or_else(|_| plan.bytes(plan.batch_size()))
 }
 
 /// Bytes of what is kept between steps beside parameters.
@@ -186,7 +196,7 @@ pub(crate) fn document(compiled: &Compiled, model: &Path, plan: Option<&Path>) -
     let f32 = steps.and_then(|steps| steps.f32.as_ref()).or(same);
     let bytes = match &compiled.measured {
         Some(steps) => steps.chosen.peak_bytes,
-        None => compiled.plan.bytes(compiled.plan.batch_size()),
+        None => predicted(compiled),
     };
     json!({
         "model": model.display().to_string(),
@@ -201,6 +211,7 @@ pub(crate) fn document(compiled: &Compiled, model: &Path, plan: Option<&Path>) -
         "peak_bytes": bytes,
         "state_bytes": state_bytes(&compiled.plan),
         "saved_bytes": compiled.plan.saved_bytes(compiled.plan.batch_size()),
+        "rematerialised": compiled.about.rematerialised,
         "warnings": compiled.warnings,
     })
 }

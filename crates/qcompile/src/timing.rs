@@ -1,6 +1,7 @@
 //! How long the steps of plans take.
 
 use crate::error::Result;
+use crate::resident::Resident;
 use crate::synthetic;
 use qcompile_plan::{Kernel, Plan};
 use qcompile_runtime::{Trainer, TrainerOptions};
@@ -49,8 +50,10 @@ pub struct Measured {
     pub update_ms: f64,
     /// 10^9 multiplications and additions of products a second.
     pub gflops: f64,
-    /// Memory of the plan while it runs.
+    /// Memory of the plan while it runs, as it is laid out.
     pub peak_bytes: usize,
+    /// The most memory that the process had beside what was there before the trainer and its batch, as the system counts it.
+    pub resident_bytes: Option<usize>,
     /// Threads that it ran on.
     pub threads: usize,
     /// Samples in a step.
@@ -65,13 +68,18 @@ struct Runner {
     inputs: qcompile_runtime::Values,
     batch: usize,
     times: [Vec<f64>; 5],
+    resident: Option<usize>,
 }
 
 impl Runner {
     fn new(plan: &Arc<Plan>, batch: usize, options: &TrainerOptions) -> Result<Runner> {
-        let trainer = Trainer::new(Arc::clone(plan), options)?;
         let inputs = synthetic::inputs(plan.graph(), batch, 1);
-        Ok(Runner { trainer, inputs, batch, times: Default::default() })
+        let resident = Resident::begin();
+        let mut trainer = Trainer::new(Arc::clone(plan), options)?;
+        // The first step touches all memory.
+        trainer.timed_step(&inputs)?;
+        let resident = resident.and_then(|resident| resident.peak());
+        Ok(Runner { trainer, inputs, batch, times: Default::default(), resident })
     }
 
     fn run(&mut self) -> Result<()> {
@@ -97,6 +105,7 @@ impl Runner {
             update_ms: update.median,
             gflops: if step_ms.median > 0.0 { flops / step_ms.median / 1e6 } else { 0.0 },
             peak_bytes: self.trainer.bytes(),
+            resident_bytes: self.resident,
             threads: self.trainer.threads(),
             batch_size: self.batch,
             steps,
@@ -117,10 +126,6 @@ pub fn measure(
 ) -> Result<Vec<Measured>> {
     let made = plans.iter().map(|plan| Runner::new(plan, batch, options));
     let mut runners = made.collect::<Result<Vec<Runner>>>()?;
-    // The first step touches all memory.
-    for runner in &mut runners {
-        runner.trainer.timed_step(&runner.inputs)?;
-    }
     let begin = Instant::now();
     let mut rounds = 0;
     while rounds < least.max(1) || begin.elapsed() < duration {

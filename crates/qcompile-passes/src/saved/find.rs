@@ -65,7 +65,7 @@ pub(super) fn base(graph: &Graph, mut id: NodeId) -> NodeId {
 
 /// Elementwise values of the backward region that are made of forward values alone (slopes): nothing holds them back,
 /// so they would be computed, and kept, long before somebody needs them.
-pub(super) fn late(graph: &Graph, order: &[NodeId]) -> BTreeSet<NodeId> {
+pub(crate) fn late(graph: &Graph, order: &[NodeId]) -> BTreeSet<NodeId> {
     let mut late = BTreeSet::new();
     for &id in order.iter().filter(|id| graph.node(**id).region == Region::Backward) {
         let elementwise = matches!(

@@ -22,6 +22,8 @@
 mod codes;
 mod find;
 
+pub(crate) use find::late;
+
 use crate::PassError;
 use crate::builder::Builder;
 use codes::Copy;

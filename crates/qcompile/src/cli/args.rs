@@ -3,7 +3,7 @@
 use super::words::{
     above_zero, calibration, channel_policy, codes, constant, dim, finite, fraction, grad_weight,
     granularity, keep, loss, metric, not_negative, on_or_off, operand_types, operations, optimizer,
-    positive, precision, rounding, scaling, weights,
+    positive, precision, rounding, scaling, size, weights,
 };
 use crate::error::{Error, Result};
 use clap::{Args, ValueEnum};
@@ -59,6 +59,10 @@ pub struct CompileArgs {
     /// saved=int4:PATTERN; of several that match the last counts.
     #[arg(long, value_name = "saved=FORMAT[:PATTERN]", help_heading = "Precision")]
     pub compress: Vec<saved::Rule>,
+    /// The memory that a step may take at --batch-size, as 512MiB, 1.5GB or in bytes: forward values are made again in
+    /// the backward pass where that is needed.
+    #[arg(long, value_name = "SIZE", value_parser = size, help_heading = "Training")]
+    pub memory_limit: Option<usize>,
     /// The batch size that is tuned and measured for; any batch runs [default: 32].
     #[arg(long, value_name = "N", value_parser = positive, help_heading = "Training")]
     pub batch_size: Option<usize>,

@@ -198,3 +198,51 @@ pub(super) fn opset(word: &str) -> Result<u32, String> {
         .filter(|opset| range.contains(opset))
         .ok_or_else(|| format!("`{word}` is no opset from {} to {}", range.start(), range.end()))
 }
+
+/// Bytes: a number, or one with a unit of 1000 (`1.5GB`) or 1024 (`512MiB`).
+pub(super) fn size(text: &str) -> Result<usize, String> {
+    const UNITS: [(&str, i32, f64); 8] = [
+        ("KiB", 1, 1024.0),
+        ("MiB", 2, 1024.0),
+        ("GiB", 3, 1024.0),
+        ("TiB", 4, 1024.0),
+        ("kB", 1, 1e3),
+        ("MB", 2, 1e3),
+        ("GB", 3, 1e3),
+        ("TB", 4, 1e3),
+    ];
+    let wanted =
+        || format!("`{text}` is no size: bytes are wanted, as 1500000000, 1.5GB or 512MiB");
+    if let Ok(bytes) = text.parse::<usize>() {
+        return Some(bytes).filter(|&bytes| bytes > 0).ok_or_else(wanted);
+    }
+    let found = UNITS.iter().find_map(|&(unit, power, base)| {
+        let number = text.strip_suffix(unit)?.trim().parse::<f64>().ok()?;
+        Some(number * base.powi(power))
+    });
+    let most = (1_u64 << 50) as f64;
+    let bytes = found.filter(|bytes| *bytes >= 1.0 && *bytes <= most).ok_or_else(wanted)?;
+    Ok(bytes as usize)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::size;
+
+    #[test]
+    fn sizes_have_units() {
+        let good = [
+            ("1500", 1500),
+            ("1.5GB", 1_500_000_000),
+            ("512MiB", 512 << 20),
+            ("2 kB", 2000),
+            ("1TiB", 1 << 40),
+        ];
+        for (text, bytes) in good {
+            assert_eq!(size(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "0", "-1", "GB", "1.5", "1 gb", "1e9GB", "nanMB", "infMB", "0.0001kB"] {
+            assert!(size(text).is_err(), "{text}");
+        }
+    }
+}

@@ -155,6 +155,9 @@ fn table(measured: &[Measured], names: &[String]) -> String {
     row("update", &|m| milliseconds(m.update_ms));
     row("GFLOP/s", &|m| format!("{:.0}", m.gflops));
     row("memory", &|m| bytes(m.peak_bytes as u64));
+    row("resident", &|m| {
+        m.resident_bytes.map_or_else(|| "-".to_owned(), |resident| bytes(resident as u64))
+    });
     row("batch, threads", &|m| format!("{}, {}", m.batch_size, m.threads));
     row("steps", &|m| m.steps.to_string());
     let mut text = table.render(width());

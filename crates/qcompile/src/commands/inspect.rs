@@ -12,7 +12,7 @@ use crate::terminal::{Align, Table, bytes, count, width};
 use crate::train::Progress;
 use qcompile_ir::{Graph, Op, Region};
 use qcompile_plan::Plan;
-use qcompile_runtime::{Trainer, TrainerOptions, checkpoint};
+use qcompile_runtime::{Trainer, TrainerOptions, checkpoint, predicted_bytes};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -67,7 +67,7 @@ fn of_plan(command: &InspectCommand, target: &Target, plan: &Plan) -> Result<Rep
     report.line("optimizer", about.optimizer.clone(), json!(about.optimizer));
     let size = plan.batch_size();
     report.line("batch size", format!("{size}, any other runs too"), json!(size));
-    let memory = plan.bytes(size);
+    let memory = predicted_bytes(plan, size, None)?;
     report.line("memory", format!("{} at that batch size", bytes(memory as u64)), json!(memory));
     let steps: BTreeMap<&str, usize> =
         plan.steps().iter().fold(BTreeMap::new(), |mut steps, step| {
@@ -82,6 +82,9 @@ fn of_plan(command: &InspectCommand, target: &Target, plan: &Plan) -> Result<Rep
     let own = plan.evaluation().is_some_and(|form| !form.states().is_empty());
     let text = if own { "by running statistics" } else { "as in training" };
     report.line("evaluation", text.to_owned(), json!(own));
+    if let Some(again) = &about.rematerialised {
+        report.line("rematerialised", again.to_string(), json!(again));
+    }
     for (flag, value) in &about.options {
         report.line(flag, value.clone(), json!(value));
     }

@@ -167,6 +167,7 @@ fn check_flags(args: &CompileArgs, plan: &Plan) -> Result<()> {
         ("--quantize-ops", precision.quantize_ops.is_some()),
         ("--master-weights", precision.master_weights.is_some()),
         ("--compress", !args.compress.is_empty()),
+        ("--memory-limit", args.memory_limit.is_some()),
         ("--scores", precision.scores.is_some()),
         ("--samples", precision.samples.is_some()),
         ("--qat", precision.qat && option("qat") != "true"),

@@ -10,6 +10,7 @@ pub use dump::{read_dump, tensors_path, write_dump};
 use crate::about::{About, LayerDecision};
 use crate::cost;
 use crate::error::{Code, Error, Result};
+use crate::memory_limit;
 use crate::options::Options;
 use crate::qdq;
 use crate::sensitivity::{self, Calibration};
@@ -52,11 +53,13 @@ pub enum Pass {
     Finish,
     /// Compresses what is saved for the backward pass.
     Compress,
+    /// Makes values again in the backward pass, where memory is limited.
+    Rematerialise,
 }
 
 impl Pass {
     /// Every pass in order.
-    pub const ALL: [Pass; 12] = [
+    pub const ALL: [Pass; 13] = [
         Pass::Simplify,
         Pass::Attention,
         Pass::AttachLoss,
@@ -69,10 +72,11 @@ impl Pass {
         Pass::Update,
         Pass::Finish,
         Pass::Compress,
+        Pass::Rematerialise,
     ];
 
     /// The last pass.
-    pub const LAST: Pass = Pass::Compress;
+    pub const LAST: Pass = Pass::Rematerialise;
 
     /// The word on the command line and in dumps.
     #[must_use]
@@ -87,6 +91,7 @@ impl Pass {
             Pass::QuantizeBackward => "quantize-backward",
             Pass::MoveRoundings => "move-roundings",
             Pass::Compress => "compress",
+            Pass::Rematerialise => "rematerialise",
             Pass::Distribute => "distribute",
             Pass::Update => "update",
             Pass::Finish => "finish",
@@ -230,6 +235,11 @@ impl<'a> Street<'a> {
                         "--compress: an odd number of elements is not saved in pairs, and in int8 instead of int4: {}",
                         names.join(", ")
                     ));
+                }
+            }
+            Pass::Rematerialise => {
+                if let Some(limit) = self.options.memory_limit {
+                    memory_limit::meet(graph, about, limit, self.options)?;
                 }
             }
             Pass::Distribute => distribute::run(graph)?,
