@@ -132,7 +132,7 @@ fn a_limit_is_kept_and_training_is_the_same() {
     assert_eq!(inspected["memory"], document["peak_bytes"]);
     let trained = ["plain", "less"].map(|plan| {
         let line = format!(
-            "train {plan}.qplan --data {DIGITS} --epochs 1 --batch-size 512 --lr 0.05 --seed 3 --log-every 1 --json"
+            "train {plan}.qplan --data {DIGITS} --epochs 2 --batch-size 512 --lr 0.05 --seed 3 --log-every 1 --json"
         );
         let lines = place.run(&line).lines();
         lines.iter().filter_map(|line| line["loss"].as_f64()).collect::<Vec<f64>>()
