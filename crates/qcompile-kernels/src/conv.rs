@@ -142,10 +142,7 @@ kind!(
         weight: args.w_scale,
         weight_stride: args.w_scale_stride,
     }),
-    |args| {
-        // SAFETY: the caller passes the argument block of this kernel.
-        unsafe { Codes::new(args.x_zero, args.x_unsigned) }
-    }
+    |args| Codes::new(args.x_zero, args.x_unsigned)
 );
 kind!(
     GradInputI8,

@@ -76,30 +76,45 @@ pub(crate) trait Element: Copy + Default + 'static {
         self
     }
     /// The code that stands for 0.
+    ///
+    /// # Safety
+    /// The zero point of the codes is null, or holds a code.
     #[inline(always)]
-    fn zero(_codes: Codes) -> Self {
+    unsafe fn zero(_codes: Codes) -> Self {
         Self::default()
     }
 }
 
 /// How the codes of a left operand are read: `(code ^ flip) - zero` as i8, so that u8 is i8 with another zero point.
 /// Floats have neither.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 pub(crate) struct Codes {
     pub(crate) flip: u8,
-    pub(crate) zero: i8,
+    /// Where the zero point lies; null for none. Scratch is counted before there is memory, so it is not read at once.
+    zero: *const u8,
+}
+
+impl Default for Codes {
+    fn default() -> Self {
+        Codes { flip: 0, zero: std::ptr::null() }
+    }
 }
 
 impl Codes {
-    /// The codes of an argument block.
+    /// The codes of an argument block, with a null zero point for none.
+    pub(crate) fn new(zero: *const u8, unsigned: usize) -> Codes {
+        Codes { flip: if unsigned == 0 { 0 } else { 0x80 }, zero }
+    }
+
+    /// The code that stands for 0.
     ///
     /// # Safety
-    /// `zero` is null, or holds a code.
-    pub(crate) unsafe fn new(zero: *const u8, unsigned: usize) -> Codes {
-        let flip = if unsigned == 0 { 0 } else { 0x80 };
+    /// The zero point is null, or holds a code.
+    #[inline(always)]
+    unsafe fn zero(self) -> i8 {
         // SAFETY: granted by the caller.
-        let zero = if zero.is_null() { 0 } else { unsafe { zero.read() } };
-        Codes { flip, zero: (zero ^ flip).cast_signed() }
+        let zero = if self.zero.is_null() { 0 } else { unsafe { self.zero.read() } };
+        (zero ^ self.flip).cast_signed()
     }
 
     /// Whether adjacent codes in memory are words as they are.
@@ -132,8 +147,9 @@ impl Element for i8 {
         (self.cast_unsigned() ^ flip).cast_signed()
     }
     #[inline(always)]
-    fn zero(codes: Codes) -> Self {
-        codes.zero
+    unsafe fn zero(codes: Codes) -> Self {
+        // SAFETY: granted by the caller.
+        unsafe { codes.zero() }
     }
 }
 
@@ -191,9 +207,13 @@ pub(crate) trait Lanes: Copy + 'static {
     unsafe fn scale(sum: Self::V, left: *const f32, right: *const f32) -> Self::V;
 
     /// The word of a left operand that stands for zeros, of these codes.
+    ///
+    /// # Safety
+    /// As for [`Element::zero`].
     #[inline(always)]
-    fn halo(codes: Codes) -> u32 {
-        Self::left_word(&[Self::Element::zero(codes); 4])
+    unsafe fn halo(codes: Codes) -> u32 {
+        // SAFETY: granted by the caller.
+        Self::left_word(&[unsafe { Self::Element::zero(codes) }; 4])
     }
     /// The word of a left operand.
     fn left_word(elements: &[Self::Element; 4]) -> u32;

@@ -153,8 +153,7 @@ impl Kind for Int8Kind {
                 right: args.b_scale,
                 right_stride: args.b_scale_stride,
             }),
-            // SAFETY: the caller passes the argument block of this kernel.
-            codes: unsafe { Codes::new(args.a_zero, args.a_unsigned) },
+            codes: Codes::new(args.a_zero, args.a_unsigned),
             epilogue: args.epilogue,
             epilogue_ctx: args.epilogue_ctx,
             streams: (args.streams, args.stream_count),

@@ -159,7 +159,8 @@ impl Window {
         channels: Range<usize>,
         buffer: &mut Buffer,
     ) -> Window {
-        let halo = L::halo(codes);
+        // SAFETY: granted by the caller.
+        let halo = unsafe { L::halo(codes) };
         let extent = Extent::of(geometry, part.row_begin, part.row_end);
         let (height, width) = (geometry.rows.source, geometry.columns.source);
         // SAFETY: granted by the caller; `words` below sized the buffer.

@@ -423,7 +423,26 @@ fn scratch_needs_no_tensors() {
         stream_count: 0,
         scratch: null_mut(),
     };
+    let codes = Conv2dI8Args {
+        x: null(),
+        w: null(),
+        y: null_mut(),
+        x_scale: null(),
+        x_scale_stride: 0,
+        // Not to be read.
+        x_zero: std::ptr::without_provenance(8),
+        x_unsigned: 1,
+        w_scale: null(),
+        w_scale_stride: 0,
+        shape: shapes()[1],
+        epilogue: None,
+        epilogue_ctx: null(),
+        streams: null(),
+        stream_count: 0,
+        scratch: null_mut(),
+    };
     for table in tables() {
         assert!(scratch(table, KernelId::Conv2d, &args).len() > 1);
+        assert!(scratch(table, KernelId::Conv2dI8, &codes).len() > 1);
     }
 }
