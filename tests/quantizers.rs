@@ -133,19 +133,28 @@ fn quotients_beside_ties_round_as_divisions_do() {
     scales.extend([f32::MIN_POSITIVE, f32::from_bits(3), f32::from_bits(0x007f_ffff)]);
     scales.extend([f32::MAX, f32::from_bits(0x7f00_0001), 1e-30, -0.037, f32::INFINITY, 0.0]);
     scales.extend((0..60).map(|_| f32::from_bits((random.unit().abs() * 2.1e9) as u32)));
-    for (dtype, codes) in [(DType::I8, -129..129), (DType::U8, -2..258)] {
+    scales.push(f32::NAN);
+    for (dtype, codes, zero_point) in [
+        (DType::I8, -129..129, None),
+        (DType::U8, -2..258, None),
+        (DType::U8, -140..140, Some(128.0)),
+        (DType::I4, -10..10, None),
+    ] {
+        let point = if zero_point.is_some() { ", %z" } else { "" };
         let source = format!(
             "graph @g {{
   input %x : f32[N]
   input %s : f32[]
+  input %z : {dtype}[]
 forward:
-  %q : {dtype}[N] = quantize %x, %s {dtype}
+  %q : {dtype}[N] = quantize %x, %s{point} {dtype}
   return %q
 }}
 "
         );
         for &scale in &scales {
-            let mut values = Vec::new();
+            let mut values = vec![0.0, -0.0, 1.0, -3.5, f64::NAN, f64::INFINITY, f64::NEG_INFINITY];
+            values.extend([f64::from(f32::MAX), f64::from(f32::MIN), 1e-45]);
             for code in codes.clone() {
                 let tie = (f64::from(scale) * (f64::from(code) + 0.5)) as f32;
                 let bits = tie.to_bits();
@@ -156,6 +165,7 @@ forward:
             let inputs = Values::from([
                 ("x".to_owned(), tensor(DType::F32, &[count], &values)),
                 ("s".to_owned(), Tensor::scalar(DType::F32, f64::from(scale))),
+                ("z".to_owned(), Tensor::scalar(dtype, zero_point.unwrap_or(0.0))),
             ]);
             exactly(&source, &inputs, count);
         }

@@ -248,10 +248,10 @@ impl Straight {
         Some(Divisor { exponent, significand, reciprocal: [high, low], ends })
     }
 
-    /// What [`code`](Self::code) gives, without a division: the quotient of the significands, which is exact after a step of
-    /// Newton's (Markstein 1990, "Computation of elementary functions on the IBM RISC System/6000 processor", theorem
-    /// 2: of a quotient within one unit in the last place, with the reciprocal rounded to nearest). Where exponents leave their
-    /// range, the code is 0 or at an end.
+    /// What [`code`](Self::code) gives, without a division: the quotient of the significands, within one unit in the last
+    /// place, and corrected once by its remainder, which makes it the quotient rounded to nearest, as the reciprocal is
+    /// (Markstein 1990, "Computation of elementary functions on the IBM RISC System/6000 processor"). Where exponents leave
+    /// their range, the code is 0 or at an end.
     fn quotient_code(&mut self, x: Value, divisor: Divisor) -> Value {
         let Divisor { exponent, significand, reciprocal: [high, low], ends } = divisor;
         let x = self.two(asm::SCALE, x, exponent);
