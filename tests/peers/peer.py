@@ -18,7 +18,7 @@ def require(*modules):
         try:
             __import__(module)
         except ImportError:
-            print(f"skipped: {names[module]} is not installed")
+            print(f"skipped: {names.get(module, module)} is not installed")
             sys.exit(0)
 
 

@@ -183,6 +183,7 @@ def main():
                         most = MEMORY * their_peak
                         failures.append(f"{name} {precision}: peak {peak:.0f} MiB, at most {most:.0f} MiB wanted")
                 rows.append(row)
+                print(" ".join(row), file=sys.stderr, flush=True)
         except peer.Failure as failure:
             failures.append(f"{name}: {failure}")
     head = ["model", "precision", "step ms", "PyTorch", "speed", "wanted"]

@@ -138,9 +138,10 @@ macro_rules! amx_lanes {
                 unsafe {
                     asm!(
                         "tileloadd tmm4, [{a} + {s}*1]",
-                        "tileloadd tmm6, [{r} + {p}*1]",
+                        // A panel is read once for each tile, and would push the left operand out of L1.
+                        "tileloaddt1 tmm6, [{r} + {p}*1]",
                         concat!($instruction, " tmm0, tmm4, tmm6"),
-                        "tileloadd tmm7, [{r} + {p}*1 + 64]",
+                        "tileloaddt1 tmm7, [{r} + {p}*1 + 64]",
                         concat!($instruction, " tmm1, tmm4, tmm7"),
                         "tileloadd tmm5, [{b} + {t}*1]",
                         concat!($instruction, " tmm2, tmm5, tmm6"),

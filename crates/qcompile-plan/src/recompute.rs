@@ -1,7 +1,8 @@
 //! Which forward values are computed again by whoever reads them, instead of being kept for the backward region.
 //!
-//! What the backward region reads lives through most of the step, so it decides how much memory a step takes. A cheap
-//! elementwise value (a normalized one, a mask) is made again from what is kept anyway, within the loop that reads it.
+//! What the backward region reads lives through most of the step, so it decides how much memory a step takes. An
+//! elementwise value (a normalized one, a mask, the error function of a GELU) is made again from what is kept anyway,
+//! within the loop that reads it: a core computes one in less time than memory takes to write and read it.
 
 use crate::fuse::{Fusion, Kind, MAX_READS, is_view_op, kind_of};
 use crate::low::stored_operands;
@@ -11,8 +12,8 @@ use crate::view::View;
 use qcompile_ir::{BinaryOp, Graph, NodeId, Op, Region, UnaryOp};
 use std::collections::BTreeSet;
 
-/// The most operations that are done again for one value, and the most large values that they may start from.
-const MOST_OPS: usize = 16;
+/// The most work that is done again for one value, in additions, and the most large values that it may start from.
+const MOST_WORK: usize = 16;
 const MOST_SOURCES: usize = 4;
 /// A value this many times smaller than another costs nothing beside it.
 const SMALL: usize = 16;
@@ -58,7 +59,8 @@ pub(crate) fn recomputed(graph: &Graph, order: &[NodeId], views: &[View]) -> Vec
         }
         let wanted = uses[id.index()].iter().any(|user| later(graph, *user));
         let new: Vec<NodeId> = recipe.sources.difference(&kept).copied().collect();
-        let short = recipe.made.len() <= MOST_OPS && recipe.sources.len() <= MOST_SOURCES;
+        let work: usize = recipe.made.iter().filter_map(|made| work(graph, *made)).sum();
+        let short = work <= MOST_WORK && recipe.sources.len() <= MOST_SOURCES;
         // Another value is kept in its place only if the forward region stores that anyway: for several readers.
         let pays = match new[..] {
             [] => true,
@@ -115,15 +117,25 @@ fn is_small(graph: &Graph, id: NodeId, beside: NodeId) -> bool {
     }
 }
 
-fn is_cheap(graph: &Graph, id: NodeId) -> bool {
+/// What an element of an elementwise value takes to make, in additions, about; none of what is never made again.
+fn work(graph: &Graph, id: NodeId) -> Option<usize> {
     match *graph.op(id) {
-        Op::Unary(op) => matches!(op, UnaryOp::Neg | UnaryOp::Abs | UnaryOp::Relu),
-        Op::Binary(op) => matches!(
-            op,
-            BinaryOp::Add | BinaryOp::Sub | BinaryOp::Mul | BinaryOp::Max | BinaryOp::Min
-        ),
-        Op::Compare(_) | Op::Select | Op::Cast(_) => true,
-        _ => false,
+        Op::Unary(op) => match op {
+            UnaryOp::Neg | UnaryOp::Abs | UnaryOp::Relu => Some(1),
+            UnaryOp::Sqrt | UnaryOp::Reciprocal => Some(2),
+            UnaryOp::Exp => Some(4),
+            UnaryOp::Sigmoid | UnaryOp::Tanh | UnaryOp::Erf => Some(6),
+            _ => None,
+        },
+        Op::Binary(op) => match op {
+            BinaryOp::Add | BinaryOp::Sub | BinaryOp::Mul | BinaryOp::Max | BinaryOp::Min => {
+                Some(1)
+            }
+            BinaryOp::Div => Some(2),
+            _ => None,
+        },
+        Op::Compare(_) | Op::Select | Op::Cast(_) => Some(1),
+        _ => None,
     }
 }
 
@@ -133,7 +145,8 @@ pub(crate) fn read_less(graph: &Graph, order: &[NodeId], fusion: &mut Fusion) {
     let results = graph.outputs().iter().map(|(_, id)| id).chain(graph.next().values());
     let named: BTreeSet<NodeId> = results.map(|id| fusion.views[id.index()].base).collect();
     let mut readers = readers(fusion);
-    for &id in order.iter().filter(|id| is_cheap(graph, **id) && !named.contains(id)) {
+    let cheap = |id: NodeId| work(graph, id) == Some(1) && !named.contains(&id);
+    for &id in order.iter().filter(|id| cheap(**id)) {
         let Some(group) = fusion.group_of[id.index()] else { continue };
         let Some(others) = readers.get(&id) else { continue };
         let sources: BTreeSet<NodeId> = fusion
@@ -199,11 +212,11 @@ pub(crate) fn read_less(graph: &Graph, order: &[NodeId], fusion: &mut Fusion) {
     drop_empty(fusion);
 }
 
-/// Whether a value is a cheap elementwise one of the forward region that only loops read, element by element.
+/// Whether a value is an elementwise one of the forward region that only loops read, element by element.
 fn may_recompute(graph: &Graph, views: &[View], uses: &[Vec<NodeId>], id: NodeId) -> bool {
     let node = graph.node(id);
     let large = graph.ty(id).shape.elements().is_some_and(|elements| elements.batch);
-    is_cheap(graph, id)
+    work(graph, id).is_some()
         && large
         && node.region == Region::Forward
         && uses[id.index()].iter().all(|&user| {

@@ -111,10 +111,36 @@ pub(crate) fn visit(tier: Tier, visit: &mut dyn Visit) {
     cases.indices();
 }
 
-fn scratch<A>(table: &Kernels, id: KernelId, args: &A) -> Vec<[u64; 8]> {
+/// Values that begin at a cache line, as those of a plan do.
+struct Aligned<T> {
+    values: Vec<T>,
+    first: usize,
+}
+
+fn aligned<T: Copy>(value: T, count: usize) -> Aligned<T> {
+    const LINE: usize = 64;
+    let values = vec![value; count + LINE];
+    let first = values.as_ptr().align_offset(LINE).min(LINE);
+    Aligned { values, first }
+}
+
+impl<T> std::ops::Deref for Aligned<T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        &self.values[self.first..]
+    }
+}
+
+impl<T> std::ops::DerefMut for Aligned<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut self.values[self.first..]
+    }
+}
+
+fn scratch<A>(table: &Kernels, id: KernelId, args: &A) -> Aligned<u8> {
     // SAFETY: the block is the kernel's.
     let bytes = unsafe { (table.get(id).scratch)(from_ref(args).cast()) };
-    vec![[0; 8]; bytes.div_ceil(64) + 1]
+    aligned(0, bytes)
 }
 
 /// A product of dense operands, each transposed or not.
@@ -187,10 +213,10 @@ impl Cases<'_> {
         }
         let table = self.table;
         let flops = 2.0 * (batch * m * n * k) as f64;
-        let (a, b) = (vec![0.5_f32; batch * m * k], vec![0.25_f32; batch * k * n]);
-        let mut c = vec![0.0_f32; batch * m * n];
-        let (a16, b16) = (vec![0x3f00_u16; batch * m * k], vec![0x3e80_u16; batch * k * n]);
-        let (a8, b8, one) = (vec![3_i8; batch * m * k], vec![5_i8; batch * k * n], 1.0_f32);
+        let (a, b) = (aligned(0.5_f32, batch * m * k), aligned(0.25_f32, batch * k * n));
+        let mut c = aligned(0.0_f32, batch * m * n);
+        let (a16, b16) = (aligned(0x3f00_u16, batch * m * k), aligned(0x3e80_u16, batch * k * n));
+        let (a8, b8, one) = (aligned(3_i8, batch * m * k), aligned(5_i8, batch * k * n), 1.0_f32);
         for (column, turned) in TRANSPOSED {
             let mut args = matmul_args(&a, &b, &mut c, [batch, m, n, k], turned);
             let mut space = scratch(table, KernelId::Matmul, &args);
@@ -349,13 +375,13 @@ impl Cases<'_> {
         let weights = out_channels * in_channels / groups * kernel * kernel;
         let flops = 2.0 * (pixels * weights) as f64;
         let inputs = batch * size * size * in_channels;
-        let mut x = vec![0.5_f32; inputs];
-        let mut w = vec![0.5_f32; weights];
-        let mut y = vec![0.5_f32; pixels * out_channels];
-        let (x8, y8) = (vec![3_i8; inputs], vec![3_i8; pixels * out_channels]);
-        let (x16, w16) = (vec![0x3f00_u16; inputs], vec![0x3f00_u16; weights]);
-        let y16 = vec![0x3f00_u16; pixels * out_channels];
-        let (w8, one) = (vec![5_i8; weights], 1.0_f32);
+        let mut x = aligned(0.5_f32, inputs);
+        let mut w = aligned(0.5_f32, weights);
+        let mut y = aligned(0.5_f32, pixels * out_channels);
+        let (x8, y8) = (aligned(3_i8, inputs), aligned(3_i8, pixels * out_channels));
+        let (x16, w16) = (aligned(0x3f00_u16, inputs), aligned(0x3f00_u16, weights));
+        let y16 = aligned(0x3f00_u16, pixels * out_channels);
+        let (w8, one) = (aligned(5_i8, weights), 1.0_f32);
         let (epilogue, epilogue_ctx) = (None, null());
 
         let (xp, wp, yp) = (x.as_mut_ptr(), w.as_mut_ptr(), y.as_mut_ptr());
