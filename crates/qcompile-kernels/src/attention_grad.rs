@@ -8,7 +8,6 @@
 
 mod codes;
 mod memory;
-mod rounding;
 
 use crate::Primitive;
 use crate::args::{AttentionArgs, AttentionKind};

@@ -489,11 +489,10 @@ fn check_attention(plan: &Plan, attention: &Attention) -> Checked {
     if !matches!(attention.dtype, DType::F32 | DType::BF16) {
         return Err(format!("there is no attention of {}", attention.dtype));
     }
-    let forward = matches!(attention.result, AttentionResult::Forward(_));
     let codes = attention.scales.is_some();
     let fits = match (attention.products, attention.dtype) {
         (DType::F32, _) | (DType::BF16, DType::BF16) => !codes,
-        (DType::I8, DType::F32) => codes && forward,
+        (DType::I8, DType::F32) => codes,
         _ => false,
     };
     if !fits {

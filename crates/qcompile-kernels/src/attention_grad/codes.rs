@@ -7,7 +7,6 @@
 
 use super::Statistics;
 use super::memory::Memory;
-use super::rounding::{LARGEST, SHIFT, add, code, magnitude, round, round_columns, scale_of};
 use crate::args::{AttentionArgs, AttentionKind};
 use crate::attention::{
     BLOCK, CHUNK, Mask, STRIP, exponentials, fetch_next, finish_scores, head_of, score_stride,
@@ -17,6 +16,9 @@ use crate::attention_kind::{Along, Int8, Kind, Matrix, Rows, pack_rows};
 use crate::buffer::{Buffer, Slot};
 use crate::lanes::{Lanes, Simd, Task};
 use crate::pack::{self, Left};
+use crate::rounding::{
+    LARGEST, SHIFT, add, code, largest_magnitude, magnitude, round, round_columns, scale_of,
+};
 use crate::seen::{Left as LeftOperand, Over, Product, Seen};
 use crate::tile::{Panels, ROW_GROUP};
 
@@ -152,8 +154,7 @@ impl Head<'_> {
                 self.copy_dy(head, row, rows);
                 for r in 0..rows {
                     let real = std::slice::from_raw_parts(memory.real.add(r * width), width);
-                    let most = real.iter().fold(0, |most, &x| most.max(magnitude(x)));
-                    let scale = scale_of(most);
+                    let scale = scale_of(largest_magnitude(real));
                     let fine = scale / FINE_STEPS;
                     let (inverse, inverse_fine) = (1.0 / scale, 1.0 / fine);
                     let [first, second] = memory.codes.map(|codes| codes.add(r * width));

@@ -1,34 +1,40 @@
 //! Codes of values that the kernel computes, and their scales.
 
 /// The largest code.
-pub(super) const LARGEST: f32 = 127.0;
+pub(crate) const LARGEST: f32 = 127.0;
 /// The scale of zeros.
 const SMALLEST_SCALE: f32 = 1e-30;
 /// Adding 1.5 * 2^23 rounds to a whole number in the low mantissa bits.
-pub(super) const SHIFT: f32 = 12_582_912.0;
+pub(crate) const SHIFT: f32 = 12_582_912.0;
 
 /// The magnitude as bits, which are the larger the larger it is, and the largest where it is not a number.
 #[inline(always)]
-pub(super) fn magnitude(x: f32) -> u32 {
+pub(crate) fn magnitude(x: f32) -> u32 {
     x.to_bits() & (u32::MAX >> 1)
+}
+
+/// The largest [`magnitude`].
+#[inline(always)]
+pub(crate) fn largest_magnitude(values: &[f32]) -> u32 {
+    values.iter().fold(0, |most, &x| most.max(magnitude(x)))
 }
 
 /// The scale of codes by the largest magnitude; it is not finite if that is not.
 #[inline(always)]
-pub(super) fn scale_of(magnitude: u32) -> f32 {
+pub(crate) fn scale_of(magnitude: u32) -> f32 {
     let scale = f32::from_bits(magnitude) / LARGEST;
     if scale < SMALLEST_SCALE { SMALLEST_SCALE } else { scale }
 }
 
 /// The nearest code, ties to even; any where the scale is not finite, as its product with that is not a number.
 #[inline(always)]
-pub(super) fn code(x: f32, inverse_scale: f32) -> i8 {
+pub(crate) fn code(x: f32, inverse_scale: f32) -> i8 {
     (x * inverse_scale + SHIFT).to_bits() as i8
 }
 
 /// The codes of values.
 #[inline(always)]
-pub(super) unsafe fn round(values: *const f32, count: usize, inverse_scale: f32, to: *mut i8) {
+pub(crate) unsafe fn round(values: *const f32, count: usize, inverse_scale: f32, to: *mut i8) {
     // SAFETY: the caller grants so many values, and room for their codes.
     let (values, to) = unsafe {
         (std::slice::from_raw_parts(values, count), std::slice::from_raw_parts_mut(to, count))
@@ -40,7 +46,7 @@ pub(super) unsafe fn round(values: *const f32, count: usize, inverse_scale: f32,
 
 /// Adds sums in i32, each times a factor.
 #[inline(always)]
-pub(super) unsafe fn add(
+pub(crate) unsafe fn add(
     to: *mut f32,
     sums: *const u32,
     count: usize,
@@ -54,7 +60,7 @@ pub(super) unsafe fn add(
 
 /// The codes of rows by a scale for each column, and those scales.
 #[inline(always)]
-pub(super) unsafe fn round_columns(
+pub(crate) unsafe fn round_columns(
     real: *const f32,
     [rows, width]: [usize; 2],
     scales: *mut f32,
