@@ -558,8 +558,7 @@ fn check_recurrent(plan: &Plan, recurrent: &Recurrent) -> Checked {
     let Recurrent { recurrence, gradient, steps, batch, hidden, x, r, h, y, .. } = recurrent;
     let cell = recurrence.cell;
     match recurrence.products {
-        None | Some(DType::BF16) => {}
-        Some(DType::I8) if !gradient => {}
+        None | Some(DType::BF16 | DType::I8) => {}
         Some(other) => return Err(format!("no kernel has recurrent products of {other}")),
     }
     let size = |sizes: &[usize]| {
