@@ -278,7 +278,7 @@ impl Small {
         }
         let second = operands[1];
         let dy = input(graph, "dy", &self.result)?;
-        let mut add = |graph: &mut Graph, op: Op, operands: &[NodeId], name: &str, region| {
+        let add = |graph: &mut Graph, op: Op, operands: &[NodeId], name: &str, region| {
             let y = graph.add(op, operands, name, region)?;
             *graph.note_mut(y) = note.clone();
             if low && region == Region::Forward {
