@@ -261,6 +261,8 @@ const fn with_bf16<S: Simd>(mut kernels: Kernels, tier: Tier) -> Kernels {
     to[KernelId::Conv2dBf16 as usize] = conv::primitive::<conv::ForwardBf16, S>();
     to[KernelId::Conv2dGradInputBf16 as usize] = conv::primitive::<conv::GradInputBf16, S>();
     to[KernelId::Conv2dGradWeightBf16 as usize] = grad_weight::primitive::<S::Bf16>();
+    to[KernelId::Attention as usize] = attention::primitive::<S>();
+    to[KernelId::AttentionGrad as usize] = attention_grad::primitive::<S>();
     to[KernelId::RecurrenceBf16 as usize] = recurrence::primitive::<recurrence::Bf16Kind, S>();
     to[KernelId::RecurrenceGradBf16 as usize] =
         recurrence::grad_primitive::<recurrence::Bf16Kind, S>();
