@@ -521,7 +521,7 @@ impl Head<'_> {
     }
 }
 
-/// The dot product of the first `count` values.
+/// The dot product of the first `count` values of rows of whole blocks.
 #[inline(always)]
 unsafe fn dot(a: *const f32, b: *const f32, count: usize) -> f32 {
     let mut lanes = [0.0_f32; BLOCK];
@@ -534,8 +534,13 @@ unsafe fn dot(a: *const f32, b: *const f32, count: usize) -> f32 {
                 lanes[i] += a[i] * b[i];
             }
         }
-        for (i, lane) in lanes.iter_mut().enumerate().take(count - whole) {
-            *lane += *a.add(whole + i) * *b.add(whole + i);
+        if whole < count {
+            // Lanes stay in registers as long as all are added to.
+            let (a, b) = (a.add(whole).cast::<[f32; BLOCK]>(), b.add(whole).cast::<[f32; BLOCK]>());
+            let (a, b) = (&*a, &*b);
+            for i in 0..BLOCK {
+                lanes[i] += if i < count - whole { a[i] * b[i] } else { 0.0 };
+            }
         }
     }
     total(lanes)

@@ -44,26 +44,36 @@ pub(crate) unsafe fn round(values: *const f32, count: usize, inverse_scale: f32,
     }
 }
 
-/// Adds sums in i32, each times a factor.
+/// Adds sums in i32 times a factor.
 #[inline(always)]
-pub(crate) unsafe fn add(
-    to: *mut f32,
-    sums: *const u32,
-    count: usize,
-    factor: impl Fn(usize) -> f32,
-) {
+pub(crate) unsafe fn add(to: *mut f32, sums: *const u32, count: usize, factor: f32) {
     for c in 0..count {
         // SAFETY: the caller grants rows of so many elements.
-        unsafe { *to.add(c) += *sums.cast::<i32>().add(c) as f32 * factor(c) };
+        unsafe { *to.add(c) += *sums.cast::<i32>().add(c) as f32 * factor };
     }
 }
 
-/// The codes of rows by a scale for each column, and those scales.
+/// Adds sums in i32, each times a factor of its own.
+#[inline(always)]
+pub(crate) unsafe fn add_by_columns(
+    to: *mut f32,
+    sums: *const u32,
+    count: usize,
+    factors: *const f32,
+) {
+    for c in 0..count {
+        // SAFETY: the caller grants rows of so many elements.
+        unsafe { *to.add(c) += *sums.cast::<i32>().add(c) as f32 * *factors.add(c) };
+    }
+}
+
+/// The codes of rows by a scale for each column, and those scales times a factor.
 #[inline(always)]
 pub(crate) unsafe fn round_columns(
     real: *const f32,
     [rows, width]: [usize; 2],
     scales: *mut f32,
+    factor: f32,
     codes: *mut i8,
 ) {
     // SAFETY: granted by the caller; the magnitudes as bits, and the inverse scales, stand where scales will.
@@ -88,7 +98,7 @@ pub(crate) unsafe fn round_columns(
             }
         }
         for scale in scales {
-            *scale = 1.0 / *scale;
+            *scale = 1.0 / *scale * factor;
         }
     }
 }

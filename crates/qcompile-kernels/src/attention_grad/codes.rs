@@ -17,7 +17,8 @@ use crate::buffer::{Buffer, Slot};
 use crate::lanes::{Lanes, Simd, Task};
 use crate::pack::{self, Left};
 use crate::rounding::{
-    LARGEST, SHIFT, add, code, largest_magnitude, magnitude, round, round_columns, scale_of,
+    LARGEST, SHIFT, add, add_by_columns, code, largest_magnitude, magnitude, round, round_columns,
+    scale_of,
 };
 use crate::seen::{Left as LeftOperand, Over, Product, Seen};
 use crate::tile::{Panels, ROW_GROUP};
@@ -361,7 +362,7 @@ impl Head<'_> {
                     *real.add(r * width + c) *= factor;
                 }
             }
-            self.round_columns::<S>([rows, width], gradient_scales, gradients);
+            self.round_columns::<S>([rows, width], gradient_scales, 1.0 / LARGEST, gradients);
         }
     }
 
@@ -386,17 +387,24 @@ impl Head<'_> {
                 }
             }
             let size = [strip.rows, width];
-            self.round_columns::<S>(size, memory.query_scales, memory.queries);
+            self.round_columns::<S>(size, memory.query_scales, *args.scales[0], memory.queries);
         }
     }
 
-    /// Rounds the rows by a scale for each column, and packs them as a right operand whose K are the rows.
+    /// Rounds the rows by a scale for each column, which is kept times a factor, and packs them as a right operand whose K
+    /// are the rows.
     #[inline(always)]
-    unsafe fn round_columns<S: Simd>(&self, size: [usize; 2], scales: *mut f32, to: *mut u32) {
+    unsafe fn round_columns<S: Simd>(
+        &self,
+        size: [usize; 2],
+        scales: *mut f32,
+        factor: f32,
+        to: *mut u32,
+    ) {
         let Memory { real, codes: [codes, _], .. } = self.memory;
         // SAFETY: granted by the caller.
         unsafe {
-            round_columns(real, size, scales, codes);
+            round_columns(real, size, scales, factor, codes);
             let codes = Matrix { first: codes.cast_const(), row_stride: size[1], column_stride: 1 };
             Int8::right::<S>(codes, Along::Rows, size, std::ptr::null_mut(), to);
         }
@@ -409,13 +417,13 @@ impl Head<'_> {
         let (rows, columns) = (strip.rows, seen.of_chunk(strip.rows - 1));
         // SAFETY: granted by the caller.
         unsafe {
-            let [q_scale, k_scale, _] = args.scales.map(|scale| *scale);
+            let k_scale = *args.scales[1];
             if !args.dq.is_null() {
                 self.multiply_keys::<S::Int8>(rows, columns, seen);
                 for (r, scale) in scales.iter().enumerate().take(rows) {
                     let at = r * memory.stride;
                     let factor = scale * k_scale;
-                    add(memory.dq.add(at), memory.sums.add(at), args.width, |_| factor);
+                    add(memory.dq.add(at), memory.sums.add(at), args.width, factor);
                 }
             }
             if !args.dk.is_null() {
@@ -423,22 +431,20 @@ impl Head<'_> {
                 let stride = memory.stride;
                 let right = (memory.queries, args.width, stride);
                 self.multiply_queries::<S::Int8>(memory.slope_codes, right, rows, columns, seen);
-                let by = std::slice::from_raw_parts(memory.query_scales, args.width);
                 for key in 0..columns {
                     let to = memory.dk.add((seen.key + key) * stride);
                     let sums = memory.sums.add(key * stride);
-                    add(to, sums, args.width, |c| by[c] * q_scale);
+                    add_by_columns(to, sums, args.width, memory.query_scales);
                 }
             }
             if !args.dv.is_null() {
                 let stride = memory.value_stride;
                 let right = (memory.gradients, args.value_width, stride);
                 self.multiply_queries::<S::Int8>(memory.score_codes, right, rows, columns, seen);
-                let by = std::slice::from_raw_parts(memory.gradient_scales, args.value_width);
                 for key in 0..columns {
                     let to = memory.dv.add((seen.key + key) * stride);
                     let sums = memory.sums.add(key * stride);
-                    add(to, sums, args.value_width, |c| by[c] / LARGEST);
+                    add_by_columns(to, sums, args.value_width, memory.gradient_scales);
                 }
             }
         }
