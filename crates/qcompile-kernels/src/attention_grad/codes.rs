@@ -68,7 +68,7 @@ struct Strip {
     /// The two codes of dy.
     dy: [Rows; 2],
     /// What sums of each with codes of values are multiplied with, for each query.
-    dy_scales: [[f32; QUERIES]; 2],
+    dy_scales: [[f32; 2]; QUERIES],
 }
 
 impl Head<'_> {
@@ -145,7 +145,7 @@ impl Head<'_> {
     unsafe fn strip_of<S: Simd>(&self, head: usize, row: usize, rows: usize) -> Strip {
         let Head { args, memory, batch } = *self;
         let width = args.value_width;
-        let mut dy_scales = [[0.0; QUERIES]; 2];
+        let mut dy_scales = [[0.0; 2]; QUERIES];
         // SAFETY: granted by the caller.
         unsafe {
             let q = head_of(args.q, args.q_strides, [batch, row, head]);
@@ -153,7 +153,7 @@ impl Head<'_> {
             if self.needs_slopes() {
                 let value_scale = *args.scales[2];
                 self.copy_dy(head, row, rows);
-                for r in 0..rows {
+                for (r, scales) in dy_scales.iter_mut().enumerate().take(rows) {
                     let real = std::slice::from_raw_parts(memory.real.add(r * width), width);
                     let scale = scale_of(largest_magnitude(real));
                     let fine = scale / FINE_STEPS;
@@ -164,8 +164,7 @@ impl Head<'_> {
                         *first.add(c) = shifted.to_bits() as i8;
                         *second.add(c) = code(x - (shifted - SHIFT) * scale, inverse_fine);
                     }
-                    dy_scales[0][r] = scale * value_scale;
-                    dy_scales[1][r] = fine * value_scale;
+                    *scales = [scale * value_scale, fine * value_scale];
                 }
             }
             let packed = |at: usize| {
@@ -249,7 +248,7 @@ impl Head<'_> {
                 let (count, [scores, slopes, fine]) = (seen.of_chunk(r), self.row(r));
                 Int8::real(scores, count);
                 if self.needs_slopes() {
-                    let [scale, fine_scale] = strip.dy_scales.map(|scales| scales[r]);
+                    let [scale, fine_scale] = strip.dy_scales[r];
                     for i in 0..count {
                         let first = *slopes.add(i).cast::<i32>() as f32;
                         let second = *fine.add(i).cast::<i32>() as f32;
@@ -309,7 +308,7 @@ impl Head<'_> {
         let scale = f32::from_bits(args.scale as u32);
         let padded = seen.of_chunk(strip.rows - 1).next_multiple_of(BLOCK);
         let mut scales = [0.0; QUERIES];
-        for r in 0..strip.rows {
+        for (r, row_scale) in scales.iter_mut().enumerate().take(strip.rows) {
             let count = seen.of_chunk(r);
             let blocks = count.next_multiple_of(BLOCK);
             // SAFETY: granted by the caller.
@@ -339,9 +338,9 @@ impl Head<'_> {
                         most[i] = most[i].max(magnitude(slopes[i]));
                     }
                 }
-                scales[r] = scale_of(most.into_iter().fold(0, u32::max));
+                *row_scale = scale_of(most.into_iter().fold(0, u32::max));
                 let codes = memory.slope_codes.add(r * memory.code_stride);
-                round(slopes, blocks, 1.0 / scales[r], codes);
+                round(slopes, blocks, 1.0 / *row_scale, codes);
                 std::ptr::write_bytes(codes.add(blocks), 0, padded - blocks);
             }
         }
