@@ -98,6 +98,7 @@ fn options(source: &str) -> quantize::Options {
         let (key, value) = word.split_once('=').expect("KEY=VALUE");
         match key {
             "precision" => options.precision = value.parse().expect("a choice"),
+            "quantize-ops" => options.operations = value.parse().expect("operations"),
             "threshold" => options.threshold = Some(value.parse().expect("a number")),
             "operand-types" => options.numerics.types = value.parse().expect("types"),
             "granularity" => {

@@ -1,6 +1,7 @@
 //! The test suite of the workspace: one binary, one module for each kind of test.
 
 mod cli;
+mod coded_gradients;
 mod command;
 mod conformance;
 mod dropout;

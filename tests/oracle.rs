@@ -515,7 +515,8 @@ fn recurrent_layers_of_every_size() {
 fn recurrent_layers_of_every_precision() {
     let bf16 = " products=bf16";
     for cell in CELLS {
-        for (products, limit) in [([bf16, bf16], 5e-5), ([" products=i8", bf16], 3e-4)] {
+        let i8 = " products=i8";
+        for (products, limit) in [([bf16, bf16], 5e-5), ([i8, bf16], 3e-4), ([i8, i8], 3e-4)] {
             for (hidden, batch) in [(1, 7), (33, 21), (70, 40)] {
                 let graph = parse(&recurrent(cell, hidden, products));
                 let given = inputs(&graph, batch);
@@ -535,7 +536,7 @@ fn recurrent_layers_of_every_precision() {
                             .map(|values| values.get_f64(output).expect("an output"));
                         let error = distance(&got.to_f64(), &wanted);
                         let change = distance(&unrounded, &wanted);
-                        let what = format!("{} of {hidden}{} on {tier}", cell.0, products[0]);
+                        let what = format!("{} of {hidden}{} on {tier}", cell.0, products.concat());
                         assert!(error <= limit, "{what}: {error:e}");
                         let rounds = hidden == 1 || change > 2.0 * limit;
                         assert!(rounds, "{what} rounds nothing: {change:e}");
@@ -547,7 +548,7 @@ fn recurrent_layers_of_every_precision() {
 }
 
 /// The norm of the difference over that of the second.
-fn distance(a: &[f64], b: &[f64]) -> f64 {
+pub(crate) fn distance(a: &[f64], b: &[f64]) -> f64 {
     let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
     norm(&mut a.iter().zip(b).map(|(a, b)| a - b)) / norm(&mut b.iter().copied()).max(1e-30)
 }

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 
 LIMIT = 4e-3
-BATCH, LENGTH, HEADS, WIDTH, CLASSES = 8, 40, 2, 16, 5
+BATCH, LENGTH, HEADS, WIDTH, CLASSES = 8, 80, 2, 16, 5
+# Queries whose gradients are summed in i32.
+BLOCK = 64
 SIZE = HEADS * WIDTH
 KEPT = ["--keep", "f32=qkv*", "--keep", "f32=head*"]
 CASES = {
@@ -26,6 +28,8 @@ CASES = {
     "int8": ["--precision", "int8", *KEPT],
     "causal-bf16": ["--precision", "bf16"],
     "causal-int8": ["--precision", "int8", *KEPT],
+    "forward-int8": ["--precision", "int8", "--quantize-ops", "forward", *KEPT],
+    "backward-int8": ["--precision", "int8", "--quantize-ops", "backward", *KEPT],
     "products-int8": ["--precision", "int8", *KEPT],
 }
 
@@ -85,20 +89,48 @@ def same(x):
     return x
 
 
+def along(x, dim, steps=127):
+    """Codes of a scale for each index but those of `dim`, and the scales."""
+    scale = torch.clamp(x.abs().amax(dim=dim, keepdim=True) / steps, min=1e-30)
+    return torch.round(x / scale), scale
+
+
+def coded_gradients(q, k, v, e, dy):
+    """Those of queries, keys and values in int8."""
+    total = e.sum(dim=-1, keepdim=True)
+    first, scale = along(dy, -1)
+    rest = torch.round((dy - first * scale) / (scale / 254)) * (scale / 254)
+    dp = (first * scale + rest) @ v.transpose(2, 3)
+    p = e / total
+    slopes, steps = along(p * (dp - (p * dp).sum(dim=-1, keepdim=True)) * WIDTH**-0.5, -1)
+    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    for rows in torch.arange(LENGTH).split(BLOCK):
+        right, scale = along((steps * q)[:, :, rows], -2)
+        dk += slopes[:, :, rows].transpose(2, 3) @ (right * scale)
+        right, scale = along((dy / total)[:, :, rows], -2)
+        dv += torch.round(e * 127)[:, :, rows].transpose(2, 3) / 127 @ (right * scale)
+    return [slopes * steps @ k, dk, dv]
+
+
+def exponentials(q, k, causal):
+    scores = q @ k.transpose(2, 3) * WIDTH**-0.5
+    if causal:
+        scores = scores + torch.triu(torch.full((LENGTH, LENGTH), -torch.inf, dtype=torch.float64), 1)
+    return torch.exp(scores - scores.amax(dim=-1, keepdim=True))
+
+
 def step(weights, x, label, name, kind):
     """The loss and the gradients of one step."""
     causal, products = name.startswith("causal"), name.startswith("products")
     low = bf16 if kind == "bf16" else same
-    product = {"bf16": bf16, "int8": codes}.get(kind, same)
-    narrow = {"bf16": bf16, "int8": lambda e: torch.round(e * 127) / 127}.get(kind, same)
+    forward, backward = (kind == "int8" and not name.startswith(other) for other in ("backward", "forward"))
+    product = codes if forward else low
+    narrow = (lambda e: torch.round(e * 127) / 127) if forward else low
     w, head = low(weights["qkv.weight"]), low(weights["head.weight"])
     x = low(x)
     qkv = low(x @ w).reshape(-1, LENGTH, 3, HEADS, WIDTH)
     q, k, v = (product(qkv[:, :, part].transpose(1, 2)) for part in range(3))
-    scores = q @ k.transpose(2, 3) * WIDTH**-0.5
-    if causal:
-        scores = scores + torch.triu(torch.full((LENGTH, LENGTH), -torch.inf, dtype=torch.float64), 1)
-    e = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
+    e = exponentials(q, k, causal)
     total = e.sum(dim=-1, keepdim=True)
     p = e / total
     read, mixed = (product(p), product(p) @ v) if products else (low(p), narrow(e) @ v / total)
@@ -108,9 +140,14 @@ def step(weights, x, label, name, kind):
     loss.backward()
     dlogits = low(logits.grad)
     dy = low(dlogits @ head.T).reshape(-1, LENGTH, HEADS, WIDTH).transpose(1, 2)
-    dp = dy @ v.transpose(2, 3)
-    ds = low(p * (dp - (p * dp).sum(dim=-1, keepdim=True)) * WIDTH**-0.5)
-    parts = [ds @ k, ds.transpose(2, 3) @ q, read.transpose(2, 3) @ dy]
+    if backward and not products:
+        parts = coded_gradients(codes(q), codes(k), codes(v), e if forward else exponentials(codes(q), codes(k), causal), dy)
+    else:
+        rounded = codes if backward else low
+        dy = rounded(dy)
+        dp = dy @ v.transpose(2, 3)
+        ds = rounded(p * (dp - (p * dp).sum(dim=-1, keepdim=True)) * WIDTH**-0.5)
+        parts = [ds @ k, ds.transpose(2, 3) @ q, read.transpose(2, 3) @ dy]
     dqkv = low(torch.stack([part.transpose(1, 2) for part in parts], dim=2)).reshape(-1, 3 * SIZE)
     gradients = {"qkv.weight": x.reshape(-1, SIZE).T @ dqkv, "head.weight": y.T @ dlogits}
     return loss.item(), {key: value.detach().numpy() for key, value in gradients.items()}

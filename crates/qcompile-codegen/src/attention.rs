@@ -2,10 +2,17 @@
 
 use crate::emitter::Emitter;
 use crate::primitives::Block;
-use qcompile_ir::DType;
+use qcompile_ir::{AttentionCodes, DType};
 use qcompile_kernels::args::{AttentionArgs, AttentionKind};
 use qcompile_plan::{Attention, AttentionResult, Place, Strided};
 use std::mem::offset_of;
+
+// What the op means is what the kernel computes.
+const _: () = {
+    assert!(AttentionKind::INT8_QUERIES == AttentionCodes::QUERIES);
+    assert!(AttentionKind::INT8_KEYS == AttentionCodes::KEYS);
+    assert!(AttentionKind::INT8_FINE_STEPS == AttentionCodes::FINE_STEPS);
+};
 
 /// Fills the argument block.
 pub(crate) fn arguments(e: &mut Emitter<'_, '_>, attention: &Attention) -> Block {

@@ -20,6 +20,7 @@ pub(crate) fn kernel(recurrent: &Recurrent) -> KernelId {
         (false, Some(DType::I8)) => KernelId::RecurrenceI8,
         (false, _) => KernelId::Recurrence,
         (true, Some(DType::BF16)) => KernelId::RecurrenceGradBf16,
+        (true, Some(DType::I8)) => KernelId::RecurrenceGradI8,
         (true, _) => KernelId::RecurrenceGrad,
     }
 }

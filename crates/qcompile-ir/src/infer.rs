@@ -118,21 +118,9 @@ fn infer_type(op: &Op, operands: Types) -> Result<TensorType, String> {
         Op::Attention { scale, products, .. } => {
             let (operands, mask) = operands.split_at(operands.len().min(3));
             let ty = attention(*scale, operands, mask)?;
-            if *products == DType::I8 {
-                let summed = [operands[0].shape.0[3], operands[1].shape.0[1]];
-                let fits = |dim: &Dim| {
-                    dim.as_fixed().is_some_and(|count| count <= QuantizedRange::MOST_I8_PRODUCTS)
-                };
-                if let Some(dim) = summed.iter().find(|dim| !fits(dim)) {
-                    return Err(format!("an i32 holds no sum of {dim} products of i8"));
-                }
-            }
-            match (products, ty.dtype) {
-                (DType::F32, _) | (DType::BF16, DType::BF16) | (DType::I8, DType::F32) => Ok(ty),
-                _ => {
-                    Err(format!("products of {products} do not fit operands like {}", operands[0]))
-                }
-            }
+            let summed = [operands[0].shape.0[3], operands[1].shape.0[1]];
+            products_fit(*products, &summed, operands[0])?;
+            Ok(ty)
         }
         Op::AttentionGrad { of, scale, products, .. } => {
             let Some((dy, operands)) = operands.split_last() else {
@@ -140,9 +128,7 @@ fn infer_type(op: &Op, operands: Types) -> Result<TensorType, String> {
             };
             let (operands, mask) = operands.split_at(operands.len().min(3));
             same(&attention(*scale, operands, mask)?, dy)?;
-            if !matches!((products, dy.dtype), (DType::F32, _) | (DType::BF16, DType::BF16)) {
-                return Err(format!("products of {products} do not fit operands like {dy}"));
-            }
+            products_fit(*products, &[operands[0].shape.0[3], operands[2].shape.0[3]], dy)?;
             Ok(operands[match of {
                 AttentionOperand::Q => 0,
                 AttentionOperand::K => 1,
@@ -294,6 +280,20 @@ fn elementwise_binary(op: BinaryOp, operands: Types) -> Result<TensorType, Strin
         | BinaryOp::Pow => a.dtype != DType::Bool,
     };
     if fits { Ok(a.clone()) } else { Err(format!("does not take {a}")) }
+}
+
+/// Whether products of this type may read an attention's operands, of which these dims are summed.
+fn products_fit(products: DType, summed: &[Dim], operand: &TensorType) -> Result<(), String> {
+    let fits =
+        |dim: &Dim| dim.as_fixed().is_some_and(|count| count <= QuantizedRange::MOST_I8_PRODUCTS);
+    match (products, operand.dtype) {
+        (DType::F32, _) | (DType::BF16, DType::BF16) => Ok(()),
+        (DType::I8, DType::F32) => match summed.iter().find(|dim| !fits(dim)) {
+            Some(dim) => Err(format!("an i32 holds no sum of {dim} products of i8")),
+            None => Ok(()),
+        },
+        _ => Err(format!("products of {products} do not fit operands like {operand}")),
+    }
 }
 
 fn attention(scale: f32, operands: Types, mask: Types) -> Result<TensorType, String> {

@@ -14,6 +14,7 @@
 //! This crate does no I/O and depends on nothing else of this project.
 #![forbid(unsafe_code)]
 
+pub mod attention;
 pub mod digest;
 pub mod eval;
 pub mod float8;
@@ -29,6 +30,7 @@ pub mod text;
 pub mod types;
 pub mod verify;
 
+pub use attention::{AttentionCodes, AttentionOperand};
 pub use digest::fnv1a;
 pub use float8::Float8;
 pub use graph::{Graph, GraphError, Node, NodeId, Region};
@@ -36,8 +38,7 @@ pub use infer::{TypeError, infer};
 pub use name::Name;
 pub use note::{Channels, GradientRounding, Granularity, Note, Precision, Quantizer, Scaling};
 pub use op::{
-    AttentionOperand, BinaryOp, CollectiveOp, CompareOp, ConvGeometry, Op, PoolGeometry, ReduceOp,
-    ScatterOp, UnaryOp,
+    BinaryOp, CollectiveOp, CompareOp, ConvGeometry, Op, PoolGeometry, ReduceOp, ScatterOp, UnaryOp,
 };
 pub use quantized::QuantizedRange;
 pub use recurrence::{Activation, ActivationOp, Cell, Recurrence, RecurrenceOperands};

@@ -1,6 +1,6 @@
 //! The closed vocabulary: plain data, no behaviour but names.
 
-use crate::{DType, Dim, Recurrence, Shape, Tensor, TensorType};
+use crate::{AttentionOperand, DType, Dim, Recurrence, Shape, Tensor, TensorType};
 use std::sync::Arc;
 
 /// Elementwise functions of one operand. The result has the operand's type.
@@ -201,33 +201,6 @@ impl ScatterOp {
             ScatterOp::Add => "scatter_add",
             ScatterOp::Mul => "scatter_mul",
             ScatterOp::Max => "scatter_max",
-        }
-    }
-}
-
-/// The operands of an attention that have gradients.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum AttentionOperand {
-    /// The queries.
-    Q,
-    /// The keys.
-    K,
-    /// The values.
-    V,
-}
-
-impl AttentionOperand {
-    /// Every one, in the order of the operands.
-    pub const ALL: [AttentionOperand; 3] =
-        [AttentionOperand::Q, AttentionOperand::K, AttentionOperand::V];
-
-    /// The attribute in text.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            AttentionOperand::Q => "q",
-            AttentionOperand::K => "k",
-            AttentionOperand::V => "v",
         }
     }
 }
@@ -476,7 +449,9 @@ pub enum Op {
         scale: f32,
         /// As in the attention.
         causal: bool,
-        /// `f32`, or `bf16`: probabilities and the gradients of scores are rounded to it before their products.
+        /// `f32`, or `bf16`: probabilities and the gradients of scores are rounded to it before their products. Or `i8`,
+        /// which wants f32 operands that are dequantized: exponentials are codes of 1/127, gradients of scores have a scale
+        /// for each query, and what both multiply over queries one for each column of a block ([`AttentionCodes`]).
         products: DType,
     },
     /// Over the last axis.

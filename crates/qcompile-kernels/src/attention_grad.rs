@@ -6,6 +6,9 @@
 //! `dk = dsᵀ q` and `dv = pᵀ dy`. Where the keys are more than a chunk, a first round finds the maximum and the sums
 //! of each row.
 
+mod codes;
+mod memory;
+
 use crate::Primitive;
 use crate::args::{AttentionArgs, AttentionKind};
 use crate::attention::{
@@ -19,6 +22,7 @@ use crate::pack::{self, Left};
 use crate::seen::{Left as LeftOperand, Over, Product, Seen};
 use crate::softmax::{exp, no_scratch};
 use crate::tile::{Panels, ROW_GROUP};
+use codes::Gradients as CodedGradients;
 use std::marker::PhantomData;
 
 unsafe extern "C" fn units(args: *const u64, _phase: usize) -> usize {
@@ -41,8 +45,7 @@ unsafe extern "C" fn run<S: Simd>(args: *const u64, _phase: usize, begin: usize,
             AttentionKind::Bf16 => {
                 S::enter(Gradients::<Bf16> { args, begin, end, kind: PhantomData })
             }
-            // The plan has none: gradients of what is rounded to codes are those of the values.
-            AttentionKind::Int8 => {}
+            AttentionKind::Int8 => S::enter(CodedGradients { args, begin, end }),
         }
     }
 }
@@ -180,6 +183,43 @@ struct Statistics {
     slopes: [f32; STRIP],
 }
 
+impl Statistics {
+    /// Before any key.
+    const NONE: Statistics = Statistics {
+        largest: [f32::NEG_INFINITY; STRIP],
+        sums: [0.0; STRIP],
+        slopes: [0.0; STRIP],
+    };
+
+    /// Makes the finished scores of a row, of which `most` is the largest, exponentials, and adds them; also times the
+    /// gradients of their probabilities, if there are such.
+    #[inline(always)]
+    unsafe fn add<S: Simd>(
+        &mut self,
+        r: usize,
+        scores: *mut f32,
+        slopes: Option<*mut f32>,
+        count: usize,
+        most: f32,
+    ) {
+        let most = most.max(self.largest[r]);
+        // SAFETY: granted by the caller.
+        unsafe {
+            let sum = exponentials::<S>(scores, count, most);
+            if most == f32::NEG_INFINITY {
+                // Nothing is seen up to here: exponentials of what is masked everywhere are NaN.
+                return;
+            }
+            let factor = exp::<S>(self.largest[r] - most);
+            self.largest[r] = most;
+            self.sums[r] = self.sums[r] * factor + sum;
+            if let Some(slopes) = slopes {
+                self.slopes[r] = self.slopes[r] * factor + dot(scores, slopes, count);
+            }
+        }
+    }
+}
+
 impl Head<'_> {
     #[inline(always)]
     unsafe fn run<S: Simd, K: Kind>(&self, key_head: usize) {
@@ -268,11 +308,7 @@ impl Head<'_> {
         let rows = strip.rows;
         let mut seen = Seen { causal: args.causal != 0, keys: args.keys, row: strip.row, key: 0 };
         let all = seen.all(rows - 1);
-        let mut known = Statistics {
-            largest: [f32::NEG_INFINITY; STRIP],
-            sums: [0.0; STRIP],
-            slopes: [0.0; STRIP],
-        };
+        let mut known = Statistics::NONE;
         // SAFETY: granted by the caller.
         unsafe {
             if all == 0 {
@@ -317,23 +353,12 @@ impl Head<'_> {
     #[inline(always)]
     unsafe fn measure<S: Simd>(&self, strip: &Strip, seen: Seen, known: &mut Statistics) {
         for r in 0..strip.rows {
-            let count = seen.of_chunk(r);
             // SAFETY: granted by the caller.
             unsafe {
                 let (scores, slopes) = self.row(r);
-                let most = self.scaled(strip, seen, r).max(known.largest[r]);
-                if most == f32::NEG_INFINITY {
-                    // Nothing is seen up to here: exponentials of what is masked everywhere are NaN.
-                    exponentials::<S>(scores, count, most);
-                    continue;
-                }
-                let sum = exponentials::<S>(scores, count, most);
-                let factor = exp::<S>(known.largest[r] - most);
-                known.largest[r] = most;
-                known.sums[r] = known.sums[r] * factor + sum;
-                if self.needs_slopes() {
-                    known.slopes[r] = known.slopes[r] * factor + dot(scores, slopes, count);
-                }
+                let slopes = self.needs_slopes().then_some(slopes);
+                let most = self.scaled(strip, seen, r);
+                known.add::<S>(r, scores, slopes, seen.of_chunk(r), most);
             }
         }
     }
@@ -496,7 +521,7 @@ impl Head<'_> {
     }
 }
 
-/// The dot product of the first `count` values.
+/// The dot product of the first `count` values of rows of whole blocks.
 #[inline(always)]
 unsafe fn dot(a: *const f32, b: *const f32, count: usize) -> f32 {
     let mut lanes = [0.0_f32; BLOCK];
@@ -509,8 +534,13 @@ unsafe fn dot(a: *const f32, b: *const f32, count: usize) -> f32 {
                 lanes[i] += a[i] * b[i];
             }
         }
-        for (i, lane) in lanes.iter_mut().enumerate().take(count - whole) {
-            *lane += *a.add(whole + i) * *b.add(whole + i);
+        if whole < count {
+            // Lanes stay in registers as long as all are added to.
+            let (a, b) = (a.add(whole).cast::<[f32; BLOCK]>(), b.add(whole).cast::<[f32; BLOCK]>());
+            let (a, b) = (&*a, &*b);
+            for i in 0..BLOCK {
+                lanes[i] += if i < count - whole { a[i] * b[i] } else { 0.0 };
+            }
         }
     }
     total(lanes)

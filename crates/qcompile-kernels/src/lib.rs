@@ -32,6 +32,7 @@ mod pack;
 pub mod pool;
 mod portable;
 mod recurrence;
+mod rounding;
 mod seen;
 mod softmax;
 #[cfg(test)]
@@ -141,6 +142,8 @@ pub enum KernelId {
     RecurrenceGradBf16,
     /// [`args::RecurrenceArgs`] with products of int8 codes.
     RecurrenceI8,
+    /// [`args::RecurrenceGradArgs`] with products of int8 codes.
+    RecurrenceGradI8,
 }
 
 impl KernelId {
@@ -148,7 +151,7 @@ impl KernelId {
     pub const COUNT: usize = Self::ALL.len();
 
     /// All kernels in the order of the table.
-    pub const ALL: [KernelId; 34] = [
+    pub const ALL: [KernelId; 35] = [
         KernelId::Matmul,
         KernelId::MatmulI8,
         KernelId::Conv2d,
@@ -183,6 +186,7 @@ impl KernelId {
         KernelId::RecurrenceBf16,
         KernelId::RecurrenceGradBf16,
         KernelId::RecurrenceI8,
+        KernelId::RecurrenceGradI8,
     ];
 }
 
@@ -243,6 +247,7 @@ const fn table<S: Simd>(tier: Tier) -> Kernels {
             recurrence::primitive::<recurrence::Bf16Kind, S>(),
             recurrence::grad_primitive::<recurrence::Bf16Kind, S>(),
             recurrence::primitive::<recurrence::Int8Kind, S>(),
+            recurrence::grad_primitive::<recurrence::Int8Kind, S>(),
         ],
     }
 }
@@ -256,6 +261,8 @@ const fn with_bf16<S: Simd>(mut kernels: Kernels, tier: Tier) -> Kernels {
     to[KernelId::Conv2dBf16 as usize] = conv::primitive::<conv::ForwardBf16, S>();
     to[KernelId::Conv2dGradInputBf16 as usize] = conv::primitive::<conv::GradInputBf16, S>();
     to[KernelId::Conv2dGradWeightBf16 as usize] = grad_weight::primitive::<S::Bf16>();
+    to[KernelId::Attention as usize] = attention::primitive::<S>();
+    to[KernelId::AttentionGrad as usize] = attention_grad::primitive::<S>();
     to[KernelId::RecurrenceBf16 as usize] = recurrence::primitive::<recurrence::Bf16Kind, S>();
     to[KernelId::RecurrenceGradBf16 as usize] =
         recurrence::grad_primitive::<recurrence::Bf16Kind, S>();
@@ -271,6 +278,8 @@ const fn with_int8<S: Simd>(mut kernels: Kernels) -> Kernels {
     to[KernelId::Conv2dGradInputI8 as usize] = conv::primitive::<conv::GradInputI8, S>();
     to[KernelId::Conv2dGradWeightI8 as usize] = grad_weight::primitive::<S::Int8>();
     to[KernelId::RecurrenceI8 as usize] = recurrence::primitive::<recurrence::Int8Kind, S>();
+    to[KernelId::RecurrenceGradI8 as usize] =
+        recurrence::grad_primitive::<recurrence::Int8Kind, S>();
     kernels
 }
 

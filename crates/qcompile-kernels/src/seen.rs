@@ -2,7 +2,8 @@
 
 use crate::attention::CHUNK;
 use crate::attention_kind::Rows;
-use crate::lanes::Lanes;
+use crate::lanes::{Codes, Lanes};
+use crate::pack::header;
 use crate::tile::{Panels, ROW_GROUP, Start, Tile};
 
 /// `out (+)= left · right`, of which each tile may need only a part.
@@ -88,6 +89,8 @@ pub(crate) enum Over {
     Keys,
     /// Rows are keys, K is queries: so many.
     Queries(usize),
+    /// All rows, and K from the first of these to before the second.
+    All(usize, usize),
 }
 
 impl Over {
@@ -102,18 +105,47 @@ impl Over {
             Over::Queries(queries) => {
                 Part { columns: usize::MAX, begin: seen.first(row), end: queries }
             }
+            Over::All(begin, end) => Part { columns: usize::MAX, begin, end },
         }
     }
 }
 
 impl Product {
+    /// The words of K from the first that a part needs to after the last.
+    #[inline(always)]
+    fn words<L: Lanes>(&self, part: Part) -> [usize; 2] {
+        let words = grain::<L>() / L::GROUP;
+        let end = part.end.div_ceil(grain::<L>()).saturating_mul(words).min(self.panels.k);
+        [part.begin / grain::<L>() * words, end]
+    }
+
+    /// Makes the headers of the packed right operand those of a part of K, which [`Left::Packed`] wants.
+    ///
+    /// # Safety
+    /// The packed operand may be written; else as [`Product::run`].
+    #[inline(always)]
+    pub(crate) unsafe fn cover<L: Lanes>(&self, over: Over, seen: Seen) {
+        if !L::HEADER {
+            return;
+        }
+        let [begin, end] = self.words::<L>(over.part(seen, 0, self.rows));
+        for panel in self.panel_begin..self.panel_end {
+            let stored = self.panels.stored::<L>(panel);
+            // SAFETY: granted by the caller.
+            unsafe {
+                let to = self.right.cast_mut().add(self.panels.offset::<L>(panel));
+                let words = to.add((begin + 1) * stored);
+                header::<L>(words, end.saturating_sub(begin), stored, to, Codes::default());
+            }
+        }
+    }
+
     /// Computes the parts that are seen.
     ///
     /// # Safety
     /// The pointers are valid for the sizes, and the CPU supports the tier.
     #[inline(always)]
     pub(crate) unsafe fn run<L: Lanes>(&self, over: Over, seen: Seen) {
-        let words = grain::<L>() / L::GROUP;
         let header = usize::from(L::HEADER);
         for panel in self.panel_begin..self.panel_end {
             let stored = self.panels.stored::<L>(panel);
@@ -122,8 +154,7 @@ impl Product {
             let column = (panel - self.panel_begin) * Panels::width::<L>();
             for row in (0..self.rows).step_by(height) {
                 let part = over.part(seen, row, self.rows.min(row + height));
-                let begin = part.begin / grain::<L>() * words;
-                let end = part.end.div_ceil(grain::<L>()).saturating_mul(words).min(self.panels.k);
+                let [begin, end] = self.words::<L>(part);
                 let length = end.saturating_sub(begin);
                 if column >= part.columns || (length == 0 && self.resume) {
                     continue;

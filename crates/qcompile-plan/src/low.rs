@@ -65,19 +65,22 @@ pub(crate) fn low_products(graph: &Graph, views: &[View]) -> BTreeMap<NodeId, Lo
     graph.ids().filter_map(|id| Some((id, low(id)?))).collect()
 }
 
-/// An operand of attention that `dequantize` hides: the codes and their one scale.
+/// An operand of attention, or of a gradient of it, that `dequantize` hides: the codes and their one scale.
 #[derive(Clone, Debug)]
 pub(crate) struct Codes {
     pub(crate) view: View,
     pub(crate) scale: NodeId,
 }
 
-/// The codes of queries, keys and values of each attention whose products are in i8, where they have one scale each.
+/// The codes of queries, keys and values of each attention, or gradient of one, whose products are in i8, where they have
+/// one scale each. That an i32 holds their sums is a matter of its type.
 pub(crate) fn attention_codes(graph: &Graph, views: &[View]) -> BTreeMap<NodeId, [Codes; 3]> {
     let codes = |id: NodeId| {
-        if !matches!(graph.op(id), Op::Attention { products: DType::I8, .. }) {
+        let (Op::Attention { products: DType::I8, .. }
+        | Op::AttentionGrad { products: DType::I8, .. }) = graph.op(id)
+        else {
             return None;
-        }
+        };
         let of = |position: usize| {
             let id = graph.operand(id, position);
             let (q, scale, zero_point, axis) = dequantized(graph, views[id.index()].base)?;
@@ -94,11 +97,7 @@ pub(crate) fn attention_codes(graph: &Graph, views: &[View]) -> BTreeMap<NodeId,
             };
             Some(Codes { view, scale })
         };
-        let (q, v) = (graph.operand(id, 0), graph.operand(id, 2));
-        let (width, keys) = (graph.ty(q).shape.0[3], graph.ty(v).shape.0[1]);
-        let summed =
-            [width, keys].into_iter().all(|dim| dim.as_fixed().is_some() && is_summed(dim, false));
-        if summed { Some([of(0)?, of(1)?, of(2)?]) } else { None }
+        Some([of(0)?, of(1)?, of(2)?])
     };
     graph.ids().filter_map(|id| Some((id, codes(id)?))).collect()
 }

@@ -441,6 +441,7 @@ impl Primitive {
                     (false, Some(DType::I8)) => "recurrence_i8",
                     (false, _) => "recurrence",
                     (true, Some(DType::BF16)) => "recurrence_grad_bf16",
+                    (true, Some(DType::I8)) => "recurrence_grad_i8",
                     (true, _) => "recurrence_grad",
                 }
             }

@@ -489,11 +489,10 @@ fn check_attention(plan: &Plan, attention: &Attention) -> Checked {
     if !matches!(attention.dtype, DType::F32 | DType::BF16) {
         return Err(format!("there is no attention of {}", attention.dtype));
     }
-    let forward = matches!(attention.result, AttentionResult::Forward(_));
     let codes = attention.scales.is_some();
     let fits = match (attention.products, attention.dtype) {
         (DType::F32, _) | (DType::BF16, DType::BF16) => !codes,
-        (DType::I8, DType::F32) => codes && forward,
+        (DType::I8, DType::F32) => codes,
         _ => false,
     };
     if !fits {
@@ -559,8 +558,7 @@ fn check_recurrent(plan: &Plan, recurrent: &Recurrent) -> Checked {
     let Recurrent { recurrence, gradient, steps, batch, hidden, x, r, h, y, .. } = recurrent;
     let cell = recurrence.cell;
     match recurrence.products {
-        None | Some(DType::BF16) => {}
-        Some(DType::I8) if !gradient => {}
+        None | Some(DType::BF16 | DType::I8) => {}
         Some(other) => return Err(format!("no kernel has recurrent products of {other}")),
     }
     let size = |sizes: &[usize]| {

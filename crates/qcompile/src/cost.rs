@@ -1,5 +1,5 @@
 //! What int8 costs and saves on this CPU, measured: the time of a layer's forward product and of the gradient of its
-//! input in int8, quantization included, and in what it would be otherwise: f32, or bf16 in a bf16 plan, where values are
+//! input (of both inputs, where it has no weight) in int8, quantization included, and in what it would be otherwise: f32, or bf16 in a bf16 plan, where values are
 //! stored in bf16 in both cases.
 //!
 //! Where channels are set apart, that counts for the forward product.
@@ -13,8 +13,8 @@ use crate::synthetic::{self, Random};
 use crate::terminal::{Progress, Show};
 use crate::timings::Timings;
 use qcompile_ir::{
-    Channels, DType, Graph, GraphError, Name, NodeId, Note, Op, Precision, Quantizer, Region,
-    Tensor, TensorType, UnaryOp,
+    AttentionOperand, Channels, DType, Graph, GraphError, Name, NodeId, Note, Op, Precision,
+    Quantizer, Region, Shape, Tensor, TensorType, UnaryOp,
 };
 use qcompile_passes::quantize::{self, Decision, Layer, LayerCost, activation_products, layers};
 use qcompile_plan::{BuildOptions, build};
@@ -60,8 +60,13 @@ pub(crate) fn measure(
         for (decision, (node, layer)) in chosen {
             let (done, name) = (decide.cost.len() + costs.len(), &decision.node);
             progress.update(done as u64, name.as_str());
-            // A product of two activations is of low precision in the forward pass alone.
-            let backward = layer.is_some() && trained[graph.operand(*node, 0).index()];
+            // Of a layer that is no other the gradient of its weight has a say of its own.
+            let operands = graph.operands(*node);
+            let given = match layer {
+                Some(layer) if !layer.recurrent => &operands[..1],
+                _ => &operands[..],
+            };
+            let backward = given.iter().any(|operand| trained[operand.index()]);
             let small = Small::of(graph, *node, backward, &decide, decision, options.batch_size);
             let cost = timings.find_or(&small.key(), || small.measure(&trainer))?;
             costs.push((name.clone(), cost));
@@ -150,8 +155,49 @@ impl Small {
         )
     }
 
-    /// The op that gives the gradient of the input.
+    /// The states after each step of a recurrent layer.
+    fn states(&self) -> TensorType {
+        let mut dims = self.result.shape.0[1..].to_vec();
+        dims[0] = self.x.shape.0[0];
+        TensorType::f32(Shape(dims))
+    }
+
+    /// The ops on the way back through a recurrent layer and through a product of two activations, with their operands, of
+    /// those of the forward product, its result and the incoming gradient.
+    fn gradients(&self, operands: &[NodeId], [y, dy]: [NodeId; 2]) -> Vec<(Op, Vec<NodeId>)> {
+        let product = |transpose_a, transpose_b| Op::Matmul { transpose_a, transpose_b };
+        match self.op {
+            Op::Recurrence(recurrence) => {
+                let at = recurrence.operands();
+                let rest = [at.peepholes, at.lengths].into_iter().flatten();
+                let mut given = vec![y, operands[1], dy];
+                given.extend(rest.map(|position| operands[position]));
+                vec![(Op::RecurrenceGrad { recurrence, cell: false }, given)]
+            }
+            Op::Attention { scale, causal, products } => {
+                let gradient = |of| Op::AttentionGrad { of, scale, causal, products };
+                let given = [operands, &[dy]].concat();
+                AttentionOperand::ALL.map(|of| (gradient(of), given.clone())).into()
+            }
+            Op::Matmul { transpose_a, transpose_b } if self.weight.is_none() => {
+                let (a, b) = (operands[0], operands[1]);
+                let left = match transpose_a {
+                    false => (product(false, !transpose_b), vec![dy, b]),
+                    true => (product(transpose_b, true), vec![b, dy]),
+                };
+                let right = match transpose_b {
+                    false => (product(!transpose_a, false), vec![a, dy]),
+                    true => (product(true, transpose_a), vec![dy, a]),
+                };
+                vec![left, right]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// The op that gives the gradient of a layer's input.
     fn grad_input(&self) -> Option<Op> {
+        self.weight.as_ref()?;
         match &self.op {
             Op::Conv2d(geometry) => Some(Op::Conv2dGradInput(*geometry)),
             Op::Matmul { transpose_a: false, transpose_b } => {
@@ -163,6 +209,7 @@ impl Small {
 
     /// The op that gives the gradient of the weight, and whether the incoming gradient is its first operand.
     fn grad_weight(&self) -> Option<(Op, bool)> {
+        self.weight.as_ref()?;
         match &self.op {
             Op::Conv2d(geometry) => Some((Op::Conv2dGradWeight(*geometry), false)),
             Op::Matmul { transpose_b, .. } => {
@@ -231,32 +278,49 @@ impl Small {
         }
         let second = operands[1];
         let dy = input(graph, "dy", &self.result)?;
-        let mut products = Vec::new();
-        if self.forward {
-            products.push((self.op.clone(), operands, "y", Region::Forward));
-        }
-        if self.backward {
-            let product = |op| (op, vec![dy, second], "dx", Region::Backward);
-            products.extend(self.grad_input().map(product));
-        }
-        // Only where int8 may change it.
-        if self.low.grad_weight != self.high.grad_weight
-            && let Some((op, flipped)) = self.grad_weight()
-        {
-            let operands = if flipped { vec![dy, x] } else { vec![x, dy] };
-            products.push((op, operands, "dw", Region::Backward));
-        }
-        for (op, operands, name, region) in products {
-            let mut y = graph.add(op, &operands, name, region)?;
+        let add = |graph: &mut Graph, op: Op, operands: &[NodeId], name: &str, region| {
+            let y = graph.add(op, operands, name, region)?;
             *graph.note_mut(y) = note.clone();
             if low && region == Region::Forward {
                 graph.note_mut(y).channels = self.channels.clone();
             }
             let stays = name == "dw" || matches!(self.op, Op::Recurrence(_));
-            if stored != DType::F32 && !stays {
-                y = graph.add(Op::Cast(stored), &[y], format!("{name}.stored"), region)?;
+            let stored = if stored != DType::F32 && !stays {
+                graph.add(Op::Cast(stored), &[y], format!("{name}.stored"), region)?
+            } else {
+                y
+            };
+            graph.add_output(name, stored);
+            Ok::<NodeId, GraphError>(y)
+        };
+        let mut y = None;
+        if self.forward {
+            y = Some(add(graph, self.op.clone(), &operands, "y", Region::Forward)?);
+        }
+        if self.backward
+            && let Some(op) = self.grad_input()
+        {
+            add(graph, op, &[dy, second], "dx", Region::Backward)?;
+        }
+        // Only where int8 may change it.
+        if self.low.grad_weight != self.high.grad_weight
+            && let Some((op, flipped)) = self.grad_weight()
+        {
+            let operands = if flipped { [dy, x] } else { [x, dy] };
+            add(graph, op, &operands, "dw", Region::Backward)?;
+        }
+        if self.backward && self.low.grad_input != self.high.grad_input {
+            let y = match (&self.op, y) {
+                (Op::Recurrence(_), None) => input(graph, "kept", &self.result)?,
+                (_, y) => y.unwrap_or(dy),
+            };
+            let dh = match &self.op {
+                Op::Recurrence(_) => input(graph, "dh", &self.states())?,
+                _ => dy,
+            };
+            for (at, (op, operands)) in self.gradients(&operands, [y, dh]).into_iter().enumerate() {
+                add(graph, op, &operands, &format!("d{at}"), Region::Backward)?;
             }
-            graph.add_output(name, y);
         }
         Small::report(graph)
     }
@@ -376,19 +440,68 @@ mod tests {
             result: ty(&[fixed(6), fixed(4), Dim::N, fixed(8)]),
             forward: true,
             backward: true,
-            low: Precision { forward: DType::I8, ..Precision::uniform(DType::BF16) },
+            low: Precision {
+                forward: DType::I8,
+                grad_input: DType::I8,
+                ..Precision::uniform(DType::BF16)
+            },
             high: Precision::uniform(DType::BF16),
             quantizer: Quantizer::default(),
             channels: Channels::default(),
             batch: 4,
         };
-        for (low, word) in [(false, "= recurrence_bf16 "), (true, "= recurrence_i8 ")] {
+        for (low, word) in [(false, "bf16"), (true, "i8")] {
             let graph = small.graph(low).unwrap();
             verify(&graph).unwrap();
             let text = build(graph, &BuildOptions { batch_size: 4 }).unwrap().to_string();
-            assert_eq!(text.matches(word).count(), 1, "{text}");
+            for op in ["recurrence", "recurrence_grad"] {
+                assert_eq!(text.matches(&format!("= {op}_{word} ")).count(), 1, "{text}");
+            }
         }
         let cost = small.measure(&TrainerOptions::default()).unwrap();
         assert!(cost.high_ms > 0.0 && cost.low_ms > 0.0);
+    }
+
+    #[test]
+    fn products_of_two_activations_have_both_gradients() {
+        let ty = |dims: &[Dim]| TensorType::f32(Shape(dims.to_vec()));
+        let fixed = Dim::fixed;
+        let attention = Op::Attention { scale: 0.5, causal: true, products: DType::F32 };
+        let rows = ty(&[Dim::N, fixed(6), fixed(2), fixed(8)]);
+        let left = ty(&[Dim::N, fixed(6), fixed(8)]);
+        let right = ty(&[Dim::N, fixed(5), fixed(8)]);
+        let matmul = Op::Matmul { transpose_a: false, transpose_b: true };
+        let scores = ty(&[Dim::N, fixed(6), fixed(5)]);
+        for (op, x, others, result, wanted) in [
+            (attention, rows.clone(), vec![rows.clone(), rows.clone()], rows, ("products i8", 2)),
+            (matmul, left, vec![right], scores, ("= matmul_i8 [", 3)),
+        ] {
+            for base in [DType::F32, DType::BF16] {
+                let small = Small {
+                    op: op.clone(),
+                    x: x.clone(),
+                    weight: None,
+                    others: others.clone(),
+                    result: result.clone(),
+                    forward: true,
+                    backward: true,
+                    low: Precision::uniform(DType::I8),
+                    high: Precision::uniform(base),
+                    quantizer: Quantizer::default(),
+                    channels: Channels::default(),
+                    batch: 4,
+                };
+                let text = |low| {
+                    let graph = small.graph(low).unwrap();
+                    verify(&graph).unwrap();
+                    build(graph, &BuildOptions { batch_size: 4 }).unwrap().to_string()
+                };
+                let (word, count) = wanted;
+                assert_eq!(text(true).matches(word).count(), count, "{}", text(true));
+                assert_eq!(text(false).matches(word).count(), 0, "{}", text(false));
+                let cost = small.measure(&TrainerOptions::default()).unwrap();
+                assert!(cost.high_ms > 0.0 && cost.low_ms > 0.0);
+            }
+        }
     }
 }

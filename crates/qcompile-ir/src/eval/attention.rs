@@ -1,5 +1,7 @@
 //! Attention and its gradients: one row of scores after the other.
 
+mod codes;
+
 use super::elementwise::maximum;
 use super::value::round_float;
 use super::{Data, Rounding, Value};
@@ -37,36 +39,41 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
 
 impl Attention<'_> {
     fn each_row(&self, mut visit: impl FnMut(&Row)) {
-        let [batches, rows, heads, width] = self.q.shape[..] else { return };
-        let [_, keys, groups, _] = self.k.shape[..] else { return };
-        let Some(&value_width) = self.v.shape.last() else { return };
+        let [batches, rows, heads, _] = self.q.shape[..] else { return };
         for batch in 0..batches {
-            for row in 0..rows {
-                for head in 0..heads {
-                    let group = head / (heads / groups);
-                    let query = ((batch * rows + row) * heads + head) * width;
-                    let seen = if self.causal { keys.min(row + 1) } else { keys };
-                    let at = |key: usize| (batch * keys + key) * groups + group;
-                    let scores: Vec<f64> = (0..seen)
-                        .map(|key| {
-                            let q = &self.q.data.floats()[query..][..width];
-                            let k = &self.k.data.floats()[at(key) * width..][..width];
-                            dot(q, k) * self.scale + self.masked([batch, head, row, key])
-                        })
-                        .collect();
-                    let largest = scores.iter().copied().fold(f64::NEG_INFINITY, maximum);
-                    let powers: Vec<f64> = scores.iter().map(|x| (x - largest).exp()).collect();
-                    let sum: f64 = powers.iter().sum();
-                    visit(&Row {
-                        query,
-                        result: ((batch * rows + row) * heads + head) * value_width,
-                        keys: (0..seen).map(|key| at(key) * width).collect(),
-                        values: (0..seen).map(|key| at(key) * value_width).collect(),
-                        powers,
-                        sum,
-                    });
+            for head in 0..heads {
+                for row in 0..rows {
+                    visit(&self.row([batch, head, row]));
                 }
             }
+        }
+    }
+
+    fn row(&self, [batch, head, row]: [usize; 3]) -> Row {
+        let (q, k) = (&self.q.shape, &self.k.shape);
+        let (width, value_width) = (q[3], self.v.shape[3]);
+        let group = head / (q[2] / k[2]);
+        let at_query = (batch * q[1] + row) * q[2] + head;
+        let query = at_query * width;
+        let seen = if self.causal { k[1].min(row + 1) } else { k[1] };
+        let at = |key: usize| (batch * k[1] + key) * k[2] + group;
+        let scores: Vec<f64> = (0..seen)
+            .map(|key| {
+                let q = &self.q.data.floats()[query..][..width];
+                let k = &self.k.data.floats()[at(key) * width..][..width];
+                dot(q, k) * self.scale + self.masked([batch, head, row, key])
+            })
+            .collect();
+        let largest = scores.iter().copied().fold(f64::NEG_INFINITY, maximum);
+        let powers: Vec<f64> = scores.iter().map(|x| (x - largest).exp()).collect();
+        let sum: f64 = powers.iter().sum();
+        Row {
+            query,
+            result: at_query * value_width,
+            keys: (0..seen).map(|key| at(key) * width).collect(),
+            values: (0..seen).map(|key| at(key) * value_width).collect(),
+            powers,
+            sum,
         }
     }
 
@@ -131,6 +138,10 @@ pub(super) fn gradient(
     let (width, value_width) = (q.shape[3], v.shape[3]);
     let scale = f64::from(scale);
     let attention = Attention { scale, causal, q, k, v, mask };
+    if (products, rounding) == (DType::I8, Rounding::PerOp) {
+        codes::gradient(of, &attention, dy, &mut gradient);
+        return Data::Float(gradient);
+    }
     let [queries, keys, values] = [q, k, v].map(|x| x.data.floats());
     attention.each_row(|row| {
         let probabilities: Vec<f64> = row.powers.iter().map(|power| power / row.sum).collect();

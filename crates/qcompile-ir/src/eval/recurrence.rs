@@ -19,17 +19,39 @@ fn entered(products: Option<DType>, x: f64, scale: f64) -> f64 {
     }
 }
 
-/// R as the products read it: codes have a scale for each row.
-fn weight(products: Option<DType>, r: &[f64], hidden: usize) -> Cow<'_, [f64]> {
+/// The scale of the codes of these, by the largest that is a number.
+fn scale_of(values: impl Iterator<Item = f64>) -> f64 {
+    let amax = values.fold(0.0, |amax: f64, x| amax.max(x.abs()));
+    f64::from((amax as f32 / 127.0).max(QuantizedRange::SMALLEST_SCALE as f32))
+}
+
+/// What the sums of a product with R run over, so that codes have no scale for each of it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Summed {
+    /// Forward, of a state.
+    Columns,
+    /// On the way back, of a gate.
+    Rows,
+}
+
+/// R as the products read it: codes have a scale for each row, or for each column of a gate.
+fn weight(products: Option<DType>, r: &[f64], hidden: usize, summed: Summed) -> Cow<'_, [f64]> {
     if products.is_none() {
         return Cow::Borrowed(r);
     }
-    let row = |row: &[f64]| {
-        let amax = row.iter().fold(0.0, |amax: f64, x| amax.max(x.abs()));
-        let scale = (amax as f32 / 127.0).max(QuantizedRange::SMALLEST_SCALE as f32);
-        row.iter().map(|&x| entered(products, x, f64::from(scale))).collect::<Vec<_>>()
+    let gate = |gate: &[f64]| {
+        let scale = |at: usize| match summed {
+            Summed::Columns => scale_of(gate[at * hidden..][..hidden].iter().copied()),
+            Summed::Rows => scale_of(gate.iter().skip(at).step_by(hidden).copied()),
+        };
+        let scales: Vec<f64> = (0..hidden).map(scale).collect();
+        let rounded = |(at, &x): (usize, &f64)| {
+            let line = if summed == Summed::Columns { at / hidden } else { at % hidden };
+            entered(products, x, scales[line])
+        };
+        gate.iter().enumerate().map(rounded).collect::<Vec<_>>()
     };
-    Cow::Owned(r.chunks_exact(hidden).flat_map(row).collect())
+    Cow::Owned(r.chunks_exact(hidden * hidden).flat_map(gate).collect())
 }
 
 /// The function at `x`.
@@ -112,9 +134,22 @@ impl Layer<'_> {
         self.peepholes.map_or(0.0, |peepholes| peepholes[which * self.hidden + unit])
     }
 
-    /// A state or a gradient as a product reads it.
+    /// A state as a product reads it.
     fn entered(&self, x: f64) -> f64 {
         entered(self.recurrence.products, x, f64::from(Recurrence::STATE_SCALE))
+    }
+
+    /// `d R` of a row of a gate's gradient: codes have a scale for each, and give nothing where one of them is infinite or
+    /// no number.
+    fn back(&self, d: &[f64], gate: usize) -> Vec<f64> {
+        let codes = self.recurrence.products == Some(DType::I8);
+        if codes && !d.iter().all(|d| d.is_finite()) {
+            return vec![f64::NAN; self.hidden];
+        }
+        let scale = if codes { scale_of(d.iter().copied()) } else { 1.0 };
+        let d: Vec<f64> = d.iter().map(|&d| entered(self.recurrence.products, d, scale)).collect();
+        let r = |k: usize, j: usize| self.r[(gate * self.hidden + k) * self.hidden + j];
+        (0..self.hidden).map(|j| d.iter().enumerate().map(|(k, d)| d * r(k, j)).sum()).collect()
     }
 
     /// `(h Rᵀ)` of one unit of one gate.
@@ -151,6 +186,7 @@ fn layer<'a>(
     peepholes: Option<usize>,
     lengths: Option<usize>,
     kept: (DType, Rounding),
+    summed: Summed,
 ) -> Layer<'a> {
     let [steps, batch, hidden] = sizes;
     Layer {
@@ -158,7 +194,7 @@ fn layer<'a>(
         steps,
         batch,
         hidden,
-        r: weight(recurrence.products, operands[1].data.floats(), hidden),
+        r: weight(recurrence.products, operands[1].data.floats(), hidden, summed),
         peepholes: peepholes.map(|at| operands[at].data.floats()),
         lengths: lengths.map(|at| operands[at].data.ints()),
         kept,
@@ -178,7 +214,7 @@ pub(super) fn recurrence(
     let at = recurrence.operands();
     let [_, rows, batch, hidden] = shape[..] else { return Data::Float(Vec::new()) };
     let sizes = [rows - 1, batch, hidden];
-    let layer = layer(recurrence, sizes, operands, at.peepholes, at.lengths, kept);
+    let layer = layer(recurrence, sizes, operands, at.peepholes, at.lengths, kept, Summed::Columns);
     let x = operands[0].data.floats();
     let bias = at.bias.map(|at| operands[at].data.floats());
     let gates = recurrence.cell.gates();
@@ -270,8 +306,8 @@ pub(super) fn recurrence_grad(
     let dc = at.cell.map(|at| operands[at].data.floats());
     let [rows, batch, columns] = shape[..] else { return Data::Float(Vec::new()) };
     let hidden = columns / recurrence.cell.gradients();
-    let layer =
-        layer(recurrence, [rows - 1, batch, hidden], operands, at.peepholes, at.lengths, kept);
+    let sizes = [rows - 1, batch, hidden];
+    let layer = layer(recurrence, sizes, operands, at.peepholes, at.lengths, kept, Summed::Rows);
     let mut dx = vec![0.0; rows * batch * columns];
     for row in 0..batch {
         let (mut carry, mut cell_carry) = (vec![0.0; hidden], vec![0.0; hidden]);
@@ -289,10 +325,8 @@ pub(super) fn recurrence_grad(
             // The gradient of a gate's product in turn, of the state before by its own path, and of r·h of a GRU.
             let mut gates = vec![vec![0.0; hidden]; recurrence.cell.gradients()];
             let mut next = vec![0.0; hidden];
-            // `dgate R` of one unit.
-            let back = |gates: &[Vec<f64>], from: usize, gate: usize, j: usize| -> f64 {
-                let r = |k: usize| layer.r[(gate * hidden + k) * hidden + j];
-                (0..hidden).map(|k| layer.entered(gates[from][k]) * r(k)).sum()
+            let add = |next: &mut [f64], d: Vec<f64>| {
+                next.iter_mut().zip(d).for_each(|(next, d)| *next += d);
             };
             match recurrence.cell {
                 Cell::Rnn => {
@@ -300,9 +334,7 @@ pub(super) fn recurrence_grad(
                         let h = y[layer.at(0, after, row, j)];
                         gates[0][j] = carry[j] * layer.gate_slope(0, h);
                     }
-                    for (j, next) in next.iter_mut().enumerate() {
-                        *next = back(&gates, 0, 0, j);
-                    }
+                    add(&mut next, layer.back(&gates[0], 0));
                 }
                 Cell::Lstm => {
                     for j in 0..hidden {
@@ -325,8 +357,8 @@ pub(super) fn recurrence_grad(
                         cell_carry[j] =
                             d_c * f + d_i * layer.peephole(0, j) + d_f * layer.peephole(2, j);
                     }
-                    for (j, next) in next.iter_mut().enumerate() {
-                        *next = (0..4).map(|gate| back(&gates, gate, gate, j)).sum();
+                    for (gate, d) in gates.iter().enumerate() {
+                        add(&mut next, layer.back(d, gate));
                     }
                 }
                 Cell::Gru | Cell::LinearGru => {
@@ -337,22 +369,21 @@ pub(super) fn recurrence_grad(
                         gates[2][j] = carry[j] * (1.0 - z) * layer.gate_slope(1, n);
                         next[j] = carry[j] * z;
                     }
+                    let d_rh = if linear { Vec::new() } else { layer.back(&gates[2], 2) };
                     for (j, next) in next.iter_mut().enumerate() {
                         let r = gate(2, j);
                         if linear {
                             gates[1][j] = gates[2][j] * gate(4, j) * layer.gate_slope(0, r);
                             gates[3][j] = gates[2][j] * r;
                         } else {
-                            let d_rh = back(&gates, 2, 2, j);
-                            gates[1][j] = d_rh * state(0, j) * layer.gate_slope(0, r);
-                            *next += d_rh * r;
+                            gates[1][j] = d_rh[j] * state(0, j) * layer.gate_slope(0, r);
+                            *next += d_rh[j] * r;
                         }
                     }
-                    for (j, next) in next.iter_mut().enumerate() {
-                        *next += back(&gates, 0, 0, j) + back(&gates, 1, 1, j);
-                        if linear {
-                            *next += back(&gates, 3, 2, j);
-                        }
+                    add(&mut next, layer.back(&gates[0], 0));
+                    add(&mut next, layer.back(&gates[1], 1));
+                    if linear {
+                        add(&mut next, layer.back(&gates[3], 2));
                     }
                 }
             }

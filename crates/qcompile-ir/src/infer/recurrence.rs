@@ -4,10 +4,10 @@ use super::{Types, fixed, float, same};
 use crate::{Cell, DType, QuantizedRange, Recurrence, RecurrenceOperands, Shape, TensorType};
 
 /// Checks the attributes of a layer, or of its gradient, on values of a type.
-fn recurrence_fits(recurrence: &Recurrence, ty: &TensorType, back: bool) -> Result<(), String> {
+fn recurrence_fits(recurrence: &Recurrence, ty: &TensorType) -> Result<(), String> {
     let Recurrence { cell, activations, clip, peepholes, input_forget, products, .. } = recurrence;
     if let Some(products) = products {
-        let known = *products == DType::BF16 || (*products == DType::I8 && !back);
+        let known = matches!(products, DType::BF16 | DType::I8);
         if !known || ty.dtype != DType::F32 {
             return Err(format!("has no products of {products} on {}", ty.dtype));
         }
@@ -22,6 +22,14 @@ fn recurrence_fits(recurrence: &Recurrence, ty: &TensorType, back: bool) -> Resu
         .iter()
         .find_map(|activation| activation.problem())
         .map_or(Ok(()), |problem| Err(format!("takes no {}", problem.trim_start_matches("an "))))
+}
+
+/// Checks that sums over hidden units fit in what products are summed in.
+fn sums_fit(recurrence: &Recurrence, hidden: usize) -> Result<(), String> {
+    if recurrence.products == Some(DType::I8) && hidden > QuantizedRange::MOST_I8_PRODUCTS {
+        return Err(format!("an i32 holds no sum of {hidden} products of i8"));
+    }
+    Ok(())
 }
 
 /// Checks the operands that may be absent, by the dtype and batch size of the others.
@@ -54,7 +62,7 @@ pub(super) fn recurrence(recurrence: &Recurrence, operands: Types) -> Result<Ten
     }
     let [x, r, h0] = [operands[0], operands[1], operands[2]];
     float(x)?;
-    recurrence_fits(recurrence, x, false)?;
+    recurrence_fits(recurrence, x)?;
     let gates = recurrence.cell.gates();
     let [steps, batch, columns] = x.shape.0[..] else {
         return Err(format!("{x} is not [steps, batch, gates]"));
@@ -69,9 +77,7 @@ pub(super) fn recurrence(recurrence: &Recurrence, operands: Types) -> Result<Ten
     {
         return Err(format!("{x}, {r} and {h0} do not fit"));
     }
-    if recurrence.products == Some(DType::I8) && hidden > QuantizedRange::MOST_I8_PRODUCTS {
-        return Err(format!("an i32 holds no sum of {hidden} products of i8"));
-    }
+    sums_fit(recurrence, hidden)?;
     recurrence_extras(at, operands, [&state, &state], hidden)?;
     let rows = steps.checked_add(1).ok_or("too many steps")?;
     let sections = recurrence.cell.sections();
@@ -89,11 +95,12 @@ pub(super) fn recurrence_grad(
     }
     let [y, r, dh] = [operands[0], operands[1], operands[2]];
     float(y)?;
-    recurrence_fits(recurrence, y, true)?;
+    recurrence_fits(recurrence, y)?;
     let [sections, rows, batch, hidden] = y.shape.0[..] else {
         return Err(format!("{y} is no recurrence"));
     };
     let (rows, hidden) = (fixed(rows, "the number of steps")?, fixed(hidden, "the hidden size")?);
+    sums_fit(recurrence, hidden)?;
     let fits = || {
         let columns = hidden.checked_mul(recurrence.cell.gates())?;
         let weight = TensorType::new(y.dtype, Shape::fixed(&[columns, hidden]));

@@ -299,7 +299,7 @@ impl Cases<'_> {
         ] {
             let (q, dy, bytes) = match kind {
                 AttentionKind::F32 => (qkv.as_ptr().cast::<u8>(), dy.as_ptr().cast::<u8>(), 4),
-                AttentionKind::Int8 => (codes.as_ptr().cast(), null(), 1),
+                AttentionKind::Int8 => (codes.as_ptr().cast(), dy.as_ptr().cast(), 1),
                 _ => (qkv_bf16.as_ptr().cast(), dy_bf16.as_ptr().cast(), 2),
             };
             let args = AttentionArgs {
@@ -329,9 +329,7 @@ impl Cases<'_> {
                 kind,
                 scales: [&raw const code_scale; 3],
             };
-            let ids = [(KernelId::Attention, 2), (KernelId::AttentionGrad, 5)];
-            let forward = kind == AttentionKind::Int8;
-            for (id, products) in ids.into_iter().take(if forward { 1 } else { 2 }) {
+            for (id, products) in [(KernelId::Attention, 2), (KernelId::AttentionGrad, 5)] {
                 let flops = (2 * products * pairs * width) as f64;
                 let way = if id == KernelId::Attention { "" } else { ", gradients" };
                 self.show(&name, &format!("{column}{way}"), (Kind::F32, flops), id, &args);

@@ -70,6 +70,16 @@ pub enum AttentionKind {
     Bf16Operands = 1,
     /// bf16 in memory and in the products: probabilities and the gradients of scores are rounded to it.
     Bf16 = 2,
-    /// q, k and v are i8, the result is f32; exponentials are rounded to codes of 1/127. Without gradients.
+    /// q, k and v are i8, all else is f32; exponentials are rounded to codes of 1/127, the gradients of scores to such
+    /// with scales of their own.
     Int8 = 3,
+}
+
+impl AttentionKind {
+    /// Queries whose products with a key are summed in i32, of the gradients in int8.
+    pub const INT8_QUERIES: usize = 64;
+    /// Keys whose products with a query are.
+    pub const INT8_KEYS: usize = 960;
+    /// Steps of the finer of the two codes that an incoming gradient is, in one of the other.
+    pub const INT8_FINE_STEPS: f32 = 254.0;
 }

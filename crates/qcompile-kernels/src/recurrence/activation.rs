@@ -152,13 +152,15 @@ pub(super) fn clip(clip: f64, values: &mut [f32]) {
     }
 }
 
-/// As [`multiply_slope`], and by zero where what entered the function was clipped: at the ends of its values.
+/// As [`multiply_slope`], and by zero where what entered the function was clipped: at the ends of its values, which are
+/// computed as [`activate`] does.
 ///
 /// # Safety
 /// The CPU supports the tier.
 pub(super) unsafe fn multiply_clipped_slope<S: Simd>(
     activation: &ActivationArgs,
     clip: f64,
+    fused: bool,
     values: &[f32],
     gradient: &mut [f32],
 ) {
@@ -167,7 +169,7 @@ pub(super) unsafe fn multiply_clipped_slope<S: Simd>(
     if clip.is_finite() {
         let mut ends = [-clip as f32, clip as f32];
         // SAFETY: passed on from the caller.
-        unsafe { activate::<S>(activation, false, &mut ends) };
+        unsafe { activate::<S>(activation, fused, &mut ends) };
         scale(gradient, values, |y| if (y > ends[0]) & (y < ends[1]) { 1.0 } else { 0.0 });
     }
 }

@@ -110,7 +110,7 @@ impl<K: Kind> Backward<K> {
                     dh_row(local).fill(0.0);
                 }
                 if shape.cell == RecurrentCell::Gru {
-                    self.back::<S>(rows, t, (2, 2), operand, reset, false);
+                    self.multiply::<S>(rows, t, (2, 2), operand, reset, false);
                     for local in 0..rows.count {
                         let row = rows.first + local;
                         if runs(args.lengths, row, t) {
@@ -128,7 +128,7 @@ impl<K: Kind> Backward<K> {
                     RecurrentCell::Rnn => &[(0, 0)],
                 };
                 for &gate in gates {
-                    self.back::<S>(rows, t, gate, operand, dh, true);
+                    self.add_back::<S>(rows, t, gate, operand, dh, reset);
                 }
             }
             for local in 0..rows.count {
@@ -147,10 +147,35 @@ impl<K: Kind> Backward<K> {
         }
     }
 
+    /// Adds `dgate R` of a gradient and a gate, at a step, to rows of a buffer: what codes give, which have other scales
+    /// for every gate, by way of another.
+    #[inline(always)]
+    unsafe fn add_back<S: Simd>(
+        &self,
+        rows: &Rows,
+        t: usize,
+        gate: (usize, usize),
+        operand: *mut u32,
+        out: *mut u32,
+        beside: *mut u32,
+    ) {
+        // SAFETY: granted by the caller.
+        unsafe {
+            if !K::IS_CODES {
+                self.multiply::<S>(rows, t, gate, operand, out, true);
+                return;
+            }
+            self.multiply::<S>(rows, t, gate, operand, beside, false);
+            let count = rows.count * Panels::<K::Lanes<S>>::of(&self.args.shape).columns();
+            let from = from_raw_parts(beside.cast::<f32>().cast_const(), count);
+            add(from_raw_parts_mut(out.cast::<f32>(), count), from);
+        }
+    }
+
     /// Puts (or adds) `dgate R` of a gradient and a gate, at a step, into rows of a buffer. No closure: those have not the
     /// tier's target features.
     #[inline(always)]
-    unsafe fn back<S: Simd>(
+    unsafe fn multiply<S: Simd>(
         &self,
         rows: &Rows,
         t: usize,
@@ -165,7 +190,7 @@ impl<K: Kind> Backward<K> {
         unsafe {
             let first = (t * shape.batch + rows.first) * columns + from * shape.hidden;
             let first = self.args.dx.cast_const().add(first);
-            let left = Operand::of::<K::Lanes<S>>(shape, rows, first, columns, operand);
+            let left = Operand::of::<K::Lanes<S>>(shape, rows, first, columns, None, operand);
             let packed = self.args.scratch.cast::<u32>().cast_const();
             product::<K::Lanes<S>>(shape, &left, packed, gate, out, add);
         }
@@ -180,7 +205,7 @@ impl<K: Kind> Backward<K> {
             let d = self.gradient(0, t, site.row);
             d.copy_from_slice(site.dh);
             let h = self.section(0, after, site.row);
-            multiply_clipped_slope::<S>(&shape.activations[0], shape.clip, h, d);
+            multiply_clipped_slope::<S>(&shape.activations[0], shape.clip, K::IS_CODES, h, d);
             site.dh.fill(0.0);
         }
     }
@@ -197,9 +222,9 @@ impl<K: Kind> Backward<K> {
             let [d_i, d_o, d_f, d_g] = [0, 1, 2, 3].map(|gate| self.gradient(gate, t, row));
             // The gradient of g holds the activated state until it is needed.
             d_g.copy_from_slice(next);
-            activate::<S>(state, false, d_g);
+            activate::<S>(state, K::IS_CODES, d_g);
             multiply(d_o, dh, d_g);
-            multiply_clipped_slope::<S>(gates, shape.clip, o, d_o);
+            multiply_clipped_slope::<S>(gates, shape.clip, K::IS_CODES, o, d_o);
             multiply(d_i, dh, o);
             multiply_slope::<S>(state, d_g, d_i);
             add(dc, d_i);
@@ -209,15 +234,15 @@ impl<K: Kind> Backward<K> {
             multiply(d_i, dc, g);
             multiply(d_f, dc, c);
             if shape.input_forget == 0 {
-                multiply_clipped_slope::<S>(gates, shape.clip, f, d_f);
+                multiply_clipped_slope::<S>(gates, shape.clip, K::IS_CODES, f, d_f);
             } else {
                 for (d_i, d_f) in d_i.iter_mut().zip(d_f.iter_mut()) {
                     *d_i -= std::mem::take(d_f);
                 }
             }
-            multiply_clipped_slope::<S>(gates, shape.clip, i, d_i);
+            multiply_clipped_slope::<S>(gates, shape.clip, K::IS_CODES, i, d_i);
             multiply(d_g, dc, i);
-            multiply_clipped_slope::<S>(candidate, shape.clip, g, d_g);
+            multiply_clipped_slope::<S>(candidate, shape.clip, K::IS_CODES, g, d_g);
             for (dc, f) in dc.iter_mut().zip(f) {
                 *dc *= f;
             }
@@ -243,15 +268,15 @@ impl<K: Kind> Backward<K> {
             for (((d_z, dh), h), n) in d_z.iter_mut().zip(&*dh).zip(h).zip(n) {
                 *d_z = dh * (h - n);
             }
-            multiply_clipped_slope::<S>(gates, shape.clip, z, d_z);
+            multiply_clipped_slope::<S>(gates, shape.clip, K::IS_CODES, z, d_z);
             for ((d_n, dh), z) in d_n.iter_mut().zip(dh.iter_mut()).zip(z) {
                 *d_n = *dh * (1.0 - z);
                 *dh *= z;
             }
-            multiply_clipped_slope::<S>(candidate, shape.clip, n, d_n);
+            multiply_clipped_slope::<S>(candidate, shape.clip, K::IS_CODES, n, d_n);
             if shape.cell == RecurrentCell::LinearGru {
                 multiply(d_r, d_n, self.section(4, t, row));
-                multiply_clipped_slope::<S>(gates, shape.clip, r, d_r);
+                multiply_clipped_slope::<S>(gates, shape.clip, K::IS_CODES, r, d_r);
                 multiply(self.gradient(3, t, row), d_n, r);
             } else {
                 d_r.fill(0.0);
@@ -274,7 +299,7 @@ impl<K: Kind> Backward<K> {
             let r = self.section(2, t, row);
             let d_r = self.gradient(1, t, row);
             multiply(d_r, d, self.section(0, before, row));
-            multiply_clipped_slope::<S>(&shape.activations[0], shape.clip, r, d_r);
+            multiply_clipped_slope::<S>(&shape.activations[0], shape.clip, K::IS_CODES, r, d_r);
             add_product(dh, d, r);
         }
     }

@@ -1,7 +1,7 @@
 //! A recurrent layer forward.
 
 use super::activation::{activate, clip};
-use super::product::{Kind, Operand, Panels, product};
+use super::product::{Kind, Operand, Panels, STATE_SCALE, product};
 use super::{Rows, runs};
 use crate::args::{ActivationArgs, RecurrenceArgs, RecurrentCell};
 use crate::buffer::{Buffer, Slot};
@@ -79,10 +79,11 @@ impl<K: Kind> Forward<K> {
                 }
             }
             let packed = args.scratch.cast::<u32>().cast_const();
+            let scale = Some(STATE_SCALE);
             for order in 0..shape.steps {
                 let [t, before, after] = shape.step(order);
                 let h = args.y.cast_const().add(shape.at(0, before, rows.first));
-                let h = Operand::of::<K::Lanes<S>>(shape, rows, h, hidden, operand);
+                let h = Operand::of::<K::Lanes<S>>(shape, rows, h, hidden, scale, operand);
                 let early = if shape.cell == RecurrentCell::Gru { 2 } else { shape.gates() };
                 for gate in (0..early).filter(|&gate| gate != 2 || shape.input_forget == 0) {
                     let out = products.add(gate * size);
@@ -141,7 +142,8 @@ impl<K: Kind> Forward<K> {
                             *to = r * h;
                         }
                     }
-                    let left = Operand::of::<K::Lanes<S>>(shape, rows, reset, hidden, operand);
+                    let left =
+                        Operand::of::<K::Lanes<S>>(shape, rows, reset, hidden, scale, operand);
                     let out = products.add(2 * size);
                     product::<K::Lanes<S>>(shape, &left, packed, 2, out, false);
                     for local in 0..rows.count {

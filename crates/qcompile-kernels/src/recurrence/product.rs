@@ -5,6 +5,7 @@ use crate::args::RecurrenceShape;
 use crate::buffer::{Buffer, Slot};
 use crate::lanes::{Codes, Element, Lanes, Simd, Task};
 use crate::pack::{self, Left, Right, Source};
+use crate::rounding::{largest_magnitude, scale_of};
 use crate::softmax::reduce;
 use crate::tile::{Scales, Start, Tile, tile};
 use std::marker::PhantomData;
@@ -27,7 +28,7 @@ pub(crate) struct RealKind;
 /// bf16.
 #[derive(Clone, Copy)]
 pub(crate) struct Bf16Kind;
-/// int8 codes: a scale for each column of the packed R, [`STATE_SCALE`] for the states.
+/// int8 codes: a scale for each column of the packed R, [`STATE_SCALE`] for the states, and for gradients one for each row.
 #[derive(Clone, Copy)]
 pub(crate) struct Int8Kind;
 
@@ -48,7 +49,7 @@ impl Kind for Int8Kind {
 }
 
 /// The scale of the codes of a state, which is within ± 1.
-const STATE_SCALE: f32 = 1.0 / 127.0;
+pub(super) const STATE_SCALE: f32 = 1.0 / 127.0;
 
 /// What a number becomes as it enters a product.
 pub(crate) trait Rounded: Element {
@@ -168,18 +169,37 @@ impl<A: Pass, K: Kind> Pack<A, K> {
                 let (lines, length) =
                     if A::TRANSPOSED { (columns, hidden) } else { (hidden, columns) };
                 let scales = panels.scales(packed, self.args.shape().gates(), gate).cast_mut();
+                let mut line_scale = 1.0;
+                if L::INTEGER {
+                    // The rest of the panel has none.
+                    scales.add(column).write_bytes(0, width);
+                }
+                if L::INTEGER && !A::TRANSPOSED {
+                    let scales = from_raw_parts_mut(scales.add(column), columns);
+                    for line in 0..lines {
+                        let from = from_raw_parts(first.add(line * hidden), length);
+                        for (most, x) in scales.iter_mut().zip(from) {
+                            *most = if x.abs() > *most { x.abs() } else { *most };
+                        }
+                    }
+                    scales.iter_mut().for_each(|scale| *scale = (*scale / 127.0).max(1e-30));
+                }
                 for line in 0..lines {
                     let from = from_raw_parts(first.add(line * hidden), length);
-                    let mut scale = 1.0;
-                    if L::INTEGER {
-                        // Only the forward pass has codes: a line is a column.
-                        scale = (largest(from) / 127.0).max(1e-30);
-                        scales.add(column + line).write(scale);
+                    let to = from_raw_parts_mut(to.add(line * length), length);
+                    if L::INTEGER && !A::TRANSPOSED {
+                        // A line runs over columns, which have a scale each.
+                        let scales = from_raw_parts(scales.add(column), columns);
+                        for ((to, &from), &scale) in to.iter_mut().zip(from).zip(scales) {
+                            *to = L::Element::rounded(from, scale);
+                        }
+                        continue;
                     }
-                    round(from, scale, from_raw_parts_mut(to.add(line * length), length));
-                }
-                if L::INTEGER {
-                    scales.add(column + lines).write_bytes(0, width - lines);
+                    if L::INTEGER {
+                        line_scale = (largest(from) / 127.0).max(1e-30);
+                        scales.add(column + line).write(line_scale);
+                    }
+                    round(from, line_scale, to);
                 }
                 let (k_stride, column_stride) =
                     if A::TRANSPOSED { (1, length) } else { (length, 1) };
@@ -212,6 +232,8 @@ fn round<E: Rounded>(from: &[f32], scale: f32, to: &mut [E]) {
 pub(super) struct Operand {
     rows: [*const u32; MAX_ROWS],
     count: usize,
+    /// Of codes.
+    scales: [f32; MAX_ROWS],
 }
 
 impl Operand {
@@ -222,7 +244,8 @@ impl Operand {
         if L::Element::NARROW { rows.padded * depth + shape.hidden } else { 0 }
     }
 
-    /// Rows of a matrix, from `first` on; the buffer has [`Operand::room`].
+    /// Rows of a matrix, from `first` on, whose codes have this scale, or one for each row by its largest magnitude; the
+    /// buffer has [`Operand::room`].
     ///
     /// # Safety
     /// The matrix has `rows.count` rows, `stride` apart.
@@ -232,26 +255,33 @@ impl Operand {
         rows: &Rows,
         first: *const f32,
         stride: usize,
+        scale: Option<f32>,
         buffer: *mut u32,
     ) -> Operand {
+        let mut scales = [0.0; MAX_ROWS];
         if !L::Element::NARROW {
             // The last row repeats up to whole tiles.
             let row = |row: usize| first.wrapping_add(row.min(rows.count - 1) * stride).cast();
-            return Operand { rows: std::array::from_fn(row), count: rows.padded };
+            return Operand { rows: std::array::from_fn(row), count: rows.padded, scales };
         }
         let depth = Panels::<L>::of(shape).depth();
         // SAFETY: granted by the caller.
         unsafe {
             let elements = buffer.add(rows.padded * depth).cast::<L::Element>();
-            for row in 0..rows.count {
+            for (row, row_scale) in scales.iter_mut().enumerate().take(rows.count) {
                 let from = from_raw_parts(first.add(row * stride), shape.hidden);
-                round(from, STATE_SCALE, from_raw_parts_mut(elements, shape.hidden));
+                *row_scale = match scale {
+                    Some(scale) => scale,
+                    None if L::INTEGER => scale_of(largest_magnitude(from)),
+                    None => 1.0,
+                };
+                round(from, *row_scale, from_raw_parts_mut(elements, shape.hidden));
                 pack::row::<L, Left>(elements, shape.hidden, buffer.add(row * depth), 0);
             }
         }
         // Rows that only fill a tile hold anything: no row sees another.
         let row = |row: usize| buffer.wrapping_add(row * depth).cast_const();
-        Operand { rows: std::array::from_fn(row), count: rows.padded }
+        Operand { rows: std::array::from_fn(row), count: rows.padded, scales }
     }
 }
 
@@ -269,7 +299,6 @@ pub(super) unsafe fn product<L: Lanes>(
     add: bool,
 ) {
     static NO_SKIP: isize = 0;
-    static LEFT_SCALES: [f32; MAX_ROWS] = [STATE_SCALE; MAX_ROWS];
     let panels = Panels::<L>::of(shape);
     let (width, stride) = (Panels::<L>::WIDTH, panels.columns());
     let right = panels.scales(packed, shape.gates(), gate);
@@ -295,7 +324,7 @@ pub(super) unsafe fn product<L: Lanes>(
                 step: 1,
                 right: panel.wrapping_add(if L::HEADER { width } else { 0 }),
                 start,
-                scales: L::INTEGER.then_some(Scales { left: LEFT_SCALES.as_ptr(), right }),
+                scales: L::INTEGER.then(|| Scales { left: left.scales[first..].as_ptr(), right }),
                 ahead: (std::ptr::null(), 0),
             };
             // SAFETY: rows, panel and buffer are valid for the tile.

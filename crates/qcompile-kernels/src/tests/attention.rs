@@ -282,7 +282,7 @@ fn attention_of_bf16() {
     }
 }
 
-/// Against the exact attention of what the codes mean; that the exponentials are rounded is told by the reference evaluator.
+/// Against the exact attention of what the codes mean; what is rounded is told by the reference evaluator.
 #[test]
 fn attention_of_int8() {
     static STEP: f32 = 1.0 / 64.0;
@@ -293,25 +293,94 @@ fn attention_of_int8() {
     for (number, case) in cases().into_iter().enumerate() {
         let operands = case.draw(&mut random, |x| (x / STEP).round().clamp(-127.0, 127.0) * STEP);
         let [q, k, v] = [&operands.q, &operands.k, &operands.v].map(|values| codes(values));
-        let mut first: Option<Vec<f32>> = None;
+        let mut args = case.args(&operands);
+        (args.q, args.k, args.v) = (q.as_ptr().cast(), k.as_ptr().cast(), v.as_ptr().cast());
+        (args.kind, args.scales) = (AttentionKind::Int8, [&raw const STEP; 3]);
+        let exact = [&operands.y, &operands.dq, &operands.dk, &operands.dv];
+        let mut first: Option<[Vec<f32>; 4]> = None;
         for table in tables() {
             let what = format!("case {number} on {}", table.tier);
-            for pieces in [1, ALONE] {
-                let mut y = Guarded::new(operands.y.len());
-                let mut args = case.args(&operands);
-                (args.q, args.k) = (q.as_ptr().cast(), k.as_ptr().cast());
-                (args.v, args.y) = (v.as_ptr().cast(), y.as_mut_ptr().cast());
-                (args.kind, args.scales) = (AttentionKind::Int8, [&raw const STEP; 3]);
+            let mut on_tier: Option<[Vec<f32>; 4]> = None;
+            for pieces in [1, 2, ALONE] {
+                let mut results = exact.map(|exact| Guarded::new(exact.len()));
+                let [y, dq, dk, dv] = results.each_mut().map(|result| result.as_mut_ptr().cast());
+                (args.y, args.dq, args.dk, args.dv) = (y, dq, dk, dv);
                 run(table, KernelId::Attention, &args, pieces);
-                let y = y.checked(&what);
-                assert_close(&y, &operands.y, 3e-2, &what);
-                // Exponentials differ by the fused multiply and add alone.
-                let fused = table.tier != Tier::Portable
-                    && !std::ptr::eq(table, &raw const super::emulated::TABLE);
-                if fused {
-                    let first = first.get_or_insert_with(|| y.clone());
-                    assert!(*first == y, "{what}: the tiers differ");
+                run(table, KernelId::AttentionGrad, &args, pieces);
+                let results = results.each_ref().map(|result| result.checked(&what));
+                for (result, exact) in results.iter().zip(exact) {
+                    assert_close(result, exact, 3e-2, &what);
                 }
+                let on_tier = on_tier.get_or_insert_with(|| results.clone());
+                assert!(*on_tier == results, "{what}: {pieces} pieces differ");
+            }
+            let on_tier = on_tier.expect("several runs");
+            for wanted in 0..3 {
+                let mut result = Guarded::new(on_tier[wanted + 1].len());
+                (args.dq, args.dk, args.dv) = (null_mut(), null_mut(), null_mut());
+                let to = result.as_mut_ptr().cast();
+                *[&mut args.dq, &mut args.dk, &mut args.dv][wanted] = to;
+                run(table, KernelId::AttentionGrad, &args, 1);
+                assert!(result.checked(&what) == on_tier[wanted + 1], "{what}: gradient {wanted}");
+            }
+            // Exponentials differ by the fused multiply and add alone.
+            let fused = table.tier != Tier::Portable
+                && !std::ptr::eq(table, &raw const super::emulated::TABLE);
+            if fused {
+                let first = first.get_or_insert_with(|| on_tier.clone());
+                assert!(*first == on_tier, "{what}: the tiers differ");
+            }
+        }
+    }
+}
+
+/// What has no codes: nothing to scale, and what is infinite or no number.
+#[test]
+fn gradients_of_int8_of_zeros_and_strange_values() {
+    static STEP: f32 = 1.0 / 64.0;
+    let case = Case { batch: 1, heads: 1, key_heads: 1, ..Case::plain(150, 70, 20) };
+    let mut random = Random(95);
+    let operands = case.draw(&mut random, |x| x);
+    let codes = |values: &[f32]| -> Vec<i8> { values.iter().map(|x| (x * 63.0) as i8).collect() };
+    let [q, k, v] = [&operands.q, &operands.k, &operands.v].map(|values| codes(values));
+    let stride = case.value_width + 1;
+    for table in tables() {
+        for (strange, zero) in [(0.0, true), (f32::INFINITY, false), (f32::NAN, false)] {
+            let mut dy = vec![0.0; operands.dy.len()];
+            if !zero {
+                dy.clone_from(&operands.dy);
+                dy[70 * stride + 3] = strange;
+            }
+            let mut results =
+                [&operands.dq, &operands.dk, &operands.dv].map(|exact| Guarded::new(exact.len()));
+            let [dq, dk, dv] = results.each_mut().map(|result| result.as_mut_ptr().cast());
+            let args = AttentionArgs {
+                q: q.as_ptr().cast(),
+                k: k.as_ptr().cast(),
+                v: v.as_ptr().cast(),
+                dy: dy.as_ptr().cast(),
+                dq,
+                dk,
+                dv,
+                kind: AttentionKind::Int8,
+                scales: [&raw const STEP; 3],
+                ..case.args(&operands)
+            };
+            run(table, KernelId::AttentionGrad, &args, 1);
+            let [dq, dk, dv] = results.each_ref().map(|result| result.checked("strange values"));
+            if zero {
+                let all = [&dq, &dk, &dv];
+                assert!(all.into_iter().flatten().all(|&x| x == 0.0), "{}", table.tier);
+                continue;
+            }
+            for (at, value) in dq.iter().enumerate() {
+                let row = at / case.width;
+                assert_eq!(value.is_nan(), row == 70, "row {row} on {}", table.tier);
+            }
+            assert!(dk.iter().all(|x| x.is_nan()), "{}", table.tier);
+            for (at, value) in dv.iter().enumerate() {
+                let column = at % case.value_width;
+                assert_eq!(value.is_nan(), column == 3, "{column} on {}", table.tier);
             }
         }
     }

@@ -111,7 +111,7 @@ impl Case {
 
 /// For every case: the result on each tier is the same for every split, and as close to the first tier's as `tolerance`
 /// says; so is that of the gradient's kernel on the first tier's result.
-fn tiers_and_splits_agree(kernel: KernelId, gradient: Option<KernelId>, tolerance: f64) {
+fn tiers_and_splits_agree(kernel: KernelId, gradient: KernelId, tolerance: f64) {
     let mut random = Random(41);
     for cell in CELLS {
         for sizes in SIZES {
@@ -122,8 +122,7 @@ fn tiers_and_splits_agree(kernel: KernelId, gradient: Option<KernelId>, toleranc
                 let results = [1, 3, ALONE].map(|pieces| {
                     let y = case.forward(table, kernel, pieces);
                     let seen = first.as_ref().map_or(&y, |[y, _]| y);
-                    let back = |kernel| case.backward(table, kernel, pieces, seen);
-                    let dx = gradient.map_or_else(Vec::new, back);
+                    let dx = case.backward(table, gradient, pieces, seen);
                     [y, dx]
                 });
                 assert_eq!(results[0], results[1], "{cell:?}");
@@ -139,20 +138,43 @@ fn tiers_and_splits_agree(kernel: KernelId, gradient: Option<KernelId>, toleranc
 
 #[test]
 fn tiers_and_splits_agree_in_f32() {
-    tiers_and_splits_agree(KernelId::Recurrence, Some(KernelId::RecurrenceGrad), 1e-5);
+    tiers_and_splits_agree(KernelId::Recurrence, KernelId::RecurrenceGrad, 1e-5);
 }
 
 /// A sum that differs in its last bit may round to another bf16: by 2⁻⁹ of a state, times an element of R.
 #[test]
 fn tiers_and_splits_agree_in_bf16() {
-    let gradient = Some(KernelId::RecurrenceGradBf16);
-    tiers_and_splits_agree(KernelId::RecurrenceBf16, gradient, 2e-3);
+    tiers_and_splits_agree(KernelId::RecurrenceBf16, KernelId::RecurrenceGradBf16, 2e-3);
 }
 
-/// To the bit: a state has the same codes on every tier.
+/// To the bit: a state has the same codes on every tier, and so has a gradient of a gate.
 #[test]
 fn tiers_and_splits_agree_in_int8() {
-    tiers_and_splits_agree(KernelId::RecurrenceI8, None, 0.0);
+    tiers_and_splits_agree(KernelId::RecurrenceI8, KernelId::RecurrenceGradI8, 0.0);
+}
+
+/// A gradient that is infinite or no number is not lost in codes: what comes back to the first state shows it, in its row
+/// alone.
+#[test]
+fn gradients_of_int8_of_strange_values() {
+    let mut random = Random(43);
+    for cell in CELLS {
+        for strange in [f32::INFINITY, f32::NAN] {
+            let mut case = Case::of(&mut random, cell, [3, 20, 17, 0]);
+            (case.shape.clip, case.lengths) = (f64::INFINITY, vec![3; 20]);
+            let (batch, hidden) = (case.shape.batch, case.shape.hidden);
+            case.dh[(batch + 7) * hidden + 2] = strange;
+            for table in tables() {
+                let y = case.forward(table, KernelId::RecurrenceI8, 1);
+                let dx = case.backward(table, KernelId::RecurrenceGradI8, 1, &y);
+                let columns = case.results[1] / (4 * batch);
+                for (row, dx) in dx[3 * batch * columns..].chunks(columns).enumerate() {
+                    let lost = dx[..hidden].iter().all(|x| x.is_finite());
+                    assert_eq!(lost, row != 7, "{cell:?} row {row} on {}", table.tier);
+                }
+            }
+        }
+    }
 }
 
 #[test]

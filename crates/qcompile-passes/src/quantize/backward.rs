@@ -1,11 +1,12 @@
 //! Quantizes the products of the backward pass.
 
-use super::insert::{Inserted, Operand, Role, is_quantized, rows};
-use super::layer::{Gradient, unquantized};
+use super::insert::{Inserted, Operand, Role, is_quantized, rows, with_op};
+use super::layer::{Gradient, reads_quantized, unquantized};
+use super::recurrence;
 use super::scale;
 use crate::PassError;
 use crate::builder::Builder;
-use qcompile_ir::{DType, Graph, NodeId, Op, Precision, ReduceOp, Region, Shape};
+use qcompile_ir::{AttentionOperand, DType, Graph, NodeId, Op, Precision, ReduceOp, Region, Shape};
 
 /// Lets the gradient pass where its value was rounded by the scale of its own largest magnitude: nothing is clamped then,
 /// so the gradient of the rounding is 1 everywhere.
@@ -22,17 +23,23 @@ pub(super) fn pass_straight(graph: &mut Graph) -> Result<(), PassError> {
 
 /// Rounds the operands of every product of the backward pass whose note says so. Of the gradient of an input: the incoming
 /// gradient per tensor or row, and the weight per tensor, since the product sums over the weight's output channels. Of
-/// the gradient of a weight: the data and the incoming gradient, both per tensor, since it sums over rows; in any other
-/// precision it sees the unrounded gradient. Returns the number of products quantized.
+/// the gradient of a weight, and of a product of two activations: the data and the incoming gradient, both per tensor, since
+/// it sums over rows; in any other precision it sees the unrounded gradient. Attention and recurrent layers round the
+/// gradients within. Returns the number of products quantized.
 pub(super) fn insert(graph: &mut Graph) -> Result<usize, PassError> {
     let mut inserted = Inserted::default();
     let mut count = 0;
     for id in graph.order() {
         let node = graph.node(id);
-        let (Some(product), Some(precision)) = (Gradient::of(graph, id), node.note.precision)
-        else {
+        let Some(precision) = node.note.precision else { continue };
+        if rounds_within(&node.op) {
+            if precision.grad_input == DType::I8 {
+                within(graph, id, &mut inserted)?;
+                count += 1;
+            }
             continue;
-        };
+        }
+        let Some(product) = Gradient::of(graph, id) else { continue };
         let dtype = product.precision(&precision);
         if !is_quantized(dtype) || node.ty.dtype != DType::F32 {
             continue;
@@ -63,6 +70,47 @@ pub(super) fn insert(graph: &mut Graph) -> Result<usize, PassError> {
         count += 1;
     }
     Ok(count)
+}
+
+/// Whether the op itself rounds gradients that enter its products.
+fn rounds_within(op: &Op) -> bool {
+    matches!(op, Op::AttentionGrad { .. } | Op::RecurrenceGrad { .. })
+}
+
+/// Makes the products of such an op read codes. A gradient of attention wants queries, keys and values per tensor, which
+/// the forward product has already where it reads codes itself; what is f32 for it is so for that.
+fn within(graph: &mut Graph, id: NodeId, inserted: &mut Inserted) -> Result<(), PassError> {
+    let mut op = graph.op(id).clone();
+    let Op::AttentionGrad { products, .. } = &mut op else {
+        return recurrence::products(graph, id, Some(DType::I8));
+    };
+    *products = DType::I8;
+    let quantizer = graph.node(id).note.quantizer.unwrap_or_default();
+    let how = Operand { role: Role::Activation, axis: None, dtype: DType::I8, quantizer };
+    let narrow = graph.ty(id).dtype;
+    let mut operands = graph.operands(id);
+    for (position, operand) in operands.iter_mut().enumerate() {
+        *operand = wide(graph, *operand)?;
+        if position < AttentionOperand::ALL.len() && !reads_quantized(graph, *operand) {
+            *operand = per_tensor(graph, *operand, how, inserted)?;
+        }
+    }
+    let mut new = with_op(graph, id, op, &operands)?;
+    if narrow != DType::F32 {
+        let name = format!("{}.narrow", graph.node(new).name.as_str());
+        new = graph.add(Op::Cast(narrow), &[new], name, Region::Backward)?;
+    }
+    graph.replace_uses(id, new)?;
+    Ok(())
+}
+
+/// A value in f32.
+fn wide(graph: &mut Graph, id: NodeId) -> Result<NodeId, PassError> {
+    if graph.ty(id).dtype == DType::F32 {
+        return Ok(id);
+    }
+    let name = graph.node(id).name.as_str().to_owned();
+    Builder::new(graph, Region::Backward, &name).add("f32", Op::Cast(DType::F32), &[id])
 }
 
 /// The codes of a layer's data: those of its forward product; those of its gradients, where that has none.

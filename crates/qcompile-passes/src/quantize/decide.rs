@@ -13,6 +13,7 @@ use crate::sensitivity::Scores;
 use qcompile_ir::{Channels, DType, Granularity, Graph, Name, NodeId, Note, Precision, Quantizer};
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::str::FromStr;
 
 /// Which operations of a layer may be quantized.
@@ -314,10 +315,6 @@ pub(super) fn barred(graph: &Graph, one: Candidate<'_>, options: &Options) -> Op
         let reason = if asked { "bf16 was asked for" } else { "int8 is not among the choices" };
         return Some(reason.to_owned());
     }
-    if !options.operations.forward && one.layer.is_none_or(|layer| layer.recurrent) {
-        let reason = format!("only the forward {} has an int8 kernel", graph.op(one.node).name());
-        return Some(reason);
-    }
     let LayerCost { high_ms, low_ms } = *options.cost.get(&graph.node(one.node).name)?;
     // A time that is not a number compares as nothing, and bars int8.
     let faster = low_ms.partial_cmp(&high_ms) == Some(Ordering::Less);
@@ -424,19 +421,25 @@ fn decide_one(
     if !low {
         return high(reason);
     }
-    let Some(layer) = one.layer else {
-        // The products of its backward pass are those of the plan.
-        let precision = Precision { forward: options.low().forward, ..options.high() };
-        return decision(precision, Channels::default(), reason);
-    };
-    let channels = match channels::choose(graph, layer, options) {
-        Ok(channels) => channels,
-        Err(reason) => return high(reason),
-    };
     let mut precision = options.low();
-    if layer.recurrent && is_quantized(precision.grad_input) {
-        precision.grad_input = options.high().grad_input;
-        reason.push_str("; the way back through the steps has no int8 kernel");
+    let channels = match one.layer.map(|layer| channels::choose(graph, layer, options)) {
+        Some(Err(reason)) => return high(reason),
+        Some(Ok(channels)) => channels,
+        None => {
+            // Both of its gradients are those of inputs.
+            precision.grad_weight = precision.grad_input;
+            Channels::default()
+        }
+    };
+    if is_quantized(precision.grad_input)
+        && let Some(obstacle) = obstacle::back_by_options(graph, one, options)
+    {
+        let Precision { grad_input, grad_weight, .. } = options.high();
+        precision.grad_input = grad_input;
+        if one.layer.is_none() {
+            precision.grad_weight = grad_weight;
+        }
+        let _ = write!(reason, "; not on the way back: {obstacle}");
     }
     decision(precision, channels, reason)
 }

@@ -92,18 +92,28 @@ fn notes_that_no_kernel_does_are_refused() {
     let float8 = int8.replace("forward=i8", "forward=f8e4m3");
     let tensor = "!quantizer(weight=i8, granularity=tensor, rounding=nearest, scaling=current)";
     let noted = |note: &str| products(&format!("{attention} {note}"), recurrence);
+    let both = back.replace("grad_weight=f32", "grad_weight=i8");
+    let coarse = both.replace("i8, grad_weight=i8", "i4, grad_weight=i4");
+    let stochastic =
+        "!quantizer(weight=i8, granularity=channel, rounding=stochastic, scaling=current)";
     let recurrent = |rest: &str, note: &str| products(attention, &format!("{rest} {note}"));
     let options = Options::default();
+    for sound in [noted(&both), recurrent(recurrence, &both), recurrent(recurrence, &back)] {
+        assert!(decided(&sound, &options).is_ok() && insert(&mut graph(&sound)).is_ok(), "{sound}");
+    }
     let sound = decided(&noted(int8), &options).expect("has a kernel");
     assert_eq!(sound[1].reason, "the graph notes it");
     assert!(decided(&recurrent(recurrence, int8), &options).is_ok());
     for (source, reason) in [
-        (noted(&back), "only the forward one"),
-        (noted(&weight), "only the forward one"),
+        (noted(&back), "both gradients of a product of two activations"),
+        (noted(&weight), "both gradients of a product of two activations"),
+        (noted(&coarse), "gradients of attention have no i4 codes"),
+        (noted(&format!("{both} {stochastic}")), "gradients of attention round to nearest"),
         (noted(&float8), "no f8e4m3 codes"),
         (products(&format!("%q, %k, %q {int8}"), recurrence), "the codes that the model has"),
         (recurrent(recurrence, &float8), "no kernel for f8e4m3"),
-        (recurrent(recurrence, &back), "the way back"),
+        (recurrent(recurrence, &coarse), "no kernel for i4 codes"),
+        (recurrent(recurrence, &format!("{back} {stochastic}")), "the way back through the steps"),
         (recurrent(recurrence, &format!("{int8} {tensor}")), "each row of a gate"),
         (recurrent("relu]", int8), "exceed 1"),
     ] {
@@ -134,10 +144,19 @@ fn what_no_kernel_does_is_listed_with_its_reason() {
     let ranged = Options { ranged: true, ..int8.clone() };
     let ranged = told(&products(attention, recurrence), &ranged);
     assert!(ranged.iter().all(|(low, impossible, _)| !low && *impossible), "{ranged:?}");
-    // What was not asked for is no surprise.
+    // The way back alone, of states that codes could not hold.
     let operations = Operations { forward: false, ..Operations::default() };
-    let backward = told(&products(attention, recurrence), &Options { operations, ..int8.clone() });
-    assert!(backward.iter().all(|(low, impossible, _)| !low && !impossible), "{backward:?}");
+    let alone = Options { operations, ..int8.clone() };
+    let backward = told(&products(attention, "relu]"), &alone);
+    assert!(backward.iter().all(|(low, impossible, _)| *low && !impossible), "{backward:?}");
+    let rounding = qcompile_ir::GradientRounding::Stochastic;
+    let stochastic = Options { numerics: Numerics { rounding, ..int8.numerics }, ..alone };
+    let stochastic = told(&products(attention, recurrence), &stochastic);
+    assert!(stochastic.iter().all(|(low, impossible, _)| !low && *impossible), "{stochastic:?}");
+    let numerics = Numerics { rounding, ..int8.numerics };
+    let forward = told(&products(attention, recurrence), &Options { numerics, ..int8.clone() });
+    let told_so = |reason: &str| reason.contains("not on the way back");
+    assert!(forward.iter().all(|(low, _, reason)| *low && told_so(reason)), "{forward:?}");
     let kept = Options { keep_f32: vec!["a".to_owned(), "y".to_owned()], ranged: true, ..int8 };
     let kept = told(&products(attention, recurrence), &kept);
     assert!(kept.iter().all(|(low, impossible, _)| !low && !impossible), "{kept:?}");

@@ -1,0 +1,161 @@
+//! The gradients of attention in int8, block after block.
+//!
+//! With `e` the codes of the exponentials and `l` their unrounded sum, `dp = dy · v`, `ds = scale · e / l · (dp - Σ p dp)`:
+//!
+//! - `dy` meets `v` as two codes, the second of what the first leaves, both with a scale for each query;
+//! - `ds` has a scale `s` for each query and block of keys: `dq = s · ds k`;
+//! - over the queries of a block, `dk = dsᵀ (s · q)` and `dv = eᵀ (dy / l)`: what the codes multiply takes the scale of
+//!   each query in, and is rounded by a scale for each column.
+
+use super::super::Value;
+use super::super::elementwise::maximum;
+use super::{Attention, Row, dot};
+use crate::{AttentionCodes, AttentionOperand, QuantizedRange};
+
+/// The scale of codes up to 127; not a number, or infinite, if one of the values is.
+fn scale_of(values: impl Iterator<Item = f64>) -> f64 {
+    maximum(values.map(f64::abs).fold(0.0, maximum) / 127.0, QuantizedRange::SMALLEST_SCALE)
+}
+
+/// The nearest code; by a scale that is not finite any, as its product with that is not a number.
+fn code(x: f64, scale: f64) -> f64 {
+    let code = (x / scale).round_ties_even().clamp(-127.0, 127.0);
+    if scale.is_finite() { code } else { 0.0 }
+}
+
+/// A row of `dy` as the sum of two codes times their scales.
+fn twice_rounded(dy: &[f64]) -> Vec<f64> {
+    let scale = scale_of(dy.iter().copied());
+    let fine = scale / f64::from(AttentionCodes::FINE_STEPS);
+    let rounded = |&x: &f64| {
+        let first = code(x, scale) * scale;
+        first + code(x - first, fine) * fine
+    };
+    dy.iter().map(rounded).collect()
+}
+
+/// Rows with a scale for each column: what all rows are rounded to.
+fn by_columns(rows: &[Vec<f64>], width: usize) -> Vec<Vec<f64>> {
+    let scales: Vec<f64> =
+        (0..width).map(|column| scale_of(rows.iter().map(|row| row[column]))).collect();
+    let rounded = |row: &Vec<f64>| {
+        row.iter().zip(&scales).map(|(&x, &scale)| code(x, scale) * scale).collect()
+    };
+    rows.iter().map(rounded).collect()
+}
+
+/// A query of a block, with the codes of its exponentials and of its gradients of scores for a block of keys.
+struct Coded {
+    row: Row,
+    powers: Vec<f64>,
+    slopes: Vec<f64>,
+    scale: f64,
+}
+
+pub(super) fn gradient(
+    of: AttentionOperand,
+    attention: &Attention<'_>,
+    dy: &Value,
+    gradient: &mut [f64],
+) {
+    let [batches, rows, heads, _] = attention.q.shape[..] else { return };
+    let Some(&keys) = attention.k.shape.get(1) else { return };
+    for batch in 0..batches {
+        for head in 0..heads {
+            for first in (0..rows).step_by(AttentionCodes::QUERIES) {
+                let block = first..rows.min(first + AttentionCodes::QUERIES);
+                for key in (0..keys).step_by(AttentionCodes::KEYS) {
+                    let coded: Vec<Coded> = block
+                        .clone()
+                        .map(|row| coded(attention, dy, attention.row([batch, head, row]), key))
+                        .collect();
+                    add(of, attention, dy, &coded, key, gradient);
+                }
+            }
+        }
+    }
+}
+
+/// Codes of a query from `key` on.
+fn coded(attention: &Attention<'_>, dy: &Value, row: Row, key: usize) -> Coded {
+    let width = attention.v.shape[3];
+    let dy = twice_rounded(&dy.data.floats()[row.result..][..width]);
+    let values = attention.v.data.floats();
+    let dp: Vec<f64> =
+        row.values.iter().map(|&value| dot(&dy, &values[value..][..width])).collect();
+    let probabilities: Vec<f64> = row.powers.iter().map(|power| power / row.sum).collect();
+    let mean = dot(&probabilities, &dp);
+    let end = row.keys.len().min(key + AttentionCodes::KEYS);
+    let block = key.min(end)..end;
+    let slopes: Vec<f64> =
+        block.clone().map(|key| probabilities[key] * (dp[key] - mean) * attention.scale).collect();
+    let scale = scale_of(slopes.iter().copied());
+    let slopes = slopes.into_iter().map(|ds| code(ds, scale)).collect();
+    let powers = block.map(|key| (row.powers[key] * 127.0).round_ties_even()).collect();
+    Coded { row, powers, slopes, scale }
+}
+
+/// Adds what a block of queries and keys gives.
+fn add(
+    of: AttentionOperand,
+    attention: &Attention<'_>,
+    dy: &Value,
+    coded: &[Coded],
+    key: usize,
+    gradient: &mut [f64],
+) {
+    let (width, value_width) = (attention.q.shape[3], attention.v.shape[3]);
+    let (keys, queries) = (attention.k.data.floats(), attention.q.data.floats());
+    let longest = |one: &Coded| one.slopes.len();
+    let seen = coded.iter().map(longest).max().unwrap_or(0);
+    let Some(last) = coded.iter().find(|one| longest(one) == seen) else { return };
+    match of {
+        AttentionOperand::Q => {
+            for one in coded {
+                for (&ds, &key) in
+                    one.slopes.iter().zip(&one.row.keys[key.min(one.row.keys.len())..])
+                {
+                    for column in 0..width {
+                        gradient[one.row.query + column] += ds * one.scale * keys[key + column];
+                    }
+                }
+            }
+        }
+        AttentionOperand::K => {
+            let scaled: Vec<Vec<f64>> = coded
+                .iter()
+                .map(|one| {
+                    queries[one.row.query..][..width].iter().map(|q| q * one.scale).collect()
+                })
+                .collect();
+            let right = by_columns(&scaled, width);
+            for (at, &to) in last.row.keys.iter().skip(key).take(seen).enumerate() {
+                for (one, right) in coded.iter().zip(&right) {
+                    let ds = one.slopes.get(at).copied().unwrap_or(0.0);
+                    for column in 0..width {
+                        gradient[to + column] += ds * right[column];
+                    }
+                }
+            }
+        }
+        AttentionOperand::V => {
+            let dy = dy.data.floats();
+            let scaled: Vec<Vec<f64>> = coded
+                .iter()
+                .map(|one| {
+                    let dy = &dy[one.row.result..][..value_width];
+                    dy.iter().map(|dy| dy / one.row.sum).collect()
+                })
+                .collect();
+            let right = by_columns(&scaled, value_width);
+            for (at, &to) in last.row.values.iter().skip(key).take(seen).enumerate() {
+                for (one, right) in coded.iter().zip(&right) {
+                    let e = one.powers.get(at).copied().unwrap_or(0.0);
+                    for column in 0..value_width {
+                        gradient[to + column] += e / 127.0 * right[column];
+                    }
+                }
+            }
+        }
+    }
+}
