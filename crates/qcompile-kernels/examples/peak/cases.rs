@@ -4,6 +4,11 @@ use qcompile_kernels::args::*;
 use qcompile_kernels::{KernelId, Kernels, kernels};
 use std::ptr::{from_ref, null, null_mut};
 
+use aligned::{Aligned, aligned};
+
+#[path = "aligned.rs"]
+mod aligned;
+
 pub(crate) use qcompile_kernels::Tier;
 
 /// What a kernel multiplies, and so what it is measured by.
@@ -109,32 +114,6 @@ pub(crate) fn visit(tier: Tier, visit: &mut dyn Visit) {
     cases.rows();
     cases.windows();
     cases.indices();
-}
-
-/// Values that begin at a cache line, as those of a plan do.
-struct Aligned<T> {
-    values: Vec<T>,
-    first: usize,
-}
-
-fn aligned<T: Copy>(value: T, count: usize) -> Aligned<T> {
-    const LINE: usize = 64;
-    let values = vec![value; count + LINE];
-    let first = values.as_ptr().align_offset(LINE).min(LINE);
-    Aligned { values, first }
-}
-
-impl<T> std::ops::Deref for Aligned<T> {
-    type Target = [T];
-    fn deref(&self) -> &[T] {
-        &self.values[self.first..]
-    }
-}
-
-impl<T> std::ops::DerefMut for Aligned<T> {
-    fn deref_mut(&mut self) -> &mut [T] {
-        &mut self.values[self.first..]
-    }
 }
 
 fn scratch<A>(table: &Kernels, id: KernelId, args: &A) -> Aligned<u8> {
