@@ -451,7 +451,7 @@ pub enum Op {
         causal: bool,
         /// `f32`, or `bf16`: probabilities and the gradients of scores are rounded to it before their products. Or `i8`,
         /// which wants f32 operands that are dequantized: exponentials are codes of 1/127, gradients of scores have a scale
-        /// for each query, and what both multiply over queries one for each column of a block ([`AttentionCodes`]).
+        /// for each query, and what both multiply over queries one for each column of a block ([`AttentionCodes`](crate::AttentionCodes)).
         products: DType,
     },
     /// Over the last axis.
