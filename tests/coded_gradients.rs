@@ -1,6 +1,6 @@
 //! Gradients of attention whose products are in int8, against the reference evaluator.
 
-use crate::oracle::{distance, inputs, parse};
+use crate::oracle::{coded_operands, distance, inputs, parse};
 use qcompile_ir::Region;
 use qcompile_ir::eval::{EvalOptions, eval};
 use qcompile_kernels::Tier;
@@ -33,18 +33,11 @@ fn source(
             )
         })
         .collect();
+    let operands = coded_operands(&queries, &wide);
     format!(
         "graph @g {{\n  input %x : f32[{queries}, 9]\n  input %z : f32[{wide}, 29]\n{input}\
          input %dy : f32[{queries}, 20]\n\
-         const %s : f32[] = 0.02\n  const %t : f32[] = 0.03\nforward:\n\
-         %k.real : f32[{wide}, 9] = slice %z axis=3 start=0 end=9 step=1\n\
-         %v.real : f32[{wide}, 20] = slice %z axis=3 start=9 end=29 step=1\n\
-         %q.codes : i8[{queries}, 9] = quantize %x, %s i8\n\
-         %k.codes : i8[{wide}, 9] = quantize %k.real, %s i8\n\
-         %v.codes : i8[{wide}, 20] = quantize %v.real, %t i8\n\
-         %q : f32[{queries}, 9] = dequantize %q.codes, %s\n\
-         %k : f32[{wide}, 9] = dequantize %k.codes, %s\n\
-         %v : f32[{wide}, 20] = dequantize %v.codes, %t\nbackward:\n{gradients}\
+         {operands}backward:\n{gradients}\
          return %dq, %dk, %dv\n}}\n"
     )
 }

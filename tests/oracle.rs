@@ -428,6 +428,22 @@ fn attention_of_every_form() {
     }
 }
 
+/// The constants of a graph and the begin of its forward region, where an attention's operands become codes with a scale
+/// each.
+pub(crate) fn coded_operands(queries: &str, wide: &str) -> String {
+    format!(
+        "const %s : f32[] = 0.02\n  const %t : f32[] = 0.03\nforward:\n\
+         %k.real : f32[{wide}, 9] = slice %z axis=3 start=0 end=9 step=1\n\
+         %v.real : f32[{wide}, 20] = slice %z axis=3 start=9 end=29 step=1\n\
+         %q.codes : i8[{queries}, 9] = quantize %x, %s i8\n\
+         %k.codes : i8[{wide}, 9] = quantize %k.real, %s i8\n\
+         %v.codes : i8[{wide}, 20] = quantize %v.real, %t i8\n\
+         %q : f32[{queries}, 9] = dequantize %q.codes, %s\n\
+         %k : f32[{wide}, 9] = dequantize %k.codes, %s\n\
+         %v : f32[{wide}, 20] = dequantize %v.codes, %t\n"
+    )
+}
+
 /// Attention on codes, with a scale of each operand, some with more keys than scores are held at once.
 #[test]
 fn attention_in_int8() {
@@ -436,17 +452,10 @@ fn attention_in_int8() {
     {
         let causal = if causal { " causal" } else { "" };
         let (queries, wide) = (format!("N, {rows}, {heads}"), format!("N, {keys}, {groups}"));
+        let operands = coded_operands(&queries, &wide);
         let source = format!(
             "graph @g {{\n  input %x : f32[{queries}, 9]\n  input %z : f32[{wide}, 29]\n\
-             const %s : f32[] = 0.02\n  const %t : f32[] = 0.03\nforward:\n\
-             %k.real : f32[{wide}, 9] = slice %z axis=3 start=0 end=9 step=1\n\
-             %v.real : f32[{wide}, 20] = slice %z axis=3 start=9 end=29 step=1\n\
-             %q.codes : i8[{queries}, 9] = quantize %x, %s i8\n\
-             %k.codes : i8[{wide}, 9] = quantize %k.real, %s i8\n\
-             %v.codes : i8[{wide}, 20] = quantize %v.real, %t i8\n\
-             %q : f32[{queries}, 9] = dequantize %q.codes, %s\n\
-             %k : f32[{wide}, 9] = dequantize %k.codes, %s\n\
-             %v : f32[{wide}, 20] = dequantize %v.codes, %t\n\
+             {operands}\
              %y : f32[{queries}, 20] = attention %q, %k, %v scale=0.6{causal} products=i8\n\
              return %y\n}}\n"
         );

@@ -22,10 +22,13 @@ import time
 import numpy as np
 import onnx
 from onnx import numpy_helper
-from onnxruntime import SessionOptions
+from onnxruntime import SessionOptions, set_default_logger_severity
 from onnxruntime.training import api, artifacts
 
 import benchmarks
+
+# Errors only: it tells of every rewriting of the graph.
+set_default_logger_severity(3)
 
 WANTED = {"resnet20": 3.0, "resnet18": 3.0, "mobilenetv2": 3.0, "lstm": 3.0}
 WANTED_OTHERS = 1.3
@@ -72,6 +75,7 @@ class Step:
         )
         options = SessionOptions()
         options.intra_op_num_threads = threads
+        options.log_severity_level = 3
         state = api.CheckpointState.load_checkpoint(f"{folder}/checkpoint")
         # An evaluation model would be refused: batch normalisation is in its training form.
         self.module = api.Module(f"{folder}/training_model.onnx", state, None, session_options=options)
@@ -84,15 +88,6 @@ class Step:
         self.module(*self.batch)
         self.update.step()
         self.module.lazy_reset_grad()
-
-    def median_ms(self, seconds):
-        """The median of as many steps as fit in the time, at least five."""
-        times, end = [], time.perf_counter() + seconds
-        while len(times) < 5 or time.perf_counter() < end:
-            start = time.perf_counter()
-            self()
-            times.append((time.perf_counter() - start) * 1e3)
-        return statistics.median(times)
 
 
 def compare(work, name, values):
@@ -118,7 +113,7 @@ def compare(work, name, values):
         for _ in range(values.rounds):
             document = json.loads(work.run("bench", plan, "--threads", values.threads, "--json"))
             ours_ms.append(document["step_ms"]["median"])
-            theirs_ms.append(theirs.median_ms(values.seconds))
+            theirs_ms.append(peer.median_ms(theirs, values.seconds))
     return statistics.median(ours_ms), statistics.median(theirs_ms), first
 
 

@@ -3,9 +3,11 @@
 import argparse
 import json
 import pathlib
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "models"))
@@ -104,6 +106,16 @@ def gradients(path):
 
     with np.load(path) as file:
         return {key: file[key].astype(np.float64) for key in file.files}
+
+
+def median_ms(step, seconds):
+    """The median time of as many calls as fit in the seconds, at least five."""
+    times, end = [], time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < end:
+        start = time.perf_counter()
+        step()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
 
 
 def distance(got, wanted):

@@ -19,7 +19,6 @@ import pathlib
 import statistics
 import subprocess
 import sys
-import time
 
 import numpy as np
 import torch
@@ -62,16 +61,6 @@ class Step:
             loss = F.cross_entropy(self.net(self.x).float(), self.label)
         loss.backward()
         self.update.step()
-
-    def median_ms(self, seconds):
-        """The median of as many steps as fit in the time, at least five."""
-        self()
-        times, end = [], time.perf_counter() + seconds
-        while len(times) < 5 or time.perf_counter() < end:
-            start = time.perf_counter()
-            self()
-            times.append((time.perf_counter() - start) * 1e3)
-        return statistics.median(times)
 
 
 # Linux counts what a process was before its exec into its peak, so the measured one is
@@ -137,7 +126,8 @@ def steps(work, name, path, values):
             document = json.loads(work.run("bench", plan, "--threads", values.threads, "--json"))
             times.append(document["step_ms"]["median"])
         for key, times in theirs.items():
-            times.append(made[key].median_ms(values.seconds))
+            made[key]()
+            times.append(peer.median_ms(made[key], values.seconds))
     median = {key: statistics.median(times) for key, times in theirs.items()}
     f32 = min(time for (bf16, _), time in median.items() if not bf16)
     return [statistics.median(times) for times in ours.values()], f32, min(median.values())

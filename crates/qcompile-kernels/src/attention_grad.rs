@@ -234,7 +234,7 @@ impl Head<'_> {
             if !args.dq.is_null() {
                 K::right::<S>(k, Along::Rows, size, memory.staged, memory.key_rows);
             }
-            if self.needs_slopes() {
+            if self.args.needs_slopes() {
                 let v = head_of(args.v, args.v_strides, [batch, 0, key_head]);
                 let size = [keys, value_width];
                 K::right::<S>(v, Along::Columns, size, memory.staged, memory.values);
@@ -296,12 +296,6 @@ impl Head<'_> {
         }
     }
 
-    /// Whether the gradient of the probabilities is needed.
-    #[inline(always)]
-    fn needs_slopes(&self) -> bool {
-        !self.args.dq.is_null() || !self.args.dk.is_null()
-    }
-
     #[inline(always)]
     unsafe fn strip<S: Simd, K: Kind>(&self, strip: Strip) {
         let Head { args, memory, .. } = *self;
@@ -342,7 +336,7 @@ impl Head<'_> {
         // SAFETY: granted by the caller.
         unsafe {
             scores_of::<L>(args, memory.keys, args.width, q, rows, seen, memory.scores);
-            if self.needs_slopes() {
+            if self.args.needs_slopes() {
                 let (values, width) = (memory.values, args.value_width);
                 scores_of::<L>(args, values, width, dy, rows, seen, memory.slopes);
             }
@@ -356,7 +350,7 @@ impl Head<'_> {
             // SAFETY: granted by the caller.
             unsafe {
                 let (scores, slopes) = self.row(r);
-                let slopes = self.needs_slopes().then_some(slopes);
+                let slopes = self.args.needs_slopes().then_some(slopes);
                 let most = self.scaled(strip, seen, r);
                 known.add::<S>(r, scores, slopes, seen.of_chunk(r), most);
             }
@@ -408,7 +402,7 @@ impl Head<'_> {
                 let longest = seen.of_chunk((r / group * group + group).min(strip.rows) - 1);
                 let filled = filled::<K::Lanes<S>>(longest, columns);
                 clear_rest(scores, count, filled);
-                if !self.needs_slopes() {
+                if !self.args.needs_slopes() {
                     for at in (0..count).step_by(BLOCK) {
                         for p in &mut *scores.add(at).cast::<[f32; BLOCK]>() {
                             *p *= factor;

@@ -60,6 +60,13 @@ pub struct AttentionArgs {
     pub scales: [*const f32; 3],
 }
 
+impl AttentionArgs {
+    /// Whether the gradient of the probabilities is needed.
+    pub(crate) fn needs_slopes(&self) -> bool {
+        !self.dq.is_null() || !self.dk.is_null()
+    }
+}
+
 /// What all but the mask hold, and what products run in. Sums are f32, of int8 i32.
 #[repr(usize)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -85,7 +85,7 @@ impl Head<'_> {
             if !args.dq.is_null() {
                 Int8::right::<S>(k, Along::Rows, [keys, width], unstaged, memory.key_rows);
             }
-            if self.needs_slopes() {
+            if self.args.needs_slopes() {
                 let v = head_of(args.v, args.v_strides, [batch, 0, key_head]);
                 let size = [keys, value_width];
                 Int8::right::<S>(v, Along::Columns, size, unstaged, memory.values);
@@ -134,12 +134,6 @@ impl Head<'_> {
         }
     }
 
-    /// Whether the gradient of the probabilities is needed.
-    #[inline(always)]
-    fn needs_slopes(&self) -> bool {
-        !self.args.dq.is_null() || !self.args.dk.is_null()
-    }
-
     /// The strip's left operands, with dy rounded twice: what the first codes leave by a fraction of their scale.
     #[inline(always)]
     unsafe fn strip_of<S: Simd>(&self, head: usize, row: usize, rows: usize) -> Strip {
@@ -150,7 +144,7 @@ impl Head<'_> {
         unsafe {
             let q = head_of(args.q, args.q_strides, [batch, row, head]);
             let q = pack_rows::<S::Int8>(q, [rows, args.width], memory.left_q);
-            if self.needs_slopes() {
+            if self.args.needs_slopes() {
                 let value_scale = *args.scales[2];
                 self.copy_dy(head, row, rows);
                 for (r, scales) in dy_scales.iter_mut().enumerate().take(rows) {
@@ -239,7 +233,7 @@ impl Head<'_> {
         // SAFETY: granted by the caller.
         unsafe {
             scores_of::<S::Int8>(args, memory.keys, args.width, strip.q, rows, seen, memory.scores);
-            if self.needs_slopes() {
+            if self.args.needs_slopes() {
                 let values = memory.values;
                 scores_of::<S::Int8>(args, values, width, dy, rows, seen, memory.slopes);
                 scores_of::<S::Int8>(args, values, width, fine, rows, seen, memory.fine_slopes);
@@ -247,7 +241,7 @@ impl Head<'_> {
             for r in 0..rows {
                 let (count, [scores, slopes, fine]) = (seen.of_chunk(r), self.row(r));
                 Int8::real(scores, count);
-                if self.needs_slopes() {
+                if self.args.needs_slopes() {
                     let [scale, fine_scale] = strip.dy_scales[r];
                     for i in 0..count {
                         let first = *slopes.add(i).cast::<i32>() as f32;
@@ -287,7 +281,7 @@ impl Head<'_> {
             // SAFETY: granted by the caller.
             unsafe {
                 let [scores, slopes, _] = self.row(r);
-                let slopes = self.needs_slopes().then_some(slopes);
+                let slopes = self.args.needs_slopes().then_some(slopes);
                 let most = self.scaled(strip, seen, r);
                 known.add::<S>(r, scores, slopes, seen.of_chunk(r), most);
             }
@@ -321,7 +315,7 @@ impl Head<'_> {
                 let codes = memory.score_codes.add(r * memory.code_stride);
                 round(scores, blocks, LARGEST, codes);
                 std::ptr::write_bytes(codes.add(blocks), 0, padded - blocks);
-                if !self.needs_slopes() {
+                if !self.args.needs_slopes() {
                     continue;
                 }
                 let factor = 1.0 / known.sums[r];
@@ -427,25 +421,34 @@ impl Head<'_> {
             }
             if !args.dk.is_null() {
                 self.round_queries::<S>(strip, scales);
-                let stride = memory.stride;
-                let right = (memory.queries, args.width, stride);
+                let size = [args.width, memory.stride];
+                let right = (memory.queries, size);
                 self.multiply_queries::<S::Int8>(memory.slope_codes, right, rows, columns, seen);
-                for key in 0..columns {
-                    let to = memory.dk.add((seen.key + key) * stride);
-                    let sums = memory.sums.add(key * stride);
-                    add_by_columns(to, sums, args.width, memory.query_scales);
-                }
+                let to = memory.dk.add(seen.key * memory.stride);
+                self.add_sums(to, columns, size, memory.query_scales);
             }
             if !args.dv.is_null() {
-                let stride = memory.value_stride;
-                let right = (memory.gradients, args.value_width, stride);
+                let size = [args.value_width, memory.value_stride];
+                let right = (memory.gradients, size);
                 self.multiply_queries::<S::Int8>(memory.score_codes, right, rows, columns, seen);
-                for key in 0..columns {
-                    let to = memory.dv.add((seen.key + key) * stride);
-                    let sums = memory.sums.add(key * stride);
-                    add_by_columns(to, sums, args.value_width, memory.gradient_scales);
-                }
+                let to = memory.dv.add(seen.key * memory.value_stride);
+                self.add_sums(to, columns, size, memory.gradient_scales);
             }
+        }
+    }
+
+    /// Adds the sums of so many keys to their rows of a gradient, by a scale for each column.
+    #[inline(always)]
+    unsafe fn add_sums(
+        &self,
+        to: *mut f32,
+        keys: usize,
+        [width, stride]: [usize; 2],
+        scales: *const f32,
+    ) {
+        for at in (0..keys).map(|key| key * stride) {
+            // SAFETY: granted by the caller.
+            unsafe { add_by_columns(to.add(at), self.memory.sums.add(at), width, scales) };
         }
     }
 
@@ -490,7 +493,7 @@ impl Head<'_> {
     unsafe fn multiply_queries<L: Lanes<Element = i8>>(
         &self,
         codes: *mut i8,
-        (right, width, stride): (*mut u32, usize, usize),
+        (right, [width, stride]): (*mut u32, [usize; 2]),
         rows: usize,
         columns: usize,
         seen: Seen,

@@ -44,7 +44,7 @@ fn by_columns(rows: &[Vec<f64>], width: usize) -> Vec<Vec<f64>> {
     rows.iter().map(rounded).collect()
 }
 
-/// A query of a block, with the codes of its exponentials and of its gradients of scores for a block of keys.
+/// A query of a block, with its rounded exponentials and the codes of its gradients of scores for a block of keys.
 struct Coded {
     row: Row,
     powers: Vec<f64>,
@@ -91,7 +91,7 @@ fn coded(attention: &Attention<'_>, dy: &Value, row: Row, key: usize) -> Coded {
         block.clone().map(|key| probabilities[key] * (dp[key] - mean) * attention.scale).collect();
     let scale = scale_of(slopes.iter().copied());
     let slopes = slopes.into_iter().map(|ds| code(ds, scale)).collect();
-    let powers = block.map(|key| (row.powers[key] * 127.0).round_ties_even()).collect();
+    let powers = block.map(|key| (row.powers[key] * 127.0).round_ties_even() / 127.0).collect();
     Coded { row, powers, slopes, scale }
 }
 
@@ -122,39 +122,39 @@ fn add(
             }
         }
         AttentionOperand::K => {
-            let scaled: Vec<Vec<f64>> = coded
-                .iter()
-                .map(|one| {
-                    queries[one.row.query..][..width].iter().map(|q| q * one.scale).collect()
-                })
-                .collect();
-            let right = by_columns(&scaled, width);
-            for (at, &to) in last.row.keys.iter().skip(key).take(seen).enumerate() {
-                for (one, right) in coded.iter().zip(&right) {
-                    let ds = one.slopes.get(at).copied().unwrap_or(0.0);
-                    for column in 0..width {
-                        gradient[to + column] += ds * right[column];
-                    }
-                }
-            }
+            let scaled = |one: &Coded| {
+                queries[one.row.query..][..width].iter().map(|q| q * one.scale).collect()
+            };
+            let right = by_columns(&coded.iter().map(scaled).collect::<Vec<_>>(), width);
+            let places = last.row.keys.iter().skip(key).take(seen);
+            add_over_queries(coded, |one| &one.slopes, &right, places, gradient);
         }
         AttentionOperand::V => {
             let dy = dy.data.floats();
-            let scaled: Vec<Vec<f64>> = coded
-                .iter()
-                .map(|one| {
-                    let dy = &dy[one.row.result..][..value_width];
-                    dy.iter().map(|dy| dy / one.row.sum).collect()
-                })
-                .collect();
-            let right = by_columns(&scaled, value_width);
-            for (at, &to) in last.row.values.iter().skip(key).take(seen).enumerate() {
-                for (one, right) in coded.iter().zip(&right) {
-                    let e = one.powers.get(at).copied().unwrap_or(0.0);
-                    for column in 0..value_width {
-                        gradient[to + column] += e / 127.0 * right[column];
-                    }
-                }
+            let scaled = |one: &Coded| {
+                let dy = &dy[one.row.result..][..value_width];
+                dy.iter().map(|dy| dy / one.row.sum).collect()
+            };
+            let right = by_columns(&coded.iter().map(scaled).collect::<Vec<_>>(), value_width);
+            let places = last.row.values.iter().skip(key).take(seen);
+            add_over_queries(coded, |one| &one.powers, &right, places, gradient);
+        }
+    }
+}
+
+/// Adds what each query has for a key times what it multiplies, for the keys with these places in the gradient.
+fn add_over_queries<'a>(
+    coded: &[Coded],
+    of_keys: impl Fn(&Coded) -> &[f64],
+    right: &[Vec<f64>],
+    places: impl Iterator<Item = &'a usize>,
+    gradient: &mut [f64],
+) {
+    for (at, &to) in places.enumerate() {
+        for (one, right) in coded.iter().zip(right) {
+            let factor = of_keys(one).get(at).copied().unwrap_or(0.0);
+            for (to, x) in gradient[to..].iter_mut().zip(right) {
+                *to += factor * x;
             }
         }
     }
