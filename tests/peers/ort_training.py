@@ -22,13 +22,10 @@ import time
 import numpy as np
 import onnx
 from onnx import numpy_helper
-from onnxruntime import SessionOptions, set_default_logger_severity
+from onnxruntime import SessionOptions
 from onnxruntime.training import api, artifacts
 
 import benchmarks
-
-# Errors only: it tells of every rewriting of the graph.
-set_default_logger_severity(3)
 
 WANTED = {"resnet20": 3.0, "resnet18": 3.0, "mobilenetv2": 3.0, "lstm": 3.0}
 WANTED_OTHERS = 1.3
@@ -75,7 +72,6 @@ class Step:
         )
         options = SessionOptions()
         options.intra_op_num_threads = threads
-        options.log_severity_level = 3
         state = api.CheckpointState.load_checkpoint(f"{folder}/checkpoint")
         # An evaluation model would be refused: batch normalisation is in its training form.
         self.module = api.Module(f"{folder}/training_model.onnx", state, None, session_options=options)
