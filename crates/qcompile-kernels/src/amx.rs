@@ -1,29 +1,31 @@
 //! The AMX tier: bf16 and int8 products by `tdpbf16ps` and `tdpbssd`, which multiply blocks of up to 16 rows by 64
 //! bytes; all else is AVX-512.
 //!
-//! A register tile is 24 x 32 (or 24 x 16): blocks of 16 and of 8 rows, each beside two (or one) of the right operand,
-//! whose packed panels are laid out as the instructions want it. A block of the left operand is read where it is if its
-//! rows are equally far apart and their words adjacent, else copied first.
+//! A register tile is 32 x 32 (or 32 x 16): two blocks of 16 rows, each beside two (or one) of the right operand, whose
+//! packed panels are laid out as the instructions want it. A block of the left operand is read where it is if its rows
+//! are equally far apart and their words adjacent, else copied first, once for all panels.
 
+mod left;
 mod registers;
 
 pub(crate) use registers::is_supported;
 
 use crate::avx512;
 use crate::lanes::{Lanes, Simd, Task, word_of_bf16, word_of_i8};
-use crate::tile::{Start, Tile, tile};
+use crate::buffer::{Buffer, Slot};
+use crate::tile::{Blocks, Depth, Start, Tile, tile};
+use left::room;
 use registers::{Release, configure};
 use std::arch::asm;
 use std::arch::x86_64::{
-    __m512, __m512i, _mm512_dpwssd_epi32, _mm512_maskz_loadu_epi32, _mm512_slli_epi16,
-    _mm512_srai_epi16, _mm512_store_si512,
+    __m512, __m512i, _mm512_dpwssd_epi32, _mm512_slli_epi16, _mm512_srai_epi16,
 };
 use std::mem::MaybeUninit;
 
+/// Rows of a block.
+const BLOCK: usize = 16;
 /// Rows of a register tile.
-const ROWS: usize = 24;
-/// Rows of its first block; the others make the second.
-const FIRST: usize = 16;
+const ROWS: usize = 2 * BLOCK;
 /// Words of K that one instruction takes, at most.
 const DEPTH: usize = 16;
 /// Fewer words at a time than this are not worth an instruction, if there are more.
@@ -87,6 +89,7 @@ macro_rules! amx_lanes {
             type V = $v;
             const LANES: usize = <$under>::LANES;
             const GROUP: usize = <$under>::GROUP;
+            const ROW_GROUP: usize = ROWS;
             const ROWS_PAIR: usize = ROWS;
             const ROWS_SINGLE: usize = ROWS;
             const UNROLL: usize = <$under>::UNROLL;
@@ -120,6 +123,19 @@ macro_rules! amx_lanes {
             unsafe fn scale(sum: Self::V, left: *const f32, right: *const f32) -> Self::V {
                 // SAFETY: passed on from the caller.
                 unsafe { <$under>::scale(sum, left, right) }
+            }
+            fn room_of_blocks(depth: &Depth<'_>) -> usize {
+                left::room(depth)
+            }
+            #[inline(always)]
+            unsafe fn blocks(
+                rows: *const *const u32,
+                outs: *const *mut u32,
+                depth: &Depth<'_>,
+                copies: *mut u32,
+            ) -> Option<Blocks> {
+                // SAFETY: passed on from the caller.
+                Some(unsafe { left::blocks::<Self>(rows, outs, depth, copies) })
             }
             unsafe fn tile_pair(tile: &Tile) {
                 // SAFETY: passed on from the caller.
@@ -170,6 +186,40 @@ macro_rules! amx_lanes {
                         s = in(reg) left[0].stride,
                         b = in(reg) left[1].first,
                         t = in(reg) left[1].stride,
+                        r = in(reg) right,
+                        p = in(reg) 64_usize,
+                        options(nostack, preserves_flags, readonly),
+                    );
+                }
+            }
+            #[inline(always)]
+            unsafe fn pair_of_one(left: Rows, right: *const u32) {
+                // SAFETY: the caller grants the rows and the panel, and configured the registers.
+                unsafe {
+                    asm!(
+                        "tileloadd tmm4, [{a} + {s}*1]",
+                        "tileloaddt1 tmm6, [{r} + {p}*1]",
+                        concat!($instruction, " tmm0, tmm4, tmm6"),
+                        "tileloaddt1 tmm7, [{r} + {p}*1 + 64]",
+                        concat!($instruction, " tmm1, tmm4, tmm7"),
+                        a = in(reg) left.first,
+                        s = in(reg) left.stride,
+                        r = in(reg) right,
+                        p = in(reg) 128_usize,
+                        options(nostack, preserves_flags, readonly),
+                    );
+                }
+            }
+            #[inline(always)]
+            unsafe fn single_of_one(left: Rows, right: *const u32) {
+                // SAFETY: the caller grants the rows and the panel, and configured the registers.
+                unsafe {
+                    asm!(
+                        "tileloadd tmm4, [{a} + {s}*1]",
+                        "tileloadd tmm6, [{r} + {p}*1]",
+                        concat!($instruction, " tmm0, tmm4, tmm6"),
+                        a = in(reg) left.first,
+                        s = in(reg) left.stride,
                         r = in(reg) right,
                         p = in(reg) 64_usize,
                         options(nostack, preserves_flags, readonly),
@@ -231,20 +281,10 @@ trait Multiply: Lanes {
     unsafe fn pair(left: [Rows; 2], right: *const u32);
     /// With one of the right one.
     unsafe fn single(left: [Rows; 2], right: *const u32);
-}
-
-/// The rows of a block where they are, if they are equally far apart.
-#[inline(always)]
-unsafe fn rows_of<const COUNT: usize>(pointers: *const *const u32) -> Option<Rows> {
-    // SAFETY: the caller grants `COUNT` pointers.
-    let pointers = unsafe { &*pointers.cast::<[*const u32; COUNT]>() };
-    let apart = |i: usize| (pointers[i] as isize).wrapping_sub(pointers[i - 1] as isize);
-    let stride = apart(1);
-    let mut equal = true;
-    for i in 2..COUNT {
-        equal &= apart(i) == stride;
-    }
-    equal.then_some(Rows { first: pointers[0], stride })
+    /// The first block of the left operand with two of the right one.
+    unsafe fn pair_of_one(left: Rows, right: *const u32);
+    /// With one of the right one.
+    unsafe fn single_of_one(left: Rows, right: *const u32);
 }
 
 /// How K is gone through: so many words at a time, and so many at the end of each segment by other means.
@@ -268,7 +308,7 @@ impl<const WORDS: usize> Staging<WORDS> {
     }
 }
 
-/// Computes `ROWS` rows by `N` vectors; always stores whole vectors.
+/// Computes `ROWS` rows by `N` vectors, or the first block of them if no other counts; always stores whole vectors.
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")]
 unsafe fn product<L: Multiply, const N: usize>(t: &Tile) {
     // SAFETY: granted by the caller: all pointers of the tile are valid for its sizes, and the CPU has the tier.
@@ -279,44 +319,71 @@ unsafe fn product<L: Multiply, const N: usize>(t: &Tile) {
             return;
         }
         configure(depth);
-        let outs = [
-            rows_of::<FIRST>(t.outs.cast()),
-            rows_of::<{ ROWS - FIRST }>(t.outs.add(FIRST).cast()),
-        ];
+        if let Some(blocks) = t.blocks {
+            block_product::<L, N>(t, &blocks, depth, tail);
+            return;
+        }
+        let segments = std::slice::from_raw_parts(t.segments, t.segment_count);
+        let of = Depth { segments, length: t.length, step: t.step, ..Depth::default() };
+        let mut copies = Buffer::take(Slot::Blocks, room(&of));
+        let blocks = left::blocks::<L>(t.rows, t.outs, &of, copies.words());
+        block_product::<L, N>(t, &blocks, depth, tail);
+    }
+}
+
+/// Computes a tile with its rows as blocks.
+#[inline(always)]
+unsafe fn block_product<L: Multiply, const N: usize>(
+    t: &Tile,
+    blocks: &Blocks,
+    depth: usize,
+    tail: usize,
+) {
+    let both = t.live > BLOCK;
+    // SAFETY: passed on from the caller.
+    unsafe {
         // Where sums are read and stored: in place, or beside it.
         let scaled = L::INTEGER && t.scales.is_some() && tail == 0;
         let mut beside = Staging::<{ ROWS * 32 }>::NEW;
         let beside = beside.words();
-        let place = match outs {
+        let place = match blocks.out_stride {
             [Some(first), Some(second)] if !scaled => {
-                let to = |rows: Rows| Rows { first: rows.first.wrapping_add(t.column), ..rows };
-                Some([to(first), to(second)])
+                let of = |row: usize, stride| Rows {
+                    first: (*t.outs.add(row)).wrapping_add(t.column).cast_const(),
+                    stride,
+                };
+                Some([of(0, first), of(BLOCK, second)])
             }
             _ => None,
         };
         let stored = place.unwrap_or_else(|| {
             let first = beside.cast_const();
             let stride = (N * 64) as isize;
-            [Rows { first, stride }, Rows { first: first.wrapping_add(FIRST * N * 16), stride }]
+            [Rows { first, stride }, Rows { first: first.add(BLOCK * N * 16), stride }]
         });
+        let rows = if both { ROWS } else { BLOCK };
         match t.start {
             Start::Zero => zero(),
-            Start::Header(header) => load::<N>([Rows { first: header, stride: 0 }; 2]),
+            Start::Header(header) => load::<N>([Rows { first: header, stride: 0 }; 2], both),
             Start::Resume => {
                 if place.is_none() {
-                    for i in 0..ROWS {
+                    for i in 0..rows {
                         let from = (*t.outs.add(i)).add(t.column);
                         let to = beside.add(i * N * 16);
                         std::ptr::copy_nonoverlapping(from, to, N * 16);
                     }
                 }
-                load::<N>(stored);
+                load::<N>(stored, both);
             }
         }
-        multiply_all::<L, N>(t, depth, t.length - tail);
-        store::<N>(stored);
+        if both {
+            multiply_all::<L, N, true>(t, blocks, depth, t.length - tail);
+        } else {
+            multiply_all::<L, N, false>(t, blocks, depth, t.length - tail);
+        }
+        store::<N>(stored, both);
         if place.is_none() {
-            for i in 0..ROWS {
+            for i in 0..rows {
                 let to = (*t.outs.add(i)).add(t.column);
                 for j in 0..N {
                     let from = beside.add((i * N + j) * 16);
@@ -337,20 +404,14 @@ unsafe fn product<L: Multiply, const N: usize>(t: &Tile) {
 
 /// Adds the products of the first `whole` words of all segments, `depth` at a time.
 #[inline(always)]
-unsafe fn multiply_all<L: Multiply, const N: usize>(t: &Tile, depth: usize, whole: usize) {
+unsafe fn multiply_all<L: Multiply, const N: usize, const BOTH: bool>(
+    t: &Tile,
+    blocks: &Blocks,
+    depth: usize,
+    whole: usize,
+) {
     // SAFETY: granted by the caller.
     unsafe {
-        let mut copied = Staging::<{ ROWS * DEPTH }>::NEW;
-        let first = copied.words();
-        let in_copy = {
-            let stride = (DEPTH * 4) as isize;
-            [Rows { first, stride }, Rows { first: first.add(FIRST * DEPTH), stride }]
-        };
-        let in_place = if t.step == 1 {
-            rows_of::<FIRST>(t.rows).zip(rows_of::<{ ROWS - FIRST }>(t.rows.add(FIRST)))
-        } else {
-            None
-        };
         let (mut ahead, lines) = t.ahead;
         let mut right = t.right;
         for s in 0..t.segment_count {
@@ -358,66 +419,25 @@ unsafe fn multiply_all<L: Multiply, const N: usize>(t: &Tile, depth: usize, whol
                 L::Tier::prefetch(ahead);
                 ahead = ahead.wrapping_add(64);
             }
-            let segment = *t.segments.add(s);
-            for word in (0..whole).step_by(depth) {
-                let at = segment + word as isize * t.step;
-                let left = match in_place {
-                    Some((first, second)) => {
-                        let to =
-                            |rows: Rows| Rows { first: rows.first.wrapping_offset(at), ..rows };
-                        [to(first), to(second)]
-                    }
-                    None => {
-                        gather::<L>(t, at, depth, first);
-                        in_copy
-                    }
-                };
-                if N == 2 {
-                    L::pair(left, right);
-                } else {
-                    L::single(left, right);
+            let (there, copied) = (*t.segments.add(s), (s * t.length) as isize);
+            let mut left = [0, 1].map(|block: usize| Rows {
+                first: blocks.first[block].wrapping_offset(match blocks.copied[block] {
+                    true => copied,
+                    false => there,
+                }),
+                stride: blocks.stride[block],
+            });
+            for _ in (0..whole).step_by(depth) {
+                match (N, BOTH) {
+                    (2, true) => L::pair(left, right),
+                    (2, false) => L::pair_of_one(left[0], right),
+                    (_, true) => L::single(left, right),
+                    (_, false) => L::single_of_one(left[0], right),
                 }
+                left = left.map(|rows| Rows { first: rows.first.wrapping_add(depth), ..rows });
                 right = right.add(depth * N * L::LANES);
             }
             right = right.add((t.length - whole) * N * L::LANES);
-        }
-    }
-}
-
-/// Copies `depth` words of each row from `at` on, rows `DEPTH` words apart.
-#[inline(always)]
-unsafe fn gather<L: Lanes>(t: &Tile, at: isize, depth: usize, to: *mut u32) {
-    // SAFETY: granted by the caller.
-    unsafe {
-        if t.step == 1 {
-            let words = (u32::MAX >> (32 - depth)) as u16;
-            for i in 0..ROWS {
-                let from = (*t.rows.add(i)).wrapping_offset(at);
-                let row = _mm512_maskz_loadu_epi32(words, from.cast());
-                _mm512_store_si512(to.add(i * DEPTH).cast(), row);
-            }
-            return;
-        }
-        for i in (0..ROWS).step_by(8) {
-            let first = *t.rows.add(i);
-            let mut adjacent = t.step > 0;
-            for r in 1..8 {
-                adjacent &= *t.rows.add(i + r) == first.wrapping_add(r);
-            }
-            let mut word = 0;
-            if adjacent {
-                while word + 8 <= depth {
-                    let from = first.offset(at + word as isize * t.step);
-                    L::Tier::transpose8(from, t.step as usize, to.add(i * DEPTH + word), DEPTH);
-                    word += 8;
-                }
-            }
-            for word in word..depth {
-                for r in i..i + 8 {
-                    let from = (*t.rows.add(r)).offset(at + word as isize * t.step);
-                    *to.add(r * DEPTH + word) = from.read_unaligned();
-                }
-            }
         }
     }
 }
@@ -467,30 +487,38 @@ macro_rules! move_tile {
     };
 }
 
-/// Reads the sums of both blocks.
+/// Reads the sums of the first block, or of both.
 #[inline(always)]
-unsafe fn load<const N: usize>([first, second]: [Rows; 2]) {
+unsafe fn load<const N: usize>([first, second]: [Rows; 2], both: bool) {
     // SAFETY: the caller grants the rows and configured the registers.
     unsafe {
         move_tile!("tileloadd tmm0, [{r} + {s}*1]", first);
-        move_tile!("tileloadd tmm2, [{r} + {s}*1]", second);
         if N == 2 {
             move_tile!("tileloadd tmm1, [{r} + {s}*1 + 64]", first);
-            move_tile!("tileloadd tmm3, [{r} + {s}*1 + 64]", second);
+        }
+        if both {
+            move_tile!("tileloadd tmm2, [{r} + {s}*1]", second);
+            if N == 2 {
+                move_tile!("tileloadd tmm3, [{r} + {s}*1 + 64]", second);
+            }
         }
     }
 }
 
-/// Writes the sums of both blocks.
+/// Writes the sums of the first block, or of both.
 #[inline(always)]
-unsafe fn store<const N: usize>([first, second]: [Rows; 2]) {
+unsafe fn store<const N: usize>([first, second]: [Rows; 2], both: bool) {
     // SAFETY: the caller grants the rows and configured the registers.
     unsafe {
         move_tile!("tilestored [{r} + {s}*1], tmm0", first);
-        move_tile!("tilestored [{r} + {s}*1], tmm2", second);
         if N == 2 {
             move_tile!("tilestored [{r} + {s}*1 + 64], tmm1", first);
-            move_tile!("tilestored [{r} + {s}*1 + 64], tmm3", second);
+        }
+        if both {
+            move_tile!("tilestored [{r} + {s}*1], tmm2", second);
+            if N == 2 {
+                move_tile!("tilestored [{r} + {s}*1 + 64], tmm3", second);
+            }
         }
     }
 }

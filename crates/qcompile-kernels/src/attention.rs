@@ -11,11 +11,11 @@ use crate::buffer::{Buffer, Slot};
 use crate::lanes::{Lanes, Simd, Task};
 use crate::seen::{Left, Over, Product, Seen, grain};
 use crate::softmax::{exp, no_scratch};
-use crate::tile::{Panels, ROW_GROUP};
+use crate::tile::{EVERY_GROUP, MOST_GROUP, Panels};
 use std::marker::PhantomData;
 
 /// Most queries of a strip, a multiple of every tile's height.
-pub(crate) const STRIP: usize = 3 * ROW_GROUP;
+pub(crate) const STRIP: usize = EVERY_GROUP;
 /// Most keys whose scores are held at once, a multiple of every panel's width and every tile's height.
 pub(crate) const CHUNK: usize = 960;
 /// Scores of a row are handled in blocks of this many.
@@ -161,7 +161,7 @@ pub(crate) fn fetch_next<S: Simd, E>(
 /// to `most` scores: to the end of the longest row of the tile, and to the end of a word and a depth.
 #[inline(always)]
 pub(crate) fn filled<L: Lanes>(most: usize, columns: usize) -> usize {
-    (most + ROW_GROUP + grain::<L>() - 1).min(columns).next_multiple_of(BLOCK)
+    (most + MOST_GROUP + grain::<L>() - 1).min(columns).next_multiple_of(BLOCK)
 }
 
 /// Clears a row from its last block of scores as far as it is [`filled`].

@@ -21,7 +21,7 @@ use crate::lanes::{Lanes, Simd, Task};
 use crate::pack::{self, Left};
 use crate::seen::{Left as LeftOperand, Over, Product, Seen};
 use crate::softmax::{exp, no_scratch};
-use crate::tile::{Panels, ROW_GROUP};
+use crate::tile::{EVERY_GROUP, Panels};
 use codes::Gradients as CodedGradients;
 use std::marker::PhantomData;
 
@@ -105,7 +105,7 @@ impl<K: Kind> Task for Gradients<K> {
         let width_of = Panels::width::<K::Lanes<S>>;
         let stride = |n: usize| n.div_ceil(width_of()) * width_of();
         let grouped = usize::from(group > 1) * (STRIP / group) * score_stride(keys);
-        let padded = keys.next_multiple_of(ROW_GROUP);
+        let padded = keys.next_multiple_of(EVERY_GROUP);
         let staged = usize::from(K::STAGED);
         let sizes = [
             words(width, keys),

@@ -9,6 +9,8 @@ pub(crate) enum Slot {
     Left,
     /// A left operand with words along K side by side.
     Turned,
+    /// Blocks of rows that are not where a tile wants them.
+    Blocks,
     /// A packed right operand.
     Right,
     /// Results before they are finished.
@@ -24,7 +26,7 @@ pub(crate) enum Slot {
 struct Line([u8; 64]);
 
 thread_local! {
-    static BUFFERS: [Cell<Vec<Line>>; 6] = const { [const { Cell::new(Vec::new()) }; 6] };
+    static BUFFERS: [Cell<Vec<Line>>; 7] = const { [const { Cell::new(Vec::new()) }; 7] };
 }
 
 /// A buffer taken from this thread; it goes back when dropped.

@@ -15,12 +15,12 @@ use crate::direct;
 use crate::geometry::{Geometry, Part, Parts, Tap};
 use crate::lanes::{Codes, Lanes, Simd, Task};
 use crate::pack::{self, Right, Source};
-use crate::tile::{Finish, Panels, ROW_GROUP};
+use crate::tile::{Finish, Panels};
 
 /// Pixels of a unit, about.
-const UNIT_PIXELS: usize = 8 * ROW_GROUP;
+const UNIT_PIXELS: usize = 192;
 /// Most pixels of a unit whose size suits the tiles.
-const MOST_PIXELS: usize = 10 * ROW_GROUP;
+const MOST_PIXELS: usize = 240;
 /// Units wanted, for the threads to share.
 const WANTED_UNITS: usize = 32;
 /// Most target channels of a unit.

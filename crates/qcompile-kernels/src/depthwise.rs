@@ -8,12 +8,14 @@ use crate::buffer::{Buffer, Slot};
 use crate::conv::Convolution;
 use crate::geometry::{Geometry, Parts, Tap};
 use crate::lanes::{Codes, Element, Lanes, Simd, Task};
-use crate::tile::ROW_GROUP;
 use crate::window::{Ahead, Extent};
 use std::ops::Range;
 
 /// Most values of a unit, about: they stay in L2 until its rows are finished.
 const UNIT_VALUES: usize = 32 << 10;
+
+/// Pixels that are finished at once.
+const ROW_GROUP: usize = 24;
 
 /// Units wanted, for the threads to share.
 pub(crate) const WANTED_UNITS: usize = 32;

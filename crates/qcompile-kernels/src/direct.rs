@@ -4,16 +4,16 @@ use crate::buffer::{Buffer, Slot};
 use crate::conv::{Convolution, Cut, Phase, phases};
 use crate::geometry::{Geometry, Part};
 use crate::lanes::{Lanes, Simd, Task};
-use crate::tile::{self, Block, Depth, Finish, Panels, ROW_GROUP};
+use crate::tile::{self, Block, Depth, EVERY_GROUP, Finish, Panels};
 use crate::window::{Ahead, Window};
 
 /// Pixels whose pointers are set up at once.
-const BATCH_PIXELS: usize = 10 * ROW_GROUP;
+const BATCH_PIXELS: usize = 3 * EVERY_GROUP;
 /// Words of K handled at once, about.
 const PART_WORDS: usize = 320;
 /// Rows of narrow results that are finished at once, at most this many columns: so few values that a call for each row
 /// group would cost much of what it does.
-const NARROW_ROWS: usize = 4 * ROW_GROUP;
+const NARROW_ROWS: usize = EVERY_GROUP;
 const NARROW_COLUMNS: usize = 64;
 /// Most segments handled at once.
 const MOST_SEGMENTS: usize = 64;
@@ -90,7 +90,7 @@ impl<L: Lanes> Task for Compute<L> {
             let columns = stride.min(g.target_channels - column);
             let first_column = group * g.target_channels + column;
             let pixels = part.images * (part.row_end - part.row_begin) * g.columns.target;
-            let finished = if stride <= NARROW_COLUMNS { NARROW_ROWS } else { ROW_GROUP };
+            let finished = if stride <= NARROW_COLUMNS { NARROW_ROWS } else { L::ROW_GROUP };
             let held = match target {
                 Target::Result => 0,
                 Target::Group => finished,
@@ -146,8 +146,8 @@ impl<L: Lanes> Task for Compute<L> {
                     unit.phase::<L>(g, &part, phase, &window, &mut segments, &mut ahead);
                 }
                 if target == Target::Unit {
-                    for first in (0..pixels).step_by(ROW_GROUP) {
-                        let rows = ROW_GROUP.min(pixels - first);
+                    for first in (0..pixels).step_by(L::ROW_GROUP) {
+                        let rows = L::ROW_GROUP.min(pixels - first);
                         finish.rows(unit.result.add(first * stride), stride, first, rows);
                     }
                 }
@@ -265,13 +265,13 @@ impl Unit<'_> {
         if count == 0 {
             return;
         }
-        for i in count..count.next_multiple_of(ROW_GROUP) {
+        for i in count..count.next_multiple_of(L::ROW_GROUP) {
             batch.rows[i] = batch.rows[count - 1];
             if matches!(self.target, Target::Result | Target::Unit) {
                 batch.outs[i] = self.sink;
             }
         }
-        let padded = count.next_multiple_of(ROW_GROUP);
+        let padded = count.next_multiple_of(L::ROW_GROUP);
         let block = Block {
             rows: &batch.rows[..padded],
             outs: &batch.outs[..padded],
@@ -305,10 +305,10 @@ impl Unit<'_> {
                     let last = begin + part.len() * length == phase.panels.k;
                     let depth = Depth { segments, length, step: 1, begin, resume, last };
                     begin += part.len() * length;
-                    for first in (0..count).step_by(ROW_GROUP) {
+                    for first in (0..count).step_by(L::ROW_GROUP) {
                         let ahead = if last { std::slice::from_mut(ahead) } else { &mut [] };
                         block.sweep::<L>(first, &depth, ahead);
-                        let end = (first + ROW_GROUP).min(count);
+                        let end = (first + L::ROW_GROUP).min(count);
                         if last && (end == count || end.is_multiple_of(self.finished)) {
                             self.finish_until(batch, end);
                         }

@@ -12,12 +12,12 @@ use crate::depthwise_grad::{Depthwise, MOST_EXACT_COLUMNS};
 use crate::geometry::{Geometry, Part, Parts};
 use crate::lanes::{Codes, Lanes, Simd, Task};
 use crate::pack::{self, Right, Source};
-use crate::tile::{Block, Depth, Panels, ROW_GROUP};
+use crate::tile::{Block, Depth, EVERY_GROUP, Panels};
 use crate::window::{Ahead, Window};
 use crate::{Primitive, no_parts};
 
 /// Most rows (kernel positions times input channels) of a unit.
-const UNIT_ROWS: usize = 10 * ROW_GROUP;
+const UNIT_ROWS: usize = 3 * EVERY_GROUP;
 /// Most output channels of a unit.
 const UNIT_CHANNELS: usize = 256;
 /// Pixels of one strip, about.
@@ -252,7 +252,7 @@ impl<L: Lanes> Outer<L> {
         let panel_begin = column_block * cut.columns;
         let panel_end = (panel_begin + cut.columns).min(cut.panels.count::<L>());
         let count = positions * channels;
-        let padded = count.next_multiple_of(ROW_GROUP);
+        let padded = count.next_multiple_of(L::ROW_GROUP);
         let mut rows = [std::ptr::null(); UNIT_ROWS];
         let mut outs = [std::ptr::null_mut(); UNIT_ROWS];
         let mut sink = Buffer::take(Slot::Staging, cut.stride);
@@ -409,7 +409,7 @@ impl<L: Lanes> Outer<L> {
                     resume: index > 0,
                     last: true,
                 };
-                for first in (0..count).step_by(ROW_GROUP) {
+                for first in (0..count).step_by(L::ROW_GROUP) {
                     block.sweep::<L>(first, &depth, &mut ahead);
                 }
             }

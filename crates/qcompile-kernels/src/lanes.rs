@@ -4,7 +4,7 @@
 //! (widened i8) or four bytes. One algorithm then serves every type and tier; a tier supplies these few
 //! operations. A tier that cannot multiply bf16 sees each as an f32 ([`Widened`]), which is exact.
 
-use crate::tile::Tile;
+use crate::tile::{Blocks, Depth, Tile};
 use std::marker::PhantomData;
 
 /// A CPU tier.
@@ -174,9 +174,11 @@ pub(crate) trait Lanes: Copy + 'static {
     const LANES: usize;
     /// Elements in a word.
     const GROUP: usize;
-    /// Rows of the tile that is two vectors wide; divides [`ROW_GROUP`](crate::tile::ROW_GROUP).
+    /// Rows are handled in groups of this many, a multiple of the tile's heights.
+    const ROW_GROUP: usize = 24;
+    /// Rows of the tile that is two vectors wide.
     const ROWS_PAIR: usize;
-    /// Rows of the tile that is one vector wide; divides [`ROW_GROUP`](crate::tile::ROW_GROUP).
+    /// Rows of the tile that is one vector wide.
     const ROWS_SINGLE: usize;
     /// Words of K in one turn of the inner loop. More than one spoils sums made of two instructions:
     /// the compiler reorders the additions of a turn, and then lacks registers.
@@ -219,6 +221,26 @@ pub(crate) trait Lanes: Copy + 'static {
     fn left_word(elements: &[Self::Element; 4]) -> u32;
     /// The word of a right operand.
     fn right_word(elements: &[Self::Element; 4]) -> u32;
+
+    /// Words that [`Lanes::blocks`] may copy.
+    fn room_of_blocks(_depth: &Depth<'_>) -> usize {
+        0
+    }
+    /// The rows of a group as blocks, for tiers that multiply those, whose tile is a row group; rows that are not equally far apart, or whose words
+    /// are not adjacent, are copied.
+    ///
+    /// # Safety
+    /// There are as many pointers as a group has rows, the words of each row at the depth's segments may be read, and
+    /// `copies` has [`Lanes::room_of_blocks`].
+    #[inline(always)]
+    unsafe fn blocks(
+        _rows: *const *const u32,
+        _outs: *const *mut u32,
+        _depth: &Depth<'_>,
+        _copies: *mut u32,
+    ) -> Option<Blocks> {
+        None
+    }
 
     /// Computes a tile of `ROWS_PAIR` rows by two vectors.
     unsafe fn tile_pair(tile: &Tile);
@@ -264,6 +286,7 @@ impl<L: Lanes<Element = f32>> Lanes for Widened<L> {
     type V = L::V;
     const LANES: usize = L::LANES;
     const GROUP: usize = 1;
+    const ROW_GROUP: usize = L::ROW_GROUP;
     const ROWS_PAIR: usize = L::ROWS_PAIR;
     const ROWS_SINGLE: usize = L::ROWS_SINGLE;
     const HALO: u32 = 0;

@@ -6,13 +6,13 @@ use crate::Primitive;
 use crate::args::{Epilogue, MatmulArgs, MatmulBf16Args, MatmulI8Args, Stream};
 use crate::buffer::{Buffer, Slot};
 use crate::lanes::{Codes, Lanes, Simd, Task};
-use crate::tile::{Block, Depth, Finish, Panels, ROW_GROUP, Scales};
+use crate::tile::{Block, Depth, Finish, EVERY_GROUP, Panels, Scales};
 use operands::{LeftForm, pack_left, pack_right};
 
 /// Most rows of a block, where there are several of them.
-const BLOCK_ROWS: usize = 4 * ROW_GROUP;
+const BLOCK_ROWS: usize = EVERY_GROUP;
 /// Products of no more rows than this keep them in one block.
-const WHOLE_ROWS: usize = 11 * ROW_GROUP;
+const WHOLE_ROWS: usize = 3 * EVERY_GROUP;
 /// Most columns of a block.
 const BLOCK_COLUMNS: usize = 256;
 /// Most words of a packed block of columns that only one unit reads: they stay in L2.
@@ -213,12 +213,12 @@ impl Cut {
         while columns > narrowest && !enough(columns) {
             columns /= 2;
         }
-        while units(rows, columns) < LEAST_UNITS && rows > 2 * ROW_GROUP {
-            rows = rows.next_multiple_of(ROW_GROUP) - ROW_GROUP;
+        while units(rows, columns) < LEAST_UNITS && rows > 2 * L::ROW_GROUP {
+            rows = rows.next_multiple_of(L::ROW_GROUP) - L::ROW_GROUP;
         }
         // Equal blocks instead of full ones and a rest.
         let row_blocks = p.m.div_ceil(rows).max(1);
-        let rows = p.m.div_ceil(row_blocks).next_multiple_of(ROW_GROUP);
+        let rows = p.m.div_ceil(row_blocks).next_multiple_of(L::ROW_GROUP);
         let row_blocks = p.m.div_ceil(rows.max(1));
         let columns = count.div_ceil(count.div_ceil(columns).max(1));
         let column_blocks = if count == 0 { 0 } else { count.div_ceil(columns) };
@@ -230,7 +230,7 @@ impl Cut {
             panels,
             left,
             left_copies: if in_place || left_alone { 0 } else { left_copies },
-            left_words: p.m.next_multiple_of(ROW_GROUP) * left.pitch(panels.k),
+            left_words: p.m.next_multiple_of(L::ROW_GROUP) * left.pitch(panels.k),
             right_copies: if right_alone { 0 } else { right_copies },
             row_blocks,
             rows,
@@ -252,7 +252,7 @@ unsafe extern "C" fn units<K: Kind, S: Simd>(args: *const u64, phase: usize) -> 
     match phase {
         0 => {
             cut.right_copies * cut.panels.count::<K::Lanes<S>>()
-                + cut.left_copies * p.m.div_ceil(ROW_GROUP)
+                + cut.left_copies * p.m.div_ceil(<K::Lanes<S> as Lanes>::ROW_GROUP)
         }
         _ => p.batch * cut.row_blocks * cut.column_blocks,
     }
@@ -330,13 +330,13 @@ impl<L: Lanes> Task for Pack<L> {
                     unit += panels;
                 } else {
                     // As many groups of one matrix as are asked for, side by side.
-                    let all = p.m.div_ceil(ROW_GROUP);
+                    let all = p.m.div_ceil(L::ROW_GROUP);
                     let (copy, group) = ((unit - right_units) / all, (unit - right_units) % all);
-                    let groups = (end - unit).min(all - group).min(BLOCK_ROWS / ROW_GROUP);
-                    let (row, pitch) = (group * ROW_GROUP, cut.left.pitch(cut.panels.k));
+                    let groups = (end - unit).min(all - group).min(BLOCK_ROWS / L::ROW_GROUP);
+                    let (row, pitch) = (group * L::ROW_GROUP, cut.left.pitch(cut.panels.k));
                     let to = cut.right_copies * cut.panels.words::<L>() + copy * cut.left_words;
                     let to = p.scratch.add(to + row * pitch);
-                    let rows = (groups * ROW_GROUP).min(p.m - row);
+                    let rows = (groups * L::ROW_GROUP).min(p.m - row);
                     pack_left::<L>(&p, cut.left, copy, row, rows, to);
                     unit += groups;
                 }
@@ -374,7 +374,7 @@ impl<L: Lanes> Compute<L> {
         let (p, cut) = (&self.product, &self.cut);
         let row = row_block * cut.rows;
         let rows = cut.rows.min(p.m - row);
-        let padded = rows.next_multiple_of(ROW_GROUP);
+        let padded = rows.next_multiple_of(L::ROW_GROUP);
         let panel_begin = column_block * cut.columns;
         let panel_end = (panel_begin + cut.columns).min(cut.panels.count::<L>());
         let column = panel_begin * Panels::width::<L>();
@@ -392,7 +392,7 @@ impl<L: Lanes> Compute<L> {
         } else if parts > 1 {
             padded
         } else {
-            ROW_GROUP
+            L::ROW_GROUP
         };
         let mut result = Buffer::take(Slot::Result, held * stride);
         let mut scale_buffer = Buffer::take(Slot::Scales, padded + stride);
@@ -460,13 +460,13 @@ impl<L: Lanes> Compute<L> {
             let step = match cut.left {
                 LeftForm::InPlace => p.a_strides[2],
                 LeftForm::Rows | LeftForm::Turned => 1,
-                LeftForm::Groups => ROW_GROUP,
+                LeftForm::Groups => L::ROW_GROUP,
             };
             for (r, pointer) in row_pointers.iter_mut().enumerate().take(padded) {
                 *pointer = match cut.left {
                     LeftForm::InPlace => a.add(r.min(rows - 1) * p.a_strides[1]).cast(),
                     LeftForm::Rows | LeftForm::Turned => left.add(r.min(rows - 1) * pitch),
-                    LeftForm::Groups => left.add(r / ROW_GROUP * ROW_GROUP * words + r % ROW_GROUP),
+                    LeftForm::Groups => left.add(r / L::ROW_GROUP * L::ROW_GROUP * words + r % L::ROW_GROUP),
                 };
             }
             let block = Block {
@@ -489,10 +489,10 @@ impl<L: Lanes> Compute<L> {
                 let (resume, last) = (at > 0, at + 1 == parts);
                 let step = step as isize;
                 let depth = Depth { segments: &segments, length, step, begin, resume, last };
-                for first in (0..rows).step_by(ROW_GROUP) {
+                for first in (0..rows).step_by(L::ROW_GROUP) {
                     block.sweep::<L>(first, &depth, &mut []);
                     if !direct && last {
-                        let live = ROW_GROUP.min(rows - first);
+                        let live = L::ROW_GROUP.min(rows - first);
                         finish.rows(out_pointers[first].cast(), stride, first, live);
                     }
                 }

@@ -4,7 +4,7 @@ use crate::attention::CHUNK;
 use crate::attention_kind::Rows;
 use crate::lanes::{Codes, Lanes};
 use crate::pack::header;
-use crate::tile::{Panels, ROW_GROUP, Start, Tile};
+use crate::tile::{MOST_GROUP, Panels, Start, Tile};
 
 /// `out (+)= left · right`, of which each tile may need only a part.
 #[derive(Clone, Copy)]
@@ -18,7 +18,7 @@ pub(crate) struct Product {
     /// Panels that are wanted; the first is column 0 of `out`.
     pub(crate) panel_begin: usize,
     pub(crate) panel_end: usize,
-    /// Has whole panels, and rows up to a multiple of [`ROW_GROUP`].
+    /// Has whole panels, and rows up to a multiple of [`EVERY_GROUP`](crate::tile::EVERY_GROUP).
     pub(crate) out: *mut u32,
     pub(crate) out_stride: usize,
     /// Whether to add to what `out` holds.
@@ -162,7 +162,7 @@ impl Product {
                 // SAFETY: granted by the caller: rows of the left operand are repeated, those of the result padded.
                 unsafe {
                     let (mut rows, mut outs) =
-                        ([std::ptr::null(); ROW_GROUP], [std::ptr::null_mut(); ROW_GROUP]);
+                        ([std::ptr::null(); MOST_GROUP], [std::ptr::null_mut(); MOST_GROUP]);
                     for i in 0..height {
                         let live = (row + i).min(self.rows - 1);
                         rows[i] = self.left.first.add(live * self.left.row_stride);
@@ -187,6 +187,8 @@ impl Product {
                         },
                         scales: None,
                         ahead: (std::ptr::null(), 0),
+                        live: height,
+                        blocks: None,
                     };
                     if single { L::tile_single(&tile) } else { L::tile_pair(&tile) }
                 }

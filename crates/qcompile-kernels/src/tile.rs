@@ -5,11 +5,14 @@
 //! vectors' width: an optional header row, then one row of words for each word of K.
 
 use crate::args::{Epilogue, Stream};
+use crate::buffer::{Buffer, Slot};
 use crate::lanes::{Lanes, Simd};
 use crate::window::Ahead;
 
-/// Rows are handled in groups of this many, a multiple of every tile height.
-pub(crate) const ROW_GROUP: usize = 24;
+/// A multiple of every tier's row group, and so of every tile height.
+pub(crate) const EVERY_GROUP: usize = 96;
+/// The largest row group.
+pub(crate) const MOST_GROUP: usize = 32;
 
 /// First values of a tile's accumulators.
 #[derive(Clone, Copy)]
@@ -46,6 +49,23 @@ pub(crate) struct Tile {
     pub(crate) scales: Option<Scales>,
     /// Memory to be fetched ahead of its use, and so many cache lines of it with each segment.
     pub(crate) ahead: (*const u8, usize),
+    /// Rows that count; what a tile stores for the others is arbitrary.
+    pub(crate) live: usize,
+    /// What [`Lanes::blocks`] made of the rows, if it was done once for several tiles.
+    pub(crate) blocks: Option<Blocks>,
+}
+
+/// A tile's rows as a tier reads them that multiplies blocks of rows: each block's equally far apart.
+#[derive(Clone, Copy)]
+pub(crate) struct Blocks {
+    /// First word of each block, where it is, or of a copy of all segments, one after the other.
+    pub(crate) first: [*const u32; 2],
+    /// From one row of a block to the next, in bytes.
+    pub(crate) stride: [isize; 2],
+    /// Whether it is a copy.
+    pub(crate) copied: [bool; 2],
+    /// From one row of the output to the next in bytes, for each block, where they are equally far apart.
+    pub(crate) out_stride: [Option<isize>; 2],
 }
 
 /// Scales of i32 sums.
@@ -229,7 +249,7 @@ impl Panels {
 }
 
 /// A part of K.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub(crate) struct Depth<'a> {
     /// Offset of each segment from a row's pointer, in words.
     pub(crate) segments: &'a [isize],
@@ -247,7 +267,7 @@ pub(crate) struct Depth<'a> {
 
 /// One block of the output.
 pub(crate) struct Block<'a> {
-    /// A pointer for each row of the left operand, filled up to a multiple of [`ROW_GROUP`].
+    /// A pointer for each row of the left operand, filled up to whole row groups.
     pub(crate) rows: &'a [*const u32],
     /// A pointer for each row of the output; rows without a result need room all the same.
     pub(crate) outs: &'a [*mut u32],
@@ -270,7 +290,7 @@ pub(crate) struct Block<'a> {
 }
 
 impl Block<'_> {
-    /// Adds a part of K to the rows of one group (`first` is a multiple of [`ROW_GROUP`]), and fetches a
+    /// Adds a part of K to the rows of one group (`first` is a multiple of [`Lanes::ROW_GROUP`]), and fetches a
     /// piece of what lies ahead with each tile.
     ///
     /// # Safety
@@ -281,9 +301,12 @@ impl Block<'_> {
         depth: &Depth<'_>,
         ahead: &mut [Ahead],
     ) {
-        let count = ROW_GROUP.min(self.count - first);
+        let count = L::ROW_GROUP.min(self.count - first);
+        let mut copies = Buffer::take(Slot::Blocks, L::room_of_blocks(depth));
         // SAFETY: granted by the caller.
         unsafe {
+            let (rows, outs) = (self.rows.as_ptr().add(first), self.outs.as_ptr().add(first));
+            let blocks = L::blocks(rows, outs, depth, copies.words());
             for panel in self.panel_begin..self.panel_end {
                 let stored = self.panels.stored::<L>(panel);
                 let valid = self.panels.valid::<L>(panel);
@@ -305,12 +328,15 @@ impl Block<'_> {
                     },
                     scales: None,
                     ahead: (std::ptr::null(), 0),
+                    live: 0,
+                    blocks,
                 };
                 let single = stored == L::LANES;
                 let height = if single { L::ROWS_SINGLE } else { L::ROWS_PAIR };
                 for row in (first..first + count).step_by(height) {
                     tile.rows = self.rows.as_ptr().add(row);
                     tile.outs = self.outs.as_ptr().add(row);
+                    tile.live = height.min(self.count - row);
                     if let Some(ahead) = ahead.iter_mut().find(|ahead| !ahead.is_empty()) {
                         let (from, lines) = ahead.take();
                         tile.ahead = (from, lines.div_ceil(depth.segments.len().max(1)));
@@ -319,15 +345,13 @@ impl Block<'_> {
                     }
                     if depth.last {
                         if let Some((finish, above)) = self.finish {
-                            let live = height.min(self.count - row);
-                            finish.fetch::<L::Tier>(above + row, live, tile.column, stored);
+                            finish.fetch::<L::Tier>(above + row, tile.live, tile.column, stored);
                         }
                         let left = |scales: Scales| scales.left.add(row);
                         tile.scales = self.scales.map(|s| Scales { left: left(s), ..s });
                     }
                     if self.exact && valid < stored {
-                        let live = height.min(self.count - row);
-                        narrow::<L>(&mut tile, single, height, live, stored, valid);
+                        narrow::<L>(&mut tile, single, height, stored, valid);
                     } else if single {
                         L::tile_single(&tile);
                     } else {
@@ -339,7 +363,7 @@ impl Block<'_> {
     }
 }
 
-/// Computes a tile of which only `live` rows and `valid` columns may be stored.
+/// Computes a tile of which only the live rows and `valid` columns may be stored.
 ///
 /// # Safety
 /// As [`Block::sweep`].
@@ -347,20 +371,21 @@ unsafe fn narrow<L: Lanes>(
     tile: &mut Tile,
     single: bool,
     height: usize,
-    live: usize,
     stored: usize,
     valid: usize,
 ) {
-    let mut words = [0_u32; ROW_GROUP * 32];
-    let mut outs = [std::ptr::null_mut(); ROW_GROUP];
+    let mut words = [0_u32; MOST_GROUP * 32];
+    let mut outs = [std::ptr::null_mut(); MOST_GROUP];
     for (i, out) in outs.iter_mut().take(height).enumerate() {
         *out = words[i * stored..].as_mut_ptr();
     }
-    let (column, real, scales) = (tile.column, tile.outs, tile.scales);
+    let (column, real, scales, blocks) = (tile.column, tile.outs, tile.scales, tile.blocks);
+    tile.blocks =
+        blocks.map(|blocks| Blocks { out_stride: [Some((stored * 4) as isize); 2], ..blocks });
     // SAFETY: `height * stored` words fit the local buffer; the rest is granted by the caller.
     unsafe {
         if matches!(tile.start, Start::Resume) {
-            for (i, &out) in outs.iter().take(live).enumerate() {
+            for (i, &out) in outs.iter().take(tile.live).enumerate() {
                 std::ptr::copy_nonoverlapping((*real.add(i)).add(column), out, valid);
             }
         }
@@ -371,11 +396,11 @@ unsafe fn narrow<L: Lanes>(
         } else {
             L::tile_pair(tile);
         }
-        for (i, &out) in outs.iter().take(live).enumerate() {
+        for (i, &out) in outs.iter().take(tile.live).enumerate() {
             std::ptr::copy_nonoverlapping(out, (*real.add(i)).add(column), valid);
         }
     }
-    (tile.outs, tile.column, tile.scales) = (real, column, scales);
+    (tile.outs, tile.column, tile.scales, tile.blocks) = (real, column, scales, blocks);
 }
 
 /// Where finished rows go.

@@ -1,6 +1,6 @@
 //! The tile registers: who may use them, and how they are set up.
 
-use super::{DEPTH, FIRST, ROWS};
+use super::{BLOCK, DEPTH};
 use std::arch::asm;
 use std::cell::Cell;
 
@@ -57,7 +57,7 @@ impl Configuration {
     /// tmm0 to tmm3 are sums (first block left and right, then the second), tmm4 and tmm5 the left operand's blocks, tmm6
     /// and tmm7 those of the right operand, `depth` words of K each.
     const fn of(depth: usize) -> Configuration {
-        let (words, second) = ((depth * 4) as u16, (ROWS - FIRST) as u8);
+        let words = (depth * 4) as u16;
         let mut all = Configuration {
             palette: 1,
             start_row: 0,
@@ -69,11 +69,7 @@ impl Configuration {
         let mut at = 0;
         while at < 8 {
             bytes[at] = if at == 4 || at == 5 { words } else { 64 };
-            rows[at] = match at {
-                2 | 3 | 5 => second,
-                6 | 7 => depth as u8,
-                _ => FIRST as u8,
-            };
+            rows[at] = if at >= 6 { depth as u8 } else { BLOCK as u8 };
             at += 1;
         }
         all

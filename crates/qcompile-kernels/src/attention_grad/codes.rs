@@ -21,12 +21,12 @@ use crate::rounding::{
     scale_of,
 };
 use crate::seen::{Left as LeftOperand, Over, Product, Seen};
-use crate::tile::{Panels, ROW_GROUP};
+use crate::tile::{EVERY_GROUP, Panels};
 
 /// Queries of a strip: those of a block.
 const QUERIES: usize = AttentionKind::INT8_QUERIES;
 const FINE_STEPS: f32 = AttentionKind::INT8_FINE_STEPS;
-const _: () = assert!(QUERIES.next_multiple_of(ROW_GROUP) <= STRIP);
+const _: () = assert!(QUERIES.next_multiple_of(EVERY_GROUP) <= STRIP);
 const _: () = assert!(CHUNK == AttentionKind::INT8_KEYS);
 
 pub(super) struct Gradients {

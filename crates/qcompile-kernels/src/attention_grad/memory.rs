@@ -3,7 +3,7 @@
 use crate::args::{AttentionArgs, AttentionKind};
 use crate::attention::{BLOCK, CHUNK, Parts, STRIP, score_stride};
 use crate::lanes::Lanes;
-use crate::tile::{Panels, ROW_GROUP};
+use crate::tile::{EVERY_GROUP, Panels};
 
 const QUERIES: usize = AttentionKind::INT8_QUERIES;
 
@@ -60,7 +60,7 @@ impl Memory {
         let stride = |n: usize| n.next_multiple_of(Panels::width::<L>());
         let strides = [stride(width), stride(value_width)];
         let code_stride = keys.min(CHUNK).next_multiple_of(BLOCK) + 64;
-        let chunk = keys.min(CHUNK).next_multiple_of(ROW_GROUP);
+        let chunk = keys.min(CHUNK).next_multiple_of(EVERY_GROUP);
         let widest = width.max(value_width);
         let scores = STRIP * score_stride(keys);
         let sizes = [

@@ -3,7 +3,7 @@
 use super::Product;
 use crate::lanes::Lanes;
 use crate::pack::{self, Left, Right, Source};
-use crate::tile::{Panels, ROW_GROUP};
+use crate::tile::{MOST_GROUP, Panels};
 use std::mem::MaybeUninit;
 
 /// Words of K packed at once, over all panels of a block.
@@ -61,11 +61,11 @@ pub(super) unsafe fn pack_left<L: Lanes>(
         for word in (0..words).step_by(step) {
             let k = word * L::GROUP;
             let length = (step * L::GROUP).min(p.k - k);
-            for first in (0..count).step_by(ROW_GROUP) {
+            for first in (0..count).step_by(L::ROW_GROUP) {
                 let source = left_source(p, from, k, first);
-                let live = ROW_GROUP.min(count - first);
-                let to = to.add(first * words + word * ROW_GROUP);
-                pack::interleave::<L, Left>(source, length, live, to, ROW_GROUP);
+                let live = L::ROW_GROUP.min(count - first);
+                let to = to.add(first * words + word * L::ROW_GROUP);
+                pack::interleave::<L, Left>(source, length, live, to, L::ROW_GROUP);
             }
         }
     }
@@ -93,20 +93,20 @@ unsafe fn turn<L: Lanes>(
     const LINE: usize = 16;
     let words = p.k.div_ceil(L::GROUP);
     let pitch = LeftForm::Turned.pitch(words);
-    let mut group = MaybeUninit::<[u32; LINE * ROW_GROUP]>::uninit();
+    let mut group = MaybeUninit::<[u32; LINE * MOST_GROUP]>::uninit();
     let group = group.as_mut_ptr().cast::<u32>();
     for word in (0..words).step_by(LINE) {
         let k = word * L::GROUP;
         let length = (LINE * L::GROUP).min(p.k - k);
-        for first in (0..count).step_by(ROW_GROUP) {
+        for first in (0..count).step_by(L::ROW_GROUP) {
             // SAFETY: granted by the caller.
             unsafe {
                 let source = left_source(p, from, k, first);
-                let live = ROW_GROUP.min(count - first);
-                pack::interleave::<L, Left>(source, length, live, group, ROW_GROUP);
-                let size = [length.div_ceil(L::GROUP), ROW_GROUP];
+                let live = L::ROW_GROUP.min(count - first);
+                pack::interleave::<L, Left>(source, length, live, group, L::ROW_GROUP);
+                let size = [length.div_ceil(L::GROUP), L::ROW_GROUP];
                 let to = to.add(first * pitch + word);
-                pack::transpose::<L::Tier>(group, size, ROW_GROUP, to, pitch);
+                pack::transpose::<L::Tier>(group, size, L::ROW_GROUP, to, pitch);
             }
         }
     }

@@ -326,6 +326,8 @@ pub(super) unsafe fn product<L: Lanes>(
                 start,
                 scales: L::INTEGER.then(|| Scales { left: left.scales[first..].as_ptr(), right }),
                 ahead: (std::ptr::null(), 0),
+                live: height::<L>(),
+                blocks: None,
             };
             // SAFETY: rows, panel and buffer are valid for the tile.
             unsafe {
