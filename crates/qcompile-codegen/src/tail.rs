@@ -21,14 +21,16 @@ impl Tail {
     /// With what the nest of an epilogue touches by rows and columns.
     pub(crate) fn new(e: &mut Emitter<'_, '_>, nest: Option<&LoopNest>, function: Value) -> Tail {
         let stores = |write: &Write| matches!(write, Write::Store { .. });
-        let accesses: Vec<&Access> = nest.map_or(Vec::new(), |nest| {
+        let accesses: Vec<(&Access, bool)> = nest.map_or(Vec::new(), |nest| {
             let writes = nest.writes.iter().filter(|write| stores(write)).map(Write::access);
-            let all = nest.reads.iter().chain(writes);
-            let mut streams: Vec<&Access> = Vec::new();
-            for access in all {
+            let reads = nest.reads.iter().map(|access| (access, false));
+            let all = reads.chain(writes.map(|access| (access, true)));
+            let mut streams: Vec<(&Access, bool)> = Vec::new();
+            for (access, written) in all {
                 let streams_by = |stride: &[Dim]| stride[0].scale != 0 && stride[1] == Dim::ONE;
-                if streams_by(&access.strides) && !streams.contains(&access) {
-                    streams.push(access);
+                if streams_by(&access.strides) && !streams.iter().any(|&(other, _)| other == access)
+                {
+                    streams.push((access, written));
                 }
             }
             streams
@@ -40,13 +42,14 @@ impl Tail {
         let bytes = u32::try_from(size_of::<Stream>() * accesses.len()).expect("few operands");
         let data = StackSlotData::new(StackSlotKind::ExplicitSlot, bytes, 3);
         let slot = e.b.create_sized_stack_slot(data);
-        for (at, access) in accesses.into_iter().enumerate() {
+        for (at, (access, written)) in accesses.into_iter().enumerate() {
             let size = access.dtype.size();
             let stride = e.dim(access.strides[0]);
             let fields = [
                 (offset_of!(Stream, first), e.element(access.slot, access.offset, size)),
                 (offset_of!(Stream, row_bytes), e.times(stride, size)),
                 (offset_of!(Stream, column_bytes), e.int(size)),
+                (offset_of!(Stream, written), e.int(usize::from(written))),
             ];
             for (offset, value) in fields {
                 let offset = size_of::<Stream>() * at + offset;

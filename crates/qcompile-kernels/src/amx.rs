@@ -3,7 +3,7 @@
 //!
 //! A register tile is 32 x 32 (or 32 x 16): two blocks of 16 rows, each beside two (or one) of the right operand, whose
 //! packed panels are laid out as the instructions want it. A block of the left operand is read where it is if its rows
-//! are equally far apart and their words adjacent, else copied first, once for all panels.
+//! are equally far apart and their words adjacent, else copied.
 
 mod left;
 mod registers;
@@ -11,10 +11,9 @@ mod registers;
 pub(crate) use registers::is_supported;
 
 use crate::avx512;
+use crate::buffer::Buffer;
 use crate::lanes::{Lanes, Simd, Task, word_of_bf16, word_of_i8};
-use crate::buffer::{Buffer, Slot};
-use crate::tile::{Blocks, Depth, Start, Tile, tile};
-use left::room;
+use crate::tile::{Blocks, Depth, Place, Start, Tile, tile};
 use registers::{Release, configure};
 use std::arch::asm;
 use std::arch::x86_64::{
@@ -40,6 +39,8 @@ impl Simd for Amx {
     type Int8 = Int8;
     type Bf16 = Bf16;
     const FMA: bool = true;
+    // So many lines keep those of the next tiles waiting.
+    const FETCHES_WRITES: bool = false;
 
     unsafe fn enter<T: Task>(task: T) {
         #[target_feature(
@@ -124,15 +125,12 @@ macro_rules! amx_lanes {
                 // SAFETY: passed on from the caller.
                 unsafe { <$under>::scale(sum, left, right) }
             }
-            fn room_of_blocks(depth: &Depth<'_>) -> usize {
-                left::room(depth)
-            }
             #[inline(always)]
             unsafe fn blocks(
                 rows: *const *const u32,
                 outs: *const *mut u32,
                 depth: &Depth<'_>,
-                copies: *mut u32,
+                copies: &mut Option<Buffer>,
             ) -> Option<Blocks> {
                 // SAFETY: passed on from the caller.
                 Some(unsafe { left::blocks::<Self>(rows, outs, depth, copies) })
@@ -325,8 +323,8 @@ unsafe fn product<L: Multiply, const N: usize>(t: &Tile) {
         }
         let segments = std::slice::from_raw_parts(t.segments, t.segment_count);
         let of = Depth { segments, length: t.length, step: t.step, ..Depth::default() };
-        let mut copies = Buffer::take(Slot::Blocks, room(&of));
-        let blocks = left::blocks::<L>(t.rows, t.outs, &of, copies.words());
+        let mut copies = None;
+        let blocks = left::blocks::<L>(t.rows, t.outs, &of, &mut copies);
         block_product::<L, N>(t, &blocks, depth, tail);
     }
 }
@@ -412,6 +410,8 @@ unsafe fn multiply_all<L: Multiply, const N: usize, const BOTH: bool>(
 ) {
     // SAFETY: granted by the caller.
     unsafe {
+        let mut gathered = Staging::<{ ROWS * DEPTH }>::NEW;
+        let gathered = gathered.words();
         let (mut ahead, lines) = t.ahead;
         let mut right = t.right;
         for s in 0..t.segment_count {
@@ -419,21 +419,30 @@ unsafe fn multiply_all<L: Multiply, const N: usize, const BOTH: bool>(
                 L::Tier::prefetch(ahead);
                 ahead = ahead.wrapping_add(64);
             }
-            let (there, copied) = (*t.segments.add(s), (s * t.length) as isize);
+            let mut at = *t.segments.add(s);
             let mut left = [0, 1].map(|block: usize| Rows {
-                first: blocks.first[block].wrapping_offset(match blocks.copied[block] {
-                    true => copied,
-                    false => there,
+                first: blocks.first[block].wrapping_offset(match blocks.place[block] {
+                    Place::Copied => (s * t.length) as isize,
+                    Place::There | Place::Scattered => at,
                 }),
                 stride: blocks.stride[block],
             });
             for _ in (0..whole).step_by(depth) {
-                match (N, BOTH) {
-                    (2, true) => L::pair(left, right),
-                    (2, false) => L::pair_of_one(left[0], right),
-                    (_, true) => L::single(left, right),
-                    (_, false) => L::single_of_one(left[0], right),
+                let mut rows = left;
+                for (block, rows) in rows.iter_mut().take(if BOTH { 2 } else { 1 }).enumerate() {
+                    if blocks.place[block] == Place::Scattered {
+                        let to = gathered.add(block * BLOCK * DEPTH);
+                        left::gather(t.rows.add(block * BLOCK), at, depth, to);
+                        *rows = Rows { first: to, stride: (DEPTH * 4) as isize };
+                    }
                 }
+                match (N, BOTH) {
+                    (2, true) => L::pair(rows, right),
+                    (2, false) => L::pair_of_one(rows[0], right),
+                    (_, true) => L::single(rows, right),
+                    (_, false) => L::single_of_one(rows[0], right),
+                }
+                at += depth as isize;
                 left = left.map(|rows| Rows { first: rows.first.wrapping_add(depth), ..rows });
                 right = right.add(depth * N * L::LANES);
             }

@@ -48,6 +48,8 @@ pub struct Stream {
     pub row_bytes: usize,
     /// Bytes of one element; columns are adjacent.
     pub column_bytes: usize,
+    /// 1 if the epilogue only writes it.
+    pub written: usize,
 }
 
 /// `C[b, m, n] = sum over k of A[b, m, k] * B[b, k, n]`, with sums in f32.

@@ -4,6 +4,7 @@
 //! (widened i8) or four bytes. One algorithm then serves every type and tier; a tier supplies these few
 //! operations. A tier that cannot multiply bf16 sees each as an f32 ([`Widened`]), which is exact.
 
+use crate::buffer::Buffer;
 use crate::tile::{Blocks, Depth, Tile};
 use std::marker::PhantomData;
 
@@ -17,6 +18,8 @@ pub(crate) trait Simd: Copy + 'static {
     type Bf16: Lanes<Element = u16>;
     /// Whether the tier fuses multiply and add.
     const FMA: bool;
+    /// Whether tiles take long enough for what an epilogue will write to be fetched meanwhile.
+    const FETCHES_WRITES: bool = true;
     /// Runs a task compiled with the tier's target features.
     ///
     /// # Safety
@@ -222,22 +225,17 @@ pub(crate) trait Lanes: Copy + 'static {
     /// The word of a right operand.
     fn right_word(elements: &[Self::Element; 4]) -> u32;
 
-    /// Words that [`Lanes::blocks`] may copy.
-    fn room_of_blocks(_depth: &Depth<'_>) -> usize {
-        0
-    }
     /// The rows of a group as blocks, for tiers that multiply those, whose tile is a row group; rows that are not equally far apart, or whose words
-    /// are not adjacent, are copied.
+    /// are not adjacent, are copied, to a buffer that is taken for them.
     ///
     /// # Safety
-    /// There are as many pointers as a group has rows, the words of each row at the depth's segments may be read, and
-    /// `copies` has [`Lanes::room_of_blocks`].
+    /// There are as many pointers as a group has rows, and the words of each row at the depth's segments may be read.
     #[inline(always)]
     unsafe fn blocks(
         _rows: *const *const u32,
         _outs: *const *mut u32,
         _depth: &Depth<'_>,
-        _copies: *mut u32,
+        _copies: &mut Option<Buffer>,
     ) -> Option<Blocks> {
         None
     }

@@ -6,7 +6,7 @@ use crate::Primitive;
 use crate::args::{Epilogue, MatmulArgs, MatmulBf16Args, MatmulI8Args, Stream};
 use crate::buffer::{Buffer, Slot};
 use crate::lanes::{Codes, Lanes, Simd, Task};
-use crate::tile::{Block, Depth, Finish, EVERY_GROUP, Panels, Scales};
+use crate::tile::{Block, Depth, EVERY_GROUP, Finish, Panels, Scales};
 use operands::{LeftForm, pack_left, pack_right};
 
 /// Most rows of a block, where there are several of them.
@@ -203,7 +203,13 @@ impl Cut {
             false => LeftForm::Groups,
         };
         let in_place = left == LeftForm::InPlace;
-        let narrowest = if whole { 1 } else { 4 };
+        // Where a unit packs its columns of B for itself, it reads rows of B a piece at a time: of one panel, too little
+        // for the prefetchers of the CPU.
+        let narrowest = match whole {
+            true if count < LEAST_UNITS => 1,
+            true => 2,
+            false => 4,
+        };
         let fits = |columns: usize| !whole || panels.k * columns * width <= ALONE_WORDS;
         // Fewer units will do where each packs its rows of A for itself.
         let enough = |columns: usize| {
@@ -466,7 +472,9 @@ impl<L: Lanes> Compute<L> {
                 *pointer = match cut.left {
                     LeftForm::InPlace => a.add(r.min(rows - 1) * p.a_strides[1]).cast(),
                     LeftForm::Rows | LeftForm::Turned => left.add(r.min(rows - 1) * pitch),
-                    LeftForm::Groups => left.add(r / L::ROW_GROUP * L::ROW_GROUP * words + r % L::ROW_GROUP),
+                    LeftForm::Groups => {
+                        left.add(r / L::ROW_GROUP * L::ROW_GROUP * words + r % L::ROW_GROUP)
+                    }
                 };
             }
             let block = Block {

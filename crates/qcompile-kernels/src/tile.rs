@@ -5,7 +5,6 @@
 //! vectors' width: an optional header row, then one row of words for each word of K.
 
 use crate::args::{Epilogue, Stream};
-use crate::buffer::{Buffer, Slot};
 use crate::lanes::{Lanes, Simd};
 use crate::window::Ahead;
 
@@ -58,12 +57,12 @@ pub(crate) struct Tile {
 /// A tile's rows as a tier reads them that multiplies blocks of rows: each block's equally far apart.
 #[derive(Clone, Copy)]
 pub(crate) struct Blocks {
-    /// First word of each block, where it is, or of a copy of all segments, one after the other.
+    /// Where each block is.
+    pub(crate) place: [Place; 2],
+    /// First word of each block.
     pub(crate) first: [*const u32; 2],
     /// From one row of a block to the next, in bytes.
     pub(crate) stride: [isize; 2],
-    /// Whether it is a copy.
-    pub(crate) copied: [bool; 2],
     /// From one row of the output to the next in bytes, for each block, where they are equally far apart.
     pub(crate) out_stride: [Option<isize>; 2],
 }
@@ -265,6 +264,17 @@ pub(crate) struct Depth<'a> {
     pub(crate) last: bool,
 }
 
+/// Where a block of rows is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// In the left operand.
+    There,
+    /// In a copy of all segments, one after the other.
+    Copied,
+    /// In rows that are not equally far apart, to be gathered at each step: a copy would not stay in L1.
+    Scattered,
+}
+
 /// One block of the output.
 pub(crate) struct Block<'a> {
     /// A pointer for each row of the left operand, filled up to whole row groups.
@@ -302,11 +312,11 @@ impl Block<'_> {
         ahead: &mut [Ahead],
     ) {
         let count = L::ROW_GROUP.min(self.count - first);
-        let mut copies = Buffer::take(Slot::Blocks, L::room_of_blocks(depth));
+        let mut copies = None;
         // SAFETY: granted by the caller.
         unsafe {
             let (rows, outs) = (self.rows.as_ptr().add(first), self.outs.as_ptr().add(first));
-            let blocks = L::blocks(rows, outs, depth, copies.words());
+            let blocks = L::blocks(rows, outs, depth, &mut copies);
             for panel in self.panel_begin..self.panel_end {
                 let stored = self.panels.stored::<L>(panel);
                 let valid = self.panels.valid::<L>(panel);
@@ -443,6 +453,9 @@ impl Finish {
         for at in 0..self.streams.1 {
             // SAFETY: granted by the caller.
             let stream = unsafe { *self.streams.0.add(at) };
+            if !S::FETCHES_WRITES && stream.written != 0 {
+                continue;
+            }
             let row = (self.row + first) * stream.row_bytes;
             let left = (self.column + column) * stream.column_bytes;
             let from = stream.first.wrapping_add(row + left);

@@ -1,22 +1,15 @@
 //! Blocks of rows of the left operand.
 
-use super::{BLOCK, ROWS};
+use super::{BLOCK, DEPTH, ROWS};
+use crate::buffer::{Buffer, Slot};
 use crate::lanes::{Lanes, Simd};
 use crate::pack;
-use crate::tile::{Blocks, Depth};
-use std::arch::x86_64::{_mm512_mask_storeu_epi32, _mm512_maskz_loadu_epi32};
-
-/// Words of a vector.
-const VECTOR: usize = 16;
+use crate::tile::{Blocks, Depth, Place};
+use std::arch::x86_64::{_mm512_maskz_loadu_epi32, _mm512_store_si512};
 
 /// Words from one copied row to the next.
 fn pitch(depth: &Depth<'_>) -> usize {
     pack::row_pitch(depth.segments.len() * depth.length)
-}
-
-/// Words that [`blocks`] may copy.
-pub(super) fn room(depth: &Depth<'_>) -> usize {
-    ROWS * pitch(depth)
 }
 
 /// How far apart the rows of a block are in bytes, if equally far.
@@ -34,56 +27,68 @@ unsafe fn stride_of<T>(pointers: *const *const T) -> Option<isize> {
 }
 
 /// See [`Lanes::blocks`].
-#[inline(always)]
+#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")]
 pub(super) unsafe fn blocks<L: Lanes>(
     rows: *const *const u32,
     outs: *const *mut u32,
     depth: &Depth<'_>,
-    copies: *mut u32,
+    copies: &mut Option<Buffer>,
 ) -> Blocks {
-    let mut blocks =
-        Blocks { first: [copies; 2], stride: [0; 2], copied: [false; 2], out_stride: [None; 2] };
+    let mut blocks = Blocks {
+        place: [Place::There; 2],
+        first: [std::ptr::null(); 2],
+        stride: [0; 2],
+        out_stride: [None; 2],
+    };
     // SAFETY: granted by the caller.
     unsafe {
         for block in 0..2 {
             blocks.out_stride[block] = stride_of::<u32>(outs.add(block * BLOCK).cast());
             let rows = rows.add(block * BLOCK);
-            if let Some(stride) = stride_of(rows).filter(|_| depth.step == 1) {
-                (blocks.first[block], blocks.stride[block]) = (*rows, stride);
-                continue;
+            blocks.first[block] = *rows;
+            if depth.step != 1 {
+                let room = ROWS * pitch(depth);
+                let buffer = copies.get_or_insert_with(|| Buffer::take(Slot::Blocks, room));
+                let to = buffer.words().add(block * BLOCK * pitch(depth));
+                copy::<L>(rows, depth, to);
+                blocks.first[block] = to;
+                blocks.stride[block] = (pitch(depth) * 4) as isize;
+                blocks.place[block] = Place::Copied;
+            } else if let Some(stride) = stride_of(rows) {
+                blocks.stride[block] = stride;
+            } else {
+                blocks.place[block] = Place::Scattered;
             }
-            let to = copies.add(block * BLOCK * pitch(depth));
-            copy::<L>(rows, depth, to);
-            blocks.first[block] = to;
-            blocks.stride[block] = (pitch(depth) * 4) as isize;
-            blocks.copied[block] = true;
         }
     }
     blocks
 }
 
-/// Copies the words of a block's rows, all segments one after the other.
+/// Copies `depth` words of each row of a block from `at` on, [`DEPTH`] words apart.
+#[inline(always)]
+pub(super) unsafe fn gather(rows: *const *const u32, at: isize, depth: usize, to: *mut u32) {
+    let words = (u32::MAX >> (32 - depth)) as u16;
+    for row in 0..BLOCK {
+        // SAFETY: granted by the caller.
+        unsafe {
+            let from = (*rows.add(row)).wrapping_offset(at);
+            let vector = _mm512_maskz_loadu_epi32(words, from.cast());
+            _mm512_store_si512(to.add(row * DEPTH).cast(), vector);
+        }
+    }
+}
+
+/// Copies the words of a block's rows, which are not adjacent, all segments one after the other.
 #[inline(always)]
 unsafe fn copy<L: Lanes>(rows: *const *const u32, depth: &Depth<'_>, to: *mut u32) {
     let pitch = pitch(depth);
     for (s, &segment) in depth.segments.iter().enumerate() {
-        // SAFETY: granted by the caller.
-        unsafe {
-            let to = to.add(s * depth.length);
-            if depth.step == 1 {
-                for word in (0..depth.length).step_by(VECTOR) {
-                    let words = (u32::MAX >> (32 - VECTOR.min(depth.length - word))) as u16;
-                    for row in 0..BLOCK {
-                        let from = (*rows.add(row)).wrapping_offset(segment).wrapping_add(word);
-                        let vector = _mm512_maskz_loadu_epi32(words, from.cast());
-                        _mm512_mask_storeu_epi32(to.add(row * pitch + word).cast(), words, vector);
-                    }
-                }
-                continue;
-            }
-            for eight in (0..BLOCK).step_by(8) {
+        for eight in (0..BLOCK).step_by(8) {
+            // SAFETY: granted by the caller.
+            unsafe {
+                let to = to.add(s * depth.length + eight * pitch);
                 let rows = rows.add(eight);
-                let (first, to) = (*rows, to.add(eight * pitch));
+                let first = *rows;
                 let adjacent = (1..8).all(|row| *rows.add(row) == first.wrapping_add(row));
                 let mut word = 0;
                 if adjacent && depth.step > 0 {
