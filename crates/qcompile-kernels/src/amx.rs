@@ -3,7 +3,7 @@
 //!
 //! A register tile is 32 x 32 (or 32 x 16): two blocks of 16 rows, each beside two (or one) of the right operand, whose
 //! packed panels are laid out as the instructions want it. A block of the left operand is read where it is if its rows
-//! are equally far apart and their words adjacent, else copied.
+//! are equally far apart and their words adjacent, else from a copy (see [`Place`]).
 
 mod left;
 mod registers;
@@ -78,6 +78,13 @@ impl Simd for Amx {
     }
 }
 
+/// Runs an instruction on tile registers and rows in memory.
+macro_rules! move_tile {
+    ($text:literal, $rows:expr) => {
+        asm!($text, r = in(reg) $rows.first, s = in(reg) $rows.stride, options(nostack, preserves_flags))
+    };
+}
+
 /// Lanes whose single vectors are those of AVX-512 and whose tiles are multiplied by AMX.
 macro_rules! amx_lanes {
     ($name:ident, $under:ty, $v:ty, $element:ty, $instruction:literal, { $($own:tt)* }) => {
@@ -147,81 +154,46 @@ macro_rules! amx_lanes {
 
         impl Multiply for $name {
             #[inline(always)]
-            unsafe fn pair(left: [Rows; 2], right: *const u32) {
+            unsafe fn first<const N: usize>(left: Rows, right: *const u32) {
                 // SAFETY: the caller grants the rows and the panel, and configured the registers.
                 unsafe {
-                    asm!(
-                        "tileloadd tmm4, [{a} + {s}*1]",
-                        // A panel is read once for each tile, and would push the left operand out of L1.
-                        "tileloaddt1 tmm6, [{r} + {p}*1]",
-                        concat!($instruction, " tmm0, tmm4, tmm6"),
-                        "tileloaddt1 tmm7, [{r} + {p}*1 + 64]",
-                        concat!($instruction, " tmm1, tmm4, tmm7"),
-                        "tileloadd tmm5, [{b} + {t}*1]",
-                        concat!($instruction, " tmm2, tmm5, tmm6"),
-                        concat!($instruction, " tmm3, tmm5, tmm7"),
-                        a = in(reg) left[0].first,
-                        s = in(reg) left[0].stride,
-                        b = in(reg) left[1].first,
-                        t = in(reg) left[1].stride,
-                        r = in(reg) right,
-                        p = in(reg) 128_usize,
-                        options(nostack, preserves_flags, readonly),
-                    );
+                    if N == 2 {
+                        asm!(
+                            "tileloadd tmm4, [{a} + {s}*1]",
+                            // A panel is read once for each tile, and would push the left operand out of L1.
+                            "tileloaddt1 tmm6, [{r} + {p}*1]",
+                            concat!($instruction, " tmm0, tmm4, tmm6"),
+                            "tileloaddt1 tmm7, [{r} + {p}*1 + 64]",
+                            concat!($instruction, " tmm1, tmm4, tmm7"),
+                            a = in(reg) left.first,
+                            s = in(reg) left.stride,
+                            r = in(reg) right,
+                            p = in(reg) 128_usize,
+                            options(nostack, preserves_flags, readonly),
+                        );
+                    } else {
+                        asm!(
+                            "tileloadd tmm4, [{a} + {s}*1]",
+                            "tileloadd tmm6, [{r} + {p}*1]",
+                            concat!($instruction, " tmm0, tmm4, tmm6"),
+                            a = in(reg) left.first,
+                            s = in(reg) left.stride,
+                            r = in(reg) right,
+                            p = in(reg) 64_usize,
+                            options(nostack, preserves_flags, readonly),
+                        );
+                    }
                 }
             }
             #[inline(always)]
-            unsafe fn single(left: [Rows; 2], right: *const u32) {
-                // SAFETY: the caller grants the rows and the panel, and configured the registers.
+            unsafe fn second<const N: usize>(left: Rows) {
+                // SAFETY: the caller grants the rows, configured the registers and loaded the right operand.
                 unsafe {
-                    asm!(
-                        "tileloadd tmm4, [{a} + {s}*1]",
-                        "tileloadd tmm6, [{r} + {p}*1]",
-                        concat!($instruction, " tmm0, tmm4, tmm6"),
-                        "tileloadd tmm5, [{b} + {t}*1]",
-                        concat!($instruction, " tmm2, tmm5, tmm6"),
-                        a = in(reg) left[0].first,
-                        s = in(reg) left[0].stride,
-                        b = in(reg) left[1].first,
-                        t = in(reg) left[1].stride,
-                        r = in(reg) right,
-                        p = in(reg) 64_usize,
-                        options(nostack, preserves_flags, readonly),
-                    );
-                }
-            }
-            #[inline(always)]
-            unsafe fn pair_of_one(left: Rows, right: *const u32) {
-                // SAFETY: the caller grants the rows and the panel, and configured the registers.
-                unsafe {
-                    asm!(
-                        "tileloadd tmm4, [{a} + {s}*1]",
-                        "tileloaddt1 tmm6, [{r} + {p}*1]",
-                        concat!($instruction, " tmm0, tmm4, tmm6"),
-                        "tileloaddt1 tmm7, [{r} + {p}*1 + 64]",
-                        concat!($instruction, " tmm1, tmm4, tmm7"),
-                        a = in(reg) left.first,
-                        s = in(reg) left.stride,
-                        r = in(reg) right,
-                        p = in(reg) 128_usize,
-                        options(nostack, preserves_flags, readonly),
-                    );
-                }
-            }
-            #[inline(always)]
-            unsafe fn single_of_one(left: Rows, right: *const u32) {
-                // SAFETY: the caller grants the rows and the panel, and configured the registers.
-                unsafe {
-                    asm!(
-                        "tileloadd tmm4, [{a} + {s}*1]",
-                        "tileloadd tmm6, [{r} + {p}*1]",
-                        concat!($instruction, " tmm0, tmm4, tmm6"),
-                        a = in(reg) left.first,
-                        s = in(reg) left.stride,
-                        r = in(reg) right,
-                        p = in(reg) 64_usize,
-                        options(nostack, preserves_flags, readonly),
-                    );
+                    move_tile!("tileloadd tmm5, [{r} + {s}*1]", left);
+                    asm!(concat!($instruction, " tmm2, tmm5, tmm6"), options(nostack, preserves_flags, nomem));
+                    if N == 2 {
+                        asm!(concat!($instruction, " tmm3, tmm5, tmm7"), options(nostack, preserves_flags, nomem));
+                    }
                 }
             }
         }
@@ -275,14 +247,10 @@ struct Rows {
 
 /// The products of blocks, added to the sums.
 trait Multiply: Lanes {
-    /// Both blocks of the left operand with two of the right one.
-    unsafe fn pair(left: [Rows; 2], right: *const u32);
-    /// With one of the right one.
-    unsafe fn single(left: [Rows; 2], right: *const u32);
-    /// The first block of the left operand with two of the right one.
-    unsafe fn pair_of_one(left: Rows, right: *const u32);
-    /// With one of the right one.
-    unsafe fn single_of_one(left: Rows, right: *const u32);
+    /// The first block of the left operand with `N` of the right one.
+    unsafe fn first<const N: usize>(left: Rows, right: *const u32);
+    /// The second block with those of the right one that [`Multiply::first`] read.
+    unsafe fn second<const N: usize>(left: Rows);
 }
 
 /// How K is gone through: so many words at a time, and so many at the end of each segment by other means.
@@ -436,11 +404,9 @@ unsafe fn multiply_all<L: Multiply, const N: usize, const BOTH: bool>(
                         *rows = Rows { first: to, stride: (DEPTH * 4) as isize };
                     }
                 }
-                match (N, BOTH) {
-                    (2, true) => L::pair(rows, right),
-                    (2, false) => L::pair_of_one(rows[0], right),
-                    (_, true) => L::single(rows, right),
-                    (_, false) => L::single_of_one(rows[0], right),
+                L::first::<N>(rows[0], right);
+                if BOTH {
+                    L::second::<N>(rows[1]);
                 }
                 at += depth as isize;
                 left = left.map(|rows| Rows { first: rows.first.wrapping_add(depth), ..rows });
@@ -487,13 +453,6 @@ unsafe fn zero() {
             options(nostack, preserves_flags, nomem),
         );
     }
-}
-
-/// Runs an instruction on tile registers and rows in memory.
-macro_rules! move_tile {
-    ($text:literal, $rows:expr) => {
-        asm!($text, r = in(reg) $rows.first, s = in(reg) $rows.stride, options(nostack, preserves_flags))
-    };
 }
 
 /// Reads the sums of the first block, or of both.

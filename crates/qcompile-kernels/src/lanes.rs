@@ -225,8 +225,8 @@ pub(crate) trait Lanes: Copy + 'static {
     /// The word of a right operand.
     fn right_word(elements: &[Self::Element; 4]) -> u32;
 
-    /// The rows of a group as blocks, for tiers that multiply those, whose tile is a row group; rows that are not equally far apart, or whose words
-    /// are not adjacent, are copied, to a buffer that is taken for them.
+    /// The rows of a group as blocks, for tiers that multiply those, whose tile is a row group. Rows whose words are not
+    /// adjacent are copied, to a buffer that is taken for them.
     ///
     /// # Safety
     /// There are as many pointers as a group has rows, and the words of each row at the depth's segments may be read.

@@ -203,14 +203,14 @@ impl Cut {
             false => LeftForm::Groups,
         };
         let in_place = left == LeftForm::InPlace;
+        let fits = |columns: usize| !whole || panels.k * columns * width <= ALONE_WORDS;
         // Where a unit packs its columns of B for itself, it reads rows of B a piece at a time: of one panel, too little
         // for the prefetchers of the CPU.
         let narrowest = match whole {
-            true if count < LEAST_UNITS => 1,
+            true if count < LEAST_UNITS || !fits(2) => 1,
             true => 2,
             false => 4,
         };
-        let fits = |columns: usize| !whole || panels.k * columns * width <= ALONE_WORDS;
         // Fewer units will do where each packs its rows of A for itself.
         let enough = |columns: usize| {
             let wanted = if count <= columns && !in_place { LEAST_UNITS } else { WANTED_UNITS };
