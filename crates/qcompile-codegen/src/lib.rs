@@ -14,6 +14,7 @@ mod facts;
 mod frame;
 mod lanes;
 mod loops;
+mod machine_code;
 mod math;
 mod memory;
 mod nest;

@@ -5,7 +5,7 @@ use crate::epilogue::{self, Partials};
 use crate::facts::Facts;
 use crate::frame::Frame;
 use crate::wide::{self, Code, Shape, Wide};
-use crate::{loops, places, primitives, schedule};
+use crate::{loops, machine_code, places, primitives, schedule};
 use cranelift_codegen::Context;
 use cranelift_codegen::ir::types::I64;
 use cranelift_codegen::ir::{AbiParam, Function, InstBuilder, Signature, Value};
@@ -158,14 +158,14 @@ unsafe extern "C" fn no_exchange(_context: *const (), _step: usize) {}
 /// [`CodegenError`].
 pub fn compile(plan: &Plan, options: &Options) -> Result<Program, CodegenError> {
     let mut unit = Unit::new(plan, options)?;
-    let mut emitted = unit.emit()?;
-    let mut context = Context::new();
+    let emitted = unit.emit()?;
+    let compiled = machine_code::compile(unit.module.isa(), &emitted.functions)?;
     let mut code_bytes = 0;
-    for (name, id, function) in &mut emitted.functions {
-        context.clear();
-        std::mem::swap(&mut context.func, function);
-        unit.module.define_function(*id, &mut context).map_err(|error| failed(name, &error))?;
-        code_bytes += context.compiled_code().map_or(0, |code| code.code_buffer().len());
+    for ((name, id, _), code) in emitted.functions.iter().zip(compiled) {
+        code_bytes += code.bytes.len();
+        unit.module
+            .define_function_bytes(*id, code.alignment, &code.bytes, &code.relocations)
+            .map_err(|error| failed(name, &error))?;
     }
     for (name, id, code) in &unit.wide {
         code_bytes += code.bytes.len();
@@ -230,7 +230,7 @@ pub fn asm_text(plan: &Plan, options: &Options) -> Result<String, CodegenError> 
     Ok(text)
 }
 
-fn failed(step: &str, error: &dyn std::fmt::Display) -> CodegenError {
+pub(crate) fn failed(step: &str, error: &dyn std::fmt::Display) -> CodegenError {
     CodegenError::Step { step: step.to_owned(), reason: error.to_string() }
 }
 

@@ -393,6 +393,11 @@ impl Graph {
         &self.node(id).ty
     }
 
+    /// Another op of the same type and with the same operands is the caller's.
+    pub(crate) fn op_mut(&mut self, id: NodeId) -> &mut Op {
+        &mut self.dag[id.0].op
+    }
+
     /// Its note, to be written.
     pub fn note_mut(&mut self, id: NodeId) -> &mut Note {
         &mut self.dag[id.0].note

@@ -28,6 +28,7 @@ pub mod recurrence;
 pub mod tensor;
 pub mod text;
 pub mod types;
+pub mod values;
 pub mod verify;
 
 pub use attention::{AttentionCodes, AttentionOperand};
@@ -44,4 +45,5 @@ pub use quantized::QuantizedRange;
 pub use recurrence::{Activation, ActivationOp, Cell, Recurrence, RecurrenceOperands};
 pub use tensor::Tensor;
 pub use types::{DType, Dim, Shape, TensorType};
+pub use values::LeafValues;
 pub use verify::{VerifyError, VerifyErrors, verify};

@@ -2,6 +2,7 @@
 
 use crate::{DType, Shape, TensorType, float8, fnv1a};
 use half::{bf16, f16};
+use twox_hash::XxHash3_64;
 
 /// A concrete, dense, row-major value: little-endian elements of one type.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -152,16 +153,18 @@ impl Tensor {
     /// If all elements are the same bytes, that element as f64.
     #[must_use]
     pub fn splat(&self) -> Option<f64> {
-        let mut elements = self.bytes.chunks_exact(self.dtype.size());
-        let first = elements.next()?;
-        elements.all(|element| element == first).then(|| self.get_f64(0))
+        // Alike if each is like the one before.
+        let after = self.bytes.get(self.dtype.size()..)?;
+        (after == &self.bytes[..after.len()]).then(|| self.get_f64(0))
     }
 
-    /// FNV-1a digest of type, shape and bytes: how text names a large tensor (`#0123456789abcdef`).
+    /// XXH3 (64 bits) of the bytes, with FNV-1a of type and shape as its seed: how text names a large tensor
+    /// (`#0123456789abcdef`).
     #[must_use]
     pub fn digest(&self) -> u64 {
-        let shape = self.shape.iter().flat_map(|dim| dim.to_le_bytes());
-        fnv1a(self.dtype.name().bytes().chain(shape).chain(self.bytes.iter().copied()))
+        let shape = self.shape.iter().flat_map(|&dim| (dim as u64).to_le_bytes());
+        let seed = fnv1a(self.dtype.name().bytes().chain(shape));
+        XxHash3_64::oneshot_with_seed(seed, &self.bytes)
     }
 }
 

@@ -102,54 +102,62 @@ impl Plan {
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
         let head = Head { meta: self.meta.clone(), batch_size: self.batch_size as u64 };
-        let mut index = Index { tensors: Vec::new() };
-        let mut data: Vec<u8> = Vec::new();
         let mut tensors = text::tensors(&self.graph);
         if let Some(evaluation) = &self.evaluation {
             tensors.extend(text::tensors(&evaluation.graph));
         }
-        for (digest, tensor) in tensors {
-            data.resize(data.len().next_multiple_of(ALIGNMENT), 0);
+        let mut index = Index { tensors: Vec::with_capacity(tensors.len()) };
+        let mut length = 0_usize;
+        for (&digest, tensor) in &tensors {
+            let offset = length.next_multiple_of(ALIGNMENT);
+            length = offset + tensor.bytes().len();
             index.tensors.push(Entry {
                 digest,
                 dtype: tensor.dtype().name().to_owned(),
                 shape: tensor.shape().iter().map(|&dim| dim as u64).collect(),
-                offset: data.len() as u64,
+                offset: offset as u64,
                 length: tensor.bytes().len() as u64,
             });
-            data.extend(tensor.bytes());
         }
-        let sections = [
+        let evaluation = self.evaluation.as_ref();
+        let texts = [
             head.encode_to_vec(),
             self.graph.to_string().into_bytes(),
-            self.evaluation
-                .as_ref()
-                .map(|plan| plan.graph.to_string().into_bytes())
-                .unwrap_or_default(),
+            evaluation.map(|plan| plan.graph.to_string().into_bytes()).unwrap_or_default(),
             index.encode_to_vec(),
-            data,
         ];
-        let mut table: Vec<u8> = Vec::new();
-        let mut offset = FIRST_SECTION;
-        for (kind, section) in (0_u32..).zip(&sections) {
-            table.extend(kind.to_le_bytes());
-            table.extend(crc32fast::hash(section).to_le_bytes());
-            table.extend((offset as u64).to_le_bytes());
-            table.extend((section.len() as u64).to_le_bytes());
-            offset = (offset + section.len()).next_multiple_of(ALIGNMENT);
-        }
-        let mut bytes = Vec::with_capacity(offset);
-        bytes.extend(MAGIC);
-        bytes.extend(VERSION.to_le_bytes());
-        bytes.extend((SECTIONS.len() as u32).to_le_bytes());
-        bytes.extend((offset as u64).to_le_bytes());
-        bytes.extend(table);
-        bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
+        // The tensors are most of it, and are copied once.
+        let aligned = |length: usize| length.next_multiple_of(ALIGNMENT);
+        let whole = texts.iter().map(|text| aligned(text.len())).sum::<usize>() + aligned(length);
+        let mut bytes = Vec::with_capacity(FIRST_SECTION + whole);
         bytes.resize(FIRST_SECTION, 0);
-        for section in sections {
-            bytes.extend(section);
-            bytes.resize(bytes.len().next_multiple_of(ALIGNMENT), 0);
+        let align = |bytes: &mut Vec<u8>| bytes.resize(bytes.len().next_multiple_of(ALIGNMENT), 0);
+        let mut places = [(0, 0); SECTIONS.len()];
+        for (place, text) in places.iter_mut().zip(&texts) {
+            *place = (bytes.len(), bytes.len() + text.len());
+            bytes.extend(text);
+            align(&mut bytes);
         }
+        let start = bytes.len();
+        for tensor in tensors.values() {
+            align(&mut bytes);
+            bytes.extend(tensor.bytes());
+        }
+        places[texts.len()] = (start, bytes.len());
+        align(&mut bytes);
+        let mut header: Vec<u8> = Vec::with_capacity(FIRST_SECTION);
+        header.extend(MAGIC);
+        header.extend(VERSION.to_le_bytes());
+        header.extend((SECTIONS.len() as u32).to_le_bytes());
+        header.extend((bytes.len() as u64).to_le_bytes());
+        for (kind, (start, end)) in (0_u32..).zip(places) {
+            header.extend(kind.to_le_bytes());
+            header.extend(crc32fast::hash(&bytes[start..end]).to_le_bytes());
+            header.extend((start as u64).to_le_bytes());
+            header.extend(((end - start) as u64).to_le_bytes());
+        }
+        header.extend(crc32fast::hash(&header).to_le_bytes());
+        bytes[..header.len()].copy_from_slice(&header);
         bytes
     }
 

@@ -489,14 +489,14 @@ impl Fusion {
     }
 
     /// What a node reads: its operands, or in place of one that it computes for itself, the operands of that.
-    pub(crate) fn sources(&self, graph: &Graph, id: NodeId) -> Vec<View> {
+    pub(crate) fn sources(&self, graph: &Graph, id: NodeId) -> Vec<&View> {
         let mut sources = Vec::new();
         for operand in graph.operands(id) {
             let view = &self.views[operand.index()];
             if self.recomputed[view.base.index()] {
                 sources.extend(self.sources(graph, view.base));
             } else {
-                sources.push(view.clone());
+                sources.push(view);
             }
         }
         sources

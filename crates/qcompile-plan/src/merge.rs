@@ -59,9 +59,11 @@ fn may_merge(graph: &Graph, fusion: &Fusion, a: usize, b: usize) -> bool {
         })
     };
     let users = |group: &Group, of: usize| {
+        if !group.reads.iter().any(|read| fusion.group_of[read.index()] == Some(of)) {
+            return Some(false);
+        }
         let uses = |&id: &NodeId| fusion.uses_at_same_index(graph, of, id);
-        let uses: Option<Vec<bool>> = group.members.iter().map(uses).collect();
-        uses.map(|uses| uses.contains(&true))
+        group.members.iter().map(uses).try_fold(false, |any, uses| Some(any | uses?))
     };
     let (Some(forth), Some(back)) = (users(second, a), users(first, b)) else { return false };
     let shares = first

@@ -2,7 +2,9 @@
 
 use crate::low::{MOST_AFFINE_PRODUCTS, MOST_I8_PRODUCTS};
 use crate::{LoopNest, Primitive};
-use qcompile_ir::{CollectiveOp, Dim, Graph, NodeId, Region, Tensor, TensorType};
+use qcompile_ir::{
+    CollectiveOp, Dim, Graph, GraphError, LeafValues, NodeId, Region, Tensor, TensorType,
+};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
@@ -283,6 +285,22 @@ impl Plan {
     pub fn with_meta(mut self, meta: BTreeMap<String, String>) -> Plan {
         self.meta = meta;
         self
+    }
+
+    /// The same plan, and its evaluation form, whose parameters and states that are named begin with these values.
+    ///
+    /// # Errors
+    /// Where a value has another type than its parameter or state.
+    pub fn with_values(&self, values: &LeafValues) -> Result<Plan, GraphError> {
+        let mut plan = Plan { graph: self.graph.with_values(values)?, ..self.clone() };
+        for binding in plan.params.iter_mut().chain(&mut plan.states) {
+            if let Some(value) = values.get(&binding.name) {
+                binding.initial = Some(Arc::clone(value));
+            }
+        }
+        let evaluation = self.evaluation.as_ref().map(|form| form.with_values(values));
+        plan.evaluation = evaluation.transpose()?.map(Arc::new);
+        Ok(plan)
     }
 
     /// The plan of the evaluation form: the forward region alone, where batch statistics are replaced by running ones.

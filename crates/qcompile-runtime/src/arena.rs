@@ -1,19 +1,21 @@
 //! Raw memory of a worker: one zeroed block, cut into pieces that are aligned to 64 bytes.
 
 use crate::RuntimeError;
-use std::alloc::{Layout, alloc_zeroed, dealloc};
+use memmap2::MmapMut;
 use std::ptr::NonNull;
 
 /// Alignment of every piece.
 pub(crate) const ALIGNMENT: usize = 64;
-/// Blocks from this size on ask for huge pages.
+/// Blocks from this size on ask for huge pages, and begin at one.
 const HUGE_PAGE: usize = 2 << 20;
 
 /// A block of memory. It is reached through raw pointers only, so that threads may share it.
 #[derive(Debug)]
 pub(crate) struct Arena {
-    start: NonNull<u8>,
-    layout: Option<Layout>,
+    start: *mut u8,
+    bytes: usize,
+    /// The memory, if there is any.
+    _mapping: Option<MmapMut>,
 }
 
 // SAFETY: an arena owns its block; those who use its pointers see to it that accesses do not conflict.
@@ -22,45 +24,41 @@ unsafe impl Send for Arena {}
 unsafe impl Sync for Arena {}
 
 impl Arena {
-    /// A block of zeros.
+    /// A block of zeros. The system gives its pages when they are first written: huge ones, and by the thread that does so.
     pub(crate) fn new(bytes: usize, limit: usize) -> Result<Arena, RuntimeError> {
         if bytes == 0 {
-            return Ok(Arena { start: NonNull::<Line>::dangling().cast(), layout: None });
+            return Ok(Arena {
+                start: NonNull::<Line>::dangling().as_ptr().cast(),
+                bytes,
+                _mapping: None,
+            });
         }
         let refused = || RuntimeError::Memory { bytes, limit };
         if bytes > limit {
             return Err(refused());
         }
-        let alignment = if bytes >= HUGE_PAGE { HUGE_PAGE } else { ALIGNMENT };
-        let layout = Layout::from_size_align(bytes, alignment).map_err(|_| refused())?;
-        // SAFETY: the size is not 0.
-        let start = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(refused)?;
+        let huge = bytes >= HUGE_PAGE;
+        let room = if huge { bytes.checked_add(HUGE_PAGE).ok_or_else(refused)? } else { bytes };
+        let mut mapping = MmapMut::map_anon(room).map_err(|_| refused())?;
         #[cfg(target_os = "linux")]
-        if bytes >= HUGE_PAGE {
-            // SAFETY: the range is the block's own; the call is advice and changes no contents.
-            unsafe { libc::madvise(start.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
+        if huge {
+            // Advice: without huge pages all is the same, but slower.
+            let _ = mapping.advise(memmap2::Advice::HugePage);
         }
-        Ok(Arena { start, layout: Some(layout) })
+        let start = mapping.as_mut_ptr();
+        let skip = if huge { start.align_offset(HUGE_PAGE) } else { 0 };
+        Ok(Arena { start: start.wrapping_add(skip), bytes, _mapping: Some(mapping) })
     }
 
     /// Its size in bytes.
     pub(crate) fn bytes(&self) -> usize {
-        self.layout.map_or(0, |layout| layout.size())
+        self.bytes
     }
 
     /// The piece that begins at `offset`.
     pub(crate) fn at(&self, offset: usize) -> *mut u8 {
         assert!(offset <= self.bytes(), "an arena's piece begins inside it");
-        self.start.as_ptr().wrapping_add(offset)
-    }
-}
-
-impl Drop for Arena {
-    fn drop(&mut self) {
-        if let Some(layout) = self.layout {
-            // SAFETY: allocated in `new` with this layout, and nobody has pointers into it any more.
-            unsafe { dealloc(self.start.as_ptr(), layout) };
-        }
+        self.start.wrapping_add(offset)
     }
 }
 

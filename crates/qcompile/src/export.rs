@@ -7,12 +7,11 @@ use crate::model::{Target, checkpoint_values, draft};
 use crate::options::Options;
 use crate::qdq;
 use crate::street::evaluation_form;
-use crate::subgraph::with_values;
 use crate::tensors::to_array;
-use qcompile_ir::{DType, Graph, Op, Tensor};
+use qcompile_ir::{DType, Graph, LeafValues, Op, Tensor};
 use qcompile_onnx::{Export, ExportOptions};
 use qcompile_passes::{quantize, simplify, update};
-use qcompile_runtime::{Values, checkpoint};
+use qcompile_runtime::checkpoint;
 use safetensors::tensor::TensorView;
 use serde_json::json;
 use std::collections::{BTreeMap, HashMap};
@@ -78,7 +77,7 @@ impl Exported {
         graph: &Graph,
         evaluation: Option<&qcompile_plan::Plan>,
         plan: &qcompile_plan::Plan,
-        values: Option<&Values>,
+        values: Option<&LeafValues>,
     ) -> Result<Exported> {
         let about = About::of_plan(plan)?;
         let mut graph = graph.clone();
@@ -87,8 +86,8 @@ impl Exported {
             None => evaluation_form(&graph)?,
         };
         if let Some(values) = values {
-            graph = with_values(&graph, values)?;
-            form = with_values(&form, values)?;
+            graph = graph.with_values(values)?;
+            form = form.with_values(values)?;
         }
         let mut trained = None;
         if about.options.contains_key("qat") {

@@ -5,9 +5,10 @@ use crate::cli::BatchNormMode;
 use crate::error::{Code, Error, Result};
 use crate::options::Options;
 use crate::street::{Draft, read_dump};
+use qcompile_ir::LeafValues;
 use qcompile_onnx::{BatchNorm, ImportError, ImportOptions, Survey};
 use qcompile_plan::Plan;
-use qcompile_runtime::{Trainer, TrainerOptions, Values, checkpoint};
+use qcompile_runtime::{Trainer, TrainerOptions, checkpoint};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Component, Path, PathBuf};
@@ -97,12 +98,12 @@ fn is_graph_text(bytes: &[u8]) -> bool {
 ///
 /// # Errors
 /// Where they do not fit the plan.
-pub fn checkpoint_values(plan: &Arc<Plan>, state: &[u8]) -> Result<Values> {
+pub fn checkpoint_values(plan: &Arc<Plan>, state: &[u8]) -> Result<LeafValues> {
     let mut trainer = Trainer::new(Arc::clone(plan), &TrainerOptions::default())?;
     checkpoint::restore(&mut trainer, state)?;
     let mut values = trainer.parameters();
     values.extend(trainer.states());
-    Ok(values)
+    Ok(values.into_iter().map(|(name, value)| (name, Arc::new(value))).collect())
 }
 
 fn read_checkpoint(path: &Path) -> Result<Target> {

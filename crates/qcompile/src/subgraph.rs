@@ -1,8 +1,7 @@
-//! Parts of graphs, and graphs with other values in their leaves.
+//! Parts of graphs.
 
-use qcompile_ir::{Graph, GraphError, NodeId, Op, Tensor};
+use qcompile_ir::{Graph, GraphError, NodeId};
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 /// The part of `graph` that these values depend on, with them as outputs. What leaves hold after the step is not
 /// part of it.
@@ -17,48 +16,17 @@ pub(crate) fn part(graph: &Graph, outputs: &[(String, NodeId)]) -> Result<Graph,
             stack.extend(graph.operands(id));
         }
     }
-    let (mut copy, ids) = copied(graph, |id| wanted[id.index()], &BTreeMap::new())?;
-    copy.set_outputs(outputs.iter().map(|(name, id)| (name.clone(), ids[id])).collect());
-    Ok(copy)
-}
-
-/// `graph` whose parameters and states named in `values` start with those values.
-///
-/// # Errors
-/// Where a value has another type than its leaf.
-pub(crate) fn with_values(
-    graph: &Graph,
-    values: &BTreeMap<String, Tensor>,
-) -> Result<Graph, GraphError> {
-    let (mut copy, ids) = copied(graph, |_| true, values)?;
-    let outputs = graph.outputs().iter().map(|(name, id)| (name.clone(), ids[id])).collect();
-    copy.set_outputs(outputs);
-    for (leaf, value) in graph.next() {
-        copy.set_next(ids[leaf], ids[value])?;
-    }
-    Ok(copy)
-}
-
-fn copied(
-    graph: &Graph,
-    wanted: impl Fn(NodeId) -> bool,
-    values: &BTreeMap<String, Tensor>,
-) -> Result<(Graph, BTreeMap<NodeId, NodeId>), GraphError> {
     let mut copy = Graph::new(graph.name());
     let mut ids = BTreeMap::new();
-    for id in graph.order().into_iter().filter(|&id| wanted(id)) {
+    for id in graph.order().into_iter().filter(|id| wanted[id.index()]) {
         let node = graph.node(id);
-        let op = match (&node.op, values.get(node.name.as_str())) {
-            (Op::Param(_), Some(value)) => Op::Param(Arc::new(value.clone())),
-            (Op::State(_), Some(value)) => Op::State(Arc::new(value.clone())),
-            (op, _) => op.clone(),
-        };
         let operands: Vec<NodeId> = graph.operands(id).iter().map(|operand| ids[operand]).collect();
-        let new = copy.add(op, &operands, node.name.clone(), node.region)?;
+        let new = copy.add(node.op.clone(), &operands, node.name.clone(), node.region)?;
         *copy.note_mut(new) = node.note.clone();
         ids.insert(id, new);
     }
-    Ok((copy, ids))
+    copy.set_outputs(outputs.iter().map(|(name, id)| (name.clone(), ids[id])).collect());
+    Ok(copy)
 }
 
 #[cfg(test)]
@@ -86,20 +54,5 @@ forward:
         let part = part(&graph, &[("out".to_owned(), y)]).unwrap();
         assert_eq!((part.len(), part.next().len()), (3, 0));
         assert_eq!(part.outputs()[0].0, "out");
-    }
-
-    #[test]
-    fn values_replace_those_of_leaves_and_nothing_else() {
-        let graph = text::parse(GRAPH, &|_| None).unwrap();
-        let same = with_values(&graph, &BTreeMap::new()).unwrap();
-        assert_eq!(same.to_string(), graph.to_string());
-        let w = Tensor::from_f32(&[2, 2], &[5.0, 6.0, 7.0, 8.0]).unwrap();
-        let changed = with_values(&graph, &BTreeMap::from([("w".to_owned(), w)])).unwrap();
-        assert_eq!(
-            changed.to_string(),
-            graph.to_string().replace("[[1, 2], [3, 4]]", "[[5, 6], [7, 8]]")
-        );
-        let wrong = Tensor::from_f32(&[2], &[5.0, 6.0]).unwrap();
-        assert!(with_values(&graph, &BTreeMap::from([("w".to_owned(), wrong)])).is_err());
     }
 }

@@ -8,7 +8,7 @@ use crate::model::{Target, checkpoint_values, open};
 use crate::options::Options;
 use crate::output::{check_writable, write_atomically};
 use crate::street::{Draft, Pass, Street};
-use crate::subgraph::{part, with_values};
+use crate::subgraph::part;
 use crate::suit::draft_for;
 use crate::tensors::{input_type, retyped, to_array, to_tensor};
 use crate::terminal::{Show, say_verb};
@@ -117,7 +117,7 @@ fn of_plan(
     let about = About::of_plan(plan).map_err(at)?;
     let mut graph = plan.graph().clone();
     if let Some(state) = state {
-        graph = with_values(&graph, &checkpoint_values(plan, state).map_err(at)?)?;
+        graph = graph.with_values(&checkpoint_values(plan, state).map_err(at)?)?;
     }
     if backward {
         return gradient_part(&graph, about, command).map_err(at);

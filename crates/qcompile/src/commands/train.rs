@@ -8,14 +8,14 @@ use crate::error::{Code, Error, Result};
 use crate::model::{CHECKPOINT_PLAN, CHECKPOINT_STATE, Target, at_path, open, read_file};
 use crate::options::Options;
 use crate::output::{check_writable, print, write_atomically};
-use crate::subgraph::with_values;
 use crate::terminal::{Progress as Bar, bytes, milliseconds, say_verb};
 use crate::train::{
     EpochLog, Evaluation, Progress, Rate, Run, Settings, StepLog, digest, evaluate,
 };
 use crate::wants::Wants;
-use qcompile_plan::{BuildOptions, Plan, Received, build};
-use qcompile_runtime::{Trainer, Values, checkpoint};
+use qcompile_ir::LeafValues;
+use qcompile_plan::{Plan, Received};
+use qcompile_runtime::{Trainer, checkpoint};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -269,28 +269,16 @@ impl Place {
         let Some(path) = &self.trained else { return Ok(()) };
         let params = plan.params().iter().map(|param| &param.name);
         let kept = params.chain(&about.states);
-        let value = |name: &String| Some((name.clone(), run.trainer.get(name)?));
-        let values: Values = kept.filter_map(value).collect();
+        let value = |name: &String| Some((name.clone(), Arc::new(run.trainer.get(name)?)));
+        let values: LeafValues = kept.filter_map(value).collect();
         // The step's memory is not held beside the copies that the file takes.
         drop(run);
-        write_atomically(path, &trained(plan, &values)?.to_bytes())
+        write_atomically(path, &plan.with_values(&values)?.to_bytes())
     }
 
     fn answer(&self) -> Option<&Path> {
         self.trained.as_deref().or(self.checkpoint.as_deref())
     }
-}
-
-/// The plan with these values of parameters and states.
-fn trained(plan: &Plan, values: &Values) -> Result<Plan> {
-    let options = BuildOptions { batch_size: plan.batch_size() };
-    let rebuilt = |old: &Plan| -> Result<Plan> {
-        let graph = with_values(old.graph(), values)?;
-        Ok(build(graph, &options)?.with_meta(old.meta().clone()))
-    };
-    let evaluation = plan.evaluation().map(rebuilt).transpose()?;
-    let plan = rebuilt(plan)?.with_evaluation(evaluation);
-    plan.map_err(|e| Error::new(Code::Internal, e.to_string()))
 }
 
 /// Tells how training goes.

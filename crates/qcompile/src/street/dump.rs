@@ -139,8 +139,8 @@ forward:
         draft.after = Some(Pass::Quantize);
         draft.about.warnings.push("odd; text\n".to_owned());
         let large = Tensor::from_f32(&[2, 2], &[0.1, 0.2, 0.3, 0.4]).unwrap();
-        let values = BTreeMap::from([("w".to_owned(), large)]);
-        draft.graph = crate::subgraph::with_values(&draft.graph, &values).unwrap();
+        let values = BTreeMap::from([("w".to_owned(), Arc::new(large))]);
+        draft.graph = draft.graph.with_values(&values).unwrap();
         write_dump(&draft, Some(&path)).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
         let back = read_dump(&text, &path).unwrap();
