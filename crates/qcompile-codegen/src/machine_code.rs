@@ -7,7 +7,11 @@ use cranelift_codegen::control::ControlPlane;
 use cranelift_codegen::ir::Function;
 use cranelift_codegen::isa::TargetIsa;
 use cranelift_module::{FuncId, ModuleReloc};
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+
+/// Threads that compile at most: each holds the tables of the function that it is at.
+const MOST_THREADS: usize = 16;
 
 /// A function before it has an address.
 pub(crate) struct MachineCode {
@@ -16,7 +20,7 @@ pub(crate) struct MachineCode {
     pub(crate) relocations: Vec<ModuleReloc>,
 }
 
-/// Compiles functions on all cores that this process may use. The order is kept: the code does not depend on how many
+/// Compiles functions on the cores that this process may use. The order is kept: the code does not depend on how many
 /// there are.
 ///
 /// # Errors
@@ -25,21 +29,24 @@ pub(crate) fn compile(
     isa: &dyn TargetIsa,
     functions: &[(String, FuncId, Function)],
 ) -> Result<Vec<MachineCode>, CodegenError> {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    let threads = cores.min(MOST_THREADS).min(functions.len());
     let next = Mutex::new(functions.iter().enumerate());
     let some = || {
         let mut context = Context::new();
         let mut compiled = Vec::new();
         loop {
-            let next = next.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
+            let next = next.lock().unwrap_or_else(PoisonError::into_inner).next();
             let Some((at, (name, id, function))) = next else { return compiled };
             context.clear();
             context.func.clone_from(function);
             compiled.push((at, one(&mut context, isa, name, *id)));
         }
     };
-    let mut all = std::thread::scope(|scope| {
-        let others: Vec<_> = (1..cores.min(functions.len())).map(|_| scope.spawn(some)).collect();
+    let mut all = thread::scope(|scope| {
+        // A thread that the system does not give is done without.
+        let other = |_| thread::Builder::new().spawn_scoped(scope, some).ok();
+        let others: Vec<_> = (1..threads).filter_map(other).collect();
         let mut all = some();
         for other in others {
             match other.join() {

@@ -40,13 +40,14 @@ impl Arena {
         let huge = bytes >= HUGE_PAGE;
         let room = if huge { bytes.checked_add(HUGE_PAGE).ok_or_else(refused)? } else { bytes };
         let mut mapping = MmapMut::map_anon(room).map_err(|_| refused())?;
-        #[cfg(target_os = "linux")]
-        if huge {
-            // Advice: without huge pages all is the same, but slower.
-            let _ = mapping.advise(memmap2::Advice::HugePage);
-        }
         let start = mapping.as_mut_ptr();
         let skip = if huge { start.align_offset(HUGE_PAGE) } else { 0 };
+        #[cfg(target_os = "linux")]
+        if huge {
+            // Whole ones: a rest would take one more. This is advice: without huge pages all is the same, but slower.
+            let whole = bytes / HUGE_PAGE * HUGE_PAGE;
+            let _ = mapping.advise_range(memmap2::Advice::HugePage, skip, whole);
+        }
         Ok(Arena { start: start.wrapping_add(skip), bytes, _mapping: Some(mapping) })
     }
 
