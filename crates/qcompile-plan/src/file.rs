@@ -295,6 +295,29 @@ forward:
     }
 
     #[test]
+    fn other_values_make_the_plan_of_a_graph_with_them() {
+        let plan = plan();
+        let form = build(text::parse(GRAPH, &|_| None).expect("parses"), &BuildOptions::default());
+        let plan = plan.with_evaluation(Some(form.expect("builds"))).expect("fits");
+        let w = Tensor::from_f32(&[8, 4], &[0.5; 32]).expect("fits");
+        let values = BTreeMap::from([("w".to_owned(), Arc::new(w))]);
+        let changed = plan.with_values(&values).expect("has the type");
+        let graph = text::parse(&GRAPH.replace("uniform seed=7", "splat 0.5"), &|_| None);
+        let graph = graph.expect("parses");
+        let built = || build(graph.clone(), &BuildOptions::default()).expect("builds");
+        let wanted = built().with_meta(plan.meta().clone()).with_evaluation(Some(built()));
+        let wanted = wanted.expect("fits");
+        assert_eq!(changed.to_bytes(), wanted.to_bytes());
+        for (changed, wanted) in
+            [(Some(&changed), Some(&wanted)), (changed.evaluation(), wanted.evaluation())]
+        {
+            assert_eq!(changed.map(Plan::params), wanted.map(Plan::params));
+        }
+        let other = Arc::new(Tensor::from_f32(&[4], &[0.5; 4]).expect("fits"));
+        assert!(plan.with_values(&BTreeMap::from([("w".to_owned(), other)])).is_err());
+    }
+
+    #[test]
     fn a_file_gives_the_same_plan_and_bytes() {
         let bytes = plan().to_bytes();
         let loaded = Plan::from_bytes(&bytes).expect("loads");
