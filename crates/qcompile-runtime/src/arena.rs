@@ -33,10 +33,10 @@ impl Arena {
                 _mapping: None,
             });
         }
-        let refused = || RuntimeError::Memory { bytes, limit };
         if bytes > limit {
-            return Err(refused());
+            return Err(RuntimeError::Memory { bytes, limit });
         }
+        let refused = || RuntimeError::Refused { bytes };
         let huge = bytes >= HUGE_PAGE;
         let room = if huge { bytes.checked_add(HUGE_PAGE).ok_or_else(refused)? } else { bytes };
         let mut mapping = MmapMut::map_anon(room).map_err(|_| refused())?;
@@ -84,5 +84,32 @@ pub(crate) fn give_back_heap() {
     // SAFETY: no pointers are passed, and what is in use stays.
     unsafe {
         libc::malloc_trim(0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_arena_is_zeroed_aligned_and_refused_where_there_is_no_room() {
+        for bytes in [0, 1, 4096, HUGE_PAGE - 1, HUGE_PAGE, 2 * HUGE_PAGE + 100] {
+            let arena = Arena::new(bytes, usize::MAX).unwrap();
+            let start = arena.at(0);
+            let alignment = if bytes < HUGE_PAGE { ALIGNMENT } else { HUGE_PAGE };
+            assert_eq!((arena.bytes(), start.addr() % alignment), (bytes, 0));
+            // SAFETY: the block has so many bytes, and nobody else has it.
+            let block = unsafe { std::slice::from_raw_parts_mut(start, bytes) };
+            assert!(block.iter().all(|&byte| byte == 0));
+            block.fill(1);
+        }
+        let limited = Arena::new(101, 100);
+        assert!(matches!(limited, Err(RuntimeError::Memory { bytes: 101, limit: 100 })));
+        for bytes in [usize::MAX, usize::MAX / 4] {
+            let none = Arena::new(bytes, usize::MAX);
+            assert!(
+                matches!(none, Err(RuntimeError::Refused { bytes: wanted }) if wanted == bytes)
+            );
+        }
     }
 }

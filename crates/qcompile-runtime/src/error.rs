@@ -62,6 +62,12 @@ pub enum RuntimeError {
         /// Bytes allowed.
         limit: usize,
     },
+    /// The system gives no such memory to this process.
+    #[error("the system refuses {bytes} bytes of memory; a smaller batch needs less")]
+    Refused {
+        /// Bytes wanted.
+        bytes: usize,
+    },
     /// Sums of products of int8 would exceed what they are computed in.
     #[error(
         "a batch of {batch} samples is too large: the plan sums over samples in int8, {most} at most; take smaller batches, more workers, or another precision for gradients of weights"

@@ -90,7 +90,7 @@ impl Trainer {
     /// Compiles the plan and lays out memory for each worker.
     ///
     /// # Errors
-    /// [`RuntimeError::Codegen`], [`RuntimeError::Memory`] or [`RuntimeError::Threads`].
+    /// [`RuntimeError::Codegen`], [`RuntimeError::Memory`], [`RuntimeError::Refused`] or [`RuntimeError::Threads`].
     pub fn new(plan: Arc<Plan>, options: &TrainerOptions) -> Result<Trainer, RuntimeError> {
         let workers = options.workers.max(1);
         let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);

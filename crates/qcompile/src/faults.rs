@@ -151,9 +151,10 @@ impl From<RuntimeError> for Error {
             RuntimeError::Missing(_) => Code::PlanMismatch,
             RuntimeError::Label { .. } => Code::DataLabel,
             RuntimeError::Index { .. } => Code::DataIndex,
-            RuntimeError::Memory { .. } | RuntimeError::Threads(_) | RuntimeError::Batch { .. } => {
-                Code::Limit
-            }
+            RuntimeError::Memory { .. }
+            | RuntimeError::Refused { .. }
+            | RuntimeError::Threads(_)
+            | RuntimeError::Batch { .. } => Code::Limit,
             RuntimeError::Checkpoint(_) => Code::CheckpointFormat,
             RuntimeError::Exchange(_) => Code::Internal,
             RuntimeError::Codegen(_) | RuntimeError::Panicked(_) => Code::Internal,
