@@ -469,14 +469,14 @@ fn attention_in_int8() {
 }
 
 /// A cell, its gates, the sections of its result and the blocks of its gradient's.
-type Cell = (&'static str, usize, usize, usize);
+pub(crate) type Cell = (&'static str, usize, usize, usize);
 
-const CELLS: [Cell; 4] =
+pub(crate) const CELLS: [Cell; 4] =
     [("lstm", 4, 6, 4), ("gru", 3, 4, 3), ("linear_gru", 3, 5, 4), ("rnn", 1, 1, 1)];
 
 /// A layer and its gradient, with more hidden units than a panel has columns and more rows than a tile, and what the
-/// products of each read.
-fn recurrent(
+/// products of each read; with `stochastic`, the gradient rounds at random.
+pub(crate) fn recurrent(
     (cell, gates, sections, gradients): Cell,
     hidden: usize,
     [forward, backward]: [&str; 2],
@@ -492,14 +492,16 @@ fn recurrent(
         "linear_gru" => ", %b",
         _ => "",
     };
+    let numbers = if backward.contains("stochastic") { ", %numbers" } else { "" };
     format!(
         "graph @g {{\n  input %x : f32[4, N, {columns}]\n  input %h : f32[N, {hidden}]\n\
          input %c : f32[N, {hidden}]\n  input %dh : f32[4, N, {hidden}]\n  input %lengths : i64[N]\n\
          const %r : f32[{columns}, {hidden}] = uniform seed=2 scale=0.2\n\
-         const %b : f32[{hidden}] = uniform seed=3\nforward:\n\
+         const %b : f32[{hidden}] = uniform seed=3\n  const %step : i64[] = 5\nforward:\n\
+         %numbers : f32[N, 4, {gradients}] = random %step seed=7\n\
          %y : f32[{sections}, 5, N, {hidden}] = recurrence %x, %r, %h{extra}, %lengths {cell} \
          activations={activations} lengths{forward}\n\
-         %dx : f32[5, N, {back}] = recurrence_grad %y, %r, %dh, %lengths {cell} \
+         %dx : f32[5, N, {back}] = recurrence_grad %y, %r, %dh, %lengths{numbers} {cell} \
          activations={activations} lengths{backward}\nreturn %y, %dx\n}}\n"
     )
 }
@@ -525,7 +527,10 @@ fn recurrent_layers_of_every_precision() {
     let bf16 = " products=bf16";
     for cell in CELLS {
         let i8 = " products=i8";
-        for (products, limit) in [([bf16, bf16], 5e-5), ([i8, bf16], 3e-4), ([i8, i8], 3e-4)] {
+        let at_random = " products=i8 stochastic";
+        let all =
+            [([bf16, bf16], 5e-5), ([i8, bf16], 3e-4), ([i8, i8], 3e-4), ([i8, at_random], 3e-4)];
+        for (products, limit) in all {
             for (hidden, batch) in [(1, 7), (33, 21), (70, 40)] {
                 let graph = parse(&recurrent(cell, hidden, products));
                 let given = inputs(&graph, batch);

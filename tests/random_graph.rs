@@ -3,8 +3,9 @@
 use crate::support::Random;
 use qcompile_ir::{
     AttentionOperand, BinaryOp, Channels, CollectiveOp, CompareOp, ConvGeometry, DType, Dim,
-    Granularity, Graph, NodeId, Note, Op, PoolGeometry, Precision, QuantizedRange, Quantizer,
-    ReduceOp, Region, Scaling, ScatterOp, Shape, Tensor, TensorType, UnaryOp,
+    GradientRounding, Granularity, Graph, NodeId, Note, Op, PoolGeometry, Precision,
+    QuantizedRange, Quantizer, ReduceOp, Region, Scaling, ScatterOp, Shape, Tensor, TensorType,
+    UnaryOp,
 };
 use std::sync::Arc;
 
@@ -488,7 +489,9 @@ impl Drawing {
                     region,
                 )?;
                 let of = *self.random.pick(&AttentionOperand::ALL);
-                let gradient = Op::AttentionGrad { of, scale, causal, products: DType::F32 };
+                let rounding = GradientRounding::Nearest;
+                let gradient =
+                    Op::AttentionGrad { of, scale, causal, products: DType::F32, rounding };
                 self.add(gradient, &[x, x, x, y], region)
             }
             0 => self.add(Op::Softmax, &[x], region),

@@ -35,9 +35,9 @@ pub(crate) fn arguments(e: &mut Emitter<'_, '_>, attention: &Attention) -> Block
             }
         };
     }
-    let (y, dy, gradients) = match attention.result {
-        AttentionResult::Forward(y) => (Some(y), None, [None; 3]),
-        AttentionResult::Gradients { dy, of } => (None, Some(dy), of),
+    let (y, dy, numbers, gradients) = match attention.result {
+        AttentionResult::Forward(y) => (Some(y), None, None, [None; 3]),
+        AttentionResult::Gradients { dy, numbers, of } => (None, Some(dy), numbers, of),
     };
     let stored = if attention.scales.is_some() { 1 } else { bytes };
     operand!(q, q_strides, Some(attention.q), stored);
@@ -52,6 +52,7 @@ pub(crate) fn arguments(e: &mut Emitter<'_, '_>, attention: &Attention) -> Block
     }
     operand!(mask, mask_strides, attention.mask, 4);
     operand!(dy, dy_strides, dy, bytes);
+    operand!(numbers, number_strides, numbers, 4);
     let [dq, dk, dv] = gradients;
     for (offset, place) in [
         (offset_of!(AttentionArgs, y), y),
@@ -101,8 +102,9 @@ pub(crate) fn places(attention: &Attention) -> (Vec<Place>, Vec<Place>) {
     reads.extend(attention.scales.into_iter().flatten());
     let writes = match attention.result {
         AttentionResult::Forward(y) => vec![y],
-        AttentionResult::Gradients { dy, of } => {
+        AttentionResult::Gradients { dy, numbers, of } => {
             reads.push(dy.place);
+            reads.extend(numbers.map(|numbers| numbers.place));
             of.into_iter().flatten().collect()
         }
     };

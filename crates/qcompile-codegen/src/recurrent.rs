@@ -45,7 +45,7 @@ pub(crate) fn arguments(e: &mut Emitter<'_, '_>, recurrent: &Recurrent) -> Block
             block
         }};
     }
-    let Recurrent { x, r, h, c, bias, peepholes, y, .. } = *recurrent;
+    let Recurrent { x, r, h, c, bias, peepholes, numbers, y, .. } = *recurrent;
     if recurrent.gradient {
         block!(RecurrenceGradArgs {
             y: Some(x),
@@ -53,6 +53,7 @@ pub(crate) fn arguments(e: &mut Emitter<'_, '_>, recurrent: &Recurrent) -> Block
             dh: Some(h),
             dc: c,
             peepholes: peepholes,
+            numbers: numbers,
             dx: Some(y),
         })
     } else {

@@ -1,13 +1,11 @@
 //! The type of a node from its op and the types of its operands: one function per family of ops.
 
+mod attention;
 mod indexing;
 mod pooling;
 mod recurrence;
 
-use crate::{
-    AttentionOperand, BinaryOp, ConvGeometry, DType, Dim, Op, QuantizedRange, Shape, TensorType,
-    UnaryOp,
-};
+use crate::{BinaryOp, ConvGeometry, DType, Dim, Op, QuantizedRange, Shape, TensorType, UnaryOp};
 use thiserror::Error;
 
 /// Why a node has no type.
@@ -115,26 +113,9 @@ fn infer_type(op: &Op, operands: Types) -> Result<TensorType, String> {
         Op::Gather => indexing::gather(operands),
         Op::Scatter { rows, .. } => indexing::scatter(*rows, operands),
         Op::TopK { k, .. } => indexing::top_k(*k, operands),
-        Op::Attention { scale, products, .. } => {
-            let (operands, mask) = operands.split_at(operands.len().min(3));
-            let ty = attention(*scale, operands, mask)?;
-            let summed = [operands[0].shape.0[3], operands[1].shape.0[1]];
-            products_fit(*products, &summed, operands[0])?;
-            Ok(ty)
-        }
-        Op::AttentionGrad { of, scale, products, .. } => {
-            let Some((dy, operands)) = operands.split_last() else {
-                return Err("takes 4 or 5 operands, not 0".to_owned());
-            };
-            let (operands, mask) = operands.split_at(operands.len().min(3));
-            same(&attention(*scale, operands, mask)?, dy)?;
-            products_fit(*products, &[operands[0].shape.0[3], operands[2].shape.0[3]], dy)?;
-            Ok(operands[match of {
-                AttentionOperand::Q => 0,
-                AttentionOperand::K => 1,
-                AttentionOperand::V => 2,
-            }]
-            .clone())
+        Op::Attention { scale, products, .. } => attention::attention(*scale, *products, operands),
+        Op::AttentionGrad { of, scale, products, rounding, .. } => {
+            attention::gradient(*of, *scale, *products, *rounding, operands)
         }
         Op::Softmax | Op::LogSoftmax => {
             let [x] = exactly(operands)?;
@@ -151,8 +132,8 @@ fn infer_type(op: &Op, operands: Types) -> Result<TensorType, String> {
             Ok(logits.clone())
         }
         Op::Recurrence(data) => recurrence::recurrence(data, operands),
-        Op::RecurrenceGrad { recurrence: data, cell } => {
-            recurrence::recurrence_grad(data, *cell, operands)
+        Op::RecurrenceGrad { recurrence: data, cell, rounding } => {
+            recurrence::recurrence_grad(data, *cell, *rounding, operands)
         }
         Op::Quantize { dtype, axis } => {
             let ([x, scale], zero_point) = and_zero_point(operands)?;
@@ -280,59 +261,6 @@ fn elementwise_binary(op: BinaryOp, operands: Types) -> Result<TensorType, Strin
         | BinaryOp::Pow => a.dtype != DType::Bool,
     };
     if fits { Ok(a.clone()) } else { Err(format!("does not take {a}")) }
-}
-
-/// Whether products of this type may read an attention's operands, of which these dims are summed.
-fn products_fit(products: DType, summed: &[Dim], operand: &TensorType) -> Result<(), String> {
-    let fits =
-        |dim: &Dim| dim.as_fixed().is_some_and(|count| count <= QuantizedRange::MOST_I8_PRODUCTS);
-    match (products, operand.dtype) {
-        (DType::F32, _) | (DType::BF16, DType::BF16) => Ok(()),
-        (DType::I8, DType::F32) => match summed.iter().find(|dim| !fits(dim)) {
-            Some(dim) => Err(format!("an i32 holds no sum of {dim} products of i8")),
-            None => Ok(()),
-        },
-        _ => Err(format!("products of {products} do not fit operands like {operand}")),
-    }
-}
-
-fn attention(scale: f32, operands: Types, mask: Types) -> Result<TensorType, String> {
-    let [q, k, v] = exactly(operands)?;
-    float(q)?;
-    if q.dtype != k.dtype || q.dtype != v.dtype {
-        return Err(format!("{q}, {k} and {v} are not of one element type"));
-    }
-    if !scale.is_finite() {
-        return Err(format!("the scale {scale} is not finite"));
-    }
-    let (&[b, t, h, d], &[kb, s, g, kd], &[vb, vs, vg, e]) =
-        (&q.shape.0[..], &k.shape.0[..], &v.shape.0[..])
-    else {
-        return Err(format!("{q}, {k} and {v} are not [batch, length, heads, width]"));
-    };
-    let (heads, groups) = (fixed(h, "the number of heads")?, fixed(g, "the number of heads")?);
-    if [kb, vb] != [b, b] || vs != s || vg != g || kd != d {
-        return Err(format!("{q}, {k} and {v} do not fit"));
-    }
-    if groups == 0 || heads % groups != 0 {
-        return Err(format!("{heads} heads do not share {groups}"));
-    }
-    match mask {
-        [] => {}
-        [mask] => {
-            let fits = |(&from, &to): (&Dim, &Dim)| from == to || from == Dim::ONE;
-            let dims = &mask.shape.0;
-            let fits = dims.len() == 4
-                && dims.iter().zip(&[b, h, t]).all(fits)
-                && dims[3] == s
-                && mask.dtype == DType::F32;
-            if !fits {
-                return Err(format!("the mask {mask} does not fit {q} and {k}"));
-            }
-        }
-        _ => return Err("takes at most one mask".to_owned()),
-    }
-    Ok(TensorType::new(q.dtype, Shape(vec![b, t, h, e])))
 }
 
 fn reduce(axes: &[usize], operands: Types) -> Result<TensorType, String> {

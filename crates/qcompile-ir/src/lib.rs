@@ -25,6 +25,7 @@ pub mod note;
 pub mod op;
 pub mod quantized;
 pub mod recurrence;
+pub mod rotation;
 pub mod tensor;
 pub mod text;
 pub mod types;
@@ -43,6 +44,7 @@ pub use op::{
 };
 pub use quantized::QuantizedRange;
 pub use recurrence::{Activation, ActivationOp, Cell, Recurrence, RecurrenceOperands};
+pub use rotation::{golden_multiple, turned};
 pub use tensor::Tensor;
 pub use types::{DType, Dim, Shape, TensorType};
 pub use values::LeafValues;

@@ -1,6 +1,8 @@
 //! The closed vocabulary: plain data, no behaviour but names.
 
-use crate::{AttentionOperand, DType, Dim, Recurrence, Shape, Tensor, TensorType};
+use crate::{
+    AttentionOperand, DType, Dim, GradientRounding, Recurrence, Shape, Tensor, TensorType,
+};
 use std::sync::Arc;
 
 /// Elementwise functions of one operand. The result has the operand's type.
@@ -441,7 +443,7 @@ pub enum Op {
         /// dequantized, to codes of 1/127 (SageAttention, Zhang et al. 2024, arXiv:2410.02367).
         products: DType,
     },
-    /// `attention_grad q, k, v (, mask), dy -> dq, dk or dv` of the attention with these attributes.
+    /// `attention_grad q, k, v (, mask), dy (, numbers[b, t, h, 2]) -> dq, dk or dv` of the attention with these attributes.
     AttentionGrad {
         /// Which operand's gradient.
         of: AttentionOperand,
@@ -453,6 +455,10 @@ pub enum Op {
         /// which wants f32 operands that are dequantized: exponentials are codes of 1/127, gradients of scores have a scale
         /// for each query, and what both multiply over queries one for each column of a block ([`AttentionCodes`](crate::AttentionCodes)).
         products: DType,
+        /// How `i8` rounds gradients of scores, and what is rounded by columns. `stochastic` takes f32 numbers in [0, 1),
+        /// two for each query and head, turned by [`golden_multiple`](crate::golden_multiple)s: of the key those for
+        /// gradients of scores, of the column those for the others.
+        rounding: GradientRounding,
     },
     /// Over the last axis.
     Softmax,
@@ -464,12 +470,16 @@ pub enum Op {
     CrossEntropyGrad,
     /// `recurrence x[t, b, gates·h], r[gates·h, h], h0[b, h], ... -> [sections, t + 1, b, h]`: a recurrent layer.
     Recurrence(Recurrence),
-    /// `recurrence_grad y, r, dh[t, b, h], ... -> [t + 1, b, gradients·h]` of the recurrence with this data.
+    /// `recurrence_grad y, r, dh[t, b, h], ... (, numbers[b, t, gradients]) -> [t + 1, b, gradients·h]` of the recurrence with
+    /// this data.
     RecurrenceGrad {
         /// The recurrence.
         recurrence: Recurrence,
         /// Whether the gradient of c follows that of h.
         cell: bool,
+        /// How products of `i8` round gradients. `stochastic` takes an f32 number in [0, 1) for each of a row at a step,
+        /// turned by the [`golden_multiple`](crate::golden_multiple) of the hidden unit.
+        rounding: GradientRounding,
     },
     /// `quantize x, scale (, zero_point) -> round(x / scale) + zero_point` clamped to the range of the quantized type
     /// ([`QuantizedRange`](crate::QuantizedRange)).

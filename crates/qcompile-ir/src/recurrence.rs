@@ -1,6 +1,6 @@
 //! Recurrent layers as plain data: the cell, its activations, and which operands its two ops take.
 
-use crate::DType;
+use crate::{DType, GradientRounding};
 
 /// What one step computes from its gates and the state before it. `x` are the gates' inputs, `h` the state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -209,6 +209,8 @@ pub struct RecurrenceOperands {
     pub peepholes: Option<usize>,
     /// The lengths.
     pub lengths: Option<usize>,
+    /// The numbers that gradients are rounded with.
+    pub numbers: Option<usize>,
     /// Number of all operands.
     pub count: usize,
 }
@@ -238,7 +240,7 @@ impl Recurrence {
         }
     }
 
-    fn positions(&self, cell: bool, bias: bool) -> RecurrenceOperands {
+    fn positions(&self, cell: bool, bias: bool, numbers: bool) -> RecurrenceOperands {
         let mut count = 3;
         let mut next = |present: bool| {
             count += usize::from(present);
@@ -246,18 +248,20 @@ impl Recurrence {
         };
         let (cell, bias) = (next(cell), next(bias));
         let (peepholes, lengths) = (next(self.peepholes), next(self.lengths));
-        RecurrenceOperands { cell, bias, peepholes, lengths, count }
+        let numbers = next(numbers);
+        RecurrenceOperands { cell, bias, peepholes, lengths, numbers, count }
     }
 
     /// The operands of `recurrence` after x, R and h0.
     #[must_use]
     pub fn operands(&self) -> RecurrenceOperands {
-        self.positions(self.cell == Cell::Lstm, self.cell == Cell::LinearGru)
+        self.positions(self.cell == Cell::Lstm, self.cell == Cell::LinearGru, false)
     }
 
-    /// The operands of `recurrence_grad` after y, R and the gradient of h; `cell` if there is one of c.
+    /// The operands of `recurrence_grad` after y, R and the gradient of h; `cell` if there is one of c, with numbers where it
+    /// rounds at random.
     #[must_use]
-    pub fn gradient_operands(&self, cell: bool) -> RecurrenceOperands {
-        self.positions(cell, false)
+    pub fn gradient_operands(&self, cell: bool, rounding: GradientRounding) -> RecurrenceOperands {
+        self.positions(cell, false, rounding == GradientRounding::Stochastic)
     }
 }

@@ -538,6 +538,6 @@ const _: () = {
     assert!(size_of::<Conv2dGradInputI8Args>() == 28 * 8);
     assert!(size_of::<PoolShape>() == 16 * 8);
     assert!(size_of::<MaxPoolGradArgs>() == 19 * 8);
-    assert!(size_of::<AttentionArgs>() == 42 * 8);
+    assert!(size_of::<AttentionArgs>() == 47 * 8);
     assert!(size_of::<GatherArgs>() == 8 * 8);
 };

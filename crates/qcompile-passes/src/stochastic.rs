@@ -7,6 +7,7 @@ use crate::PassError;
 use crate::builder::Builder;
 use qcompile_ir::{
     BinaryOp, CompareOp, DType, Dim, Graph, NodeId, Op, Region, Shape, Tensor, UnaryOp, fnv1a,
+    golden_multiple,
 };
 use std::sync::Arc;
 
@@ -27,16 +28,25 @@ pub(crate) fn step(graph: &mut Graph) -> Result<NodeId, PassError> {
     Ok(step)
 }
 
-/// The golden ratio's part behind the point: its multiples fill [0, 1) most evenly.
-const GOLDEN: f64 = 0.618_033_988_749_894_9;
+/// Numbers in [0, 1) of this shape for what is rounded within an op: the same for whatever names the same node.
+pub(crate) fn numbers(
+    graph: &mut Graph,
+    of: NodeId,
+    shape: Shape,
+    region: Region,
+) -> Result<NodeId, PassError> {
+    let name = format!("{}.numbers", graph.node(of).name.as_str());
+    let op = Op::Random { seed: fnv1a(name.bytes()), shape };
+    let step = step(graph)?;
+    match graph.find(&name).filter(|&id| *graph.op(id) == op) {
+        Some(known) => Ok(known),
+        None => Ok(graph.add(op, &[step], name, region)?),
+    }
+}
 
-/// The multiples of [`GOLDEN`] behind the point, f32\[count\].
+/// The multiples of the golden ratio behind the point, f32\[count\].
 fn multiples(graph: &mut Graph, count: usize) -> Result<NodeId, PassError> {
-    #[allow(
-        clippy::cast_precision_loss,
-        reason = "f32 numbers the elements of a block near enough"
-    )]
-    let values: Vec<f64> = (0..count).map(|at| (at as f64 * GOLDEN).fract()).collect();
+    let values: Vec<f64> = (0..count).map(|place| golden_multiple(place).into()).collect();
     let tensor = Tensor::from_f64(DType::F32, &[count], &values).map(Arc::new);
     let tensor = tensor.ok_or_else(|| PassError::Unsupported {
         pass: "rounding",

@@ -4,7 +4,7 @@ use crate::build::PlanError;
 use crate::lower::Lowering;
 use crate::view::View;
 use crate::{Affine, Attention, AttentionResult, Place, Strided};
-use qcompile_ir::{AttentionOperand, DType, Dim, NodeId, Op};
+use qcompile_ir::{AttentionOperand, DType, Dim, GradientRounding, NodeId, Op};
 
 /// The kernel of an attention, or of all wanted gradients of one (which have the same operands).
 pub(crate) fn attention(lowering: &Lowering, members: &[NodeId]) -> Result<Attention, PlanError> {
@@ -32,14 +32,21 @@ pub(crate) fn attention(lowering: &Lowering, members: &[NodeId]) -> Result<Atten
     };
     let dense = |id: NodeId| Place { slot: lowering.memory.slot_of[&id], offset: Affine::ZERO };
     let (scale, causal, products, result, inputs) = match *op {
-        Op::AttentionGrad { scale, causal, products, .. } => {
+        Op::AttentionGrad { scale, causal, products, rounding, .. } => {
+            let (numbers, operands) = match (rounding, &operands[..]) {
+                (GradientRounding::Stochastic, [operands @ .., last]) => {
+                    (Some(strided(*last)), operands)
+                }
+                (_, operands) => (None, operands),
+            };
             let (&dy, inputs) = operands.split_last().expect("verified: operands are four or five");
             let of = AttentionOperand::ALL.map(|wanted| {
                 let gives =
                     |id: &NodeId| matches!(*graph.op(*id), Op::AttentionGrad { of, .. } if of == wanted);
                 members.iter().copied().find(gives).map(dense)
             });
-            (scale, causal, products, AttentionResult::Gradients { dy: strided(dy), of }, inputs)
+            let result = AttentionResult::Gradients { dy: strided(dy), numbers, of };
+            (scale, causal, products, result, inputs)
         }
         Op::Attention { scale, causal, products } => {
             (scale, causal, products, AttentionResult::Forward(dense(first)), &operands[..])

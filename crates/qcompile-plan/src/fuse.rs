@@ -295,12 +295,17 @@ impl Fusion {
     /// The group of the other gradients of one attention: one kernel computes all that are wanted. They have the
     /// same operands, so none needs another.
     fn same_attention(&self, graph: &Graph, id: NodeId) -> Option<usize> {
-        let Op::AttentionGrad { scale, causal, products, .. } = *graph.op(id) else { return None };
-        let attributes = (scale, causal, products);
+        let attributes = |id| match *graph.op(id) {
+            Op::AttentionGrad { of: _, scale, causal, products, rounding } => {
+                Some((scale, causal, products, rounding))
+            }
+            _ => None,
+        };
+        let wanted = Some(attributes(id)?);
         let operands = graph.operands(id);
         let same = |group: &Group| {
             let first = group.members[0];
-            matches!(*graph.op(first), Op::AttentionGrad { scale, causal, products, .. } if (scale, causal, products) == attributes)
+            attributes(first) == wanted
                 && group.region == graph.node(id).region
                 && graph.operands(first) == operands
         };

@@ -220,6 +220,8 @@ pub enum AttentionResult {
     Gradients {
         /// The gradient of the attention.
         dy: Strided,
+        /// f32, two for each query `[batch, rows, heads, 2]`: with these, products in i8 round at random.
+        numbers: Option<Strided>,
         /// That of `q`, `k` and `v`.
         of: [Option<Place>; 3],
     },
@@ -252,6 +254,8 @@ pub struct Recurrent {
     pub peepholes: Option<Place>,
     /// i64 `[batch]`.
     pub lengths: Option<Place>,
+    /// f32 `[batch, steps, gradients]`: with these, a gradient with products in i8 rounds at random.
+    pub numbers: Option<Place>,
     /// The result.
     pub y: Place,
 }
@@ -259,7 +263,7 @@ pub struct Recurrent {
 impl Recurrent {
     /// What it reads.
     pub fn reads(&self) -> impl Iterator<Item = Place> {
-        let optional = [self.c, self.bias, self.peepholes, self.lengths];
+        let optional = [self.c, self.bias, self.peepholes, self.lengths, self.numbers];
         [self.x, self.r, self.h].into_iter().chain(optional.into_iter().flatten())
     }
 }

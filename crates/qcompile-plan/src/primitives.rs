@@ -8,7 +8,9 @@ use crate::{
     Affine, Convolution, Int8, LoopNest, Matmul, Matrix, Operands, Place, Pooling, Primitive,
     Product, Recurrent, SlotId,
 };
-use qcompile_ir::{ConvGeometry, DType, Dim, NodeId, Op, PoolGeometry, Recurrence, TensorType};
+use qcompile_ir::{
+    ConvGeometry, DType, Dim, GradientRounding, NodeId, Op, PoolGeometry, Recurrence, TensorType,
+};
 
 /// The primitive of a node. `epilogue` follows it within the same kernel.
 pub(crate) fn primitive(
@@ -108,8 +110,8 @@ pub(crate) fn primitive(
             Primitive::Random { seed: *seed, count: product(&shape.0), step: dense(0), y }
         }
         Op::Recurrence(recurrence) => recurrent(lowering, id, recurrence, None, y),
-        Op::RecurrenceGrad { recurrence, cell } => {
-            recurrent(lowering, id, recurrence, Some(*cell), y)
+        Op::RecurrenceGrad { recurrence, cell, rounding } => {
+            recurrent(lowering, id, recurrence, Some((*cell, *rounding)), y)
         }
         _ => unreachable!("fused: only primitives come here"),
     })
@@ -268,18 +270,18 @@ fn pooling(
     })
 }
 
-/// A recurrent layer, or its gradient; that says whether c has one.
+/// A recurrent layer, or its gradient; that says whether c has one, and how it rounds.
 fn recurrent(
     lowering: &Lowering,
     id: NodeId,
     recurrence: &Recurrence,
-    gradient: Option<bool>,
+    gradient: Option<(bool, GradientRounding)>,
     y: Place,
 ) -> Primitive {
     let graph = lowering.graph;
     let operands = match gradient {
         None => recurrence.operands(),
-        Some(cell) => recurrence.gradient_operands(cell),
+        Some((cell, rounding)) => recurrence.gradient_operands(cell, rounding),
     };
     let place = |position: usize| lowering.dense_place(graph.operand(id, position));
     // The states of all steps, or their gradient.
@@ -300,6 +302,7 @@ fn recurrent(
         bias: operands.bias.map(place),
         peepholes: operands.peepholes.map(place),
         lengths: operands.lengths.map(place),
+        numbers: operands.numbers.map(place),
         y,
     })
 }

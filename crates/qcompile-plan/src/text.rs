@@ -275,8 +275,12 @@ fn write_attention(f: &mut fmt::Formatter<'_>, attention: &crate::Attention) -> 
     }
     match attention.result {
         crate::AttentionResult::Forward(y) => write!(f, " -> {y}"),
-        crate::AttentionResult::Gradients { dy, of } => {
-            write!(f, " {dy} ->")?;
+        crate::AttentionResult::Gradients { dy, numbers, of } => {
+            write!(f, " {dy}")?;
+            if let Some(numbers) = numbers {
+                write!(f, " at random by {numbers}")?;
+            }
+            f.write_str(" ->")?;
             for (name, place) in ["dq", "dk", "dv"].into_iter().zip(of) {
                 if let Some(place) = place {
                     write!(f, " {name} {place}")?;

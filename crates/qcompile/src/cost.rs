@@ -13,8 +13,8 @@ use crate::synthetic::{self, Random};
 use crate::terminal::{Progress, Show};
 use crate::timings::Timings;
 use qcompile_ir::{
-    AttentionOperand, Channels, DType, Graph, GraphError, Name, NodeId, Note, Op, Precision,
-    Quantizer, Region, Shape, Tensor, TensorType, UnaryOp,
+    AttentionOperand, Channels, DType, GradientRounding, Graph, GraphError, Name, NodeId, Note, Op,
+    Precision, Quantizer, Region, Shape, Tensor, TensorType, UnaryOp,
 };
 use qcompile_passes::quantize::{self, Decision, Layer, LayerCost, activation_products, layers};
 use qcompile_plan::{BuildOptions, build};
@@ -172,10 +172,12 @@ impl Small {
                 let rest = [at.peepholes, at.lengths].into_iter().flatten();
                 let mut given = vec![y, operands[1], dy];
                 given.extend(rest.map(|position| operands[position]));
-                vec![(Op::RecurrenceGrad { recurrence, cell: false }, given)]
+                let rounding = GradientRounding::Nearest;
+                vec![(Op::RecurrenceGrad { recurrence, cell: false, rounding }, given)]
             }
             Op::Attention { scale, causal, products } => {
-                let gradient = |of| Op::AttentionGrad { of, scale, causal, products };
+                let rounding = GradientRounding::Nearest;
+                let gradient = |of| Op::AttentionGrad { of, scale, causal, products, rounding };
                 let given = [operands, &[dy]].concat();
                 AttentionOperand::ALL.map(|of| (gradient(of), given.clone())).into()
             }

@@ -5,7 +5,7 @@ mod codes;
 use super::elementwise::maximum;
 use super::value::round_float;
 use super::{Data, Rounding, Value};
-use crate::{AttentionOperand, DType};
+use crate::{AttentionOperand, DType, GradientRounding};
 
 /// Sizes and data of an attention, without a mask if it has none.
 struct Attention<'a> {
@@ -125,6 +125,7 @@ pub(super) fn gradient(
     scale: f32,
     causal: bool,
     (products, rounding): (DType, Rounding),
+    gradients: GradientRounding,
     operands: &[&Value],
     shape: &[usize],
 ) -> Data {
@@ -133,13 +134,17 @@ pub(super) fn gradient(
         _ => value,
     };
     let mut gradient = vec![0.0; shape.iter().product()];
+    let (operands, numbers) = match (gradients, operands) {
+        (GradientRounding::Stochastic, [operands @ .., numbers]) => (operands, Some(*numbers)),
+        _ => (operands, None),
+    };
     let [q, k, v, mask @ .., dy] = operands else { return Data::Float(gradient) };
     let mask = mask.first().copied();
     let (width, value_width) = (q.shape[3], v.shape[3]);
     let scale = f64::from(scale);
     let attention = Attention { scale, causal, q, k, v, mask };
     if (products, rounding) == (DType::I8, Rounding::PerOp) {
-        codes::gradient(of, &attention, dy, &mut gradient);
+        codes::gradient(of, &attention, dy, numbers, &mut gradient);
         return Data::Float(gradient);
     }
     let [queries, keys, values] = [q, k, v].map(|x| x.data.floats());

@@ -394,16 +394,18 @@ fn compute(
         Op::Attention { scale, causal, products } => {
             attention::attention(*scale, *causal, (*products, rounding), operands, shape)
         }
-        Op::AttentionGrad { of, scale, causal, products } => {
-            attention::gradient(*of, *scale, *causal, (*products, rounding), operands, shape)
+        Op::AttentionGrad { of, scale, causal, products, rounding: gradients } => {
+            let products = (*products, rounding);
+            attention::gradient(*of, *scale, *causal, products, *gradients, operands, shape)
         }
         Op::Softmax => rows::softmax(x()?),
         Op::LogSoftmax => rows::log_softmax(x()?),
         Op::CrossEntropy => rows::cross_entropy(x()?, y()?)?,
         Op::CrossEntropyGrad => rows::cross_entropy_grad(x()?, y()?, z()?)?,
         Op::Recurrence(op) => recurrence::recurrence(op, (dtype, rounding), operands, shape),
-        Op::RecurrenceGrad { recurrence, cell } => {
-            recurrence::recurrence_grad(recurrence, *cell, (dtype, rounding), operands, shape)
+        Op::RecurrenceGrad { recurrence, cell, rounding: gradients } => {
+            let kept = (dtype, rounding);
+            recurrence::recurrence_grad(recurrence, *cell, *gradients, kept, operands, shape)
         }
         Op::Quantize { dtype, axis } => {
             let parameters = quantized::Parameters::new(*axis, x()?, y()?, c);

@@ -2,7 +2,9 @@
 
 use super::value::round_float;
 use super::{Data, Rounding, Value};
-use crate::{Activation, ActivationOp, Cell, DType, QuantizedRange, Recurrence};
+use crate::{
+    Activation, ActivationOp, Cell, DType, GradientRounding, QuantizedRange, Recurrence, turned,
+};
 use std::borrow::Cow;
 
 /// A number as a product reads it, by the scale of its codes if it has some. Rounded even where floats stay exact: it is
@@ -140,14 +142,19 @@ impl Layer<'_> {
     }
 
     /// `d R` of a row of a gate's gradient: codes have a scale for each, and give nothing where one of them is infinite or
-    /// no number.
-    fn back(&self, d: &[f64], gate: usize) -> Vec<f64> {
+    /// no number. With a number they are rounded at random.
+    fn back(&self, d: &[f64], gate: usize, number: Option<f32>) -> Vec<f64> {
         let codes = self.recurrence.products == Some(DType::I8);
         if codes && !d.iter().all(|d| d.is_finite()) {
             return vec![f64::NAN; self.hidden];
         }
         let scale = if codes { scale_of(d.iter().copied()) } else { 1.0 };
-        let d: Vec<f64> = d.iter().map(|&d| entered(self.recurrence.products, d, scale)).collect();
+        let noise =
+            |unit: usize| number.map_or(0.0, |number| f64::from(turned(number, unit)) - 0.5);
+        let of_unit = |(unit, &d): (usize, &f64)| {
+            entered(self.recurrence.products, d + noise(unit) * scale, scale)
+        };
+        let d: Vec<f64> = d.iter().enumerate().map(of_unit).collect();
         let r = |k: usize, j: usize| self.r[(gate * self.hidden + k) * self.hidden + j];
         (0..self.hidden).map(|j| d.iter().enumerate().map(|(k, d)| d * r(k, j)).sum()).collect()
     }
@@ -294,6 +301,7 @@ pub(super) fn recurrence(
 pub(super) fn recurrence_grad(
     recurrence: &Recurrence,
     cell: bool,
+    rounding: GradientRounding,
     kept: (DType, Rounding),
     operands: &[&Value],
     shape: &[usize],
@@ -301,7 +309,8 @@ pub(super) fn recurrence_grad(
     if shape.contains(&0) {
         return Data::Float(Vec::new());
     }
-    let at = recurrence.gradient_operands(cell);
+    let at = recurrence.gradient_operands(cell, rounding);
+    let numbers = at.numbers.map(|at| operands[at].data.floats());
     let (y, dh) = (operands[0].data.floats(), operands[2].data.floats());
     let dc = at.cell.map(|at| operands[at].data.floats());
     let [rows, batch, columns] = shape[..] else { return Data::Float(Vec::new()) };
@@ -325,6 +334,10 @@ pub(super) fn recurrence_grad(
             // The gradient of a gate's product in turn, of the state before by its own path, and of r·h of a GRU.
             let mut gates = vec![vec![0.0; hidden]; recurrence.cell.gradients()];
             let mut next = vec![0.0; hidden];
+            let number = |gradient: usize| {
+                let at = (row * layer.steps + t) * recurrence.cell.gradients() + gradient;
+                numbers.map(|numbers| numbers[at] as f32)
+            };
             let add = |next: &mut [f64], d: Vec<f64>| {
                 next.iter_mut().zip(d).for_each(|(next, d)| *next += d);
             };
@@ -334,7 +347,7 @@ pub(super) fn recurrence_grad(
                         let h = y[layer.at(0, after, row, j)];
                         gates[0][j] = carry[j] * layer.gate_slope(0, h);
                     }
-                    add(&mut next, layer.back(&gates[0], 0));
+                    add(&mut next, layer.back(&gates[0], 0, number(0)));
                 }
                 Cell::Lstm => {
                     for j in 0..hidden {
@@ -358,7 +371,7 @@ pub(super) fn recurrence_grad(
                             d_c * f + d_i * layer.peephole(0, j) + d_f * layer.peephole(2, j);
                     }
                     for (gate, d) in gates.iter().enumerate() {
-                        add(&mut next, layer.back(d, gate));
+                        add(&mut next, layer.back(d, gate, number(gate)));
                     }
                 }
                 Cell::Gru | Cell::LinearGru => {
@@ -369,7 +382,8 @@ pub(super) fn recurrence_grad(
                         gates[2][j] = carry[j] * (1.0 - z) * layer.gate_slope(1, n);
                         next[j] = carry[j] * z;
                     }
-                    let d_rh = if linear { Vec::new() } else { layer.back(&gates[2], 2) };
+                    let d_rh =
+                        if linear { Vec::new() } else { layer.back(&gates[2], 2, number(2)) };
                     for (j, next) in next.iter_mut().enumerate() {
                         let r = gate(2, j);
                         if linear {
@@ -380,10 +394,10 @@ pub(super) fn recurrence_grad(
                             *next += d_rh[j] * r;
                         }
                     }
-                    add(&mut next, layer.back(&gates[0], 0));
-                    add(&mut next, layer.back(&gates[1], 1));
+                    add(&mut next, layer.back(&gates[0], 0, number(0)));
+                    add(&mut next, layer.back(&gates[1], 1, number(1)));
                     if linear {
-                        add(&mut next, layer.back(&gates[3], 2));
+                        add(&mut next, layer.back(&gates[3], 2, number(3)));
                     }
                 }
             }

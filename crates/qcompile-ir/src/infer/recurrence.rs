@@ -1,7 +1,10 @@
 //! Recurrent layers.
 
 use super::{Types, fixed, float, same};
-use crate::{Cell, DType, QuantizedRange, Recurrence, RecurrenceOperands, Shape, TensorType};
+use crate::{
+    Cell, DType, GradientRounding, QuantizedRange, Recurrence, RecurrenceOperands, Shape,
+    TensorType,
+};
 
 /// Checks the attributes of a layer, or of its gradient, on values of a type.
 fn recurrence_fits(recurrence: &Recurrence, ty: &TensorType) -> Result<(), String> {
@@ -87,9 +90,10 @@ pub(super) fn recurrence(recurrence: &Recurrence, operands: Types) -> Result<Ten
 pub(super) fn recurrence_grad(
     recurrence: &Recurrence,
     cell: bool,
+    rounding: GradientRounding,
     operands: Types,
 ) -> Result<TensorType, String> {
-    let at = recurrence.gradient_operands(cell);
+    let at = recurrence.gradient_operands(cell, rounding);
     if operands.len() != at.count || (cell && recurrence.cell != Cell::Lstm) {
         return Err(format!("takes {} operands, not {}", at.count, operands.len()));
     }
@@ -111,6 +115,14 @@ pub(super) fn recurrence_grad(
     };
     let states = fits().ok_or_else(|| format!("{y}, {r} and {dh} do not fit"))?;
     recurrence_extras(at, operands, [&states, &states], hidden)?;
+    if let Some(at) = at.numbers {
+        if recurrence.products != Some(DType::I8) {
+            return Err("products in floats round no gradients at random".to_owned());
+        }
+        let gradients = recurrence.cell.gradients().into();
+        let each = Shape(vec![batch, states.shape.0[0], gradients]);
+        same(&TensorType::f32(each), operands[at])?;
+    }
     let columns = recurrence.cell.gradients().checked_mul(hidden).ok_or("too many columns")?;
     Ok(TensorType::new(y.dtype, Shape(vec![rows.into(), batch, columns.into()])))
 }

@@ -3,10 +3,13 @@
 use super::literal;
 use crate::{
     Activation, ActivationOp, AttentionOperand, BinaryOp, Cell, CollectiveOp, CompareOp,
-    ConvGeometry, DType, Dim, Op, PoolGeometry, Recurrence, ReduceOp, ScatterOp, TensorType,
-    UnaryOp,
+    ConvGeometry, DType, Dim, GradientRounding, Op, PoolGeometry, Recurrence, ReduceOp, ScatterOp,
+    TensorType, UnaryOp,
 };
 use std::fmt::Write as _;
+
+/// Rounds at random.
+const STOCHASTIC: &str = GradientRounding::Stochastic.name();
 
 /// One attribute as read: a flag or a key with numbers.
 #[derive(Clone, Debug, PartialEq)]
@@ -87,9 +90,17 @@ pub(super) fn print(op: &Op) -> String {
             if *products != DType::F32 {
                 push(format!("products={products}"));
             }
+            if let Op::AttentionGrad { rounding: GradientRounding::Stochastic, .. } = op {
+                push(STOCHASTIC.to_owned());
+            }
         }
         Op::Recurrence(r) => push(recurrence(r, false)),
-        Op::RecurrenceGrad { recurrence: r, cell } => push(recurrence(r, *cell)),
+        Op::RecurrenceGrad { recurrence: r, cell, rounding } => {
+            push(recurrence(r, *cell));
+            if *rounding == GradientRounding::Stochastic {
+                push(STOCHASTIC.to_owned());
+            }
+        }
         Op::Quantize { dtype, axis } | Op::StraightThrough { dtype, axis } => {
             push(dtype.to_string());
             if let Some(axis) = axis {
@@ -225,10 +236,11 @@ pub(super) fn op(
         }
         "attention_grad" => {
             let (scale, causal, products) = take.attention()?;
+            let rounding = take.rounding();
             let of = take.parsed("q, k or v", |word| {
                 AttentionOperand::ALL.into_iter().find(|of| of.name() == word)
             })?;
-            Op::AttentionGrad { of, scale, causal, products }
+            Op::AttentionGrad { of, scale, causal, products, rounding }
         }
         "softmax" => Op::Softmax,
         "log_softmax" => Op::LogSoftmax,
@@ -236,8 +248,8 @@ pub(super) fn op(
         "cross_entropy_grad" => Op::CrossEntropyGrad,
         "recurrence" => Op::Recurrence(take.recurrence()?),
         "recurrence_grad" => {
-            let cell = take.flag("cell");
-            Op::RecurrenceGrad { recurrence: take.recurrence()?, cell }
+            let (cell, rounding) = (take.flag("cell"), take.rounding());
+            Op::RecurrenceGrad { recurrence: take.recurrence()?, cell, rounding }
         }
         "quantize" => Op::Quantize { dtype: take.dtype()?, axis: take.optional("axis")? },
         "dequantize" => Op::Dequantize { axis: take.optional("axis")? },
@@ -289,6 +301,11 @@ impl<'a> Attributes<'a> {
     fn flag(&mut self, key: &str) -> bool {
         let at = self.0.iter().position(|a| a.key == key && a.value.is_none());
         at.map(|at| self.0.remove(at)).is_some()
+    }
+
+    /// How gradients are rounded.
+    fn rounding(&mut self) -> GradientRounding {
+        if self.flag(STOCHASTIC) { GradientRounding::Stochastic } else { GradientRounding::Nearest }
     }
 
     /// The first flag, read by `read`.

@@ -282,6 +282,8 @@ impl Cases<'_> {
                 _ => (qkv_bf16.as_ptr().cast(), dy_bf16.as_ptr().cast(), 2),
             };
             let args = AttentionArgs {
+                numbers: std::ptr::null(),
+                number_strides: [0; 4],
                 q,
                 k: q.wrapping_add(size * bytes),
                 v: q.wrapping_add(2 * size * bytes),

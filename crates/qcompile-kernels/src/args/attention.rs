@@ -18,6 +18,9 @@ pub struct AttentionArgs {
     pub mask: *const f32,
     /// The gradient of the attention (gradients only).
     pub dy: *const u8,
+    /// Numbers in [0, 1), two for each query and head, with which gradients in [`AttentionKind::Int8`] are rounded at random:
+    /// gradients of scores, and what is rounded by columns. Null to round to nearest.
+    pub numbers: *const f32,
     /// Result of the attention.
     pub y: *mut u8,
     /// Gradient of q, or null if it is not wanted.
@@ -50,6 +53,8 @@ pub struct AttentionArgs {
     pub mask_strides: [usize; 4],
     /// Strides of dy.
     pub dy_strides: [usize; 4],
+    /// Strides of the numbers.
+    pub number_strides: [usize; 4],
     /// The bits of the f32 that scores are multiplied with.
     pub scale: u64,
     /// 1 if a row sees only the keys up to its own number, else 0.

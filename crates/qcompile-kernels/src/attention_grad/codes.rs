@@ -17,8 +17,8 @@ use crate::buffer::{Buffer, Slot};
 use crate::lanes::{Lanes, Simd, Task};
 use crate::pack::{self, Left};
 use crate::rounding::{
-    LARGEST, SHIFT, add, add_by_columns, code, largest_magnitude, magnitude, round, round_columns,
-    scale_of,
+    LARGEST, SHIFT, add, add_by_columns, code, golden_multiples, largest_magnitude, magnitude,
+    round, round_at_random, round_columns, scale_of,
 };
 use crate::seen::{Left as LeftOperand, Over, Product, Seen};
 use crate::tile::{EVERY_GROUP, Panels};
@@ -43,6 +43,12 @@ impl Task for Gradients {
         let words = sizes.iter().map(|words| words.next_multiple_of(16)).sum();
         let mut buffer = Buffer::take(Slot::Result, words);
         let memory = Memory::new(buffer.words().cast(), sizes, strides);
+        if !args.numbers.is_null() {
+            // SAFETY: the buffer has room for as many.
+            golden_multiples(unsafe {
+                std::slice::from_raw_parts_mut(memory.multiples, Memory::multiples(&args))
+            });
+        }
         for unit in begin..end {
             let head = Head { args: &args, memory, batch: unit / args.key_heads };
             // SAFETY: the operands and results have the head, the buffers room for it.
@@ -69,6 +75,8 @@ struct Strip {
     dy: [Rows; 2],
     /// What sums of each with codes of values are multiplied with, for each query.
     dy_scales: [[f32; 2]; QUERIES],
+    /// For each query what gradients of scores, and what columns, are rounded with at random.
+    numbers: [[f32; QUERIES]; 2],
 }
 
 impl Head<'_> {
@@ -166,7 +174,17 @@ impl Head<'_> {
                 let codes = Matrix { first, row_stride: width, column_stride: 1 };
                 pack_rows::<S::Int8>(codes, [rows, width], memory.left_dy[at])
             };
-            Strip { head, row, rows, q, dy: [packed(0), packed(1)], dy_scales }
+            let mut numbers = [[0.0; QUERIES]; 2];
+            if !args.numbers.is_null() {
+                let from =
+                    head_of::<f32>(args.numbers.cast(), args.number_strides, [batch, row, head]);
+                for (which, numbers) in numbers.iter_mut().enumerate() {
+                    for (r, number) in numbers.iter_mut().enumerate().take(rows) {
+                        *number = *from.first.add(r * from.row_stride + which * from.column_stride);
+                    }
+                }
+            }
+            Strip { head, row, rows, q, dy: [packed(0), packed(1)], dy_scales, numbers }
         }
     }
 
@@ -334,7 +352,20 @@ impl Head<'_> {
                 }
                 *row_scale = scale_of(most.into_iter().fold(0, u32::max));
                 let codes = memory.slope_codes.add(r * memory.code_stride);
-                round(slopes, blocks, 1.0 / *row_scale, codes);
+                if args.numbers.is_null() {
+                    round(slopes, blocks, 1.0 / *row_scale, codes);
+                } else {
+                    // What is not seen is 0, and rounds to it.
+                    let multiples =
+                        std::slice::from_raw_parts(memory.multiples.add(seen.key), blocks);
+                    round_at_random(
+                        slopes,
+                        1.0 / *row_scale,
+                        strip.numbers[0][r],
+                        multiples,
+                        codes,
+                    );
+                }
                 std::ptr::write_bytes(codes.add(blocks), 0, padded - blocks);
             }
         }
@@ -355,7 +386,8 @@ impl Head<'_> {
                     *real.add(r * width + c) *= factor;
                 }
             }
-            self.round_columns::<S>([rows, width], gradient_scales, 1.0 / LARGEST, gradients);
+            let scales = (gradient_scales, 1.0 / LARGEST);
+            self.round_columns::<S>(strip, width, scales, gradients);
         }
     }
 
@@ -379,8 +411,8 @@ impl Head<'_> {
                     *to.add(c) = f32::from(*from.add(c * q.column_stride)) * scale;
                 }
             }
-            let size = [strip.rows, width];
-            self.round_columns::<S>(size, memory.query_scales, *args.scales[0], memory.queries);
+            let scales = (memory.query_scales, *args.scales[0]);
+            self.round_columns::<S>(strip, width, scales, memory.queries);
         }
     }
 
@@ -389,15 +421,19 @@ impl Head<'_> {
     #[inline(always)]
     unsafe fn round_columns<S: Simd>(
         &self,
-        size: [usize; 2],
-        scales: *mut f32,
-        factor: f32,
+        strip: &Strip,
+        width: usize,
+        (scales, factor): (*mut f32, f32),
         to: *mut u32,
     ) {
-        let Memory { real, codes: [codes, _], .. } = self.memory;
+        let Memory { real, codes: [codes, _], multiples, .. } = self.memory;
+        let size = [strip.rows, width];
         // SAFETY: granted by the caller.
         unsafe {
-            round_columns(real, size, scales, factor, codes);
+            let numbers = (!self.args.numbers.is_null()).then(|| {
+                (&strip.numbers[1][..], std::slice::from_raw_parts(multiples.cast_const(), width))
+            });
+            round_columns(real, size, scales, factor, numbers, codes);
             let codes = Matrix { first: codes.cast_const(), row_stride: size[1], column_stride: 1 };
             Int8::right::<S>(codes, Along::Rows, size, std::ptr::null_mut(), to);
         }

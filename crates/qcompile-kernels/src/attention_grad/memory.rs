@@ -41,6 +41,8 @@ pub(super) struct Memory {
     /// Rows that are rounded, and two places for their codes.
     pub(super) real: *mut f32,
     pub(super) codes: [*mut i8; 2],
+    /// Multiples of the golden ratio, of keys and of columns.
+    pub(super) multiples: *mut f32,
     /// The strip's queries and the two codes of its dy, as left operands.
     pub(super) left_q: *mut u32,
     pub(super) left_dy: [*mut u32; 2],
@@ -53,8 +55,13 @@ pub(super) struct Memory {
 }
 
 impl Memory {
+    /// Multiples that are kept: of whole blocks of keys, and of all columns.
+    pub(super) fn multiples(args: &AttentionArgs) -> usize {
+        args.keys.next_multiple_of(BLOCK).max(args.width).max(args.value_width)
+    }
+
     /// The sizes of the parts in words, in the order in which [`Memory::new`] takes them, and the three strides.
-    pub(super) fn sizes<L: Lanes>(args: &AttentionArgs) -> ([usize; 20], [usize; 3]) {
+    pub(super) fn sizes<L: Lanes>(args: &AttentionArgs) -> ([usize; 21], [usize; 3]) {
         let (keys, width, value_width) = (args.keys, args.width, args.value_width);
         let words = |k: usize, n: usize| Panels { k: k.div_ceil(L::GROUP), n }.words::<L>();
         let stride = |n: usize| n.next_multiple_of(Panels::width::<L>());
@@ -84,11 +91,12 @@ impl Memory {
             QUERIES * widest,
             2 * (QUERIES * widest).div_ceil(4).next_multiple_of(16),
             3 * (QUERIES * widest.div_ceil(L::GROUP)).next_multiple_of(16),
+            if args.numbers.is_null() { 0 } else { Memory::multiples(args) },
         ];
         (sizes, [strides[0], strides[1], code_stride])
     }
 
-    pub(super) fn new(buffer: *mut f32, sizes: [usize; 20], strides: [usize; 3]) -> Memory {
+    pub(super) fn new(buffer: *mut f32, sizes: [usize; 21], strides: [usize; 3]) -> Memory {
         let mut parts = Parts(buffer);
         let [
             keys,
@@ -111,6 +119,7 @@ impl Memory {
             real,
             codes,
             left,
+            multiples,
         ] = sizes.map(|size| parts.take(size));
         let (codes, left) = (codes.cast::<i8>(), left.cast::<u32>());
         let [stride, value_stride, code_stride] = strides;
@@ -135,6 +144,7 @@ impl Memory {
             dv,
             real,
             codes: [codes, codes.wrapping_add(sizes[18] / 2 * 4)],
+            multiples,
             left_q: part(0),
             left_dy: [part(1), part(2)],
             stride,

@@ -108,6 +108,9 @@ pub struct RecurrenceGradArgs {
     pub peepholes: *const f32,
     /// As in the forward layer.
     pub lengths: *const i64,
+    /// Numbers in [0, 1), `[batch, steps, gradients]`, with which codes of gradients are rounded at random; null to round to
+    /// nearest.
+    pub numbers: *const f32,
     /// `[steps + 1, batch, gradients * hidden]`.
     pub dx: *mut f32,
     /// Sizes.

@@ -1,11 +1,12 @@
 //! The gradient of a recurrent layer.
 
 use super::activation::{activate, multiply_clipped_slope, multiply_slope};
-use super::product::{Kind, Operand, Panels, product};
+use super::product::{Kind, Numbers, Operand, Panels, product};
 use super::{Rows, runs};
 use crate::args::{RecurrenceGradArgs, RecurrentCell};
 use crate::buffer::{Buffer, Slot};
 use crate::lanes::{Simd, Task};
+use crate::rounding::golden_multiples;
 use std::marker::PhantomData;
 use std::slice::{from_raw_parts, from_raw_parts_mut};
 
@@ -72,11 +73,14 @@ impl<K: Kind> Backward<K> {
         let mut dh = Buffer::take(Slot::Result, rows.padded * stride);
         let mut dc = Buffer::take(Slot::Left, rows.padded * hidden);
         let mut reset = Buffer::take(Slot::Right, rows.padded * stride);
-        let mut operand = Buffer::take(Slot::Staging, Operand::room::<K::Lanes<S>>(shape, rows));
+        let room = Operand::room::<K::Lanes<S>>(shape, rows);
+        let mut operand = Buffer::take(Slot::Staging, room + hidden);
         let (dh, reset, operand) = (dh.words(), reset.words(), operand.words());
         let dc = dc.words().cast::<f32>();
         // SAFETY: rows and sections exist; buffers are as large as they were taken.
         unsafe {
+            // Behind the operand.
+            golden_multiples(from_raw_parts_mut(operand.add(room).cast(), hidden));
             dh.write_bytes(0, rows.padded * stride);
             dc.write_bytes(0, rows.padded * hidden);
             let dh_row =
@@ -188,9 +192,20 @@ impl<K: Kind> Backward<K> {
         let columns = shape.gradients() * shape.hidden;
         // SAFETY: granted by the caller.
         unsafe {
+            let numbers = (K::IS_CODES && !self.args.numbers.is_null()).then(|| {
+                let room = Operand::room::<K::Lanes<S>>(shape, rows);
+                let stride = shape.steps * shape.gradients();
+                let first = rows.first * stride + t * shape.gradients() + from;
+                Numbers {
+                    first: self.args.numbers.wrapping_add(first),
+                    stride,
+                    multiples: from_raw_parts(operand.add(room).cast::<f32>(), shape.hidden),
+                }
+            });
             let first = (t * shape.batch + rows.first) * columns + from * shape.hidden;
             let first = self.args.dx.cast_const().add(first);
-            let left = Operand::of::<K::Lanes<S>>(shape, rows, first, columns, None, operand);
+            let left =
+                Operand::of::<K::Lanes<S>>(shape, rows, first, columns, None, numbers, operand);
             let packed = self.args.scratch.cast::<u32>().cast_const();
             product::<K::Lanes<S>>(shape, &left, packed, gate, out, add);
         }

@@ -83,7 +83,7 @@ impl<K: Kind> Forward<K> {
             for order in 0..shape.steps {
                 let [t, before, after] = shape.step(order);
                 let h = args.y.cast_const().add(shape.at(0, before, rows.first));
-                let h = Operand::of::<K::Lanes<S>>(shape, rows, h, hidden, scale, operand);
+                let h = Operand::of::<K::Lanes<S>>(shape, rows, h, hidden, scale, None, operand);
                 let early = if shape.cell == RecurrentCell::Gru { 2 } else { shape.gates() };
                 for gate in (0..early).filter(|&gate| gate != 2 || shape.input_forget == 0) {
                     let out = products.add(gate * size);
@@ -142,8 +142,9 @@ impl<K: Kind> Forward<K> {
                             *to = r * h;
                         }
                     }
-                    let left =
-                        Operand::of::<K::Lanes<S>>(shape, rows, reset, hidden, scale, operand);
+                    let left = Operand::of::<K::Lanes<S>>(
+                        shape, rows, reset, hidden, scale, None, operand,
+                    );
                     let out = products.add(2 * size);
                     product::<K::Lanes<S>>(shape, &left, packed, 2, out, false);
                     for local in 0..rows.count {

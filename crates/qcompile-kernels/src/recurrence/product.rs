@@ -5,7 +5,7 @@ use crate::args::RecurrenceShape;
 use crate::buffer::{Buffer, Slot};
 use crate::lanes::{Codes, Element, Lanes, Simd, Task};
 use crate::pack::{self, Left, Right, Source};
-use crate::rounding::{largest_magnitude, scale_of};
+use crate::rounding::{largest_magnitude, noise, scale_of};
 use crate::softmax::reduce;
 use crate::tile::{Scales, Start, Tile, tile};
 use std::marker::PhantomData;
@@ -55,11 +55,17 @@ pub(super) const STATE_SCALE: f32 = 1.0 / 127.0;
 pub(crate) trait Rounded: Element {
     /// The nearest, to even, to `x / scale` where it is a code; to `x` where it is a float.
     fn rounded(x: f32, scale: f32) -> Self;
+    /// The same of a number that is moved by so many steps; floats are not.
+    fn moved(x: f32, scale: f32, steps: f32) -> Self;
 }
 
 impl Rounded for f32 {
     #[inline(always)]
     fn rounded(x: f32, _scale: f32) -> f32 {
+        x
+    }
+    #[inline(always)]
+    fn moved(x: f32, _scale: f32, _steps: f32) -> f32 {
         x
     }
 }
@@ -72,13 +78,21 @@ impl Rounded for u16 {
         // A NaN stays one, whichever of its bits are lost.
         if x.is_nan() { (bits >> 16) as u16 | 0x40 } else { nearest }
     }
+    #[inline(always)]
+    fn moved(x: f32, scale: f32, _steps: f32) -> u16 {
+        u16::rounded(x, scale)
+    }
 }
 
 impl Rounded for i8 {
     #[inline(always)]
     fn rounded(x: f32, scale: f32) -> i8 {
+        i8::moved(x, scale, 0.0)
+    }
+    #[inline(always)]
+    fn moved(x: f32, scale: f32, steps: f32) -> i8 {
         // A NaN becomes 0.
-        (x / scale).round_ties_even().clamp(-127.0, 127.0) as i8
+        (x / scale + steps).round_ties_even().clamp(-127.0, 127.0) as i8
     }
 }
 
@@ -228,6 +242,15 @@ fn round<E: Rounded>(from: &[f32], scale: f32, to: &mut [E]) {
     }
 }
 
+/// The numbers in [0, 1) with which rows are rounded at random: one for each, so many apart, and the multiples of the golden
+/// ratio of their elements.
+#[derive(Clone, Copy)]
+pub(super) struct Numbers<'a> {
+    pub(super) first: *const f32,
+    pub(super) stride: usize,
+    pub(super) multiples: &'a [f32],
+}
+
 /// Rows on their way into products: pointers to where they are, or to where they are rounded.
 pub(super) struct Operand {
     rows: [*const u32; MAX_ROWS],
@@ -244,11 +267,11 @@ impl Operand {
         if L::Element::NARROW { rows.padded * depth + shape.hidden } else { 0 }
     }
 
-    /// Rows of a matrix, from `first` on, whose codes have this scale, or one for each row by its largest magnitude; the
-    /// buffer has [`Operand::room`].
+    /// Rows of a matrix, from `first` on, whose codes have this scale, or one for each row by its largest magnitude, and are
+    /// rounded at random by numbers, if there are; the buffer has [`Operand::room`].
     ///
     /// # Safety
-    /// The matrix has `rows.count` rows, `stride` apart.
+    /// The matrix has `rows.count` rows, `stride` apart, and each has a number.
     #[inline(always)]
     pub(super) unsafe fn of<L: Lanes<Element: Rounded>>(
         shape: &RecurrenceShape,
@@ -256,6 +279,7 @@ impl Operand {
         first: *const f32,
         stride: usize,
         scale: Option<f32>,
+        numbers: Option<Numbers<'_>>,
         buffer: *mut u32,
     ) -> Operand {
         let mut scales = [0.0; MAX_ROWS];
@@ -275,7 +299,16 @@ impl Operand {
                     None if L::INTEGER => scale_of(largest_magnitude(from)),
                     None => 1.0,
                 };
-                round(from, *row_scale, from_raw_parts_mut(elements, shape.hidden));
+                let to = from_raw_parts_mut(elements, shape.hidden);
+                match numbers {
+                    None => round(from, *row_scale, to),
+                    Some(Numbers { first, stride, multiples }) => {
+                        let number = *first.add(row * stride);
+                        for ((to, &x), &multiple) in to.iter_mut().zip(from).zip(multiples) {
+                            *to = L::Element::moved(x, *row_scale, noise(number, multiple));
+                        }
+                    }
+                }
                 pack::row::<L, Left>(elements, shape.hidden, buffer.add(row * depth), 0);
             }
         }

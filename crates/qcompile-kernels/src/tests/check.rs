@@ -35,6 +35,11 @@ impl CodesOf {
 /// A small generator (64-bit LCG, upper bits).
 pub(crate) struct Random(pub(crate) u64);
 
+/// Values in [0, 1).
+pub(crate) fn fractions(random: &mut Random, count: usize) -> Vec<f32> {
+    (0..count).map(|_| (random.next() >> 7) as f32 / (1 << 24) as f32).collect()
+}
+
 impl Random {
     pub(crate) fn next(&mut self) -> u32 {
         self.0 =

@@ -3,7 +3,9 @@
 use super::rules::{Site, not_differentiable};
 use crate::PassError;
 use crate::builder::Builder;
-use qcompile_ir::{AttentionOperand, BinaryOp, CompareOp, DType, NodeId, Op, ReduceOp, UnaryOp};
+use qcompile_ir::{
+    AttentionOperand, BinaryOp, CompareOp, DType, GradientRounding, NodeId, Op, ReduceOp, UnaryOp,
+};
 
 type Gradient = Result<NodeId, PassError>;
 
@@ -57,7 +59,8 @@ pub(super) fn attention(b: &mut Builder<'_>, site: &Site, scale: f32, causal: bo
     };
     let mut operands = site.operands.clone();
     operands.push(site.dy);
-    let op = Op::AttentionGrad { of, scale, causal, products: DType::F32 };
+    let rounding = GradientRounding::Nearest;
+    let op = Op::AttentionGrad { of, scale, causal, products: DType::F32, rounding };
     b.add("", op, &operands)
 }
 

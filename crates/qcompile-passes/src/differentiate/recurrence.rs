@@ -4,7 +4,7 @@
 use super::rules::{Site, not_differentiable};
 use crate::PassError;
 use crate::builder::Builder;
-use qcompile_ir::{BinaryOp, Cell, Dim, Name, NodeId, Op, Recurrence, Shape};
+use qcompile_ir::{BinaryOp, Cell, Dim, GradientRounding, Name, NodeId, Op, Recurrence, Shape};
 use std::ops::Range;
 
 type Gradient = Result<NodeId, PassError>;
@@ -81,7 +81,8 @@ impl Layer<'_> {
         operands.extend(rest.map(|position| site.operands[position]));
         // What the products of the backward pass read is for the note of the layer to say.
         let recurrence = self.recurrence.with_products(None);
-        let op = Op::RecurrenceGrad { recurrence, cell: dc.is_some() };
+        let rounding = GradientRounding::Nearest;
+        let op = Op::RecurrenceGrad { recurrence, cell: dc.is_some(), rounding };
         Ok(b.graph.add(op, &operands, name, b.region)?)
     }
 

@@ -84,8 +84,9 @@ pub fn carries_gradient(graph: &Graph, id: NodeId, position: usize) -> bool {
         Op::CrossEntropyGrad => position != 1,
         Op::StraightThrough { .. } => position < 2,
         Op::Recurrence(layer) => layer.operands().lengths != Some(position),
-        Op::RecurrenceGrad { recurrence, cell } => {
-            recurrence.gradient_operands(*cell).lengths != Some(position)
+        Op::RecurrenceGrad { recurrence, cell, rounding } => {
+            let at = recurrence.gradient_operands(*cell, *rounding);
+            ![at.lengths, at.numbers].contains(&Some(position))
         }
         Op::Reduce { .. }
         | Op::Matmul { .. }

@@ -6,7 +6,11 @@ use super::recurrence;
 use super::scale;
 use crate::PassError;
 use crate::builder::Builder;
-use qcompile_ir::{AttentionOperand, DType, Graph, NodeId, Op, Precision, ReduceOp, Region, Shape};
+use crate::stochastic;
+use qcompile_ir::{
+    AttentionOperand, DType, GradientRounding, Graph, NodeId, Op, Precision, ReduceOp, Region,
+    Shape,
+};
 
 /// Lets the gradient pass where its value was rounded by the scale of its own largest magnitude: nothing is clamped then,
 /// so the gradient of the rounding is 1 everywhere.
@@ -81,19 +85,25 @@ fn rounds_within(op: &Op) -> bool {
 /// the forward product has already where it reads codes itself; what is f32 for it is so for that.
 fn within(graph: &mut Graph, id: NodeId, inserted: &mut Inserted) -> Result<(), PassError> {
     let mut op = graph.op(id).clone();
-    let Op::AttentionGrad { products, .. } = &mut op else {
+    let Op::AttentionGrad { products, rounding, .. } = &mut op else {
         return recurrence::products(graph, id, Some(DType::I8));
     };
-    *products = DType::I8;
     let quantizer = graph.node(id).note.quantizer.unwrap_or_default();
+    (*products, *rounding) = (DType::I8, quantizer.rounding);
     let how = Operand { role: Role::Activation, axis: None, dtype: DType::I8, quantizer };
     let narrow = graph.ty(id).dtype;
     let mut operands = graph.operands(id);
+    let dy = operands[operands.len() - 1];
     for (position, operand) in operands.iter_mut().enumerate() {
         *operand = wide(graph, *operand)?;
         if position < AttentionOperand::ALL.len() && !reads_quantized(graph, *operand) {
             *operand = per_tensor(graph, *operand, how, inserted)?;
         }
+    }
+    if quantizer.rounding == GradientRounding::Stochastic {
+        let mut each = graph.ty(operands[0]).shape.clone();
+        each.0[3] = 2.into();
+        operands.push(stochastic::numbers(graph, dy, each, Region::Backward)?);
     }
     let mut new = with_op(graph, id, op, &operands)?;
     if narrow != DType::F32 {

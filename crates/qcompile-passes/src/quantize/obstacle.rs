@@ -5,8 +5,7 @@ use super::insert::is_quantized;
 use super::layer::{Candidate, Layer, dequantized, multiplied};
 use super::numerics::{Numerics, OperandTypes};
 use qcompile_ir::{
-    DType, Dim, GradientRounding, Granularity, Graph, NodeId, Op, Precision, QuantizedRange,
-    Quantizer,
+    DType, Dim, Granularity, Graph, NodeId, Op, Precision, QuantizedRange, Quantizer,
 };
 
 /// What is asked of the kernels of a product and of its gradients.
@@ -16,7 +15,6 @@ pub(crate) struct Asked {
     weight: DType,
     gradient: DType,
     granularity: Granularity,
-    rounding: GradientRounding,
     /// As in [`Options::ranged`].
     ranged: bool,
 }
@@ -24,16 +22,16 @@ pub(crate) struct Asked {
 impl Asked {
     /// What these numerics ask for.
     pub(crate) fn by_numerics(numerics: &Numerics, ranged: bool) -> Asked {
-        let Numerics { types, granularity, rounding, .. } = *numerics;
+        let Numerics { types, granularity, .. } = *numerics;
         let OperandTypes { weight, activation, gradient } = types;
-        Asked { activation, weight, gradient, granularity, rounding, ranged }
+        Asked { activation, weight, gradient, granularity, ranged }
     }
 
     /// What the notes of a product ask for.
     fn by_note(precision: Precision, quantizer: Quantizer, ranged: bool) -> Asked {
-        let Quantizer { weight, granularity, rounding, .. } = quantizer;
+        let Quantizer { weight, granularity, .. } = quantizer;
         let Precision { forward: activation, grad_input: gradient, .. } = precision;
-        Asked { activation, weight, gradient, granularity, rounding, ranged }
+        Asked { activation, weight, gradient, granularity, ranged }
     }
 }
 
@@ -49,20 +47,13 @@ pub(crate) fn obstacle(graph: &Graph, one: Candidate<'_>, asked: Asked) -> Optio
 /// Why the products that give gradients of computed values have no kernel for this, if so, where those of the layer are
 /// not those of any other.
 fn of_gradients(graph: &Graph, one: Candidate<'_>, asked: Asked) -> Option<String> {
-    let stochastic = asked.rounding == GradientRounding::Stochastic;
     match one.layer {
-        Some(layer) if layer.recurrent => {
-            let reason = "the way back through the steps rounds to nearest".to_owned();
-            recurrent_codes(layer, asked, asked.gradient).or(stochastic.then_some(reason))
-        }
+        Some(layer) if layer.recurrent => recurrent_codes(layer, asked, asked.gradient),
         Some(_) => None,
         None => {
             let attention = matches!(graph.op(one.node), Op::Attention { .. });
             if attention && asked.gradient != DType::I8 {
                 return Some(format!("gradients of attention have no {} codes", asked.gradient));
-            }
-            if attention && stochastic {
-                return Some("the gradients of attention round to nearest".to_owned());
             }
             activation_codes(graph, one.node, asked.gradient)
                 .or_else(|| long_sum(graph, one.node, &summed_back(graph, one.node)))

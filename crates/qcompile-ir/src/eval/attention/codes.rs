@@ -6,11 +6,13 @@
 //! - `ds` has a scale `s` for each query and block of keys: `dq = s · ds k`;
 //! - over the queries of a block, `dk = dsᵀ (s · q)` and `dv = eᵀ (dy / l)`: what the codes multiply takes the scale of
 //!   each query in, and is rounded by a scale for each column.
+//!
+//! With numbers for it, `ds`, `s · q` and `dy / l` are rounded at random; `dy` as two codes is near enough.
 
 use super::super::Value;
 use super::super::elementwise::maximum;
 use super::{Attention, Row, dot};
-use crate::{AttentionCodes, AttentionOperand, QuantizedRange};
+use crate::{AttentionCodes, AttentionOperand, QuantizedRange, turned};
 
 /// The scale of codes up to 127; not a number, or infinite, if one of the values is.
 fn scale_of(values: impl Iterator<Item = f64>) -> f64 {
@@ -23,6 +25,15 @@ fn code(x: f64, scale: f64) -> f64 {
     if scale.is_finite() { code } else { 0.0 }
 }
 
+/// The code below or above, so that the mean over numbers in [0, 1) is `x / scale`; the nearest without a number.
+fn code_by(number: Option<f32>, x: f64, scale: f64) -> f64 {
+    number
+        .map_or_else(|| code(x, scale), |number| code(x + (f64::from(number) - 0.5) * scale, scale))
+}
+
+/// The two numbers of a query: of its gradients of scores, and of what is rounded by columns.
+type Numbers = Option<[f32; 2]>;
+
 /// A row of `dy` as the sum of two codes times their scales.
 fn twice_rounded(dy: &[f64]) -> Vec<f64> {
     let scale = scale_of(dy.iter().copied());
@@ -34,12 +45,15 @@ fn twice_rounded(dy: &[f64]) -> Vec<f64> {
     dy.iter().map(rounded).collect()
 }
 
-/// Rows with a scale for each column: what all rows are rounded to.
-fn by_columns(rows: &[Vec<f64>], width: usize) -> Vec<Vec<f64>> {
+/// Rows with a scale for each column: what all rows are rounded to, each with the numbers of its query.
+fn by_columns(rows: &[(Numbers, Vec<f64>)], width: usize) -> Vec<Vec<f64>> {
     let scales: Vec<f64> =
-        (0..width).map(|column| scale_of(rows.iter().map(|row| row[column]))).collect();
-    let rounded = |row: &Vec<f64>| {
-        row.iter().zip(&scales).map(|(&x, &scale)| code(x, scale) * scale).collect()
+        (0..width).map(|column| scale_of(rows.iter().map(|(_, row)| row[column]))).collect();
+    let rounded = |(numbers, row): &(Numbers, Vec<f64>)| {
+        let of_column = |(column, (&x, &scale)): (usize, (&f64, &f64))| {
+            code_by(numbers.map(|[_, number]| turned(number, column)), x, scale) * scale
+        };
+        row.iter().zip(&scales).enumerate().map(of_column).collect()
     };
     rows.iter().map(rounded).collect()
 }
@@ -47,6 +61,7 @@ fn by_columns(rows: &[Vec<f64>], width: usize) -> Vec<Vec<f64>> {
 /// A query of a block, with its rounded exponentials and the codes of its gradients of scores for a block of keys.
 struct Coded {
     row: Row,
+    numbers: Numbers,
     powers: Vec<f64>,
     slopes: Vec<f64>,
     scale: f64,
@@ -56,6 +71,7 @@ pub(super) fn gradient(
     of: AttentionOperand,
     attention: &Attention<'_>,
     dy: &Value,
+    numbers: Option<&Value>,
     gradient: &mut [f64],
 ) {
     let [batches, rows, heads, _] = attention.q.shape[..] else { return };
@@ -67,7 +83,13 @@ pub(super) fn gradient(
                 for key in (0..keys).step_by(AttentionCodes::KEYS) {
                     let coded: Vec<Coded> = block
                         .clone()
-                        .map(|row| coded(attention, dy, attention.row([batch, head, row]), key))
+                        .map(|row| {
+                            let at = ((batch * rows + row) * heads + head) * 2;
+                            let number =
+                                |at: usize| numbers.map(|all| all.data.floats()[at] as f32);
+                            let numbers = number(at).zip(number(at + 1)).map(|(a, b)| [a, b]);
+                            coded(attention, dy, numbers, attention.row([batch, head, row]), key)
+                        })
                         .collect();
                     add(of, attention, dy, &coded, key, gradient);
                 }
@@ -77,7 +99,7 @@ pub(super) fn gradient(
 }
 
 /// Codes of a query from `key` on.
-fn coded(attention: &Attention<'_>, dy: &Value, row: Row, key: usize) -> Coded {
+fn coded(attention: &Attention<'_>, dy: &Value, numbers: Numbers, row: Row, key: usize) -> Coded {
     let width = attention.v.shape[3];
     let dy = twice_rounded(&dy.data.floats()[row.result..][..width]);
     let values = attention.v.data.floats();
@@ -90,9 +112,12 @@ fn coded(attention: &Attention<'_>, dy: &Value, row: Row, key: usize) -> Coded {
     let slopes: Vec<f64> =
         block.clone().map(|key| probabilities[key] * (dp[key] - mean) * attention.scale).collect();
     let scale = scale_of(slopes.iter().copied());
-    let slopes = slopes.into_iter().map(|ds| code(ds, scale)).collect();
+    let of_key = |(key, ds): (usize, f64)| {
+        code_by(numbers.map(|[number, _]| turned(number, key)), ds, scale)
+    };
+    let slopes = block.clone().zip(slopes).map(of_key).collect();
     let powers = block.map(|key| (row.powers[key] * 127.0).round_ties_even() / 127.0).collect();
-    Coded { row, powers, slopes, scale }
+    Coded { row, numbers, powers, slopes, scale }
 }
 
 /// Adds what a block of queries and keys gives.
@@ -123,7 +148,8 @@ fn add(
         }
         AttentionOperand::K => {
             let scaled = |one: &Coded| {
-                queries[one.row.query..][..width].iter().map(|q| q * one.scale).collect()
+                let queries = &queries[one.row.query..][..width];
+                (one.numbers, queries.iter().map(|q| q * one.scale).collect())
             };
             let right = by_columns(&coded.iter().map(scaled).collect::<Vec<_>>(), width);
             let places = last.row.keys.iter().skip(key).take(seen);
@@ -133,7 +159,7 @@ fn add(
             let dy = dy.data.floats();
             let scaled = |one: &Coded| {
                 let dy = &dy[one.row.result..][..value_width];
-                dy.iter().map(|dy| dy / one.row.sum).collect()
+                (one.numbers, dy.iter().map(|dy| dy / one.row.sum).collect())
             };
             let right = by_columns(&coded.iter().map(scaled).collect::<Vec<_>>(), value_width);
             let places = last.row.values.iter().skip(key).take(seen);
