@@ -2,14 +2,15 @@
 //! known who uses it.
 
 use crate::fuse::{BitSet, Domain, Fusion, Group, Kind, MAX_MEMBERS, MAX_READS, has_epilogue};
-use qcompile_ir::{Graph, NodeId};
+use crate::low::stored_operands;
+use qcompile_ir::{Graph, NodeId, Op};
 use std::collections::BTreeMap;
 
 /// How many neighbours of the same domain are tried.
 const MAX_NEIGHBOURS: usize = 12;
 
 /// Joins groups of the same region and domain: loops where one uses the other's values or both read the same memory, and
-/// loops to the product whose values they use.
+/// loops to the product whose values they use, or whose epilogue alone uses theirs.
 pub(crate) fn merge(graph: &Graph, order: &[NodeId], fusion: &mut Fusion) {
     let mut positions = vec![0; graph.len()];
     for (position, id) in order.iter().enumerate() {
@@ -71,9 +72,25 @@ fn may_merge(graph: &Graph, fusion: &Fusion, a: usize, b: usize) -> bool {
         .iter()
         .any(|read| second.reads.contains(read) && !fusion.is_small(graph, *read));
     let follow = |group: &Group| group.members.iter().all(|&id| fusion.follows(graph, id));
+    // What a product's epilogue reads may be made in it, too, if it alone does.
+    let feeds = |from: usize, product: usize| {
+        let members = &fusion.groups[from].members;
+        let elementwise = members.iter().all(|&id| !matches!(graph.op(id), Op::Reduce { .. }));
+        let first = fusion.groups[product].members[0];
+        let operands = stored_operands(graph, &fusion.low, &fusion.codes, first);
+        let base = |id: &NodeId| fusion.views[id.index()].base;
+        let multiplied = operands.iter().any(|id| members.contains(&base(id)));
+        let mut others = fusion.groups.iter().enumerate().filter(|(at, _)| *at != product);
+        elementwise
+            && !multiplied
+            && follow(&fusion.groups[from])
+            && others.all(|(_, other)| members.iter().all(|id| !other.reads.contains(id)))
+    };
     let fits = match (first.kind, second.kind) {
-        (Kind::Primitive, Kind::Loop) => forth && !back && follow(second),
-        (Kind::Loop, Kind::Primitive) => back && !forth && follow(first),
+        (Kind::Primitive, Kind::Loop) if back => !forth && feeds(b, a),
+        (Kind::Loop, Kind::Primitive) if forth => !back && feeds(a, b),
+        (Kind::Primitive, Kind::Loop) => forth && follow(second),
+        (Kind::Loop, Kind::Primitive) => back && follow(first),
         (Kind::Primitive, _) | (_, Kind::Primitive) => false,
         _ => forth || back || shares,
     };

@@ -224,25 +224,33 @@ impl Head<'_> {
                 for key in (0..all).step_by(CHUNK) {
                     seen.key = key;
                     self.scores::<S>(strip, seen);
-                    self.measure::<S>(strip, seen, &mut known);
+                    for r in 0..rows {
+                        self.real(strip, seen, r);
+                        self.measure::<S>(strip, seen, r, &mut known);
+                    }
                 }
             }
+            let mut scales = [0.0; QUERIES];
             for key in (0..all).step_by(CHUNK) {
                 seen.key = key;
                 self.scores::<S>(strip, seen);
-                if once {
-                    self.measure::<S>(strip, seen, &mut known);
+                // Row by row, so that each stays near from its sums to its codes.
+                for (r, scale) in scales.iter_mut().enumerate().take(rows) {
+                    self.real(strip, seen, r);
+                    if once {
+                        self.measure::<S>(strip, seen, r, &mut known);
+                    }
+                    *scale = self.finish::<S>(strip, seen, r, &known, once);
                 }
                 if key == 0 && !args.dv.is_null() {
                     self.round_gradients::<S>(strip, &known);
                 }
-                let scales = self.finish::<S>(strip, seen, &known, once);
                 self.multiply::<S>(strip, seen, &scales);
             }
         }
     }
 
-    /// Scores before their scale and gradients of probabilities, for the keys of a chunk.
+    /// Sums of codes that scores and gradients of probabilities are, for the keys of a chunk.
     #[inline(always)]
     unsafe fn scores<S: Simd>(&self, strip: &Strip, seen: Seen) {
         let Head { args, memory, .. } = *self;
@@ -256,16 +264,22 @@ impl Head<'_> {
                 scores_of::<S::Int8>(args, values, width, dy, rows, seen, memory.slopes);
                 scores_of::<S::Int8>(args, values, width, fine, rows, seen, memory.fine_slopes);
             }
-            for r in 0..rows {
-                let (count, [scores, slopes, fine]) = (seen.of_chunk(r), self.row(r));
-                Int8::real(scores, count);
-                if self.args.needs_slopes() {
-                    let [scale, fine_scale] = strip.dy_scales[r];
-                    for i in 0..count {
-                        let first = *slopes.add(i).cast::<i32>() as f32;
-                        let second = *fine.add(i).cast::<i32>() as f32;
-                        *slopes.add(i) = first * scale + second * fine_scale;
-                    }
+        }
+    }
+
+    /// Makes a row of sums scores before their scale, and gradients of probabilities.
+    #[inline(always)]
+    unsafe fn real(&self, strip: &Strip, seen: Seen, r: usize) {
+        // SAFETY: granted by the caller.
+        unsafe {
+            let (count, [scores, slopes, fine]) = (seen.of_chunk(r), self.row(r));
+            Int8::real(scores, count);
+            if self.args.needs_slopes() {
+                let [scale, fine_scale] = strip.dy_scales[r];
+                for i in 0..count {
+                    let first = *slopes.add(i).cast::<i32>() as f32;
+                    let second = *fine.add(i).cast::<i32>() as f32;
+                    *slopes.add(i) = first * scale + second * fine_scale;
                 }
             }
         }
@@ -292,84 +306,73 @@ impl Head<'_> {
         }
     }
 
-    /// Makes scores exponentials and adds them to what is known of their rows.
+    /// Makes a row of scores exponentials and adds them to what is known of it.
     #[inline(always)]
-    unsafe fn measure<S: Simd>(&self, strip: &Strip, seen: Seen, known: &mut Statistics) {
-        for r in 0..strip.rows {
-            // SAFETY: granted by the caller.
-            unsafe {
-                let [scores, slopes, _] = self.row(r);
-                let slopes = self.args.needs_slopes().then_some(slopes);
-                let most = self.scaled(strip, seen, r);
-                known.add::<S>(r, scores, slopes, seen.of_chunk(r), most);
-            }
+    unsafe fn measure<S: Simd>(&self, strip: &Strip, seen: Seen, r: usize, known: &mut Statistics) {
+        // SAFETY: granted by the caller.
+        unsafe {
+            let [scores, slopes, _] = self.row(r);
+            let slopes = self.args.needs_slopes().then_some(slopes);
+            let most = self.scaled(strip, seen, r);
+            known.add::<S>(r, scores, slopes, seen.of_chunk(r), most);
         }
     }
 
-    /// Makes codes of exponentials and of gradients of scores, and returns the scales of the latter; `done` says that the
-    /// exponentials are there.
+    /// Makes codes of a row's exponentials and of its gradients of scores, and returns the scale of the latter; `done` says
+    /// that the exponentials are there.
     #[inline(always)]
     unsafe fn finish<S: Simd>(
         &self,
         strip: &Strip,
         seen: Seen,
+        r: usize,
         known: &Statistics,
         done: bool,
-    ) -> [f32; QUERIES] {
+    ) -> f32 {
         let Head { args, memory, .. } = *self;
         let scale = f32::from_bits(args.scale as u32);
         let padded = seen.of_chunk(strip.rows - 1).next_multiple_of(BLOCK);
-        let mut scales = [0.0; QUERIES];
-        for (r, row_scale) in scales.iter_mut().enumerate().take(strip.rows) {
-            let count = seen.of_chunk(r);
-            let blocks = count.next_multiple_of(BLOCK);
-            // SAFETY: granted by the caller.
-            unsafe {
-                let [scores, slopes, _] = self.row(r);
-                if !done {
-                    self.scaled(strip, seen, r);
-                    exponentials::<S>(scores, count, known.largest[r]);
-                }
-                let codes = memory.score_codes.add(r * memory.code_stride);
-                round(scores, blocks, LARGEST, codes);
-                std::ptr::write_bytes(codes.add(blocks), 0, padded - blocks);
-                if !self.args.needs_slopes() {
-                    continue;
-                }
-                let factor = 1.0 / known.sums[r];
-                let mean = known.slopes[r] * factor;
-                for i in count..blocks {
-                    *slopes.add(i) = mean;
-                }
-                let mut most = [0_u32; BLOCK];
-                for at in (0..count).step_by(BLOCK) {
-                    let powers = &*scores.add(at).cast::<[f32; BLOCK]>();
-                    let slopes = &mut *slopes.add(at).cast::<[f32; BLOCK]>();
-                    for i in 0..BLOCK {
-                        slopes[i] = powers[i] * factor * scale * (slopes[i] - mean);
-                        most[i] = most[i].max(magnitude(slopes[i]));
-                    }
-                }
-                *row_scale = scale_of(most.into_iter().fold(0, u32::max));
-                let codes = memory.slope_codes.add(r * memory.code_stride);
-                if args.numbers.is_null() {
-                    round(slopes, blocks, 1.0 / *row_scale, codes);
-                } else {
-                    // What is not seen is 0, and rounds to it.
-                    let multiples =
-                        std::slice::from_raw_parts(memory.multiples.add(seen.key), blocks);
-                    round_at_random(
-                        slopes,
-                        1.0 / *row_scale,
-                        strip.numbers[0][r],
-                        multiples,
-                        codes,
-                    );
-                }
-                std::ptr::write_bytes(codes.add(blocks), 0, padded - blocks);
+        let count = seen.of_chunk(r);
+        let blocks = count.next_multiple_of(BLOCK);
+        // SAFETY: granted by the caller.
+        unsafe {
+            let [scores, slopes, _] = self.row(r);
+            if !done {
+                self.scaled(strip, seen, r);
+                exponentials::<S>(scores, count, known.largest[r]);
             }
+            let codes = memory.score_codes.add(r * memory.code_stride);
+            round(scores, blocks, LARGEST, codes);
+            std::ptr::write_bytes(codes.add(blocks), 0, padded - blocks);
+            if !self.args.needs_slopes() {
+                return 0.0;
+            }
+            let factor = 1.0 / known.sums[r];
+            let mean = known.slopes[r] * factor;
+            for i in count..blocks {
+                *slopes.add(i) = mean;
+            }
+            let mut most = [0_u32; BLOCK];
+            for at in (0..count).step_by(BLOCK) {
+                let powers = &*scores.add(at).cast::<[f32; BLOCK]>();
+                let slopes = &mut *slopes.add(at).cast::<[f32; BLOCK]>();
+                for i in 0..BLOCK {
+                    slopes[i] = powers[i] * factor * scale * (slopes[i] - mean);
+                    most[i] = most[i].max(magnitude(slopes[i]));
+                }
+            }
+            let row_scale = scale_of(most.into_iter().fold(0, u32::max));
+            let codes = memory.slope_codes.add(r * memory.code_stride);
+            if args.numbers.is_null() {
+                round(slopes, blocks, 1.0 / row_scale, codes);
+            } else {
+                // What is not seen is 0, and rounds to it.
+                let multiples = std::slice::from_raw_parts(memory.multiples.add(seen.key), blocks);
+                round_at_random(slopes, 1.0 / row_scale, strip.numbers[0][r], multiples, codes);
+            }
+            std::ptr::write_bytes(codes.add(blocks), 0, padded - blocks);
+            row_scale
         }
-        scales
     }
 
     /// Packs the strip's dy, each row over the sum of its exponentials.

@@ -50,7 +50,13 @@ pub(super) fn run(graph: &mut Graph, options: &Options) -> Result<bool, PassErro
                 let joined = format!("{}.joined", name.as_str());
                 let joined = graph.add(Op::Concat { axis }, &parts, joined, region)?;
                 let pad = Op::Pad { axis, low, high, interior: 0, value: 0.0 };
-                graph.add(pad, &[joined], name, region)?
+                let padded = graph.add(pad, &[joined], name.clone(), region)?;
+                // What was padded may have been of another shape.
+                if graph.ty(padded).shape == shape {
+                    padded
+                } else {
+                    graph.add(Op::Reshape(shape), &[padded], name, region)?
+                }
             }
             Equal::BroadcastElement(element) => {
                 let scalar = format!("{}.scalar", name.as_str());
@@ -243,13 +249,23 @@ fn binary(graph: &Graph, id: NodeId, op: BinaryOp) -> Option<Equal> {
     hoisted(graph, id)
 }
 
-/// The sum of two values in zeros, if one begins where the other ends: what the gradients of parts of a value give.
+/// The sum of two values in zeros, if one begins where the other ends: what the gradients of parts of a value give. They
+/// may both be reshaped.
 fn joined(graph: &Graph, a: NodeId, b: NodeId) -> Option<Equal> {
     let padded = |id: NodeId| match *graph.op(id) {
         Op::Pad { axis, low, high, interior: 0, value: 0.0 } => {
             Some((axis, low, high, graph.operand(id, 0)))
         }
         _ => None,
+    };
+    // Both through reshapes of one shape, or neither.
+    let through = |id: NodeId| match graph.op(id) {
+        Op::Reshape(_) => graph.operand(id, 0),
+        _ => id,
+    };
+    let (a, b) = match (through(a), through(b)) {
+        (x, y) if graph.ty(x) == graph.ty(y) => (x, y),
+        _ => (a, b),
     };
     let ((axis, low, _, first), (other_axis, begin, high, second)) = (padded(a)?, padded(b)?);
     let end = low + graph.ty(first).shape.0[axis].scale;
