@@ -213,6 +213,7 @@ pub struct Attention {
 
 /// What a kernel of attention computes.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[allow(clippy::large_enum_variant, reason = "a plan has one for each attention")]
 pub enum AttentionResult {
     /// The attention itself, dense `[batch, rows, heads, value_width]`.
     Forward(Place),

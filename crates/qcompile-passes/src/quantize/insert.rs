@@ -129,8 +129,9 @@ pub(crate) fn forward(
     Ok(())
 }
 
-/// Rounds the operands of a product of two activations, per tensor: of attention queries, keys and values, and the
-/// exponentials of its scores in the kernel. One that is quantized already stays as it is.
+/// Rounds the operands of a product of two activations, per tensor, or the rows of a left matrix if each is to have a scale:
+/// of attention queries, keys and values, and the exponentials of its scores in the kernel. One that is quantized already
+/// stays as it is.
 pub(crate) fn activations(
     graph: &mut Graph,
     product: NodeId,
@@ -139,7 +140,6 @@ pub(crate) fn activations(
     let note = &graph.node(product).note;
     let quantizer = note.quantizer.unwrap_or_default();
     let dtype = note.precision.map_or(DType::I8, |precision| precision.forward);
-    let how = Operand { role: Role::Activation, axis: None, dtype, quantizer };
     let mut op = graph.op(product).clone();
     if let Op::Attention { products, .. } = &mut op {
         *products = DType::I8;
@@ -147,6 +147,8 @@ pub(crate) fn activations(
     for position in 0..multiplied(&op) {
         let operand = graph.operand(product, position);
         if !reads_quantized(graph, operand) {
+            let axis = if position == 0 { rows(graph, product, quantizer) } else { None };
+            let how = Operand { role: Role::Activation, axis, dtype, quantizer };
             let quantized = inserted.quantized(graph, operand, how, Region::Forward)?;
             graph.set_operand(product, position, quantized)?;
         }
