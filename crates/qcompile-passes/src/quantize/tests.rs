@@ -156,6 +156,11 @@ fn what_no_kernel_does_is_listed_with_its_reason() {
     let stochastic = Options { numerics: Numerics { rounding, ..int8.numerics }, ..alone };
     let stochastic = told(&products(attention, recurrence), &stochastic);
     assert!(stochastic.iter().all(|(low, impossible, _)| *low && !impossible), "{stochastic:?}");
+    let types = OperandTypes { gradient: qcompile_ir::DType::I4, ..int8.numerics.types };
+    let numerics = Numerics { types, ..int8.numerics };
+    let forward = told(&products(attention, recurrence), &Options { numerics, ..int8.clone() });
+    let told_so = |reason: &str| reason.contains("not on the way back");
+    assert!(forward.iter().all(|(low, _, reason)| *low && told_so(reason)), "{forward:?}");
     let kept = Options { keep_f32: vec!["a".to_owned(), "y".to_owned()], ranged: true, ..int8 };
     let kept = told(&products(attention, recurrence), &kept);
     assert!(kept.iter().all(|(low, impossible, _)| !low && !impossible), "{kept:?}");
