@@ -100,6 +100,44 @@ fn gradients_of_attention_in_int8_rounded_at_random() {
     agree(" stochastic");
 }
 
+/// The kernel reads and writes bf16 where all that is used of it is rounded to that, which gives the bits of the casts.
+#[test]
+fn gradients_of_attention_in_int8_are_rounded_as_they_are_written() {
+    let sizes = [40, 75, 4, 2];
+    let source = source(sizes, "", false, " products=i8");
+    let (body, _) = source.split_once("return").expect("returns");
+    let body = body
+        .replace("input %dy : f32", "input %low.dy : bf16")
+        .replace("backward:\n", "%dy : f32[N, 40, 4, 20] = cast %low.dy\nbackward:\n");
+    // All three rounded, or only some, which leaves them all to their casts.
+    let rounded = |which: &[&str]| {
+        let (mut casts, mut results) = (String::new(), Vec::new());
+        for (of, dims) in [("dq", "40, 4, 9"), ("dk", "75, 2, 9"), ("dv", "75, 2, 20")] {
+            let low = which.contains(&of);
+            if low {
+                casts += &format!("%low.{of} : bf16[N, {dims}] = cast %{of}\n");
+            }
+            results.push(if low { format!("%low.{of}") } else { format!("%{of}") });
+        }
+        parse(&format!("{body}{casts}return {}\n}}\n", results.join(", ")))
+    };
+    let (all, some) = (rounded(&["dq", "dk", "dv"]), rounded(&["dq", "dv"]));
+    let given = inputs(&all, 2);
+    let run = |graph| {
+        let plan = Arc::new(build(graph, &BuildOptions { batch_size: 2 }).expect("has kernels"));
+        let options = TrainerOptions { threads: 2, ..TrainerOptions::default() };
+        let mut trainer = Trainer::new(Arc::clone(&plan), &options).expect("compiles");
+        (plan.to_string(), trainer.run(&given, Region::Comm).expect("runs"))
+    };
+    let ((narrow, values), (wide, others)) = (run(all), run(some));
+    assert!(narrow.contains(" bf16 scale 0.6 products i8"), "{narrow}");
+    assert!(wide.contains(" f32 scale 0.6 products i8"), "{wide}");
+    assert_eq!(values["low.dq"], others["low.dq"]);
+    assert_eq!(values["low.dv"], others["low.dv"]);
+    let dk = Tensor::from_f64(DType::BF16, &[2, 75, 2, 9], &others["dk"].to_f64());
+    assert_eq!(Some(&values["low.dk"]), dk.as_ref());
+}
+
 /// The outputs of a plan in many steps, each an average over them.
 fn means(source: &str, batch: usize, steps: u32) -> BTreeMap<String, Vec<f64>> {
     let graph = parse(source);

@@ -464,7 +464,16 @@ fn attention_in_int8() {
             compare(&format!("attention in i8 {rows} x {keys}"), &graph, 2, tier);
         }
         let plan = build(graph, &BuildOptions::default()).expect("has kernels").to_string();
+        assert!(plan.contains(" f32 scale 0.6"), "{plan}");
         assert!(plan.contains("products i8"), "{plan}");
+        // What is rounded at once, the kernel writes so.
+        let low = format!("%low : bf16[{queries}, 20] = cast %y\nreturn %low");
+        let graph = parse(&source.replace("return %y", &low));
+        for tier in Tier::ALL.into_iter().filter(|tier| tier.is_supported()) {
+            compare(&format!("attention in i8 to bf16 {rows} x {keys}"), &graph, 2, tier);
+        }
+        let plan = build(graph, &BuildOptions::default()).expect("has kernels").to_string();
+        assert!(plan.contains(" bf16 scale 0.6"), "{plan}");
     }
 }
 

@@ -80,6 +80,7 @@ pub(crate) fn arguments(e: &mut Emitter<'_, '_>, attention: &Attention) -> Block
     }
     let kind = match (attention.dtype, attention.products) {
         (DType::BF16, DType::BF16) => AttentionKind::Bf16,
+        (DType::BF16, DType::I8) => AttentionKind::Int8Bf16,
         (DType::BF16, _) => AttentionKind::Bf16Operands,
         (_, DType::I8) => AttentionKind::Int8,
         _ => AttentionKind::F32,

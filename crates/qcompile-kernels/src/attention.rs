@@ -210,7 +210,10 @@ unsafe extern "C" fn run<S: Simd>(args: *const u64, _phase: usize, begin: usize,
                 S::enter(Forward::<Bf16> { args, begin, end, kind: PhantomData })
             }
             AttentionKind::Int8 => {
-                S::enter(Forward::<Int8> { args, begin, end, kind: PhantomData })
+                S::enter(Forward::<Int8<f32>> { args, begin, end, kind: PhantomData })
+            }
+            AttentionKind::Int8Bf16 => {
+                S::enter(Forward::<Int8<u16>> { args, begin, end, kind: PhantomData })
             }
         }
     }

@@ -45,7 +45,12 @@ unsafe extern "C" fn run<S: Simd>(args: *const u64, _phase: usize, begin: usize,
             AttentionKind::Bf16 => {
                 S::enter(Gradients::<Bf16> { args, begin, end, kind: PhantomData })
             }
-            AttentionKind::Int8 => S::enter(CodedGradients { args, begin, end }),
+            AttentionKind::Int8 => {
+                S::enter(CodedGradients::<f32> { args, begin, end, float: PhantomData })
+            }
+            AttentionKind::Int8Bf16 => {
+                S::enter(CodedGradients::<u16> { args, begin, end, float: PhantomData })
+            }
         }
     }
 }

@@ -5,6 +5,7 @@ use crate::attention::BLOCK;
 use crate::lanes::{Codes, Lanes, Simd};
 use crate::pack::{self, Left, Right, Source};
 use crate::tile::Panels;
+use std::marker::PhantomData;
 
 /// A strided matrix.
 #[derive(Clone, Copy)]
@@ -76,6 +77,47 @@ pub(crate) trait Kind: Copy + 'static {
 
     /// Writes `values[i] * factor`, where the values are sums.
     unsafe fn store(values: *const f32, count: usize, factor: f32, to: *mut Self::Result);
+}
+
+/// A float as it is in memory: f32, or the bits of a bf16.
+pub(crate) trait Float: Copy + 'static {
+    fn value(self) -> f32;
+    /// The nearest, ties to even.
+    fn nearest(value: f32) -> Self;
+}
+
+impl Float for f32 {
+    #[inline(always)]
+    fn value(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn nearest(value: f32) -> f32 {
+        value
+    }
+}
+
+impl Float for u16 {
+    #[inline(always)]
+    fn value(self) -> f32 {
+        f32::from_bits(u32::from(self) << 16)
+    }
+    #[inline(always)]
+    fn nearest(value: f32) -> u16 {
+        bf16(value)
+    }
+}
+
+/// Writes values.
+///
+/// # Safety
+/// `count` values are there, and room for as many.
+#[inline(always)]
+pub(crate) unsafe fn write<F: Float>(values: *const f32, count: usize, to: *mut F) {
+    for i in 0..count {
+        // SAFETY: granted by the caller.
+        unsafe { *to.add(i) = F::nearest(*values.add(i)) };
+    }
 }
 
 /// f32 throughout.
@@ -200,16 +242,16 @@ impl Kind for Bf16 {
     }
 }
 
-/// i8 in memory and in the products, with one scale for each operand; the result is f32.
+/// i8 in memory and in the products, with one scale for each operand; the result is of type `F`.
 #[derive(Clone, Copy)]
-pub(crate) struct Int8;
+pub(crate) struct Int8<F>(PhantomData<F>);
 
 /// The largest code of an exponential.
 const LARGEST: f32 = 127.0;
 
-impl Kind for Int8 {
+impl<F: Float> Kind for Int8<F> {
     type Stored = i8;
-    type Result = f32;
+    type Result = F;
     type Lanes<S: Simd> = S::Int8;
     const INTEGER: bool = true;
     const STAGED: bool = true;
@@ -267,10 +309,10 @@ impl Kind for Int8 {
         }
     }
     #[inline(always)]
-    unsafe fn store(values: *const f32, count: usize, factor: f32, to: *mut f32) {
+    unsafe fn store(values: *const f32, count: usize, factor: f32, to: *mut F) {
         for i in 0..count {
             // SAFETY: granted by the caller.
-            unsafe { *to.add(i) = *values.add(i).cast::<i32>() as f32 * factor };
+            unsafe { *to.add(i) = F::nearest(*values.add(i).cast::<i32>() as f32 * factor) };
         }
     }
 }
@@ -292,7 +334,7 @@ unsafe fn widen(from: Matrix<u16>, [rows, columns]: [usize; 2], to: *mut f32) ->
             // SAFETY: granted by the caller.
             unsafe {
                 let bits = *from.first.add(row * from.row_stride + column * from.column_stride);
-                *to.add(row * columns + column) = f32::from_bits(u32::from(bits) << 16);
+                *to.add(row * columns + column) = bits.value();
             }
         }
     }

@@ -6,6 +6,8 @@
 //! over its rows.
 
 use crate::again::made_again;
+use crate::attention::{incoming, narrowed};
+use crate::bit_set::BitSet;
 use crate::build::PlanError;
 use crate::deviations::{self, crosses_rows, deviations};
 use crate::live::live;
@@ -65,51 +67,14 @@ pub(crate) struct Fusion {
     pub(crate) low: BTreeMap<NodeId, LowOperands>,
     /// What attention with its products in i8 reads.
     pub(crate) codes: BTreeMap<NodeId, [Codes; 3]>,
+    /// Attention, and gradients of it, whose kernel writes bf16, each with the cast that says so.
+    pub(crate) narrowed: BTreeMap<NodeId, NodeId>,
     /// Sums of squared deviations that a product's kernel computes, each with the product, or with that rounded.
     pub(crate) deviations: BTreeMap<NodeId, NodeId>,
     /// For each node, by index, whether it belongs to no group: its readers compute it.
     pub(crate) recomputed: Vec<bool>,
     /// For each node, by index, whether it makes a forward value again.
     pub(crate) again: Vec<bool>,
-}
-
-/// A growing set of small numbers.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct BitSet(Vec<u64>);
-
-impl BitSet {
-    pub(crate) fn insert(&mut self, bit: usize) {
-        if self.0.len() <= bit / 64 {
-            self.0.resize(bit / 64 + 1, 0);
-        }
-        self.0[bit / 64] |= 1 << (bit % 64);
-    }
-
-    pub(crate) fn contains(&self, bit: usize) -> bool {
-        self.0.get(bit / 64).is_some_and(|word| word >> (bit % 64) & 1 == 1)
-    }
-
-    /// Its members, ascending.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = usize> {
-        self.0.iter().enumerate().flat_map(|(at, &word)| {
-            (0..64).filter(move |bit| word >> bit & 1 == 1).map(move |bit| at * 64 + bit)
-        })
-    }
-
-    pub(crate) fn remove(&mut self, bit: usize) {
-        if let Some(word) = self.0.get_mut(bit / 64) {
-            *word &= !(1 << (bit % 64));
-        }
-    }
-
-    pub(crate) fn union(&mut self, other: &BitSet) {
-        if self.0.len() < other.0.len() {
-            self.0.resize(other.0.len(), 0);
-        }
-        for (word, other) in self.0.iter_mut().zip(&other.0) {
-            *word |= other;
-        }
-    }
 }
 
 /// Registers are few: a kernel with more operands than this spills more than it saves.
@@ -130,6 +95,7 @@ pub(crate) fn fuse(graph: &Graph, order: &[NodeId], views: Vec<View>) -> Result<
     let deviations = deviations(graph, &views);
     let recomputed = recomputed(graph, order, &views);
     let live = live(graph, order, &views, (&low, &codes), &deviations);
+    let narrowed = narrowed(graph, &views, &codes, &live, &recomputed);
     let mut fusion = Fusion {
         groups: Vec::new(),
         group_of: vec![None; graph.len()],
@@ -138,6 +104,7 @@ pub(crate) fn fuse(graph: &Graph, order: &[NodeId], views: Vec<View>) -> Result<
         views,
         low,
         codes,
+        narrowed,
         deviations,
         recomputed,
         again: made_again(graph, order),
@@ -267,6 +234,10 @@ impl Fusion {
             self.groups[group].position = position;
         }
         self.group_of[id.index()] = Some(group);
+        if let Some(&cast) = self.narrowed.get(&id) {
+            self.groups[group].members.push(cast);
+            self.group_of[cast.index()] = Some(group);
+        }
         for read in reads {
             if let Some(from) = self.producer(read)
                 && from != group
@@ -386,7 +357,12 @@ impl Fusion {
             // Its kernels take any strides.
             (Kind::Primitive, Op::Attention { .. } | Op::AttentionGrad { .. }) => {
                 let mut reads = codes;
+                let bf16 = incoming(graph, id).filter(|_| self.narrowed.contains_key(&id));
                 for operand in operands {
+                    if bf16 == Some(operand) {
+                        reads.push(self.views[operand.index()].base);
+                        continue;
+                    }
                     let base = self.strided_view(graph, operand).base;
                     reads.push(if base == operand {
                         self.dense_base(graph, operand, position)

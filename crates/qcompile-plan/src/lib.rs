@@ -9,6 +9,7 @@
 
 mod again;
 mod attention;
+mod bit_set;
 mod build;
 mod deviations;
 pub mod file;

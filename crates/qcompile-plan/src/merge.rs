@@ -1,7 +1,8 @@
 //! Joins groups that were begun apart, loops to loops and to the epilogue of a product: a node is placed before it is
 //! known who uses it.
 
-use crate::fuse::{BitSet, Domain, Fusion, Group, Kind, MAX_MEMBERS, MAX_READS, has_epilogue};
+use crate::bit_set::BitSet;
+use crate::fuse::{Domain, Fusion, Group, Kind, MAX_MEMBERS, MAX_READS, has_epilogue};
 use crate::low::stored_operands;
 use qcompile_ir::{Graph, NodeId, Op};
 use std::collections::BTreeMap;

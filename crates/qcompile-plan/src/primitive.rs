@@ -193,7 +193,7 @@ pub struct Attention {
     pub scale: f32,
     /// Whether a row sees only the keys up to its own number.
     pub causal: bool,
-    /// Element type of everything but the mask: f32 or bf16.
+    /// Element type of everything but the mask (and operands that are i8): f32 or bf16.
     pub dtype: DType,
     /// What the products run in: f32, or bf16 where the operands are; or i8.
     pub products: DType,

@@ -18,7 +18,7 @@ pub struct AttentionArgs {
     pub mask: *const f32,
     /// The gradient of the attention (gradients only).
     pub dy: *const u8,
-    /// Numbers in [0, 1), two for each query and head, with which gradients in [`AttentionKind::Int8`] are rounded at random:
+    /// Numbers in [0, 1), two for each query and head, with which gradients of int8 are rounded at random:
     /// gradients of scores, and what is rounded by columns. Null to round to nearest.
     pub numbers: *const f32,
     /// Result of the attention.
@@ -61,7 +61,7 @@ pub struct AttentionArgs {
     pub causal: usize,
     /// What operands hold and products run in.
     pub kind: AttentionKind,
-    /// The scales of q, k and v, one value each ([`AttentionKind::Int8`] only).
+    /// The scales of q, k and v, one value each (of int8 only).
     pub scales: [*const f32; 3],
 }
 
@@ -85,6 +85,8 @@ pub enum AttentionKind {
     /// q, k and v are i8, all else is f32; exponentials are rounded to codes of 1/127, the gradients of scores to such
     /// with scales of their own.
     Int8 = 3,
+    /// The same with bf16 for what is f32 there in memory: the incoming gradient and all results.
+    Int8Bf16 = 4,
 }
 
 impl AttentionKind {

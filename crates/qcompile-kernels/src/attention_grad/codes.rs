@@ -12,7 +12,7 @@ use crate::attention::{
     BLOCK, CHUNK, Mask, STRIP, exponentials, fetch_next, finish_scores, head_of, score_stride,
     scores_of,
 };
-use crate::attention_kind::{Along, Int8, Kind, Matrix, Rows, pack_rows};
+use crate::attention_kind::{Along, Float, Int8, Kind, Matrix, Rows, pack_rows, write};
 use crate::buffer::{Buffer, Slot};
 use crate::lanes::{Lanes, Simd, Task};
 use crate::pack::{self, Left};
@@ -22,6 +22,7 @@ use crate::rounding::{
 };
 use crate::seen::{Left as LeftOperand, Over, Product, Seen};
 use crate::tile::{EVERY_GROUP, Panels};
+use std::marker::PhantomData;
 
 /// Queries of a strip: those of a block.
 const QUERIES: usize = AttentionKind::INT8_QUERIES;
@@ -29,16 +30,18 @@ const FINE_STEPS: f32 = AttentionKind::INT8_FINE_STEPS;
 const _: () = assert!(QUERIES.next_multiple_of(EVERY_GROUP) <= STRIP);
 const _: () = assert!(CHUNK == AttentionKind::INT8_KEYS);
 
-pub(super) struct Gradients {
+/// Gradients, of and by floats of type `F` in memory.
+pub(super) struct Gradients<F> {
     pub(super) args: AttentionArgs,
     pub(super) begin: usize,
     pub(super) end: usize,
+    pub(super) float: PhantomData<F>,
 }
 
-impl Task for Gradients {
+impl<F: Float> Task for Gradients<F> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Gradients { args, begin, end } = self;
+        let Gradients { args, begin, end, float } = self;
         let (sizes, strides) = Memory::sizes::<S::Int8>(&args);
         let words = sizes.iter().map(|words| words.next_multiple_of(16)).sum();
         let mut buffer = Buffer::take(Slot::Result, words);
@@ -50,7 +53,8 @@ impl Task for Gradients {
             });
         }
         for unit in begin..end {
-            let head = Head { args: &args, memory, batch: unit / args.key_heads };
+            let batch = unit / args.key_heads;
+            let head = Head { args: &args, memory, batch, float };
             // SAFETY: the operands and results have the head, the buffers room for it.
             unsafe { head.run::<S>(unit % args.key_heads) };
         }
@@ -59,10 +63,11 @@ impl Task for Gradients {
 
 /// The work on one head of keys.
 #[derive(Clone, Copy)]
-struct Head<'a> {
+struct Head<'a, F> {
     args: &'a AttentionArgs,
     memory: Memory,
     batch: usize,
+    float: PhantomData<F>,
 }
 
 /// One strip of queries: a block.
@@ -79,24 +84,24 @@ struct Strip {
     numbers: [[f32; QUERIES]; 2],
 }
 
-impl Head<'_> {
+impl<F: Float> Head<'_, F> {
     #[inline(always)]
     unsafe fn run<S: Simd>(&self, key_head: usize) {
-        let Head { args, memory, batch } = *self;
+        let Head { args, memory, batch, .. } = *self;
         let (keys, width, value_width) = (args.keys, args.width, args.value_width);
         let shared = args.heads / args.key_heads;
         let unstaged = std::ptr::null_mut();
         // SAFETY: granted by the caller.
         unsafe {
             let k = head_of(args.k, args.k_strides, [batch, 0, key_head]);
-            Int8::right::<S>(k, Along::Columns, [keys, width], unstaged, memory.keys);
+            Int8::<F>::right::<S>(k, Along::Columns, [keys, width], unstaged, memory.keys);
             if !args.dq.is_null() {
-                Int8::right::<S>(k, Along::Rows, [keys, width], unstaged, memory.key_rows);
+                Int8::<F>::right::<S>(k, Along::Rows, [keys, width], unstaged, memory.key_rows);
             }
             if self.args.needs_slopes() {
                 let v = head_of(args.v, args.v_strides, [batch, 0, key_head]);
                 let size = [keys, value_width];
-                Int8::right::<S>(v, Along::Columns, size, unstaged, memory.values);
+                Int8::<F>::right::<S>(v, Along::Columns, size, unstaged, memory.values);
             }
             std::ptr::write_bytes(memory.dk, 0, keys * memory.stride);
             std::ptr::write_bytes(memory.dv, 0, keys * memory.value_stride);
@@ -108,21 +113,20 @@ impl Head<'_> {
                     self.strip::<S>(&strip);
                     for r in 0..if args.dq.is_null() { 0 } else { rows } {
                         let at = ((batch * args.rows + row + r) * args.heads + head) * width;
-                        let to = args.dq.cast::<f32>().add(at);
-                        std::ptr::copy_nonoverlapping(memory.dq.add(r * memory.stride), to, width);
+                        let to = args.dq.cast::<F>().add(at);
+                        write(memory.dq.add(r * memory.stride), width, to);
                     }
                 }
             }
             for key in 0..keys {
                 let at = (batch * keys + key) * args.key_heads + key_head;
                 if !args.dk.is_null() {
-                    let to = args.dk.cast::<f32>().add(at * width);
-                    std::ptr::copy_nonoverlapping(memory.dk.add(key * memory.stride), to, width);
+                    let to = args.dk.cast::<F>().add(at * width);
+                    write(memory.dk.add(key * memory.stride), width, to);
                 }
                 if !args.dv.is_null() {
-                    let (from, to) = (memory.dv.add(key * memory.value_stride), args.dv.cast());
-                    let to = <*mut f32>::add(to, at * value_width);
-                    std::ptr::copy_nonoverlapping(from, to, value_width);
+                    let to = args.dv.cast::<F>().add(at * value_width);
+                    write(memory.dv.add(key * memory.value_stride), value_width, to);
                 }
             }
         }
@@ -136,7 +140,7 @@ impl Head<'_> {
         let (next, next_keys) = ([batch, head, args.heads], [batch, key_head, args.key_heads]);
         for r in row..row + rows {
             fetch_next::<S, i8>(args.q, args.q_strides, r, next, width);
-            fetch_next::<S, f32>(args.dy, args.dy_strides, r, next, value_width);
+            fetch_next::<S, F>(args.dy, args.dy_strides, r, next, value_width);
             fetch_next::<S, i8>(args.k, args.k_strides, r, next_keys, width);
             fetch_next::<S, i8>(args.v, args.v_strides, r, next_keys, value_width);
         }
@@ -145,7 +149,7 @@ impl Head<'_> {
     /// The strip's left operands, with dy rounded twice: what the first codes leave by a fraction of their scale.
     #[inline(always)]
     unsafe fn strip_of<S: Simd>(&self, head: usize, row: usize, rows: usize) -> Strip {
-        let Head { args, memory, batch } = *self;
+        let Head { args, memory, batch, .. } = *self;
         let width = args.value_width;
         let mut dy_scales = [[0.0; 2]; QUERIES];
         // SAFETY: granted by the caller.
@@ -191,19 +195,21 @@ impl Head<'_> {
     /// Copies the strip's dy to the rows that are rounded.
     #[inline(always)]
     unsafe fn copy_dy(&self, head: usize, row: usize, rows: usize) {
-        let Head { args, memory, batch } = *self;
+        let Head { args, memory, batch, .. } = *self;
         let width = args.value_width;
         // SAFETY: granted by the caller.
         unsafe {
-            let dy = head_of::<f32>(args.dy, args.dy_strides, [batch, row, head]);
+            let dy = head_of::<F>(args.dy, args.dy_strides, [batch, row, head]);
             for r in 0..rows {
                 let (from, to) = (dy.first.add(r * dy.row_stride), memory.real.add(r * width));
                 if dy.column_stride == 1 {
-                    std::ptr::copy_nonoverlapping(from, to, width);
+                    for c in 0..width {
+                        *to.add(c) = (*from.add(c)).value();
+                    }
                     continue;
                 }
                 for c in 0..width {
-                    *to.add(c) = *from.add(c * dy.column_stride);
+                    *to.add(c) = (*from.add(c * dy.column_stride)).value();
                 }
             }
         }
@@ -273,7 +279,7 @@ impl Head<'_> {
         // SAFETY: granted by the caller.
         unsafe {
             let (count, [scores, slopes, fine]) = (seen.of_chunk(r), self.row(r));
-            Int8::real(scores, count);
+            Int8::<F>::real(scores, count);
             if self.args.needs_slopes() {
                 let [scale, fine_scale] = strip.dy_scales[r];
                 for i in 0..count {
@@ -301,7 +307,7 @@ impl Head<'_> {
         // SAFETY: granted by the caller.
         unsafe {
             let mask = Mask::of(self.args, place);
-            let [scale, _] = Int8::scales(self.args);
+            let [scale, _] = Int8::<F>::scales(self.args);
             finish_scores(self.row(r)[0], seen.of_chunk(r), scale, mask)
         }
     }
@@ -397,7 +403,7 @@ impl Head<'_> {
     /// Packs the strip's queries, each times the scale of its gradients of scores.
     #[inline(always)]
     unsafe fn round_queries<S: Simd>(&self, strip: &Strip, scales: &[f32; QUERIES]) {
-        let Head { args, memory, batch } = *self;
+        let Head { args, memory, batch, .. } = *self;
         let width = args.width;
         // SAFETY: granted by the caller.
         unsafe {
@@ -438,7 +444,7 @@ impl Head<'_> {
             });
             round_columns(real, size, scales, factor, numbers, codes);
             let codes = Matrix { first: codes.cast_const(), row_stride: size[1], column_stride: 1 };
-            Int8::right::<S>(codes, Along::Rows, size, std::ptr::null_mut(), to);
+            Int8::<F>::right::<S>(codes, Along::Rows, size, std::ptr::null_mut(), to);
         }
     }
 

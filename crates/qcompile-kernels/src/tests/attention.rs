@@ -342,6 +342,46 @@ fn attention_of_int8() {
     }
 }
 
+/// In bf16 the results are those in f32, rounded to the nearest.
+#[test]
+fn attention_of_int8_with_bf16_around_it() {
+    static STEP: f32 = 1.0 / 64.0;
+    let bits = |value: f32| -> u16 {
+        let bits = value.to_bits();
+        ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16
+    };
+    let mut random = Random(96);
+    for case in [Case::plain(70, 150, 64), Case { causal: true, ..Case::plain(80, 90, 20) }] {
+        let mut operands = case.draw(&mut random, |x| x);
+        let codes =
+            |values: &[f32]| -> Vec<i8> { values.iter().map(|x| (x * 63.0) as i8).collect() };
+        let [q, k, v] = [&operands.q, &operands.k, &operands.v].map(|values| codes(values));
+        let dy: Vec<u16> = operands.dy.iter().map(|&value| bits(value)).collect();
+        operands.dy = dy.iter().map(|&bits| f32::from_bits(u32::from(bits) << 16)).collect();
+        let mut args = case.args(&operands);
+        (args.q, args.k, args.v) = (q.as_ptr().cast(), k.as_ptr().cast(), v.as_ptr().cast());
+        (args.kind, args.scales) = (AttentionKind::Int8, [&raw const STEP; 3]);
+        for table in tables() {
+            let exact = [&operands.y, &operands.dq, &operands.dk, &operands.dv];
+            let mut wide = exact.map(|exact| vec![f32::NAN; exact.len()]);
+            let [y, dq, dk, dv] = wide.each_mut().map(|result| result.as_mut_ptr().cast());
+            let wide_args = AttentionArgs { y, dq, dk, dv, ..args };
+            let mut narrow = exact.map(|exact| vec![0_u16; exact.len()]);
+            let [y, dq, dk, dv] = narrow.each_mut().map(|result| result.as_mut_ptr().cast());
+            let kind = AttentionKind::Int8Bf16;
+            let narrow_args = AttentionArgs { y, dq, dk, dv, kind, dy: dy.as_ptr().cast(), ..args };
+            for id in [KernelId::Attention, KernelId::AttentionGrad] {
+                run(table, id, &wide_args, 1);
+                run(table, id, &narrow_args, 2);
+            }
+            for (wide, narrow) in wide.iter().zip(&narrow) {
+                let rounded: Vec<u16> = wide.iter().map(|&value| bits(value)).collect();
+                assert_eq!(rounded, *narrow, "{}", table.tier);
+            }
+        }
+    }
+}
+
 /// What has no codes: nothing to scale, and what is infinite or no number.
 #[test]
 fn gradients_of_int8_of_zeros_and_strange_values() {

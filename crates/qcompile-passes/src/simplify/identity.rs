@@ -2,7 +2,7 @@
 
 use super::{Options, replace};
 use crate::PassError;
-use qcompile_ir::{BinaryOp, Dim, Graph, NodeId, Op, ReduceOp, Shape, UnaryOp};
+use qcompile_ir::{BinaryOp, DType, Dim, Graph, NodeId, Op, ReduceOp, Shape, UnaryOp};
 
 /// What a node is equal to.
 enum Equal {
@@ -18,6 +18,8 @@ enum Equal {
     BroadcastElement(NodeId),
     /// Zeros before and after two values that follow one another along an axis.
     Joined { axis: usize, low: usize, high: usize, parts: [NodeId; 2] },
+    /// Parts side by side, each cast by itself.
+    CastParts { axis: usize, to: DType, parts: Vec<NodeId> },
 }
 
 /// Replaces every such node. Returns whether there was one.
@@ -57,6 +59,11 @@ pub(super) fn run(graph: &mut Graph, options: &Options) -> Result<bool, PassErro
                 } else {
                     graph.add(Op::Reshape(shape), &[padded], name, region)?
                 }
+            }
+            Equal::CastParts { axis, to, parts } => {
+                let cast = |part| cast(graph, part, to);
+                let parts = parts.into_iter().map(cast).collect::<Result<Vec<_>, _>>()?;
+                graph.add(Op::Concat { axis }, &parts, name, region)?
             }
             Equal::BroadcastElement(element) => {
                 let scalar = format!("{}.scalar", name.as_str());
@@ -125,7 +132,7 @@ fn equal(graph: &Graph, id: NodeId, options: &Options) -> Option<Equal> {
             Some(condition) => value(if condition == 0.0 { 2 } else { 1 }),
             None => hoisted(graph, id),
         },
-        Op::Cast(_) => hoisted(graph, id),
+        Op::Cast(to) => cast_parts(graph, operands[0], *to).or_else(|| hoisted(graph, id)),
         Op::Input(_)
         | Op::Param(_)
         | Op::State(_)
@@ -274,6 +281,32 @@ fn joined(graph: &Graph, a: NodeId, b: NodeId) -> Option<Equal> {
         low,
         high,
         parts: [first, second],
+    })
+}
+
+/// A cast that narrows a concat which nobody else uses: its parts take less to move after it.
+fn cast_parts(graph: &Graph, concat: NodeId, to: DType) -> Option<Equal> {
+    let Op::Concat { axis } = *graph.op(concat) else { return None };
+    let narrows = to.size() < graph.ty(concat).dtype.size() && graph.uses(concat).len() == 1;
+    let parts = graph.operands(concat);
+    narrows.then_some(Equal::CastParts { axis, to, parts })
+}
+
+/// The cast of a value; of a reshaped one that nobody else uses, a reshape of the cast, so that this stands by what makes
+/// the value.
+fn cast(graph: &mut Graph, part: NodeId, to: DType) -> Result<NodeId, PassError> {
+    let region = graph.node(part).region;
+    let shape = match graph.op(part) {
+        Op::Reshape(shape) if graph.uses(part).len() == 1 => Some(shape.clone()),
+        _ => None,
+    };
+    let from = if shape.is_some() { graph.operand(part, 0) } else { part };
+    let named = |of: NodeId| format!("{}.{to}", graph.node(of).name.as_str());
+    let (name, reshaped) = (named(from), named(part));
+    let cast = graph.add(Op::Cast(to), &[from], name, region)?;
+    Ok(match shape {
+        Some(shape) => graph.add(Op::Reshape(shape), &[cast], reshaped, region)?,
+        None => cast,
     })
 }
 

@@ -10,6 +10,7 @@
 
 mod fold;
 mod identity;
+mod largest;
 mod reshape;
 mod share;
 mod transpose;
@@ -42,6 +43,8 @@ pub fn run(graph: &mut Graph, options: &Options) -> Result<(), PassError> {
         changed |= share::run(graph)?;
         changed |= transpose::sink(graph)?;
         changed |= reshape::sink(graph)?;
+        // A gradient of a maximum of maxima may go elsewhere.
+        changed |= !options.keep_stop_gradient && largest::run(graph)?;
         if !changed && !transpose::flatten(graph)? {
             break;
         }

@@ -16,7 +16,7 @@ pub(super) fn attention(plan: &Plan, attention: &Attention) -> Checked {
     let codes = attention.scales.is_some();
     let fits = match (attention.products, attention.dtype) {
         (DType::F32, _) | (DType::BF16, DType::BF16) => !codes,
-        (DType::I8, DType::F32) => codes,
+        (DType::I8, _) => codes,
         _ => false,
     };
     if !fits {
