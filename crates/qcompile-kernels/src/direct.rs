@@ -208,9 +208,12 @@ impl Unit<'_> {
         // SAFETY: granted by the caller.
         unsafe {
             if matches!(self.target, Target::Group | Target::Batch) {
+                // As many pixels as are held at once, again and again.
                 let held = if self.target == Target::Group { self.finished } else { BATCH_PIXELS };
-                for (i, to) in batch.outs.iter_mut().enumerate() {
-                    *to = out.add(i % held * out_step);
+                for outs in batch.outs.chunks_mut(held) {
+                    for (i, to) in outs.iter_mut().enumerate() {
+                        *to = out.add(i * out_step);
+                    }
                 }
             }
             for image in 0..part.images {
