@@ -248,7 +248,7 @@ impl Way {
         // In int8 the depthwise kernel sums products exactly in f32, up to 2^24 / 2^15 of them.
         if g.is_depthwise() && (c.scales.is_none() || g.kernel <= 512) {
             Way::Depthwise
-        } else if winograd::suits::<L>(g) {
+        } else if winograd::suits::<L>(g, winograd::FEWEST_CHANNELS) {
             Way::Winograd
         } else {
             Way::Direct
@@ -267,9 +267,7 @@ unsafe extern "C" fn units<K: Kind, S: Simd>(args: *const u64, phase: usize) -> 
     match (Way::of::<K::Lanes<S>>(&c), phase) {
         (Way::Depthwise, 0) => 1,
         (Way::Depthwise, _) => depthwise::parts(g, depthwise::WANTED_UNITS).count(),
-        (Way::Winograd, _) => {
-            winograd::Cut::of::<K::Lanes<S>>(g).units::<K::Lanes<S>>(phase)
-        }
+        (Way::Winograd, _) => winograd::Cut::of::<K::Lanes<S>>(g).units::<K::Lanes<S>>(phase),
         (Way::Direct, 0) => g.phases() * g.groups * cut.panels_per_group,
         (Way::Direct, _) => g.groups * cut.column_blocks * cut.parts.count(),
     }
@@ -281,7 +279,7 @@ unsafe extern "C" fn scratch<K: Kind, S: Simd>(args: *const u64) -> usize {
     let g = &c.geometry;
     let words = match Way::of::<K::Lanes<S>>(&c) {
         Way::Depthwise => g.kernel * g.groups,
-        Way::Winograd => winograd::Cut::of::<K::Lanes<S>>(g).weights::<K::Lanes<S>>(),
+        Way::Winograd => winograd::Cut::of::<K::Lanes<S>>(g).words::<K::Lanes<S>>(),
         Way::Direct => phases::<K::Lanes<S>>(g).1,
     };
     words * 4

@@ -75,69 +75,191 @@ fn kernel<L: Lanes>([a, b, c]: [L::V; 3]) -> [L::V; 4] {
     [a, half::<L>(plus::<L>(ends, b)), half::<L>(minus::<L>(ends, b)), c]
 }
 
-/// Where the pixels of a source tile are.
-pub(super) trait Pixels {
-    /// The first channel of a pixel.
-    fn at(&self, row: usize, column: usize) -> *const f32;
+/// `A y`, of which the last element is negative: nothing has to change its sign for that.
+#[inline(always)]
+fn target_gradient<L: Lanes>([a, b]: [L::V; TILE]) -> [L::V; 4] {
+    [a, plus::<L>(a, b), minus::<L>(a, b), b]
 }
 
-/// A tile that lies inside the source.
-pub(super) struct Inside {
-    pub(super) first: *const f32,
-    /// From row to row, and from pixel to pixel.
-    pub(super) pitch: [usize; 2],
+/// `G^T s`, with the last element of `s` negative.
+#[inline(always)]
+fn weight_gradient<L: Lanes>([a, b, c, d]: [L::V; 4]) -> [L::V; 3] {
+    let ends = half::<L>(plus::<L>(b, c));
+    [plus::<L>(a, ends), half::<L>(minus::<L>(b, c)), minus::<L>(ends, d)]
 }
 
-impl Pixels for Inside {
+/// A row of tiles, side by side.
+#[derive(Clone, Copy)]
+pub(super) struct Strip<const ROWS: usize> {
+    /// The first channel of column 0 in each row.
+    pub(super) rows: [*const f32; ROWS],
+    /// From one pixel to the next.
+    pub(super) pitch: usize,
+    /// Columns that there are; others are zeros.
+    pub(super) width: usize,
+    /// The first tile's first column.
+    pub(super) column: isize,
+    /// Tiles.
+    pub(super) count: usize,
+}
+
+/// Where transformed tiles are, as vectors of channels, adjacent in each tile.
+#[derive(Clone, Copy)]
+pub(super) struct Transformed {
+    /// The first tile.
+    pub(super) first: *mut u32,
+    /// From one tile to the next.
+    pub(super) pitch: usize,
+    /// From one position to the next.
+    pub(super) apart: usize,
+}
+
+impl Transformed {
+    /// From a later tile on.
     #[inline(always)]
-    fn at(&self, row: usize, column: usize) -> *const f32 {
-        self.first.wrapping_add(row * self.pitch[0] + column * self.pitch[1])
+    pub(super) fn skip(self, tiles: usize) -> Transformed {
+        Transformed { first: self.first.wrapping_add(tiles * self.pitch), ..self }
     }
 }
 
-/// A tile of which some pixels are elsewhere: those beyond the border are zeros.
-pub(super) struct Border(pub(super) [[*const f32; 4]; 4]);
-
-impl Pixels for Border {
-    #[inline(always)]
-    fn at(&self, row: usize, column: usize) -> *const f32 {
-        self.0[row][column]
-    }
-}
-
-/// Writes `B^T d B` of a tile, `apart` words from position to position, filled up to whole vectors with zeros.
+/// Writes `B^T d B` of tiles, filled up to whole vectors of channels with zeros.
 ///
 /// # Safety
-/// Every pixel has the channels, and there is room for each position; the CPU supports the tier.
+/// Every pixel has the channels, and there is room for each tile; the CPU supports the tier.
 #[inline(always)]
-pub(super) unsafe fn source_tile<L: Lanes>(
-    pixels: &impl Pixels,
+pub(super) unsafe fn source_tiles<L: Lanes>(strip: Strip<4>, channels: usize, to: Transformed) {
+    // SAFETY: granted by the caller.
+    unsafe {
+        let mut channel = 0;
+        while channel + L::LANES <= channels {
+            source_vectors::<L, true>(&strip, [channel, L::LANES], to);
+            channel += L::LANES;
+        }
+        if channel < channels {
+            source_vectors::<L, false>(&strip, [channel, channels - channel], to);
+        }
+    }
+}
+
+/// One vector of channels of all tiles: neighbours share the transforms of two columns.
+#[inline(always)]
+unsafe fn source_vectors<L: Lanes, const WHOLE: bool>(
+    strip: &Strip<4>,
+    [channel, live]: [usize; 2],
+    to: Transformed,
+) {
+    let strip = Strip { rows: strip.rows.map(|row| row.wrapping_add(channel)), ..*strip };
+    let Transformed { first, pitch, apart } = to;
+    let mut to = first.wrapping_add(channel);
+    let mut column = strip.column;
+    // SAFETY: granted by the caller.
+    unsafe {
+        let mut a = source::<L>(strip.column::<L, WHOLE>(column, live));
+        let mut b = source::<L>(strip.column::<L, WHOLE>(column + 1, live));
+        for _ in 0..strip.count {
+            let c = source::<L>(strip.column::<L, WHOLE>(column + 2, live));
+            let d = source::<L>(strip.column::<L, WHOLE>(column + 3, live));
+            for r in 0..4 {
+                let positions = source::<L>([a[r], b[r], c[r], d[r]]);
+                for (position, value) in positions.into_iter().enumerate() {
+                    L::store(to.wrapping_add((r * 4 + position) * apart), value);
+                }
+            }
+            (a, b) = (c, d);
+            column += TILE as isize;
+            to = to.wrapping_add(pitch);
+        }
+    }
+}
+
+impl<const ROWS: usize> Strip<ROWS> {
+    /// A vector of a column's pixels.
+    #[inline(always)]
+    unsafe fn column<L: Lanes, const WHOLE: bool>(
+        &self,
+        column: isize,
+        live: usize,
+    ) -> [L::V; ROWS] {
+        let mut values = [number::<L>(0.0); ROWS];
+        if column.cast_unsigned() < self.width {
+            for (value, row) in values.iter_mut().zip(self.rows) {
+                let from = row.wrapping_add(column.cast_unsigned() * self.pitch);
+                // SAFETY: granted by the caller.
+                *value = unsafe {
+                    if WHOLE { L::load(from.cast()) } else { load_some::<L>(from, live) }
+                };
+            }
+        }
+        values
+    }
+}
+
+/// Writes `A dy A^T` of tiles, as [`source_tiles`] does, the last row and column of positions negative.
+///
+/// # Safety
+/// As for [`source_tiles`].
+#[inline(always)]
+pub(super) unsafe fn gradient_tiles<L: Lanes>(
+    strip: Strip<TILE>,
     channels: usize,
-    to: *mut u32,
-    apart: usize,
+    to: Transformed,
 ) {
     // SAFETY: granted by the caller.
     unsafe {
         let mut channel = 0;
         while channel + L::LANES <= channels {
-            let mut tile = [[L::zero(); 4]; 4];
-            for (r, row) in tile.iter_mut().enumerate() {
-                for (c, value) in row.iter_mut().enumerate() {
-                    *value = L::load(pixels.at(r, c).wrapping_add(channel).cast());
-                }
-            }
-            store::<L>(&both::<L, 4, 4>(&tile, source::<L>), to.add(channel), apart);
+            gradient_vectors::<L, true>(&strip, [channel, L::LANES], to);
             channel += L::LANES;
         }
         if channel < channels {
-            let mut tile = [[L::zero(); 4]; 4];
-            for (r, row) in tile.iter_mut().enumerate() {
-                for (c, value) in row.iter_mut().enumerate() {
-                    let from = pixels.at(r, c).wrapping_add(channel);
-                    *value = load_some::<L>(from, channels - channel);
+            gradient_vectors::<L, false>(&strip, [channel, channels - channel], to);
+        }
+    }
+}
+
+/// One vector of channels of all tiles.
+#[inline(always)]
+unsafe fn gradient_vectors<L: Lanes, const WHOLE: bool>(
+    strip: &Strip<TILE>,
+    [channel, live]: [usize; 2],
+    to: Transformed,
+) {
+    let strip = Strip { rows: strip.rows.map(|row| row.wrapping_add(channel)), ..*strip };
+    let mut first = to.first.wrapping_add(channel);
+    let mut column = strip.column;
+    for _ in 0..strip.count {
+        // SAFETY: granted by the caller.
+        unsafe {
+            let a = target_gradient::<L>(strip.column::<L, WHOLE>(column, live));
+            let b = target_gradient::<L>(strip.column::<L, WHOLE>(column + 1, live));
+            for r in 0..4 {
+                let positions = target_gradient::<L>([a[r], b[r]]);
+                for (position, value) in positions.into_iter().enumerate() {
+                    L::store(first.wrapping_add((r * 4 + position) * to.apart), value);
                 }
             }
-            store::<L>(&both::<L, 4, 4>(&tile, source::<L>), to.add(channel), apart);
+        }
+        column += TILE as isize;
+        first = first.wrapping_add(to.pitch);
+    }
+}
+
+/// Writes `G^T s G`, of sums whose last row and column are negative, the positions of the kernel `step` words apart.
+///
+/// # Safety
+/// As for [`source_tiles`].
+#[inline(always)]
+pub(super) unsafe fn kernel_gradient<L: Lanes>(
+    from: *const u32,
+    apart: usize,
+    to: *mut u32,
+    step: usize,
+) {
+    // SAFETY: granted by the caller.
+    unsafe {
+        let kernel = both::<L, 4, 3>(&load::<L>(from, apart), weight_gradient::<L>);
+        for (position, &value) in kernel.as_flattened().iter().enumerate() {
+            L::store(to.add(position * step), value);
         }
     }
 }
@@ -145,7 +267,7 @@ pub(super) unsafe fn source_tile<L: Lanes>(
 /// Writes `G g G^T`; `from(row, column)` is where each weight stands for a vector of targets.
 ///
 /// # Safety
-/// As for [`source_tile`].
+/// As for [`source_tiles`].
 #[inline(always)]
 pub(super) unsafe fn kernel_tile<L: Lanes>(
     from: impl Fn(usize, usize) -> *const u32,
@@ -160,14 +282,14 @@ pub(super) unsafe fn kernel_tile<L: Lanes>(
                 *value = L::load(from(r, c));
             }
         }
-        store::<L>(&both::<L, 3, 4>(&tile, kernel::<L>), to, apart);
+        store_positions::<L>(&both::<L, 3, 4>(&tile, kernel::<L>), to, apart);
     }
 }
 
 /// `A^T m A` of a vector of target channels, `apart` words from position to position.
 ///
 /// # Safety
-/// As for [`source_tile`].
+/// As for [`source_tiles`].
 #[inline(always)]
 pub(super) unsafe fn target_tile<L: Lanes>(from: *const u32, apart: usize) -> [[L::V; TILE]; TILE] {
     // SAFETY: granted by the caller.
@@ -189,7 +311,7 @@ unsafe fn load<L: Lanes>(from: *const u32, apart: usize) -> [[L::V; 4]; 4] {
 
 /// Stores all positions of a vector.
 #[inline(always)]
-unsafe fn store<L: Lanes>(tile: &[[L::V; 4]; 4], to: *mut u32, apart: usize) {
+unsafe fn store_positions<L: Lanes>(tile: &[[L::V; 4]; 4], to: *mut u32, apart: usize) {
     debug_assert_eq!(tile.as_flattened().len(), POSITIONS);
     // SAFETY: granted by the caller.
     unsafe {
@@ -210,15 +332,19 @@ unsafe fn load_some<L: Lanes>(from: *const f32, count: usize) -> L::V {
     }
 }
 
-/// Stores the first elements of a vector.
+/// Stores the first elements of a vector, all that there are if `count` is greater.
 ///
 /// # Safety
 /// There is room for them.
 #[inline(always)]
-pub(super) unsafe fn store_some<L: Lanes>(to: *mut u32, value: L::V, count: usize) {
-    let mut words = [0_u32; 16];
+pub(super) unsafe fn store<L: Lanes>(to: *mut u32, value: L::V, count: usize) {
     // SAFETY: granted by the caller; no vector has more words.
     unsafe {
+        if count >= L::LANES {
+            L::store(to, value);
+            return;
+        }
+        let mut words = [0_u32; 16];
         L::store(words.as_mut_ptr(), value);
         std::ptr::copy_nonoverlapping(words.as_ptr(), to, count);
     }

@@ -1,6 +1,6 @@
 //! Transformed weights: 16 right operands in panels.
 
-use super::{Cut, WEIGHT_CHANNELS, transform};
+use super::{Cut, transform};
 use crate::buffer::{Buffer, Slot};
 use crate::conv::Convolution;
 use crate::lanes::{Lanes, Simd, Task};
@@ -20,7 +20,7 @@ impl<L: Lanes> Task for Pack<L> {
         let c = &self.convolution;
         let g = &c.geometry;
         let cut = Cut::of::<L>(g);
-        let (panels, count) = (cut.panels, cut.panels.count::<L>());
+        let count = cut.count::<L>();
         let mut positions = [[0; 3]; 3];
         for (row, down) in positions.iter_mut().zip(g.rows.taps(0)) {
             for (position, across) in row.iter_mut().zip(g.columns.taps(0)) {
@@ -28,8 +28,9 @@ impl<L: Lanes> Task for Pack<L> {
             }
         }
         for unit in self.begin..self.end {
-            let (panel, begin) = (unit % count, unit / count * WEIGHT_CHANNELS);
-            let channels = WEIGHT_CHANNELS.min(g.source_channels - begin);
+            let (panel, begin) = (unit % count, unit / count * cut.chunk);
+            let (panels, first, apart) = cut.weights::<L>(begin);
+            let channels = panels.k;
             let (stored, valid) = (panels.stored::<L>(panel), panels.valid::<L>(panel));
             let column = panel * Panels::width::<L>();
             let mut staging = Buffer::take(Slot::Right, channels * g.kernel * stored);
@@ -52,7 +53,7 @@ impl<L: Lanes> Task for Pack<L> {
                     let to = staging.words().add(run * g.kernel * stored);
                     pack::interleave::<L, Right>(from, length, valid, to, stored);
                 }
-                let to = c.scratch.add(panels.offset::<L>(panel) + begin * stored);
+                let to = c.scratch.add(first + panels.offset::<L>(panel));
                 for channel in 0..channels {
                     for column in (0..stored).step_by(L::LANES) {
                         let from = staging.words().add(channel * g.kernel * stored + column);
@@ -60,7 +61,7 @@ impl<L: Lanes> Task for Pack<L> {
                             from.wrapping_add(positions[r][c] * stored).cast_const()
                         };
                         let to = to.add(channel * stored + column);
-                        transform::kernel_tile::<L>(weight, to, cut.weights_apart::<L>());
+                        transform::kernel_tile::<L>(weight, to, apart);
                     }
                 }
             }
