@@ -13,12 +13,16 @@ pub(crate) enum Slot {
     Blocks,
     /// A packed right operand.
     Right,
+    /// Products before they are added up to results.
+    Products,
     /// Results before they are finished.
     Result,
     /// Rows on their way into a packed panel.
     Staging,
     /// Scales of rows and columns.
     Scales,
+    /// Zeros in the place of what lies beyond a border.
+    Zeros,
 }
 
 #[repr(C, align(64))]
@@ -26,7 +30,7 @@ pub(crate) enum Slot {
 struct Line([u8; 64]);
 
 thread_local! {
-    static BUFFERS: [Cell<Vec<Line>>; 7] = const { [const { Cell::new(Vec::new()) }; 7] };
+    static BUFFERS: [Cell<Vec<Line>>; 9] = const { [const { Cell::new(Vec::new()) }; 9] };
 }
 
 /// A buffer taken from this thread; it goes back when dropped.

@@ -16,6 +16,7 @@ use crate::geometry::{Geometry, Part, Parts, Tap};
 use crate::lanes::{Codes, Lanes, Simd, Task};
 use crate::pack::{self, Right, Source};
 use crate::tile::{Finish, Panels};
+use crate::winograd;
 
 /// Pixels of a unit, about.
 const UNIT_PIXELS: usize = 192;
@@ -229,35 +230,59 @@ pub(crate) fn phases<L: Lanes>(g: &Geometry) -> (Vec<Phase>, usize) {
     (phases, total)
 }
 
-/// Whether the convolution goes to the depthwise kernels.
-fn is_depthwise<E>(c: &Convolution<E>) -> bool {
-    // In int8 the depthwise kernel sums products exactly in f32, up to 2^24 / 2^15 of them.
-    c.geometry.is_depthwise() && (c.scales.is_none() || c.geometry.kernel <= 512)
+/// How a convolution is computed.
+#[derive(Clone, Copy)]
+enum Way {
+    /// Tap by tap, every channel by itself.
+    Depthwise,
+    /// Tiles of pixels by products of their transforms.
+    Winograd,
+    /// Tap by tap.
+    Direct,
+}
+
+impl Way {
+    /// The way of a convolution, which its shape and type determine.
+    fn of<L: Lanes>(c: &Convolution<L::Element>) -> Way {
+        let g = &c.geometry;
+        // In int8 the depthwise kernel sums products exactly in f32, up to 2^24 / 2^15 of them.
+        if g.is_depthwise() && (c.scales.is_none() || g.kernel <= 512) {
+            Way::Depthwise
+        } else if winograd::suits::<L>(g, winograd::FEWEST_CHANNELS) {
+            Way::Winograd
+        } else {
+            Way::Direct
+        }
+    }
 }
 
 unsafe extern "C" fn units<K: Kind, S: Simd>(args: *const u64, phase: usize) -> usize {
     // SAFETY: the caller passes the argument block of this kernel.
     let c = unsafe { K::read::<S>(args) };
-    let cut = Cut::of::<K::Lanes<S>>(&c.geometry);
+    let g = &c.geometry;
+    let cut = Cut::of::<K::Lanes<S>>(g);
     if c.target_total() == 0 || cut.parts.count() == 0 {
         return 0;
     }
-    match (is_depthwise(&c), phase) {
-        (true, 0) => 1,
-        (true, _) => depthwise::parts(&c.geometry, depthwise::WANTED_UNITS).count(),
-        (false, 0) => c.geometry.phases() * c.geometry.groups * cut.panels_per_group,
-        (false, _) => c.geometry.groups * cut.column_blocks * cut.parts.count(),
+    match (Way::of::<K::Lanes<S>>(&c), phase) {
+        (Way::Depthwise, 0) => 1,
+        (Way::Depthwise, _) => depthwise::parts(g, depthwise::WANTED_UNITS).count(),
+        (Way::Winograd, _) => winograd::Cut::of::<K::Lanes<S>>(g).units::<K::Lanes<S>>(phase),
+        (Way::Direct, 0) => g.phases() * g.groups * cut.panels_per_group,
+        (Way::Direct, _) => g.groups * cut.column_blocks * cut.parts.count(),
     }
 }
 
 unsafe extern "C" fn scratch<K: Kind, S: Simd>(args: *const u64) -> usize {
     // SAFETY: the caller passes the argument block of this kernel.
     let c = unsafe { K::read::<S>(args) };
-    if is_depthwise(&c) {
-        c.geometry.kernel * c.geometry.groups * 4
-    } else {
-        phases::<K::Lanes<S>>(&c.geometry).1 * 4
-    }
+    let g = &c.geometry;
+    let words = match Way::of::<K::Lanes<S>>(&c) {
+        Way::Depthwise => g.kernel * g.groups,
+        Way::Winograd => winograd::Cut::of::<K::Lanes<S>>(g).words::<K::Lanes<S>>(),
+        Way::Direct => phases::<K::Lanes<S>>(g).1,
+    };
+    words * 4
 }
 
 unsafe extern "C" fn run<K: Kind, S: Simd>(
@@ -272,13 +297,21 @@ unsafe extern "C" fn run<K: Kind, S: Simd>(
     // SAFETY: the caller passes the argument block of this kernel, on a CPU of the tier.
     unsafe {
         let convolution = K::read::<S>(args);
-        match (is_depthwise(&convolution), phase) {
-            (true, 0) => S::enter(depthwise::Pack::<K::Lanes<S>> { convolution }),
-            (true, _) => {
+        match (Way::of::<K::Lanes<S>>(&convolution), phase) {
+            (Way::Depthwise, 0) => S::enter(depthwise::Pack::<K::Lanes<S>> { convolution }),
+            (Way::Depthwise, _) => {
                 S::enter(depthwise::Compute::<K::Lanes<S>> { convolution, begin, end });
             }
-            (false, 0) => S::enter(Pack::<K::Lanes<S>> { convolution, begin, end }),
-            (false, _) => S::enter(direct::Compute::<K::Lanes<S>> { convolution, begin, end }),
+            (Way::Winograd, 0) => {
+                S::enter(winograd::Pack::<K::Lanes<S>> { convolution, begin, end });
+            }
+            (Way::Winograd, _) => {
+                S::enter(winograd::Compute::<K::Lanes<S>> { convolution, begin, end });
+            }
+            (Way::Direct, 0) => S::enter(Pack::<K::Lanes<S>> { convolution, begin, end }),
+            (Way::Direct, _) => {
+                S::enter(direct::Compute::<K::Lanes<S>> { convolution, begin, end });
+            }
         }
     }
 }
@@ -286,10 +319,11 @@ unsafe extern "C" fn run<K: Kind, S: Simd>(
 unsafe extern "C" fn parts<K: Kind, S: Simd>(args: *const u64) -> usize {
     // SAFETY: the caller passes the argument block of this kernel.
     let c = unsafe { K::read::<S>(args) };
-    if is_depthwise(&c) {
-        depthwise::parts(&c.geometry, depthwise::WANTED_UNITS).count()
-    } else {
-        Cut::of::<K::Lanes<S>>(&c.geometry).parts.count()
+    let g = &c.geometry;
+    match Way::of::<K::Lanes<S>>(&c) {
+        Way::Depthwise => depthwise::parts(g, depthwise::WANTED_UNITS).count(),
+        Way::Winograd => winograd::Cut::of::<K::Lanes<S>>(g).parts(),
+        Way::Direct => Cut::of::<K::Lanes<S>>(g).parts.count(),
     }
 }
 

@@ -15,6 +15,10 @@ const PART_WORDS: usize = 320;
 /// group would cost much of what it does.
 const NARROW_ROWS: usize = EVERY_GROUP;
 const NARROW_COLUMNS: usize = 64;
+/// Rows of results with this many columns that are finished at once.
+pub(crate) fn finished_rows<L: Lanes>(columns: usize) -> usize {
+    if columns <= NARROW_COLUMNS { NARROW_ROWS } else { L::ROW_GROUP }
+}
 /// Most segments handled at once.
 const MOST_SEGMENTS: usize = 64;
 
@@ -90,7 +94,7 @@ impl<L: Lanes> Task for Compute<L> {
             let columns = stride.min(g.target_channels - column);
             let first_column = group * g.target_channels + column;
             let pixels = part.images * (part.row_end - part.row_begin) * g.columns.target;
-            let finished = if stride <= NARROW_COLUMNS { NARROW_ROWS } else { L::ROW_GROUP };
+            let finished = finished_rows::<L>(stride);
             let held = match target {
                 Target::Result => 0,
                 Target::Group => finished,

@@ -34,6 +34,11 @@ impl Axis {
         if self.backward { self.stride } else { 1 }
     }
 
+    /// Whether so many taps read as many adjacent source positions, and the next target reads from the next one on.
+    pub(crate) fn is_dense(&self, taps: usize) -> bool {
+        self.kernel == taps && self.stride == 1 && self.dilation == 1
+    }
+
     /// From one target's source position to the next one's in the same phase.
     pub(crate) fn step(&self) -> usize {
         if self.backward { 1 } else { self.stride }
@@ -58,6 +63,11 @@ impl Axis {
         (0..axis.kernel).filter_map(move |i| {
             axis.tap(phase, if axis.backward { axis.kernel - 1 - i } else { i })
         })
+    }
+
+    /// Source position that the first tap of a phase reads for its target number 0.
+    pub(crate) fn origin(&self, phase: usize) -> isize {
+        self.taps(phase).next().map_or(0, |tap| tap.shift)
     }
 
     /// Numbers of the first target of a phase at or after `target`.

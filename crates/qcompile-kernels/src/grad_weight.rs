@@ -14,6 +14,7 @@ use crate::lanes::{Codes, Lanes, Simd, Task};
 use crate::pack::{self, Right, Source};
 use crate::tile::{Block, Depth, EVERY_GROUP, Panels};
 use crate::window::{Ahead, Window};
+use crate::winograd;
 use crate::{Primitive, no_parts};
 
 /// Most rows (kernel positions times input channels) of a unit.
@@ -48,6 +49,7 @@ pub(crate) struct Cut {
     column_blocks: usize,
     chunks: usize,
     depthwise: bool,
+    winograd: bool,
 }
 
 impl Cut {
@@ -56,19 +58,22 @@ impl Cut {
         // Sums of int8 that f32 rounds would depend on their order, and so on the tier.
         let exact = !L::INTEGER || g.columns.target <= MOST_EXACT_COLUMNS;
         let depthwise = g.is_depthwise() && exact;
+        let winograd = winograd::suits::<L>(&g, winograd::FEWEST_GRADIENT_CHANNELS);
         let width = Panels::width::<L>();
         let panels = Panels { k: 0, n: if depthwise { g.groups } else { g.target_channels } };
         let stride = panels.count::<L>() * width;
         let (input, kernel) = (g.source_channels, g.kernel);
         let rows = kernel * input;
         // All kernel positions of as many channels as fit; of one channel only some, if there are many.
-        let channels = (UNIT_ROWS / kernel).clamp(1, input.max(1));
+        let most = if winograd { winograd::GRADIENT_CHANNELS } else { UNIT_ROWS / kernel };
+        let channels = most.clamp(1, input.max(1));
         let channel_blocks = input.div_ceil(channels);
         let channels = input.div_ceil(channel_blocks.max(1));
         let positions = kernel.min(UNIT_ROWS);
         let position_blocks = kernel.div_ceil(positions);
         let count = panels.count::<L>();
-        let columns = count.min(UNIT_CHANNELS / width).max(1);
+        let most = if winograd { winograd::GRADIENT_CHANNELS } else { UNIT_CHANNELS };
+        let columns = count.min(most / width).max(1);
         let column_blocks = count.div_ceil(columns);
         let groups = if depthwise { 1 } else { g.groups };
         let blocks = (groups * channel_blocks * position_blocks * column_blocks).max(1);
@@ -92,6 +97,7 @@ impl Cut {
             column_blocks,
             chunks,
             depthwise,
+            winograd,
         }
     }
 
@@ -226,6 +232,10 @@ impl<L: Lanes> Task for Outer<L> {
             let (chunk, group) = (rest / cut.g.groups, rest % cut.g.groups);
             // SAFETY: the unit lies in the partial sums.
             unsafe {
+                if cut.winograd {
+                    self.transformed(chunk, channels, column_block);
+                    continue;
+                }
                 let block = [channels, positions, column_block];
                 self.unit(chunk, group, block, &mut strips, &mut lines);
             }
@@ -234,6 +244,18 @@ impl<L: Lanes> Task for Outer<L> {
 }
 
 impl<L: Lanes> Outer<L> {
+    /// A unit by products of transforms.
+    #[inline(always)]
+    unsafe fn transformed(&self, chunk: usize, channel_block: usize, column_block: usize) {
+        let (cut, args) = (&self.cut, &self.args);
+        let block =
+            |block: usize, size: usize, total: usize| block * size..((block + 1) * size).min(total);
+        let channels = block(channel_block, cut.channels, cut.g.source_channels);
+        let panels = block(column_block, cut.columns, cut.panels.count::<L>());
+        // SAFETY: granted by the caller.
+        unsafe { winograd::Gradient::<L> { args, cut, channels, panels }.compute(chunk) };
+    }
+
     #[inline(always)]
     unsafe fn unit(
         &self,

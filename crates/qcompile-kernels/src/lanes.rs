@@ -255,8 +255,16 @@ macro_rules! tile_entries {
             $(#[target_feature(enable = $feature)])?
             #[allow(unused_unsafe, reason = "needed where the tier has target features")]
             unsafe fn enter<L: Lanes>(tile: &crate::tile::Tile) {
+                const LOW: usize = $pair / 3;
+                const HALF: usize = $pair * 2 / 3;
                 // SAFETY: passed on from the caller.
-                unsafe { crate::tile::tile::<L, $pair, 2>(tile) }
+                unsafe {
+                    match tile.live {
+                        ..=LOW => crate::tile::tile::<L, LOW, 2>(tile),
+                        ..=HALF => crate::tile::tile::<L, HALF, 2>(tile),
+                        _ => crate::tile::tile::<L, $pair, 2>(tile),
+                    }
+                }
             }
             // SAFETY: passed on from the caller.
             unsafe { enter::<Self>(tile) }
@@ -264,8 +272,16 @@ macro_rules! tile_entries {
         unsafe fn tile_single(tile: &crate::tile::Tile) {
             $(#[target_feature(enable = $feature)])?
             unsafe fn enter<L: Lanes>(tile: &crate::tile::Tile) {
+                const LOW: usize = $single / 3;
+                const HALF: usize = $single * 2 / 3;
                 // SAFETY: passed on from the caller.
-                unsafe { crate::tile::tile::<L, $single, 1>(tile) }
+                unsafe {
+                    match tile.live {
+                        ..=LOW => crate::tile::tile::<L, LOW, 1>(tile),
+                        ..=HALF => crate::tile::tile::<L, HALF, 1>(tile),
+                        _ => crate::tile::tile::<L, $single, 1>(tile),
+                    }
+                }
             }
             // SAFETY: passed on from the caller.
             unsafe { enter::<Self>(tile) }

@@ -41,6 +41,7 @@ mod tier;
 mod tile;
 mod top_k;
 mod window;
+mod winograd;
 
 use lanes::Simd;
 pub use tier::{Tier, UnknownTier};

@@ -60,6 +60,14 @@ pub(super) fn shapes() -> Vec<ConvShape> {
         [2, 5, 5, 17, 17, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1],
         [2, 5, 6, 64, 48, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 2],
         [9, 7, 7, 33, 65, 1, 1, 2, 2, 0, 0, 0, 0, 1, 1, 1],
+        // Tiles of 2 x 2 targets: odd sizes, uneven padding, channels beyond whole vectors and in several chunks,
+        // several images, batches and blocks of channels, images wider than a batch.
+        [3, 7, 7, 24, 32, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+        [2, 9, 12, 27, 37, 3, 3, 1, 1, 0, 2, 1, 0, 1, 1, 1],
+        [5, 6, 5, 33, 25, 3, 3, 1, 1, 2, 0, 2, 1, 1, 1, 1],
+        [1, 10, 9, 150, 300, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+        [70, 5, 4, 24, 29, 3, 3, 1, 1, 1, 2, 1, 0, 1, 1, 1],
+        [1, 7, 131, 24, 24, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1],
         // Depthwise: more taps than a sweep holds, borders that meet, a multiplier, a huge kernel.
         [2, 12, 13, 18, 18, 5, 5, 1, 1, 2, 2, 2, 2, 1, 1, 18],
         [1, 3, 2, 16, 16, 5, 5, 1, 1, 2, 2, 2, 2, 1, 1, 16],

@@ -1,0 +1,184 @@
+//! Gradient of the weights, F(3x3, 2x2): `G^T [sum over tiles of (A dy A^T) . (B^T d B)] G`, the adjoint of the forward
+//! direction. Each position is a matrix product `[channels x tiles] x [tiles x targets]`, whose sums over the images of a
+//! unit stay in a buffer of its thread.
+
+use super::grid::Grid;
+use super::transform::{Strip, Transformed, gradient_tiles, kernel_gradient};
+use super::{APART, BATCH_TILES, GRADIENT_CHANNELS, POSITIONS, TILE};
+use crate::args::Conv2dGradWeightArgs;
+use crate::buffer::{Buffer, Slot};
+use crate::geometry::{Geometry, Part};
+use crate::grad_weight::Cut;
+use crate::lanes::Lanes;
+use crate::tile::{Block, Depth, EVERY_GROUP, Panels};
+use crate::window::Ahead;
+use std::ops::Range;
+
+/// Rows of sums, filled up to whole row groups.
+const ROWS: usize = GRADIENT_CHANNELS.next_multiple_of(EVERY_GROUP);
+
+/// The partial gradient by some channels and panels of targets, over some images.
+pub(crate) struct Gradient<'a, L: Lanes> {
+    pub(crate) args: &'a Conv2dGradWeightArgs<L::Element>,
+    pub(crate) cut: &'a Cut,
+    pub(crate) channels: Range<usize>,
+    pub(crate) panels: Range<usize>,
+}
+
+impl<L: Lanes> Gradient<'_, L> {
+    /// Computes the partial gradient of a chunk of images.
+    ///
+    /// # Safety
+    /// The arguments are valid for their shape; the CPU supports the tier.
+    #[inline(always)]
+    pub(crate) unsafe fn compute(&self, chunk: usize) {
+        let (cut, g) = (self.cut, &self.cut.g);
+        let images = cut.images(chunk);
+        let grid = Grid::of(
+            g,
+            &Part {
+                image: images.start,
+                images: images.len(),
+                row_begin: 0,
+                row_end: g.rows.target.div_ceil(TILE),
+            },
+        );
+        let width = Panels::width::<L>();
+        let column = self.panels.start * width;
+        let stride = self.panels.len() * width;
+        let columns = stride.min(g.target_channels - column);
+        let channels = self.channels.len();
+        let pitch = channels.next_multiple_of(L::LANES);
+        // Equal batches.
+        let tiles = grid.tiles();
+        let batch = tiles.div_ceil(tiles.div_ceil(BATCH_TILES).max(1)).max(1);
+        let apart = [batch * pitch + APART, batch * stride + APART, channels * stride + APART];
+        let mut left = Buffer::take(Slot::Left, POSITIONS * apart[0]);
+        let mut right = Buffer::take(Slot::Right, POSITIONS * apart[1]);
+        let mut sums = Buffer::take(Slot::Products, POSITIONS * apart[2]);
+        let mut sink = Buffer::take(Slot::Staging, stride);
+        let line = (g.columns.source * g.source_channels).max(g.columns.target * g.target_channels);
+        let mut zeros = Buffer::take(Slot::Zeros, line);
+        // SAFETY: the buffers were sized for it above; the rest is granted by the caller.
+        unsafe {
+            zeros.words().write_bytes(0, line);
+            let zeros: *const f32 = zeros.words().cast();
+            if tiles == 0 {
+                sums.words().write_bytes(0, POSITIONS * apart[2]);
+            }
+            let left = Transformed { first: left.words(), pitch, apart: apart[0] };
+            let mut rows = [std::ptr::null(); ROWS];
+            let mut outs = [sink.words(); ROWS];
+            for (channel, row) in rows.iter_mut().enumerate() {
+                *row = left.first.wrapping_add(channel.min(channels - 1)).cast_const();
+            }
+            let padded = channels.next_multiple_of(L::ROW_GROUP);
+            for first in (0..tiles).step_by(batch) {
+                let some = first..(first + batch).min(tiles);
+                // Elements that are not narrower than a word are f32.
+                let source = [self.args.x.cast(), zeros];
+                grid.transform::<L>(g, source, some.clone(), self.channels.clone(), left);
+                let panels = Panels { k: some.len(), n: columns };
+                let dy = [self.args.dy.cast::<f32>().wrapping_add(column), zeros];
+                transform::<L>(&grid, g, dy, some.clone(), panels, (right.words(), apart[1]));
+                let mut ahead = self.ahead(&grid, some.end..(some.end + batch).min(tiles));
+                let steps = panels.tiles::<L>(0..self.panels.len(), channels);
+                Ahead::spread(&mut ahead, POSITIONS * steps);
+                for position in 0..POSITIONS {
+                    let to = sums.words().wrapping_add(position * apart[2]);
+                    for (channel, out) in outs[..channels].iter_mut().enumerate() {
+                        *out = to.wrapping_add(channel * stride);
+                    }
+                    let block = Block {
+                        rows: &rows[..padded],
+                        outs: &outs[..padded],
+                        count: channels,
+                        packed: right.words().wrapping_add(position * apart[1]),
+                        panels,
+                        panel_begin: 0,
+                        panel_end: self.panels.len(),
+                        exact: false,
+                        scales: None,
+                        finish: None,
+                    };
+                    let depth = Depth {
+                        segments: &[(position * left.apart) as isize],
+                        length: some.len(),
+                        step: pitch as isize,
+                        begin: 0,
+                        resume: first > 0,
+                        last: true,
+                    };
+                    for row in (0..channels).step_by(L::ROW_GROUP) {
+                        block.sweep::<L>(row, &depth, &mut ahead);
+                    }
+                }
+            }
+            let partial: *mut u32 = self.args.scratch.cast();
+            for (channel, row) in self.channels.clone().zip(0..) {
+                let to = partial.add(cut.partial(chunk, 0, channel) + column);
+                let from = sums.words().add(row * stride);
+                let position = g.source_channels * cut.stride;
+                for column in (0..columns).step_by(L::LANES) {
+                    let (from, to) = (from.add(column), to.add(column));
+                    kernel_gradient::<L>(from, apart[2], to, position);
+                }
+            }
+        }
+    }
+
+    /// What a range of tiles reads for the first time, about; nothing where only some channels of each pixel are wanted.
+    fn ahead(&self, grid: &Grid, tiles: Range<usize>) -> [Ahead; 2] {
+        let g = &self.cut.g;
+        if tiles.is_empty() || self.channels.len() < g.source_channels {
+            return [Ahead::NONE; 2];
+        }
+        let place = grid.place(tiles.start);
+        let pixels = tiles.len() * TILE * TILE;
+        let ahead = |first: *const L::Element, height: usize, width: usize, total: usize| {
+            let row = ((grid.image + place.image) * height + place.row * TILE) * width;
+            Ahead::of(first.wrapping_add(row * total), pixels * total)
+        };
+        let Geometry { rows, columns, .. } = g;
+        [
+            ahead(self.args.x, rows.source, columns.source, g.source_channels),
+            ahead(self.args.dy, rows.target, columns.target, g.target_channels),
+        ]
+    }
+}
+
+/// Transforms the targets of a range of tiles into panels.
+///
+/// # Safety
+/// `dy` is the whole gradient from the first of the columns on, `zeros` a row of it, and `to` has room for the panels of
+/// each position; the CPU supports the tier.
+#[inline(always)]
+unsafe fn transform<L: Lanes>(
+    grid: &Grid,
+    g: &Geometry,
+    [dy, zeros]: [*const f32; 2],
+    tiles: Range<usize>,
+    panels: Panels,
+    (to, apart): (*mut u32, usize),
+) {
+    let [height, width] = grid.area;
+    let total = g.target_channels;
+    for panel in 0..panels.count::<L>() {
+        let column = panel * Panels::width::<L>();
+        let pitch = panels.stored::<L>(panel);
+        let first = to.wrapping_add(panels.offset::<L>(panel));
+        let mut to = Transformed { first, pitch, apart };
+        for (place, count) in grid.strips(tiles.clone()) {
+            let image = (grid.image + place.image) * height;
+            let mut rows = [zeros; TILE];
+            for (row, to) in (place.row * TILE..height).zip(&mut rows) {
+                *to = dy.wrapping_add((image + row) * width * total + column);
+            }
+            let column = (place.column * TILE) as isize;
+            let strip = Strip { rows, pitch: total, width, column, count };
+            // SAFETY: granted by the caller.
+            unsafe { gradient_tiles::<L>(strip, panels.valid::<L>(panel), to) };
+            to = to.skip(count);
+        }
+    }
+}

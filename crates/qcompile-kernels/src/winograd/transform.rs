@@ -1,0 +1,351 @@
+//! The transforms of F(2x2, 3x3), on vectors of channels.
+
+use super::{POSITIONS, TILE};
+use crate::lanes::Lanes;
+
+/// The same number in all lanes.
+#[inline(always)]
+fn number<L: Lanes>(number: f32) -> L::V {
+    // SAFETY: one word; whoever has vectors of a tier runs on it.
+    unsafe { L::splat((&raw const number).cast()) }
+}
+
+/// `a + b`: a product by one is exact.
+#[inline(always)]
+fn plus<L: Lanes>(a: L::V, b: L::V) -> L::V {
+    // SAFETY: whoever has vectors of a tier runs on it.
+    unsafe { L::dot(a, b, number::<L>(1.0)) }
+}
+
+/// `a - b`
+#[inline(always)]
+fn minus<L: Lanes>(a: L::V, b: L::V) -> L::V {
+    // SAFETY: whoever has vectors of a tier runs on it.
+    unsafe { L::dot(a, b, number::<L>(-1.0)) }
+}
+
+/// `a / 2`
+#[inline(always)]
+fn half<L: Lanes>(a: L::V) -> L::V {
+    // SAFETY: whoever has vectors of a tier runs on it.
+    unsafe { L::dot(L::zero(), a, number::<L>(0.5)) }
+}
+
+/// Applies a transform of one dimension to the columns, then to the rows.
+#[inline(always)]
+fn both<L: Lanes, const I: usize, const O: usize>(
+    x: &[[L::V; I]; I],
+    line: impl Fn([L::V; I]) -> [L::V; O],
+) -> [[L::V; O]; O] {
+    let zero = number::<L>(0.0);
+    let (mut columns, mut rows) = ([[zero; O]; I], [[zero; O]; O]);
+    for (c, column) in columns.iter_mut().enumerate() {
+        let mut from = [zero; I];
+        for (from, row) in from.iter_mut().zip(x) {
+            *from = row[c];
+        }
+        *column = line(from);
+    }
+    for (r, row) in rows.iter_mut().enumerate() {
+        let mut from = [zero; I];
+        for (from, column) in from.iter_mut().zip(&columns) {
+            *from = column[r];
+        }
+        *row = line(from);
+    }
+    rows
+}
+
+/// `B^T d`
+#[inline(always)]
+fn source<L: Lanes>([a, b, c, d]: [L::V; 4]) -> [L::V; 4] {
+    [minus::<L>(a, c), plus::<L>(b, c), minus::<L>(c, b), minus::<L>(b, d)]
+}
+
+/// `A^T m`
+#[inline(always)]
+fn target<L: Lanes>([a, b, c, d]: [L::V; 4]) -> [L::V; TILE] {
+    [plus::<L>(plus::<L>(a, b), c), minus::<L>(minus::<L>(b, c), d)]
+}
+
+/// `G g`
+#[inline(always)]
+fn kernel<L: Lanes>([a, b, c]: [L::V; 3]) -> [L::V; 4] {
+    let ends = plus::<L>(a, c);
+    [a, half::<L>(plus::<L>(ends, b)), half::<L>(minus::<L>(ends, b)), c]
+}
+
+/// `A y`, of which the last element is negative: nothing has to change its sign for that.
+#[inline(always)]
+fn target_gradient<L: Lanes>([a, b]: [L::V; TILE]) -> [L::V; 4] {
+    [a, plus::<L>(a, b), minus::<L>(a, b), b]
+}
+
+/// `G^T s`, with the last element of `s` negative.
+#[inline(always)]
+fn weight_gradient<L: Lanes>([a, b, c, d]: [L::V; 4]) -> [L::V; 3] {
+    let ends = half::<L>(plus::<L>(b, c));
+    [plus::<L>(a, ends), half::<L>(minus::<L>(b, c)), minus::<L>(ends, d)]
+}
+
+/// A row of tiles, side by side.
+#[derive(Clone, Copy)]
+pub(super) struct Strip<const ROWS: usize> {
+    /// The first channel of column 0 in each row.
+    pub(super) rows: [*const f32; ROWS],
+    /// From one pixel to the next.
+    pub(super) pitch: usize,
+    /// Columns that there are; others are zeros.
+    pub(super) width: usize,
+    /// The first tile's first column.
+    pub(super) column: isize,
+    /// Tiles.
+    pub(super) count: usize,
+}
+
+/// Where transformed tiles are, as vectors of channels, adjacent in each tile.
+#[derive(Clone, Copy)]
+pub(super) struct Transformed {
+    /// The first tile.
+    pub(super) first: *mut u32,
+    /// From one tile to the next.
+    pub(super) pitch: usize,
+    /// From one position to the next.
+    pub(super) apart: usize,
+}
+
+impl Transformed {
+    /// From a later tile on.
+    #[inline(always)]
+    pub(super) fn skip(self, tiles: usize) -> Transformed {
+        Transformed { first: self.first.wrapping_add(tiles * self.pitch), ..self }
+    }
+}
+
+/// Writes `B^T d B` of tiles, filled up to whole vectors of channels with zeros.
+///
+/// # Safety
+/// Every pixel has the channels, and there is room for each tile; the CPU supports the tier.
+#[inline(always)]
+pub(super) unsafe fn source_tiles<L: Lanes>(strip: Strip<4>, channels: usize, to: Transformed) {
+    // SAFETY: granted by the caller.
+    unsafe {
+        let mut channel = 0;
+        while channel + L::LANES <= channels {
+            source_vectors::<L, true>(&strip, [channel, L::LANES], to);
+            channel += L::LANES;
+        }
+        if channel < channels {
+            source_vectors::<L, false>(&strip, [channel, channels - channel], to);
+        }
+    }
+}
+
+/// One vector of channels of all tiles: neighbours share the transforms of two columns.
+#[inline(always)]
+unsafe fn source_vectors<L: Lanes, const WHOLE: bool>(
+    strip: &Strip<4>,
+    [channel, live]: [usize; 2],
+    to: Transformed,
+) {
+    let strip = Strip { rows: strip.rows.map(|row| row.wrapping_add(channel)), ..*strip };
+    let Transformed { first, pitch, apart } = to;
+    let mut to = first.wrapping_add(channel);
+    let mut column = strip.column;
+    // SAFETY: granted by the caller.
+    unsafe {
+        let mut a = source::<L>(strip.column::<L, WHOLE>(column, live));
+        let mut b = source::<L>(strip.column::<L, WHOLE>(column + 1, live));
+        for _ in 0..strip.count {
+            let c = source::<L>(strip.column::<L, WHOLE>(column + 2, live));
+            let d = source::<L>(strip.column::<L, WHOLE>(column + 3, live));
+            for r in 0..4 {
+                let positions = source::<L>([a[r], b[r], c[r], d[r]]);
+                for (position, value) in positions.into_iter().enumerate() {
+                    L::store(to.wrapping_add((r * 4 + position) * apart), value);
+                }
+            }
+            (a, b) = (c, d);
+            column += TILE as isize;
+            to = to.wrapping_add(pitch);
+        }
+    }
+}
+
+impl<const ROWS: usize> Strip<ROWS> {
+    /// A vector of a column's pixels.
+    #[inline(always)]
+    unsafe fn column<L: Lanes, const WHOLE: bool>(
+        &self,
+        column: isize,
+        live: usize,
+    ) -> [L::V; ROWS] {
+        let mut values = [number::<L>(0.0); ROWS];
+        if column.cast_unsigned() < self.width {
+            for (value, row) in values.iter_mut().zip(self.rows) {
+                let from = row.wrapping_add(column.cast_unsigned() * self.pitch);
+                // SAFETY: granted by the caller.
+                *value = unsafe {
+                    if WHOLE { L::load(from.cast()) } else { load_some::<L>(from, live) }
+                };
+            }
+        }
+        values
+    }
+}
+
+/// Writes `A dy A^T` of tiles, as [`source_tiles`] does, the last row and column of positions negative.
+///
+/// # Safety
+/// As for [`source_tiles`].
+#[inline(always)]
+pub(super) unsafe fn gradient_tiles<L: Lanes>(
+    strip: Strip<TILE>,
+    channels: usize,
+    to: Transformed,
+) {
+    // SAFETY: granted by the caller.
+    unsafe {
+        let mut channel = 0;
+        while channel + L::LANES <= channels {
+            gradient_vectors::<L, true>(&strip, [channel, L::LANES], to);
+            channel += L::LANES;
+        }
+        if channel < channels {
+            gradient_vectors::<L, false>(&strip, [channel, channels - channel], to);
+        }
+    }
+}
+
+/// One vector of channels of all tiles.
+#[inline(always)]
+unsafe fn gradient_vectors<L: Lanes, const WHOLE: bool>(
+    strip: &Strip<TILE>,
+    [channel, live]: [usize; 2],
+    to: Transformed,
+) {
+    let strip = Strip { rows: strip.rows.map(|row| row.wrapping_add(channel)), ..*strip };
+    let mut first = to.first.wrapping_add(channel);
+    let mut column = strip.column;
+    for _ in 0..strip.count {
+        // SAFETY: granted by the caller.
+        unsafe {
+            let a = target_gradient::<L>(strip.column::<L, WHOLE>(column, live));
+            let b = target_gradient::<L>(strip.column::<L, WHOLE>(column + 1, live));
+            for r in 0..4 {
+                let positions = target_gradient::<L>([a[r], b[r]]);
+                for (position, value) in positions.into_iter().enumerate() {
+                    L::store(first.wrapping_add((r * 4 + position) * to.apart), value);
+                }
+            }
+        }
+        column += TILE as isize;
+        first = first.wrapping_add(to.pitch);
+    }
+}
+
+/// Writes `G^T s G`, of sums whose last row and column are negative, the positions of the kernel `step` words apart.
+///
+/// # Safety
+/// As for [`source_tiles`].
+#[inline(always)]
+pub(super) unsafe fn kernel_gradient<L: Lanes>(
+    from: *const u32,
+    apart: usize,
+    to: *mut u32,
+    step: usize,
+) {
+    // SAFETY: granted by the caller.
+    unsafe {
+        let kernel = both::<L, 4, 3>(&load::<L>(from, apart), weight_gradient::<L>);
+        for (position, &value) in kernel.as_flattened().iter().enumerate() {
+            L::store(to.add(position * step), value);
+        }
+    }
+}
+
+/// Writes `G g G^T`; `from(row, column)` is where each weight stands for a vector of targets.
+///
+/// # Safety
+/// As for [`source_tiles`].
+#[inline(always)]
+pub(super) unsafe fn kernel_tile<L: Lanes>(
+    from: impl Fn(usize, usize) -> *const u32,
+    to: *mut u32,
+    apart: usize,
+) {
+    // SAFETY: granted by the caller.
+    unsafe {
+        let mut tile = [[L::zero(); 3]; 3];
+        for (r, row) in tile.iter_mut().enumerate() {
+            for (c, value) in row.iter_mut().enumerate() {
+                *value = L::load(from(r, c));
+            }
+        }
+        store_positions::<L>(&both::<L, 3, 4>(&tile, kernel::<L>), to, apart);
+    }
+}
+
+/// `A^T m A` of a vector of target channels, `apart` words from position to position.
+///
+/// # Safety
+/// As for [`source_tiles`].
+#[inline(always)]
+pub(super) unsafe fn target_tile<L: Lanes>(from: *const u32, apart: usize) -> [[L::V; TILE]; TILE] {
+    // SAFETY: granted by the caller.
+    unsafe { both::<L, 4, TILE>(&load::<L>(from, apart), target::<L>) }
+}
+
+/// Loads all positions of a vector.
+#[inline(always)]
+unsafe fn load<L: Lanes>(from: *const u32, apart: usize) -> [[L::V; 4]; 4] {
+    // SAFETY: granted by the caller.
+    unsafe {
+        let mut tile = [[L::zero(); 4]; 4];
+        for (position, value) in tile.as_flattened_mut().iter_mut().enumerate() {
+            *value = L::load(from.add(position * apart));
+        }
+        tile
+    }
+}
+
+/// Stores all positions of a vector.
+#[inline(always)]
+unsafe fn store_positions<L: Lanes>(tile: &[[L::V; 4]; 4], to: *mut u32, apart: usize) {
+    debug_assert_eq!(tile.as_flattened().len(), POSITIONS);
+    // SAFETY: granted by the caller.
+    unsafe {
+        for (position, &value) in tile.as_flattened().iter().enumerate() {
+            L::store(to.add(position * apart), value);
+        }
+    }
+}
+
+/// Loads fewer elements than a vector has, and zeros for the rest.
+#[inline(always)]
+unsafe fn load_some<L: Lanes>(from: *const f32, count: usize) -> L::V {
+    let mut words = [0.0_f32; 16];
+    // SAFETY: granted by the caller; no vector has more words.
+    unsafe {
+        std::ptr::copy_nonoverlapping(from, words.as_mut_ptr(), count);
+        L::load(words.as_ptr().cast())
+    }
+}
+
+/// Stores the first elements of a vector, all that there are if `count` is greater.
+///
+/// # Safety
+/// There is room for them.
+#[inline(always)]
+pub(super) unsafe fn store<L: Lanes>(to: *mut u32, value: L::V, count: usize) {
+    // SAFETY: granted by the caller; no vector has more words.
+    unsafe {
+        if count >= L::LANES {
+            L::store(to, value);
+            return;
+        }
+        let mut words = [0_u32; 16];
+        L::store(words.as_mut_ptr(), value);
+        std::ptr::copy_nonoverlapping(words.as_ptr(), to, count);
+    }
+}
