@@ -246,7 +246,8 @@ pub(crate) trait Lanes: Copy + 'static {
     unsafe fn tile_single(tile: &Tile);
 }
 
-/// Implements the two tile entries of [`Lanes`] for a row count of each and optional target features.
+/// Implements the two tile entries of [`Lanes`] for a row count of each and optional target features. Tiles of which no more
+/// than one or two thirds of the rows count compute only those.
 macro_rules! tile_entries {
     ($pair:literal, $single:literal $(, $feature:literal)?) => {
         const ROWS_PAIR: usize = $pair;

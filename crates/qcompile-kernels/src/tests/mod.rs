@@ -10,3 +10,4 @@ mod matrix;
 mod recurrent;
 mod rows;
 mod windows;
+mod winograd;

@@ -2,9 +2,18 @@
 //! Neural Networks", 2016, F(2x2, 3x3).
 //!
 //! A tile of 2 x 2 targets reads 4 x 4 source pixels `d`. With the kernel `g` it is `A^T [(G g G^T) . (B^T d B)] A`
-//! (equations 8 and 10 there), where `.` multiplies elements: 16 products for each pair of channels in place of 36. Summed
-//! over channels, each of the 16 positions is a matrix product of its own, `[tiles x channels] x [channels x targets]`.
-//! Weights are transformed once for each call, tiles in buffers of one thread.
+//! (section 4.1 there), where `.` multiplies elements, 16 for each pair of channels in place of 36, and
+//!
+//! ```text
+//!       1  0 -1  0         1    0    0
+//! B^T = 0  1  1  0    G = 1/2  1/2  1/2    A^T = 1  1  1  0
+//!       0 -1  1  0        1/2 -1/2  1/2          0  1 -1 -1
+//!       0  1  0 -1         0    0    1
+//! ```
+//!
+//! Summed over channels, each of the 16 positions is a matrix product of its own, `[tiles x channels] x [channels x targets]`.
+//! Weights are transformed once for each call, tiles in buffers of one thread. The gradient of the input is the same with
+//! the kernel turned around; the gradient of the weights is the adjoint, F(3x3, 2x2) (section 4.2).
 
 mod compute;
 mod gradient;
@@ -38,7 +47,8 @@ const UNIT_TILES: usize = 96;
 const MOST_TILES: usize = 200;
 /// Units wanted, for the threads to share.
 const WANTED_UNITS: usize = 32;
-/// Tiles whose transforms are held at once; a multiple of every row group.
+/// Most tiles whose transforms are held at once, a multiple of the row group of every tier: they and their products stay in
+/// L2 beside the weights of a position.
 const BATCH_TILES: usize = 72;
 /// Most target channels of a unit.
 const UNIT_CHANNELS: usize = 128;
