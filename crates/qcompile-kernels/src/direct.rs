@@ -15,12 +15,13 @@ const PART_WORDS: usize = 320;
 /// group would cost much of what it does.
 const NARROW_ROWS: usize = EVERY_GROUP;
 const NARROW_COLUMNS: usize = 64;
+/// Most segments handled at once.
+const MOST_SEGMENTS: usize = 64;
+
 /// Rows of results with this many columns that are finished at once.
 pub(crate) fn finished_rows<L: Lanes>(columns: usize) -> usize {
     if columns <= NARROW_COLUMNS { NARROW_ROWS } else { L::ROW_GROUP }
 }
-/// Most segments handled at once.
-const MOST_SEGMENTS: usize = 64;
 
 /// Where a unit's tiles are stored.
 #[derive(Clone, Copy, PartialEq, Eq)]
