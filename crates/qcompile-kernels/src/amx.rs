@@ -12,7 +12,7 @@ pub(crate) use registers::is_supported;
 
 use crate::avx512;
 use crate::buffer::Buffer;
-use crate::lanes::{Lanes, Simd, Task, word_of_bf16, word_of_i8};
+use crate::lanes::{Lanes, Simd, Task, Widened, word_of_bf16, word_of_i8};
 use crate::tile::{Blocks, Depth, Place, Start, Tile, tile};
 use registers::{Release, configure};
 use std::arch::asm;
@@ -201,6 +201,7 @@ macro_rules! amx_lanes {
 }
 
 amx_lanes!(Bf16, avx512::Bf16, __m512, u16, "tdpbf16ps", {
+    type Single = Widened<avx512::Real>;
     #[inline(always)]
     unsafe fn dot(sum: __m512, a: __m512, b: __m512) -> __m512 {
         // SAFETY: passed on from the caller.
@@ -216,6 +217,7 @@ amx_lanes!(Bf16, avx512::Bf16, __m512, u16, "tdpbf16ps", {
     }
 });
 amx_lanes!(Int8, avx512::Int8, __m512i, i8, "tdpbssd", {
+    type Single = Self;
     /// AVX-512 multiplies signed bytes by unsigned ones only, and signed words by signed ones.
     #[inline(always)]
     unsafe fn dot(sum: __m512i, a: __m512i, b: __m512i) -> __m512i {

@@ -2,8 +2,9 @@
 
 use crate::args::AttentionArgs;
 use crate::attention::BLOCK;
-use crate::lanes::{Codes, Lanes, Simd};
+use crate::lanes::{Codes, Element, Lanes, Simd};
 use crate::pack::{self, Left, Right, Source};
+use crate::rounding::bf16;
 use crate::tile::Panels;
 use std::marker::PhantomData;
 
@@ -79,41 +80,12 @@ pub(crate) trait Kind: Copy + 'static {
     unsafe fn store(values: *const f32, count: usize, factor: f32, to: *mut Self::Result);
 }
 
-/// A float as it is in memory: f32, or the bits of a bf16.
-pub(crate) trait Float: Copy + 'static {
-    fn value(self) -> f32;
-    /// The nearest, ties to even.
-    fn nearest(value: f32) -> Self;
-}
-
-impl Float for f32 {
-    #[inline(always)]
-    fn value(self) -> f32 {
-        self
-    }
-    #[inline(always)]
-    fn nearest(value: f32) -> f32 {
-        value
-    }
-}
-
-impl Float for u16 {
-    #[inline(always)]
-    fn value(self) -> f32 {
-        f32::from_bits(u32::from(self) << 16)
-    }
-    #[inline(always)]
-    fn nearest(value: f32) -> u16 {
-        bf16(value)
-    }
-}
-
 /// Writes values.
 ///
 /// # Safety
 /// `count` values are there, and room for as many.
 #[inline(always)]
-pub(crate) unsafe fn write<F: Float>(values: *const f32, count: usize, to: *mut F) {
+pub(crate) unsafe fn write<F: Element>(values: *const f32, count: usize, to: *mut F) {
     for i in 0..count {
         // SAFETY: granted by the caller.
         unsafe { *to.add(i) = F::nearest(*values.add(i)) };
@@ -249,7 +221,7 @@ pub(crate) struct Int8<F>(PhantomData<F>);
 /// The largest code of an exponential.
 const LARGEST: f32 = 127.0;
 
-impl<F: Float> Kind for Int8<F> {
+impl<F: Element> Kind for Int8<F> {
     type Stored = i8;
     type Result = F;
     type Lanes<S: Simd> = S::Int8;
@@ -317,15 +289,6 @@ impl<F: Float> Kind for Int8<F> {
     }
 }
 
-/// The bits of the nearest bf16, ties to even.
-#[inline(always)]
-fn bf16(value: f32) -> u16 {
-    let bits = value.to_bits();
-    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
-    let bits = if value.is_nan() { bits | 0x0040_0000 } else { rounded };
-    (bits >> 16) as u16
-}
-
 /// The matrix in f32, row after row.
 #[inline(always)]
 unsafe fn widen(from: Matrix<u16>, [rows, columns]: [usize; 2], to: *mut f32) -> Matrix<f32> {
@@ -334,7 +297,7 @@ unsafe fn widen(from: Matrix<u16>, [rows, columns]: [usize; 2], to: *mut f32) ->
             // SAFETY: granted by the caller.
             unsafe {
                 let bits = *from.first.add(row * from.row_stride + column * from.column_stride);
-                *to.add(row * columns + column) = bits.value();
+                *to.add(row * columns + column) = bits.real();
             }
         }
     }

@@ -93,6 +93,7 @@ impl Lanes for Real {
     type Tier = Avx2;
     type Element = f32;
     type V = __m256;
+    type Single = Self;
     const LANES: usize = 8;
     const GROUP: usize = 1;
     const HALO: u32 = 0;
@@ -146,6 +147,7 @@ impl Lanes for Int8 {
     type Tier = Avx2;
     type Element = i8;
     type V = __m256i;
+    type Single = Self;
     const LANES: usize = 8;
     const GROUP: usize = 2;
     const HALO: u32 = 0;

@@ -83,8 +83,8 @@ impl Simd for Avx512Bf16 {
     #[inline(always)]
     unsafe fn zip(first: *const u16, second: *const u16, count: usize, to: *mut u32) {
         // Positions in the two rows, those of the second from 32 on.
-        const LOW: [u16; 32] = zip_order(0);
-        const HIGH: [u16; 32] = zip_order(16);
+        const LOW: [u16; 32] = zip_order(0, 32);
+        const HIGH: [u16; 32] = zip_order(16, 32);
         // SAFETY: the caller grants the rows, the words and the CPU; masks leave out what is beyond.
         unsafe {
             let low = _mm512_loadu_si512(LOW.as_ptr().cast());
@@ -112,12 +112,12 @@ impl Simd for Avx512Bf16 {
     }
 }
 
-/// Pairs from two rows of 32, from position `first` on.
-const fn zip_order(first: u16) -> [u16; 32] {
+/// Pairs from two rows, from position `first` on; the second row begins at position `apart`.
+const fn zip_order(first: u16, apart: u16) -> [u16; 32] {
     let mut order = [0; 32];
     let mut i = 0;
     while i < 32 {
-        order[i] = first + i as u16 / 2 + if i % 2 == 0 { 0 } else { 32 };
+        order[i] = first + i as u16 / 2 + if i % 2 == 0 { 0 } else { apart };
         i += 1;
     }
     order
@@ -130,6 +130,7 @@ impl Lanes for Real {
     type Tier = Avx512;
     type Element = f32;
     type V = __m512;
+    type Single = Self;
     const LANES: usize = 16;
     const GROUP: usize = 1;
     const HALO: u32 = 0;
@@ -185,6 +186,7 @@ impl Lanes for Int8 {
     type Tier = Avx512;
     type Element = i8;
     type V = __m512i;
+    type Single = Self;
     const LANES: usize = 16;
     const GROUP: usize = 4;
     const HALO: u32 = 0x8080_8080;
@@ -244,6 +246,7 @@ impl Lanes for Bf16 {
     type Tier = Avx512Bf16;
     type Element = u16;
     type V = __m512;
+    type Single = Widened<Real>;
     const LANES: usize = 16;
     const GROUP: usize = 2;
     const HALO: u32 = 0;
@@ -283,6 +286,24 @@ impl Lanes for Bf16 {
     #[inline(always)]
     unsafe fn scale(sum: Self::V, _left: *const f32, _right: *const f32) -> Self::V {
         sum
+    }
+    #[inline(always)]
+    unsafe fn store_elements(to: *mut u32, numbers: __m512) {
+        // SAFETY: the caller checked the CPU and grants the words; the types differ in name only.
+        unsafe {
+            let narrow = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(numbers));
+            _mm256_storeu_si256(to.cast(), narrow);
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_words(to: *mut u32, [first, second]: [__m512; 2]) {
+        const ORDER: [u16; 32] = zip_order(0, 16);
+        // SAFETY: the caller checked the CPU and grants the words; the types differ in name only.
+        unsafe {
+            let order = _mm512_loadu_si512(ORDER.as_ptr().cast());
+            let both = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(second, first));
+            _mm512_storeu_si512(to.cast(), _mm512_permutexvar_epi16(order, both));
+        }
     }
     #[inline(always)]
     fn left_word(elements: &[u16; 4]) -> u32 {

@@ -5,6 +5,7 @@
 //! operations. A tier that cannot multiply bf16 sees each as an f32 ([`Widened`]), which is exact.
 
 use crate::buffer::Buffer;
+use crate::rounding;
 use crate::tile::{Blocks, Depth, Tile};
 use std::marker::PhantomData;
 
@@ -73,6 +74,8 @@ pub(crate) trait Element: Copy + Default + 'static {
     const WHOLE: bool = false;
     /// Its value.
     fn real(self) -> f32;
+    /// The nearest to a value, ties to even.
+    fn nearest(value: f32) -> Self;
     /// A code that is stored with some bits flipped, as it is meant.
     #[inline(always)]
     fn flipped(self, _flip: u8) -> Self {
@@ -131,6 +134,10 @@ impl Element for f32 {
     fn real(self) -> f32 {
         self
     }
+    #[inline(always)]
+    fn nearest(value: f32) -> f32 {
+        value
+    }
 }
 /// The bits of a bf16.
 impl Element for u16 {
@@ -138,12 +145,20 @@ impl Element for u16 {
     fn real(self) -> f32 {
         f32::from_bits(u32::from(self) << 16)
     }
+    #[inline(always)]
+    fn nearest(value: f32) -> u16 {
+        rounding::bf16(value)
+    }
 }
 impl Element for i8 {
     const WHOLE: bool = true;
     #[inline(always)]
     fn real(self) -> f32 {
         f32::from(self)
+    }
+    #[inline(always)]
+    fn nearest(value: f32) -> i8 {
+        value.round_ties_even() as i8
     }
     #[inline(always)]
     fn flipped(self, flip: u8) -> Self {
@@ -165,6 +180,14 @@ pub(crate) trait Task {
     unsafe fn run<S: Simd>(self);
 }
 
+/// The lanes of f32 on the tier of others, which are as many.
+pub(crate) type Real<L> = <<L as Lanes>::Tier as Simd>::Real;
+/// A vector of them.
+pub(crate) type RealVector<L> = <Real<L> as Lanes>::V;
+
+/// Words in the widest vector.
+pub(crate) const MOST_LANES: usize = 16;
+
 /// Dot products of 32-bit words.
 pub(crate) trait Lanes: Copy + 'static {
     /// The tier it belongs to.
@@ -173,6 +196,8 @@ pub(crate) trait Lanes: Copy + 'static {
     type Element: Element;
     /// A vector of accumulators or operands.
     type V: Copy;
+    /// Lanes of one element to a word, as f32; of integers themselves.
+    type Single: Lanes<Element = Self::Element>;
     /// Words in a vector.
     const LANES: usize;
     /// Elements in a word.
@@ -210,6 +235,62 @@ pub(crate) trait Lanes: Copy + 'static {
     unsafe fn dot(sum: Self::V, a: Self::V, b: Self::V) -> Self::V;
     /// `sum as f32 * (left * right)` in each lane, for i32 sums, one `left` and a vector of `right`.
     unsafe fn scale(sum: Self::V, left: *const f32, right: *const f32) -> Self::V;
+
+    /// As many adjacent elements as there are lanes.
+    ///
+    /// # Safety
+    /// They are there; the CPU supports the tier.
+    #[inline(always)]
+    unsafe fn load_elements(from: *const Self::Element) -> RealVector<Self> {
+        let mut numbers = [0.0_f32; MOST_LANES];
+        // SAFETY: granted by the caller.
+        unsafe {
+            for (lane, number) in numbers.iter_mut().enumerate().take(Self::LANES) {
+                *number = from.add(lane).read_unaligned().real();
+            }
+            Real::<Self>::load(numbers.as_ptr().cast())
+        }
+    }
+    /// Stores numbers as adjacent elements of a left operand: `LANES / GROUP` words.
+    ///
+    /// # Safety
+    /// There is room for them; the CPU supports the tier.
+    #[inline(always)]
+    unsafe fn store_elements(to: *mut u32, numbers: RealVector<Self>) {
+        let mut from = [0.0_f32; MOST_LANES];
+        // SAFETY: granted by the caller.
+        unsafe {
+            Real::<Self>::store(from.as_mut_ptr().cast(), numbers);
+            for (at, numbers) in from[..Self::LANES].chunks(Self::GROUP).enumerate() {
+                let mut elements = [Self::Element::default(); 4];
+                for (element, &number) in elements.iter_mut().zip(numbers) {
+                    *element = Self::Element::nearest(number);
+                }
+                *to.add(at) = Self::left_word(&elements);
+            }
+        }
+    }
+    /// Stores words, of either side, of one element of each of the numbers; of the first only where a word has no more.
+    ///
+    /// # Safety
+    /// There is room for `LANES` words; the CPU supports the tier.
+    #[inline(always)]
+    unsafe fn store_words(to: *mut u32, numbers: [RealVector<Self>; 2]) {
+        let mut from = [[0.0_f32; MOST_LANES]; 2];
+        // SAFETY: granted by the caller.
+        unsafe {
+            for (from, numbers) in from.iter_mut().zip(numbers) {
+                Real::<Self>::store(from.as_mut_ptr().cast(), numbers);
+            }
+            for lane in 0..Self::LANES {
+                let mut elements = [Self::Element::default(); 4];
+                for (element, from) in elements.iter_mut().zip(&from).take(Self::GROUP) {
+                    *element = Self::Element::nearest(from[lane]);
+                }
+                *to.add(lane) = Self::right_word(&elements);
+            }
+        }
+    }
 
     /// The word of a left operand that stands for zeros, of these codes.
     ///
@@ -299,6 +380,7 @@ impl<L: Lanes<Element = f32>> Lanes for Widened<L> {
     type Tier = L::Tier;
     type Element = u16;
     type V = L::V;
+    type Single = Self;
     const LANES: usize = L::LANES;
     const GROUP: usize = 1;
     const ROW_GROUP: usize = L::ROW_GROUP;
@@ -336,6 +418,18 @@ impl<L: Lanes<Element = f32>> Lanes for Widened<L> {
     #[inline(always)]
     unsafe fn scale(sum: Self::V, _left: *const f32, _right: *const f32) -> Self::V {
         sum
+    }
+    /// Not rounded: the words hold f32.
+    #[inline(always)]
+    unsafe fn store_elements(to: *mut u32, numbers: RealVector<Self>) {
+        // SAFETY: granted by the caller.
+        unsafe { Real::<Self>::store(to, numbers) }
+    }
+    /// Not rounded, either.
+    #[inline(always)]
+    unsafe fn store_words(to: *mut u32, [first, _]: [RealVector<Self>; 2]) {
+        // SAFETY: granted by the caller.
+        unsafe { Real::<Self>::store(to, first) }
     }
     #[inline(always)]
     fn left_word(elements: &[u16; 4]) -> u32 {

@@ -25,6 +25,7 @@ impl Lanes for Real {
     type Tier = Portable;
     type Element = f32;
     type V = [f32; 4];
+    type Single = Self;
     const LANES: usize = 4;
     const GROUP: usize = 1;
     const HALO: u32 = 0;
@@ -76,6 +77,7 @@ impl Lanes for Int8 {
     type Tier = Portable;
     type Element = i8;
     type V = [u32; 4];
+    type Single = Self;
     const LANES: usize = 4;
     const GROUP: usize = 2;
     const HALO: u32 = 0;

@@ -1,4 +1,4 @@
-//! Codes of values that the kernel computes, and their scales.
+//! Codes of values that the kernel computes, and their scales; values rounded to bf16.
 
 /// The largest code.
 pub(crate) const LARGEST: f32 = 127.0;
@@ -159,4 +159,13 @@ pub(crate) unsafe fn round_columns(
             *scale = 1.0 / *scale * factor;
         }
     }
+}
+
+/// The bits of the nearest bf16, ties to even.
+#[inline(always)]
+pub(crate) fn bf16(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    let bits = if value.is_nan() { bits | 0x0040_0000 } else { rounded };
+    (bits >> 16) as u16
 }

@@ -12,9 +12,9 @@ use crate::attention::{
     BLOCK, CHUNK, Mask, STRIP, exponentials, fetch_next, finish_scores, head_of, score_stride,
     scores_of,
 };
-use crate::attention_kind::{Along, Float, Int8, Kind, Matrix, Rows, pack_rows, write};
+use crate::attention_kind::{Along, Int8, Kind, Matrix, Rows, pack_rows, write};
 use crate::buffer::{Buffer, Slot};
-use crate::lanes::{Lanes, Simd, Task};
+use crate::lanes::{Element, Lanes, Simd, Task};
 use crate::pack::{self, Left};
 use crate::rounding::{
     LARGEST, SHIFT, add, add_by_columns, code, golden_multiples, largest_magnitude, magnitude,
@@ -38,7 +38,7 @@ pub(super) struct Gradients<F> {
     pub(super) float: PhantomData<F>,
 }
 
-impl<F: Float> Task for Gradients<F> {
+impl<F: Element> Task for Gradients<F> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let Gradients { args, begin, end, float } = self;
@@ -84,7 +84,7 @@ struct Strip {
     numbers: [[f32; QUERIES]; 2],
 }
 
-impl<F: Float> Head<'_, F> {
+impl<F: Element> Head<'_, F> {
     #[inline(always)]
     unsafe fn run<S: Simd>(&self, key_head: usize) {
         let Head { args, memory, batch, .. } = *self;
@@ -204,12 +204,12 @@ impl<F: Float> Head<'_, F> {
                 let (from, to) = (dy.first.add(r * dy.row_stride), memory.real.add(r * width));
                 if dy.column_stride == 1 {
                     for c in 0..width {
-                        *to.add(c) = (*from.add(c)).value();
+                        *to.add(c) = (*from.add(c)).real();
                     }
                     continue;
                 }
                 for c in 0..width {
-                    *to.add(c) = (*from.add(c * dy.column_stride)).value();
+                    *to.add(c) = (*from.add(c * dy.column_stride)).real();
                 }
             }
         }

@@ -1,6 +1,7 @@
 use super::check::{ALONE, Guarded, Random, assert_close, run, scratch, tables};
 use super::convolution::{products, shapes, sizes};
 use super::matrix::{exact, matmul_args, product, strides};
+use super::winograd::{may_be_transformed, tolerance};
 use crate::KernelId;
 use crate::args::Conv2dGradWeightBf16Args;
 use std::ptr::null_mut;
@@ -86,14 +87,17 @@ fn bf16_grad_weight() {
             });
             assert_eq!(results[0], results[1], "{what}: split");
             assert_eq!(results[0], results[2], "{what}: split");
-            // Not finite exactly where the reference is not; the rest within rounding.
+            // Not finite where the reference is not, and only there, but that transforms mix the positions of a channel; the
+            // rest within rounding.
             let values: Vec<f32> = results[0].iter().map(|&v| f32::from_bits(v)).collect();
-            let finite = values.iter().zip(&expected).filter(|(v, e)| {
-                assert_eq!(v.is_finite(), e.is_finite(), "{what}");
-                e.is_finite()
+            let finite = values.iter().zip(&expected).enumerate().filter_map(|(at, (&v, &e))| {
+                let channel = at / (shape.kernel_height * shape.kernel_width) % shape.in_channels;
+                let mixed = may_be_transformed(&shape) && channel + 1 == shape.in_channels;
+                assert!(v.is_finite() == e.is_finite() || mixed && !v.is_finite(), "{what}");
+                v.is_finite().then_some((v, e))
             });
             let (values, finite): (Vec<f32>, Vec<f64>) = finite.unzip();
-            assert_close(&values, &finite, 1e-5, &what);
+            assert_close(&values, &finite, tolerance::<u16>(&shape), &what);
         }
     }
 }

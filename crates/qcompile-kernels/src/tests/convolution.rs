@@ -1,5 +1,6 @@
 use super::check::{ALONE, Collector, Guarded, Random, assert_close, run, scratch, tables};
 use super::matrix::exact;
+use super::winograd::tolerance;
 use crate::KernelId;
 use crate::args::{
     Conv2dArgs, Conv2dGradInputArgs, Conv2dGradInputI8Args, Conv2dGradWeightArgs,
@@ -176,6 +177,7 @@ fn check_forward_and_grad_input<E: Element>(
         let (nx, nw, ny) = sizes(&shape);
         let (x, w, dy) =
             (numbers(&mut random, nx), numbers(&mut random, nw), numbers(&mut random, ny));
+        let tolerance = tolerance::<E>(&shape);
         let (mut y, mut dx) = (vec![0.0_f64; ny], vec![0.0_f64; nx]);
         let (x_exact, w_exact, dy_exact) = (exact(&x), exact(&w), exact(&dy));
         products(&shape, |i, j, k| {
@@ -186,7 +188,7 @@ fn check_forward_and_grad_input<E: Element>(
             forward,
             ny,
             shape.out_channels,
-            |result: &[f32], what: &str| assert_close(result, &y, 1e-5, what),
+            |result: &[f32], what: &str| assert_close(result, &y, tolerance, what),
             shape,
             |y: *mut f32, collector: *mut Collector, scratch: *mut u8| Conv2dArgs {
                 x: x.as_ptr(),
@@ -204,7 +206,7 @@ fn check_forward_and_grad_input<E: Element>(
             grad_input,
             nx,
             shape.in_channels,
-            |result: &[f32], what: &str| assert_close(result, &dx, 1e-5, what),
+            |result: &[f32], what: &str| assert_close(result, &dx, tolerance, what),
             shape,
             |dx: *mut f32, collector: *mut Collector, scratch: *mut u8| Conv2dGradInputArgs {
                 dy: dy.as_ptr(),

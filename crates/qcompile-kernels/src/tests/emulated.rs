@@ -1,7 +1,7 @@
 //! The widths and word formats of AVX-512 on plain arrays, so that its algorithms run on any CPU.
 
 use crate::Kernels;
-use crate::lanes::{Element, Lanes, Simd, Task, tile_entries, word_of_bf16, word_of_i8};
+use crate::lanes::{Element, Lanes, Simd, Task, Widened, tile_entries, word_of_bf16, word_of_i8};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Emulated;
@@ -50,6 +50,7 @@ impl Lanes for Real {
     type Tier = Emulated;
     type Element = f32;
     type V = [f32; 16];
+    type Single = Self;
     const LANES: usize = 16;
     const GROUP: usize = 1;
     const HALO: u32 = 0;
@@ -80,6 +81,7 @@ impl Lanes for Int8 {
     type Tier = Emulated;
     type Element = i8;
     type V = [u32; 16];
+    type Single = Self;
     const LANES: usize = 16;
     const GROUP: usize = 4;
     const HALO: u32 = 0x8080_8080;
@@ -118,6 +120,7 @@ impl Lanes for Bf16 {
     type Tier = Emulated;
     type Element = u16;
     type V = [u32; 16];
+    type Single = Widened<Real>;
     const LANES: usize = 16;
     const GROUP: usize = 2;
     const HALO: u32 = 0;

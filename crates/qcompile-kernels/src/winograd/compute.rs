@@ -1,13 +1,13 @@
 //! Units of the target: rows of tiles by a block of target channels, in batches of tiles.
 
 use super::grid::Grid;
-use super::transform::{Transformed, store, target_tile};
+use super::transform::{Transformed, source_tiles, store, target_tile};
 use super::{APART, BATCH_TILES, Cut, POSITIONS, TILE};
 use crate::buffer::{Buffer, Slot};
 use crate::conv::Convolution;
 use crate::direct::finished_rows;
 use crate::geometry::Geometry;
-use crate::lanes::{Lanes, Simd, Task};
+use crate::lanes::{Element, Lanes, Real, Simd, Task};
 use crate::tile::{Block, Depth, Finish, Panels};
 use crate::window::Ahead;
 use std::ops::Range;
@@ -41,11 +41,12 @@ impl<L: Lanes> Task for Compute<L> {
             // Equal batches, as far as whole row groups go.
             let batches = grid.tiles().div_ceil(BATCH_TILES);
             let batch = grid.tiles().div_ceil(batches).next_multiple_of(L::ROW_GROUP);
-            let (source_apart, target_apart) = (batch * cut.chunk + APART, batch * stride + APART);
+            let pitch = cut.chunk / L::GROUP;
+            let (source_apart, target_apart) = (batch * pitch + APART, batch * stride + APART);
             let mut left = Buffer::take(Slot::Left, POSITIONS * source_apart);
             let mut products = Buffer::take(Slot::Products, POSITIONS * target_apart);
             let line = g.columns.source * g.source_channels;
-            let mut zeros = Buffer::take(Slot::Zeros, line);
+            let mut zeros = Buffer::take(Slot::Zeros, line.div_ceil(L::GROUP));
             let mut ahead = Ahead::NONE;
             // The next unit reads other pixels, unless it begins another block of channels.
             if unit + 1 < self.end && (unit + 1) % parts != 0 {
@@ -57,20 +58,14 @@ impl<L: Lanes> Task for Compute<L> {
             }
             // SAFETY: the part lies in source and target; the buffers were sized for it above.
             unsafe {
-                zeros.words().write_bytes(0, line);
+                zeros.words().write_bytes(0, line.div_ceil(L::GROUP));
                 let unit = Unit {
                     geometry: g,
                     cut: &cut,
                     grid,
-                    // Elements that are not narrower than a word are f32.
-                    source: c.source.cast(),
-                    zeros: zeros.words().cast(),
+                    source: [c.source, zeros.words().cast()],
                     weights: c.scratch,
-                    left: Transformed {
-                        first: left.words(),
-                        pitch: cut.chunk,
-                        apart: source_apart,
-                    },
+                    left: Transformed { first: left.words(), pitch, apart: source_apart },
                     products: Transformed {
                         first: products.words(),
                         pitch: stride,
@@ -87,13 +82,12 @@ impl<L: Lanes> Task for Compute<L> {
 }
 
 /// What the batches of one unit share.
-struct Unit<'a> {
+struct Unit<'a, E> {
     geometry: &'a Geometry,
     cut: &'a Cut,
     grid: Grid,
-    source: *const f32,
-    /// A row of the source beyond the border.
-    zeros: *const f32,
+    /// The source, and a row of it beyond the border.
+    source: [*const E; 2],
     weights: *const u32,
     /// A batch of transformed tiles.
     left: Transformed,
@@ -105,9 +99,9 @@ struct Unit<'a> {
     result: *mut u32,
 }
 
-impl Unit<'_> {
+impl<E: Element> Unit<'_, E> {
     #[inline(always)]
-    unsafe fn compute<L: Lanes>(&self, batch: usize, ahead: &mut Ahead) {
+    unsafe fn compute<L: Lanes<Element = E>>(&self, batch: usize, ahead: &mut Ahead) {
         let (g, tiles) = (self.geometry, self.grid.tiles());
         let mut finished = 0;
         // SAFETY: granted by the caller.
@@ -116,8 +110,13 @@ impl Unit<'_> {
                 let some = first..(first + batch).min(tiles);
                 for channel in (0..g.source_channels).step_by(self.cut.chunk) {
                     let channels = channel..(channel + self.cut.chunk).min(g.source_channels);
-                    let source = [self.source, self.zeros];
-                    self.grid.transform::<L>(g, source, some.clone(), channels, self.left);
+                    let mut to = self.left;
+                    for (place, count) in self.grid.strips(some.clone()) {
+                        let strip = (Some(place), count);
+                        let source = self.grid.source(g, self.source, channel, strip);
+                        source_tiles::<L, 1>([source], channels.len(), to);
+                        to = to.skip(count);
+                    }
                     self.multiply::<L>(some.clone(), channel, ahead);
                 }
                 self.gather::<L>(some.clone());
@@ -149,7 +148,7 @@ impl Unit<'_> {
         for (tile, row) in rows.iter_mut().enumerate() {
             *row = self.left.skip(tile).first.cast_const();
         }
-        let last = channel + panels.k == self.geometry.source_channels;
+        let last = channel + self.cut.chunk >= self.geometry.source_channels;
         let [panel_begin, panel_end] = self.panels;
         let first = self.weights.wrapping_add(packed);
         // The weights of a position, and of one after the last one.
@@ -238,15 +237,15 @@ impl Unit<'_> {
                     // SAFETY: granted by the caller.
                     unsafe {
                         let from = from.skip(tile).first.add(column);
-                        let [above, below] = target_tile::<L>(from, self.products.apart);
-                        store::<L>(to, above[0], live);
+                        let [above, below] = target_tile::<Real<L>>(from, self.products.apart);
+                        store::<Real<L>>(to, above[0], live);
                         if pixel + 1 < across {
-                            store::<L>(to.add(step), above[1], live);
+                            store::<Real<L>>(to.add(step), above[1], live);
                         }
                         if down > 1 {
-                            store::<L>(to.add(line), below[0], live);
+                            store::<Real<L>>(to.add(line), below[0], live);
                             if pixel + 1 < across {
-                                store::<L>(to.add(line + step), below[1], live);
+                                store::<Real<L>>(to.add(line + step), below[1], live);
                             }
                         }
                     }

@@ -3,13 +3,13 @@
 //! unit stay in a buffer of its thread.
 
 use super::grid::Grid;
-use super::transform::{Strip, Transformed, gradient_tiles, kernel_gradient};
+use super::transform::{Transformed, gradient_tiles, kernel_gradient, source_tiles};
 use super::{APART, BATCH_TILES, GRADIENT_CHANNELS, POSITIONS, TILE};
 use crate::args::Conv2dGradWeightArgs;
 use crate::buffer::{Buffer, Slot};
 use crate::geometry::{Geometry, Part};
 use crate::grad_weight::Cut;
-use crate::lanes::Lanes;
+use crate::lanes::{Lanes, Real};
 use crate::tile::{Block, Depth, EVERY_GROUP, Panels};
 use crate::window::Ahead;
 use std::ops::Range;
@@ -51,18 +51,19 @@ impl<L: Lanes> Gradient<'_, L> {
         let pitch = channels.next_multiple_of(L::LANES);
         // Equal batches.
         let tiles = grid.tiles();
-        let batch = tiles.div_ceil(tiles.div_ceil(BATCH_TILES).max(1)).max(1);
-        let apart = [batch * pitch + APART, batch * stride + APART, channels * stride + APART];
+        let batch = tiles.div_ceil(tiles.div_ceil(BATCH_TILES * L::GROUP).max(1)).max(1);
+        let words = batch.div_ceil(L::GROUP);
+        let apart = [words * pitch + APART, words * stride + APART, channels * stride + APART];
         let mut left = Buffer::take(Slot::Left, POSITIONS * apart[0]);
         let mut right = Buffer::take(Slot::Right, POSITIONS * apart[1]);
         let mut sums = Buffer::take(Slot::Products, POSITIONS * apart[2]);
         let mut sink = Buffer::take(Slot::Staging, stride);
         let line = (g.columns.source * g.source_channels).max(g.columns.target * g.target_channels);
-        let mut zeros = Buffer::take(Slot::Zeros, line);
+        let mut zeros = Buffer::take(Slot::Zeros, line.div_ceil(L::GROUP));
         // SAFETY: the buffers were sized for it above; the rest is granted by the caller.
         unsafe {
-            zeros.words().write_bytes(0, line);
-            let zeros: *const f32 = zeros.words().cast();
+            zeros.words().write_bytes(0, line.div_ceil(L::GROUP));
+            let zeros: *const L::Element = zeros.words().cast();
             if tiles == 0 {
                 sums.words().write_bytes(0, POSITIONS * apart[2]);
             }
@@ -75,12 +76,13 @@ impl<L: Lanes> Gradient<'_, L> {
             let padded = channels.next_multiple_of(L::ROW_GROUP);
             for first in (0..tiles).step_by(batch) {
                 let some = first..(first + batch).min(tiles);
-                // Elements that are not narrower than a word are f32.
-                let source = [self.args.x.cast(), zeros];
-                grid.transform::<L>(g, source, some.clone(), self.channels.clone(), left);
-                let panels = Panels { k: some.len(), n: columns };
-                let dy = [self.args.dy.cast::<f32>().wrapping_add(column), zeros];
-                transform::<L>(&grid, g, dy, some.clone(), panels, (right.words(), apart[1]));
+                let panels = Panels { k: some.len().div_ceil(L::GROUP), n: columns };
+                let to = [left, Transformed { first: right.words(), pitch: 0, apart: apart[1] }];
+                if L::GROUP == 1 {
+                    self.transform::<1>(&grid, zeros, some.clone(), to, panels);
+                } else {
+                    self.transform::<2>(&grid, zeros, some.clone(), to, panels);
+                }
                 let mut ahead = self.ahead(&grid, some.end..(some.end + batch).min(tiles));
                 let steps = panels.tiles::<L>(0..self.panels.len(), channels);
                 Ahead::spread(&mut ahead, POSITIONS * steps);
@@ -103,7 +105,7 @@ impl<L: Lanes> Gradient<'_, L> {
                     };
                     let depth = Depth {
                         segments: &[(position * left.apart) as isize],
-                        length: some.len(),
+                        length: panels.k,
                         step: pitch as isize,
                         begin: 0,
                         resume: first > 0,
@@ -121,7 +123,44 @@ impl<L: Lanes> Gradient<'_, L> {
                 let position = g.source_channels * cut.stride;
                 for column in (0..columns).step_by(L::LANES) {
                     let (from, to) = (from.add(column), to.add(column));
-                    kernel_gradient::<L>(from, apart[2], to, position);
+                    kernel_gradient::<Real<L>>(from, apart[2], to, position);
+                }
+            }
+        }
+    }
+
+    /// Transforms a range of tiles, of which a word holds one or two: the channels of the source, and the panels of targets.
+    ///
+    /// # Safety
+    /// There is room for the tiles, and `zeros` are a row of either; the rest as for [`Gradient::compute`].
+    #[inline(always)]
+    unsafe fn transform<const N: usize>(
+        &self,
+        grid: &Grid,
+        zeros: *const L::Element,
+        tiles: Range<usize>,
+        [mut left, right]: [Transformed; 2],
+        panels: Panels,
+    ) {
+        let g = &self.cut.g;
+        // SAFETY: granted by the caller.
+        unsafe {
+            for (places, count) in grid.strips_together::<N>(tiles.clone()) {
+                let from = [self.args.x, zeros];
+                let channel = self.channels.start;
+                let strips = places.map(|place| grid.source(g, from, channel, (place, count)));
+                source_tiles::<L, N>(strips, self.channels.len(), left);
+                left = left.skip(count);
+            }
+            for panel in 0..panels.count::<L>() {
+                let channel = (self.panels.start + panel) * Panels::width::<L>();
+                let first = right.first.wrapping_add(panels.offset::<L>(panel));
+                let mut to = Transformed { first, pitch: panels.stored::<L>(panel), ..right };
+                for (places, count) in grid.strips_together::<N>(tiles.clone()) {
+                    let from = [self.args.dy, zeros];
+                    let strips = places.map(|place| grid.target(g, from, channel, (place, count)));
+                    gradient_tiles::<L, N>(strips, panels.valid::<L>(panel), to);
+                    to = to.skip(count);
                 }
             }
         }
@@ -144,41 +183,5 @@ impl<L: Lanes> Gradient<'_, L> {
             ahead(self.args.x, rows.source, columns.source, g.source_channels),
             ahead(self.args.dy, rows.target, columns.target, g.target_channels),
         ]
-    }
-}
-
-/// Transforms the targets of a range of tiles into panels.
-///
-/// # Safety
-/// `dy` is the whole gradient from the first of the columns on, `zeros` a row of it, and `to` has room for the panels of
-/// each position; the CPU supports the tier.
-#[inline(always)]
-unsafe fn transform<L: Lanes>(
-    grid: &Grid,
-    g: &Geometry,
-    [dy, zeros]: [*const f32; 2],
-    tiles: Range<usize>,
-    panels: Panels,
-    (to, apart): (*mut u32, usize),
-) {
-    let [height, width] = grid.area;
-    let total = g.target_channels;
-    for panel in 0..panels.count::<L>() {
-        let column = panel * Panels::width::<L>();
-        let pitch = panels.stored::<L>(panel);
-        let first = to.wrapping_add(panels.offset::<L>(panel));
-        let mut to = Transformed { first, pitch, apart };
-        for (place, count) in grid.strips(tiles.clone()) {
-            let image = (grid.image + place.image) * height;
-            let mut rows = [zeros; TILE];
-            for (row, to) in (place.row * TILE..height).zip(&mut rows) {
-                *to = dy.wrapping_add((image + row) * width * total + column);
-            }
-            let column = (place.column * TILE) as isize;
-            let strip = Strip { rows, pitch: total, width, column, count };
-            // SAFETY: granted by the caller.
-            unsafe { gradient_tiles::<L>(strip, panels.valid::<L>(panel), to) };
-            to = to.skip(count);
-        }
     }
 }

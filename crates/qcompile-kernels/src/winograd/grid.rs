@@ -1,9 +1,8 @@
 //! The tiles of some rows of some images.
 
 use super::TILE;
-use super::transform::{Strip, Transformed, source_tiles};
+use super::transform::Strip;
 use crate::geometry::{Geometry, Part};
-use crate::lanes::Lanes;
 use std::ops::Range;
 
 /// Tiles, row by row and image by image.
@@ -57,12 +56,28 @@ impl Grid {
 
     /// The rows of tiles in a range of tiles: where each begins, and its tiles.
     pub(super) fn strips(&self, tiles: Range<usize>) -> impl Iterator<Item = (Place, usize)> {
-        let mut tile = tiles.start;
+        self.strips_together(tiles).filter_map(|([place], count)| Some((place?, count)))
+    }
+
+    /// The same for as many equal parts of a range of tiles, walked together; where tiles run out there is no place.
+    pub(super) fn strips_together<const N: usize>(
+        &self,
+        tiles: Range<usize>,
+    ) -> impl Iterator<Item = ([Option<Place>; N], usize)> {
+        let part = tiles.len().div_ceil(N);
+        let mut done = 0;
         std::iter::from_fn(move || {
-            let place = self.place(tile);
-            let count = (self.size[1] - place.column).min(tiles.end - tile);
-            tile += count;
-            (count > 0).then_some((place, count))
+            let (mut places, mut count) = ([None; N], part - done);
+            for (n, to) in places.iter_mut().enumerate() {
+                let tile = tiles.start + n * part + done;
+                if tile < tiles.end {
+                    let place = self.place(tile);
+                    count = count.min(self.size[1] - place.column).min(tiles.end - tile);
+                    *to = Some(place);
+                }
+            }
+            done += count;
+            (count > 0).then_some((places, count))
         })
     }
 
@@ -72,36 +87,44 @@ impl Grid {
         (place.image * height + place.row * TILE) * width + place.column * TILE
     }
 
-    /// Transforms some channels of the source of a range of tiles; `zeros` are a row of it.
-    ///
-    /// # Safety
-    /// `source` is the whole source, `to` has room for the tiles; the CPU supports the tier.
-    #[inline(always)]
-    pub(super) unsafe fn transform<L: Lanes>(
+    /// The source of some tiles of a row, from a channel on; `zeros` are a row of it.
+    pub(super) fn source<E>(
         &self,
         g: &Geometry,
-        [source, zeros]: [*const f32; 2],
-        tiles: Range<usize>,
-        channels: Range<usize>,
-        mut to: Transformed,
-    ) {
+        [source, zeros]: [*const E; 2],
+        channel: usize,
+        (place, count): (Option<Place>, usize),
+    ) -> Strip<E, 4> {
         let (height, pitch) = (g.rows.source, g.source_channels);
+        let mut strip = Strip { rows: [zeros; 4], pitch, width: 0, column: 0, count };
+        let Some(place) = place else { return strip };
         let line = g.columns.source * pitch;
-        for (place, count) in self.strips(tiles) {
-            let image = (self.image + place.image) * height;
-            let first = ((self.first + place.row) * TILE) as isize + g.rows.origin(0);
-            let mut rows = [zeros; 4];
-            for (row, to) in (first..).zip(&mut rows) {
-                if (0..height as isize).contains(&row) {
-                    let from = (image + row.cast_unsigned()) * line + channels.start;
-                    *to = source.wrapping_add(from);
-                }
+        let image = (self.image + place.image) * height;
+        let first = ((self.first + place.row) * TILE) as isize + g.rows.origin(0);
+        for (row, to) in (first..).zip(&mut strip.rows) {
+            if (0..height as isize).contains(&row) {
+                *to = source.wrapping_add((image + row.cast_unsigned()) * line + channel);
             }
-            let column = (place.column * TILE) as isize + g.columns.origin(0);
-            let strip = Strip { rows, pitch, width: g.columns.source, column, count };
-            // SAFETY: granted by the caller.
-            unsafe { source_tiles::<L>(strip, channels.len(), to) };
-            to = to.skip(count);
         }
+        let column = (place.column * TILE) as isize + g.columns.origin(0);
+        Strip { width: g.columns.source, column, ..strip }
+    }
+
+    /// The gradient of the targets of some tiles of a row, from a channel on; the grid holds whole images.
+    pub(super) fn target<E>(
+        &self,
+        g: &Geometry,
+        [dy, zeros]: [*const E; 2],
+        channel: usize,
+        (place, count): (Option<Place>, usize),
+    ) -> Strip<E, TILE> {
+        let ([height, width], pitch) = (self.area, g.target_channels);
+        let mut strip = Strip { rows: [zeros; TILE], pitch, width: 0, column: 0, count };
+        let Some(place) = place else { return strip };
+        let image = (self.image + place.image) * height;
+        for (row, to) in (place.row * TILE..height).zip(&mut strip.rows) {
+            *to = dy.wrapping_add((image + row) * width * pitch + channel);
+        }
+        Strip { width, column: (place.column * TILE) as isize, ..strip }
     }
 }

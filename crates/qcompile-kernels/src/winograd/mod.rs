@@ -1,4 +1,4 @@
-//! Convolution by 3 x 3 kernels with fewer multiplications, of f32: Lavin and Gray, "Fast Algorithms for Convolutional
+//! Convolution by 3 x 3 kernels with fewer multiplications: Lavin and Gray, "Fast Algorithms for Convolutional
 //! Neural Networks", 2016, F(2x2, 3x3).
 //!
 //! A tile of 2 x 2 targets reads 4 x 4 source pixels `d`. With the kernel `g` it is `A^T [(G g G^T) . (B^T d B)] A`
@@ -12,7 +12,7 @@
 //! ```
 //!
 //! Summed over channels, each of the 16 positions is a matrix product of its own, `[tiles x channels] x [channels x targets]`.
-//! Weights are transformed once for each call, tiles in buffers of one thread. The gradient of the input is the same with
+//! Transforms are computed in f32, and of bf16 rounded to that once, where its products take it. Weights are transformed once for each call, tiles in buffers of one thread. The gradient of the input is the same with
 //! the kernel turned around; the gradient of the weights is the adjoint, F(3x3, 2x2) (section 4.2).
 
 mod compute;
@@ -26,7 +26,7 @@ pub(crate) use gradient::Gradient;
 pub(crate) use weights::Pack;
 
 use crate::geometry::{Geometry, Part, Parts};
-use crate::lanes::{Element, Lanes};
+use crate::lanes::Lanes;
 use crate::tile::Panels;
 
 /// Rows and columns of the targets of a tile.
@@ -61,7 +61,8 @@ const APART: usize = 16;
 pub(crate) fn suits<L: Lanes>(g: &Geometry, fewest_channels: usize) -> bool {
     let tiles = g.rows.target.div_ceil(TILE) * g.columns.target.div_ceil(TILE);
     let pixels = g.rows.target * g.columns.target;
-    !L::Element::NARROW
+    !L::INTEGER
+        && !L::ALONG_K
         && g.groups == 1
         && g.rows.is_dense(3)
         && g.columns.is_dense(3)
@@ -128,15 +129,15 @@ impl Cut {
     /// The right operands of the positions on the chunk of channels that begins with this one: their layout, the first word
     /// of the first, and the words from one to the next.
     fn weights<L: Lanes>(&self, channel: usize) -> (Panels, usize, usize) {
-        let k = self.chunk.min(self.sources - channel);
+        let k = self.chunk.min(self.sources - channel).div_ceil(L::GROUP);
         let columns = self.columns::<L>();
-        let before = columns * channel + channel / self.chunk * APART;
+        let before = columns * channel / L::GROUP + channel / self.chunk * APART;
         (Panels { k, n: self.targets }, POSITIONS * before, columns * k + APART)
     }
 
     /// Words of all transformed weights.
     pub(crate) fn words<L: Lanes>(&self) -> usize {
-        POSITIONS * (self.columns::<L>() * self.sources + self.chunks() * APART)
+        POSITIONS * (self.columns::<L>() * self.sources.div_ceil(L::GROUP) + self.chunks() * APART)
     }
 
     fn chunks(&self) -> usize {

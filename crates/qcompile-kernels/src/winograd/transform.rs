@@ -1,7 +1,7 @@
 //! The transforms of F(2x2, 3x3), on vectors of channels.
 
 use super::{POSITIONS, TILE};
-use crate::lanes::Lanes;
+use crate::lanes::{Element, Lanes, MOST_LANES, Real, RealVector};
 
 /// The same number in all lanes.
 #[inline(always)]
@@ -90,9 +90,9 @@ fn weight_gradient<L: Lanes>([a, b, c, d]: [L::V; 4]) -> [L::V; 3] {
 
 /// A row of tiles, side by side.
 #[derive(Clone, Copy)]
-pub(super) struct Strip<const ROWS: usize> {
+pub(super) struct Strip<E, const ROWS: usize> {
     /// The first channel of column 0 in each row.
-    pub(super) rows: [*const f32; ROWS],
+    pub(super) rows: [*const E; ROWS],
     /// From one pixel to the next.
     pub(super) pitch: usize,
     /// Columns that there are; others are zeros.
@@ -122,85 +122,27 @@ impl Transformed {
     }
 }
 
-/// Writes `B^T d B` of tiles, filled up to whole vectors of channels with zeros.
+/// Writes vectors of one or two tiles at a position: of one as adjacent channels of a left operand, of two as words of both.
+#[inline(always)]
+unsafe fn put<L: Lanes, const N: usize>(to: *mut u32, values: [RealVector<L>; N]) {
+    // SAFETY: granted by the caller.
+    unsafe {
+        if N == 1 {
+            L::store_elements(to, values[0]);
+        } else {
+            L::store_words(to, [values[0], values[N - 1]]);
+        }
+    }
+}
+
+/// Writes `B^T d B` of the tiles of one strip, as adjacent channels of a left operand, or of two equally long ones, as words
+/// of both; filled up to whole vectors of channels with zeros.
 ///
 /// # Safety
 /// Every pixel has the channels, and there is room for each tile; the CPU supports the tier.
 #[inline(always)]
-pub(super) unsafe fn source_tiles<L: Lanes>(strip: Strip<4>, channels: usize, to: Transformed) {
-    // SAFETY: granted by the caller.
-    unsafe {
-        let mut channel = 0;
-        while channel + L::LANES <= channels {
-            source_vectors::<L, true>(&strip, [channel, L::LANES], to);
-            channel += L::LANES;
-        }
-        if channel < channels {
-            source_vectors::<L, false>(&strip, [channel, channels - channel], to);
-        }
-    }
-}
-
-/// One vector of channels of all tiles: neighbours share the transforms of two columns.
-#[inline(always)]
-unsafe fn source_vectors<L: Lanes, const WHOLE: bool>(
-    strip: &Strip<4>,
-    [channel, live]: [usize; 2],
-    to: Transformed,
-) {
-    let strip = Strip { rows: strip.rows.map(|row| row.wrapping_add(channel)), ..*strip };
-    let Transformed { first, pitch, apart } = to;
-    let mut to = first.wrapping_add(channel);
-    let mut column = strip.column;
-    // SAFETY: granted by the caller.
-    unsafe {
-        let mut a = source::<L>(strip.column::<L, WHOLE>(column, live));
-        let mut b = source::<L>(strip.column::<L, WHOLE>(column + 1, live));
-        for _ in 0..strip.count {
-            let c = source::<L>(strip.column::<L, WHOLE>(column + 2, live));
-            let d = source::<L>(strip.column::<L, WHOLE>(column + 3, live));
-            for r in 0..4 {
-                let positions = source::<L>([a[r], b[r], c[r], d[r]]);
-                for (position, value) in positions.into_iter().enumerate() {
-                    L::store(to.wrapping_add((r * 4 + position) * apart), value);
-                }
-            }
-            (a, b) = (c, d);
-            column += TILE as isize;
-            to = to.wrapping_add(pitch);
-        }
-    }
-}
-
-impl<const ROWS: usize> Strip<ROWS> {
-    /// A vector of a column's pixels.
-    #[inline(always)]
-    unsafe fn column<L: Lanes, const WHOLE: bool>(
-        &self,
-        column: isize,
-        live: usize,
-    ) -> [L::V; ROWS] {
-        let mut values = [number::<L>(0.0); ROWS];
-        if column.cast_unsigned() < self.width {
-            for (value, row) in values.iter_mut().zip(self.rows) {
-                let from = row.wrapping_add(column.cast_unsigned() * self.pitch);
-                // SAFETY: granted by the caller.
-                *value = unsafe {
-                    if WHOLE { L::load(from.cast()) } else { load_some::<L>(from, live) }
-                };
-            }
-        }
-        values
-    }
-}
-
-/// Writes `A dy A^T` of tiles, as [`source_tiles`] does, the last row and column of positions negative.
-///
-/// # Safety
-/// As for [`source_tiles`].
-#[inline(always)]
-pub(super) unsafe fn gradient_tiles<L: Lanes>(
-    strip: Strip<TILE>,
+pub(super) unsafe fn source_tiles<L: Lanes, const N: usize>(
+    strips: [Strip<L::Element, 4>; N],
     channels: usize,
     to: Transformed,
 ) {
@@ -208,38 +150,148 @@ pub(super) unsafe fn gradient_tiles<L: Lanes>(
     unsafe {
         let mut channel = 0;
         while channel + L::LANES <= channels {
-            gradient_vectors::<L, true>(&strip, [channel, L::LANES], to);
+            source_vectors::<L, N, true>(strips, [channel, L::LANES], to);
             channel += L::LANES;
         }
         if channel < channels {
-            gradient_vectors::<L, false>(&strip, [channel, channels - channel], to);
+            source_vectors::<L, N, false>(strips, [channel, channels - channel], to);
+        }
+    }
+}
+
+/// One vector of channels of all tiles: neighbours share the transforms of two columns.
+#[inline(always)]
+unsafe fn source_vectors<L: Lanes, const N: usize, const WHOLE: bool>(
+    strips: [Strip<L::Element, 4>; N],
+    [channel, live]: [usize; 2],
+    to: Transformed,
+) {
+    let strips = strips.map(|strip| strip.skip(channel));
+    let mut first = to.first.wrapping_add(word::<L, N>(channel));
+    let none = [number::<Real<L>>(0.0); 4];
+    let (mut a, mut b, mut c, mut d) = ([none; N], [none; N], [none; N], [none; N]);
+    // SAFETY: granted by the caller.
+    unsafe {
+        for (n, strip) in strips.iter().enumerate() {
+            a[n] = source::<Real<L>>(strip.column::<L, WHOLE>(0, live));
+            b[n] = source::<Real<L>>(strip.column::<L, WHOLE>(1, live));
+        }
+        for tile in 0..strips[0].count {
+            for (n, strip) in strips.iter().enumerate() {
+                c[n] = source::<Real<L>>(strip.column::<L, WHOLE>(tile * TILE + 2, live));
+                d[n] = source::<Real<L>>(strip.column::<L, WHOLE>(tile * TILE + 3, live));
+            }
+            for r in 0..4 {
+                let mut row = [none; N];
+                for (n, row) in row.iter_mut().enumerate() {
+                    *row = source::<Real<L>>([a[n][r], b[n][r], c[n][r], d[n][r]]);
+                }
+                for position in 0..4 {
+                    let mut values = [none[0]; N];
+                    for (value, row) in values.iter_mut().zip(row) {
+                        *value = row[position];
+                    }
+                    put::<L, N>(first.wrapping_add((r * 4 + position) * to.apart), values);
+                }
+            }
+            (a, b) = (c, d);
+            first = first.wrapping_add(to.pitch);
+        }
+    }
+}
+
+/// The word of a channel in vectors of one or two tiles.
+#[inline(always)]
+fn word<L: Lanes, const N: usize>(channel: usize) -> usize {
+    if N == 1 { channel / L::GROUP } else { channel }
+}
+
+impl<E: Element, const ROWS: usize> Strip<E, ROWS> {
+    /// From a later channel on.
+    #[inline(always)]
+    fn skip(self, channel: usize) -> Strip<E, ROWS> {
+        Strip { rows: self.rows.map(|row| row.wrapping_add(channel)), ..self }
+    }
+
+    /// A vector of the pixels of a column, counted from the first tile's first one.
+    #[inline(always)]
+    unsafe fn column<L: Lanes<Element = E>, const WHOLE: bool>(
+        &self,
+        column: usize,
+        live: usize,
+    ) -> [RealVector<L>; ROWS] {
+        let mut values = [number::<Real<L>>(0.0); ROWS];
+        let column = self.column.wrapping_add_unsigned(column);
+        if column.cast_unsigned() < self.width {
+            for (value, row) in values.iter_mut().zip(self.rows) {
+                let from = row.wrapping_add(column.cast_unsigned() * self.pitch);
+                // SAFETY: granted by the caller.
+                *value = unsafe {
+                    if WHOLE { L::load_elements(from) } else { load_some::<L>(from, live) }
+                };
+            }
+        }
+        values
+    }
+}
+
+/// Writes `A dy A^T` of the tiles of one strip or two, as [`source_tiles`] does but always as words, the last row and column
+/// of positions negative.
+///
+/// # Safety
+/// As for [`source_tiles`].
+#[inline(always)]
+pub(super) unsafe fn gradient_tiles<L: Lanes, const N: usize>(
+    strips: [Strip<L::Element, TILE>; N],
+    channels: usize,
+    to: Transformed,
+) {
+    // SAFETY: granted by the caller.
+    unsafe {
+        let mut channel = 0;
+        while channel + L::LANES <= channels {
+            gradient_vectors::<L, N, true>(strips, [channel, L::LANES], to);
+            channel += L::LANES;
+        }
+        if channel < channels {
+            gradient_vectors::<L, N, false>(strips, [channel, channels - channel], to);
         }
     }
 }
 
 /// One vector of channels of all tiles.
 #[inline(always)]
-unsafe fn gradient_vectors<L: Lanes, const WHOLE: bool>(
-    strip: &Strip<TILE>,
+unsafe fn gradient_vectors<L: Lanes, const N: usize, const WHOLE: bool>(
+    strips: [Strip<L::Element, TILE>; N],
     [channel, live]: [usize; 2],
     to: Transformed,
 ) {
-    let strip = Strip { rows: strip.rows.map(|row| row.wrapping_add(channel)), ..*strip };
-    let mut first = to.first.wrapping_add(channel);
-    let mut column = strip.column;
-    for _ in 0..strip.count {
+    let strips = strips.map(|strip| strip.skip(channel));
+    let mut first = to.first.wrapping_add(word::<L, N>(channel));
+    let none = [number::<Real<L>>(0.0); 4];
+    let (mut a, mut b) = ([none; N], [none; N]);
+    for tile in 0..strips[0].count {
         // SAFETY: granted by the caller.
         unsafe {
-            let a = target_gradient::<L>(strip.column::<L, WHOLE>(column, live));
-            let b = target_gradient::<L>(strip.column::<L, WHOLE>(column + 1, live));
+            for (n, strip) in strips.iter().enumerate() {
+                let column = tile * TILE;
+                a[n] = target_gradient::<Real<L>>(strip.column::<L, WHOLE>(column, live));
+                b[n] = target_gradient::<Real<L>>(strip.column::<L, WHOLE>(column + 1, live));
+            }
             for r in 0..4 {
-                let positions = target_gradient::<L>([a[r], b[r]]);
-                for (position, value) in positions.into_iter().enumerate() {
-                    L::store(first.wrapping_add((r * 4 + position) * to.apart), value);
+                let mut row = [none; N];
+                for (n, row) in row.iter_mut().enumerate() {
+                    *row = target_gradient::<Real<L>>([a[n][r], b[n][r]]);
+                }
+                for position in 0..4 {
+                    let mut values = [none[0]; N];
+                    for (value, row) in values.iter_mut().zip(row) {
+                        *value = row[position];
+                    }
+                    put::<L, N>(first.wrapping_add((r * 4 + position) * to.apart), values);
                 }
             }
         }
-        column += TILE as isize;
         first = first.wrapping_add(to.pitch);
     }
 }
@@ -264,25 +316,38 @@ pub(super) unsafe fn kernel_gradient<L: Lanes>(
     }
 }
 
-/// Writes `G g G^T`; `from(row, column)` is where each weight stands for a vector of targets.
+/// Writes `G g G^T` of one or two kernels, as words; `from(kernel, row, column)` is where each weight stands as f32 for a
+/// vector of targets.
 ///
 /// # Safety
 /// As for [`source_tiles`].
 #[inline(always)]
-pub(super) unsafe fn kernel_tile<L: Lanes>(
-    from: impl Fn(usize, usize) -> *const u32,
+pub(super) unsafe fn kernel_tiles<L: Lanes, const N: usize>(
+    from: impl Fn(usize, usize, usize) -> *const u32,
     to: *mut u32,
     apart: usize,
 ) {
+    let zero = number::<Real<L>>(0.0);
+    let mut kernels = [[[zero; 4]; 4]; N];
     // SAFETY: granted by the caller.
     unsafe {
-        let mut tile = [[L::zero(); 3]; 3];
-        for (r, row) in tile.iter_mut().enumerate() {
-            for (c, value) in row.iter_mut().enumerate() {
-                *value = L::load(from(r, c));
+        for (n, transformed) in kernels.iter_mut().enumerate() {
+            let mut tile = [[zero; 3]; 3];
+            for (r, row) in tile.iter_mut().enumerate() {
+                for (c, value) in row.iter_mut().enumerate() {
+                    *value = Real::<L>::load(from(n, r, c));
+                }
             }
+            *transformed = both::<Real<L>, 3, 4>(&tile, kernel::<Real<L>>);
         }
-        store_positions::<L>(&both::<L, 3, 4>(&tile, kernel::<L>), to, apart);
+        for position in 0..POSITIONS {
+            let mut values = [zero; N];
+            for (value, kernel) in values.iter_mut().zip(&kernels) {
+                *value = kernel[position / 4][position % 4];
+            }
+            let second = values[N - 1];
+            L::store_words(to.add(position * apart), [values[0], second]);
+        }
     }
 }
 
@@ -309,26 +374,14 @@ unsafe fn load<L: Lanes>(from: *const u32, apart: usize) -> [[L::V; 4]; 4] {
     }
 }
 
-/// Stores all positions of a vector.
-#[inline(always)]
-unsafe fn store_positions<L: Lanes>(tile: &[[L::V; 4]; 4], to: *mut u32, apart: usize) {
-    debug_assert_eq!(tile.as_flattened().len(), POSITIONS);
-    // SAFETY: granted by the caller.
-    unsafe {
-        for (position, &value) in tile.as_flattened().iter().enumerate() {
-            L::store(to.add(position * apart), value);
-        }
-    }
-}
-
 /// Loads fewer elements than a vector has, and zeros for the rest.
 #[inline(always)]
-unsafe fn load_some<L: Lanes>(from: *const f32, count: usize) -> L::V {
-    let mut words = [0.0_f32; 16];
-    // SAFETY: granted by the caller; no vector has more words.
+unsafe fn load_some<L: Lanes>(from: *const L::Element, count: usize) -> RealVector<L> {
+    let mut elements = [L::Element::default(); MOST_LANES];
+    // SAFETY: granted by the caller; no vector has more lanes.
     unsafe {
-        std::ptr::copy_nonoverlapping(from, words.as_mut_ptr(), count);
-        L::load(words.as_ptr().cast())
+        std::ptr::copy_nonoverlapping(from, elements.as_mut_ptr(), count);
+        L::load_elements(elements.as_ptr())
     }
 }
 
@@ -344,7 +397,7 @@ pub(super) unsafe fn store<L: Lanes>(to: *mut u32, value: L::V, count: usize) {
             L::store(to, value);
             return;
         }
-        let mut words = [0_u32; 16];
+        let mut words = [0_u32; MOST_LANES];
         L::store(words.as_mut_ptr(), value);
         std::ptr::copy_nonoverlapping(words.as_ptr(), to, count);
     }

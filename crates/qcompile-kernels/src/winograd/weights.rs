@@ -1,6 +1,7 @@
 //! Transformed weights: 16 right operands in panels.
 
-use super::{Cut, transform};
+use super::Cut;
+use super::transform::kernel_tiles;
 use crate::buffer::{Buffer, Slot};
 use crate::conv::Convolution;
 use crate::lanes::{Lanes, Simd, Task};
@@ -30,10 +31,12 @@ impl<L: Lanes> Task for Pack<L> {
         for unit in self.begin..self.end {
             let (panel, begin) = (unit % count, unit / count * cut.chunk);
             let (panels, first, apart) = cut.weights::<L>(begin);
-            let channels = panels.k;
+            let channels = cut.chunk.min(g.source_channels - begin);
             let (stored, valid) = (panels.stored::<L>(panel), panels.valid::<L>(panel));
             let column = panel * Panels::width::<L>();
-            let mut staging = Buffer::take(Slot::Right, channels * g.kernel * stored);
+            // The last word of channels is filled up with zeros.
+            let filled = panels.k * L::GROUP;
+            let mut staging = Buffer::take(Slot::Right, filled * g.kernel * stored);
             // SAFETY: the panel lies in the scratch, its weights in the weights.
             unsafe {
                 // `[channel][kernel position][target]`. A channel's positions are adjacent, and forward all channels.
@@ -51,17 +54,25 @@ impl<L: Lanes> Task for Pack<L> {
                     let first = c.weights.add(at * g.kernel);
                     let from = Source { first, k_stride: 1, column_stride, flip: 0 };
                     let to = staging.words().add(run * g.kernel * stored);
-                    pack::interleave::<L, Right>(from, length, valid, to, stored);
+                    pack::interleave::<L::Single, Right>(from, length, valid, to, stored);
                 }
+                let words = channels * g.kernel * stored;
+                let beyond = (filled - channels) * g.kernel * stored;
+                staging.words().add(words).write_bytes(0, beyond);
                 let to = c.scratch.add(first + panels.offset::<L>(panel));
-                for channel in 0..channels {
+                for word in 0..panels.k {
                     for column in (0..stored).step_by(L::LANES) {
-                        let from = staging.words().add(channel * g.kernel * stored + column);
-                        let weight = |r: usize, c: usize| {
-                            from.wrapping_add(positions[r][c] * stored).cast_const()
+                        let from = staging.words().add(word * L::GROUP * g.kernel * stored);
+                        let weight = |channel: usize, r: usize, c: usize| {
+                            let row = channel * g.kernel + positions[r][c];
+                            from.wrapping_add(row * stored + column).cast_const()
                         };
-                        let to = to.add(channel * stored + column);
-                        transform::kernel_tile::<L>(weight, to, apart);
+                        let to = to.add(word * stored + column);
+                        if L::GROUP == 1 {
+                            kernel_tiles::<L, 1>(weight, to, apart);
+                        } else {
+                            kernel_tiles::<L, 2>(weight, to, apart);
+                        }
                     }
                 }
             }

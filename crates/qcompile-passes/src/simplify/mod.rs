@@ -49,6 +49,7 @@ pub fn run(graph: &mut Graph, options: &Options) -> Result<(), PassError> {
             break;
         }
     }
+    transpose::raise_over_casts(graph)?;
     graph.sweep();
     Ok(())
 }

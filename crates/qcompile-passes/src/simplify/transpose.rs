@@ -35,6 +35,53 @@ pub(super) fn flatten(graph: &mut Graph) -> Result<bool, PassError> {
     Ok(changed)
 }
 
+/// Moves the transposes that are left above products back up, over the casts and codes that only they read, so that a
+/// product finds its operand in the type that it multiplies: what widens is then next to it. Done only when nothing moves
+/// any more, because [`sink`] would undo it.
+pub(super) fn raise_over_casts(graph: &mut Graph) -> Result<(), PassError> {
+    for id in graph.order() {
+        let of_product = |(user, _): (NodeId, usize)| {
+            matches!(
+                graph.op(user),
+                Op::Conv2d(_) | Op::Conv2dGradInput(_) | Op::Conv2dGradWeight(_)
+            )
+        };
+        let uses = graph.uses(id);
+        if uses.is_empty() || !uses.into_iter().all(of_product) {
+            continue;
+        }
+        let Some((mut x, permutation)) = transposed(graph, id) else { continue };
+        let mut passed = Vec::new();
+        while matches!(graph.op(x), Op::Cast(_) | Op::Quantize { .. } | Op::Dequantize { .. })
+            && graph.uses(x).len() == 1
+            && graph.outputs().iter().all(|&(_, output)| output != x)
+        {
+            passed.push(x);
+            x = graph.operand(x, 0);
+        }
+        let Some(&top) = passed.last() else { continue };
+        let (name, region) =
+            (format!("{}.transposed", graph.node(x).name.as_str()), graph.node(top).region);
+        let mut data = graph.add(Op::Transpose(permutation.clone()), &[x], name, region)?;
+        for old in passed.into_iter().rev() {
+            let place = |axis: usize| permutation.iter().position(|&from| from == axis);
+            let mut op = graph.op(old).clone();
+            if let Op::Quantize { axis, .. } | Op::Dequantize { axis } = &mut op {
+                *axis = axis.and_then(place);
+            }
+            let mut operands = graph.operands(old);
+            operands[0] = data;
+            let node = graph.node(old);
+            let (name, region, note) = (node.name.clone(), node.region, node.note.clone());
+            data = graph.add(op, &operands, name, region)?;
+            *graph.note_mut(data) = note;
+            graph.swap_names(old, data);
+        }
+        graph.replace_uses(id, data)?;
+    }
+    Ok(())
+}
+
 fn inverse(permutation: &[usize]) -> Vec<usize> {
     let mut inverse = vec![0; permutation.len()];
     for (axis, &from) in permutation.iter().enumerate() {
