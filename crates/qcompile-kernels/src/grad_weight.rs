@@ -78,7 +78,11 @@ impl Cut {
         let groups = if depthwise { 1 } else { g.groups };
         let blocks = (groups * channel_blocks * position_blocks * column_blocks).max(1);
         let size = (groups * rows * stride).max(1);
-        let chunks = g.batch.min(WANTED_UNITS.div_ceil(blocks)).min(MOST_PARTIALS / size).max(1);
+        let mut most = g.batch;
+        if winograd {
+            most = most.min(winograd::most_chunks::<L>(&g));
+        }
+        let chunks = most.min(WANTED_UNITS.div_ceil(blocks)).min(MOST_PARTIALS / size).max(1);
         let mut images = g.batch.div_ceil(chunks);
         if L::INTEGER {
             images = images.min(MOST_I8_PIXELS / (g.rows.target * g.columns.target).max(1));

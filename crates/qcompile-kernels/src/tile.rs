@@ -313,6 +313,8 @@ impl Block<'_> {
     ) {
         let count = L::ROW_GROUP.min(self.count - first);
         let mut copies = None;
+        // Cache lines of a tile, and with each of its segments.
+        let mut pieces = (0, 0);
         // SAFETY: granted by the caller.
         unsafe {
             let (rows, outs) = (self.rows.as_ptr().add(first), self.outs.as_ptr().add(first));
@@ -343,13 +345,18 @@ impl Block<'_> {
                 };
                 let single = stored == L::LANES;
                 let height = if single { L::ROWS_SINGLE } else { L::ROWS_PAIR };
-                for row in (first..first + count).step_by(height) {
+                // Not by `step_by`, which divides.
+                let mut row = first;
+                while row < first + count {
                     tile.rows = self.rows.as_ptr().add(row);
                     tile.outs = self.outs.as_ptr().add(row);
                     tile.live = height.min(self.count - row);
                     if let Some(ahead) = ahead.iter_mut().find(|ahead| !ahead.is_empty()) {
                         let (from, lines) = ahead.take();
-                        tile.ahead = (from, lines.div_ceil(depth.segments.len().max(1)));
+                        if lines != pieces.0 {
+                            pieces = (lines, lines.div_ceil(depth.segments.len().max(1)));
+                        }
+                        tile.ahead = (from, pieces.1);
                     } else {
                         tile.ahead.1 = 0;
                     }
@@ -367,6 +374,7 @@ impl Block<'_> {
                     } else {
                         L::tile_pair(&tile);
                     }
+                    row += height;
                 }
             }
         }

@@ -2,7 +2,7 @@
 //! direction. Each position is a matrix product `[channels x tiles] x [tiles x targets]`, whose sums over the images of a
 //! unit stay in a buffer of its thread.
 
-use super::grid::Grid;
+use super::grid::{Grid, Place};
 use super::transform::{Transformed, gradient_tiles, kernel_gradient, source_tiles};
 use super::{APART, BATCH_TILES, GRADIENT_CHANNELS, POSITIONS, TILE};
 use crate::args::Conv2dGradWeightArgs;
@@ -83,7 +83,7 @@ impl<L: Lanes> Gradient<'_, L> {
                 } else {
                     self.transform::<2>(&grid, zeros, some.clone(), to, panels);
                 }
-                let mut ahead = self.ahead(&grid, some.end..(some.end + batch).min(tiles));
+                let mut ahead = self.ahead_of_batch(&grid, chunk, some.end, batch);
                 let steps = panels.tiles::<L>(0..self.panels.len(), channels);
                 Ahead::spread(&mut ahead, POSITIONS * steps);
                 for position in 0..POSITIONS {
@@ -145,37 +145,51 @@ impl<L: Lanes> Gradient<'_, L> {
         let g = &self.cut.g;
         // SAFETY: granted by the caller.
         unsafe {
-            for (places, count) in grid.strips_together::<N>(tiles.clone()) {
+            let strips = |(places, count): ([Option<Place>; N], usize)| {
                 let from = [self.args.x, zeros];
                 let channel = self.channels.start;
-                let strips = places.map(|place| grid.source(g, from, channel, (place, count)));
+                places.map(|place| grid.source(g, from, channel, (place, count)))
+            };
+            let mut runs = grid.strips_together::<N>(tiles.clone()).map(strips).peekable();
+            while let Some(strips) = runs.next() {
+                let some = self.channels.len() < g.source_channels;
+                for next in runs.peek().filter(|_| some).into_iter().flatten() {
+                    next.fetch::<L::Tier>(self.channels.len());
+                }
                 source_tiles::<L, N>(strips, self.channels.len(), left);
-                left = left.skip(count);
+                left = left.skip(strips[0].count);
             }
             for panel in 0..panels.count::<L>() {
                 let channel = (self.panels.start + panel) * Panels::width::<L>();
                 let first = right.first.wrapping_add(panels.offset::<L>(panel));
                 let mut to = Transformed { first, pitch: panels.stored::<L>(panel), ..right };
-                for (places, count) in grid.strips_together::<N>(tiles.clone()) {
+                let strips = |(places, count): ([Option<Place>; N], usize)| {
                     let from = [self.args.dy, zeros];
-                    let strips = places.map(|place| grid.target(g, from, channel, (place, count)));
+                    places.map(|place| grid.target(g, from, channel, (place, count)))
+                };
+                let mut runs = grid.strips_together::<N>(tiles.clone()).map(strips).peekable();
+                while let Some(strips) = runs.next() {
+                    let some = panels.n < g.target_channels;
+                    for next in runs.peek().filter(|_| some).into_iter().flatten() {
+                        next.fetch::<L::Tier>(panels.valid::<L>(panel));
+                    }
                     gradient_tiles::<L, N>(strips, panels.valid::<L>(panel), to);
-                    to = to.skip(count);
+                    to = to.skip(strips[0].count);
                 }
             }
         }
     }
 
-    /// What a range of tiles reads for the first time, about; nothing where only some channels of each pixel are wanted.
-    fn ahead(&self, grid: &Grid, tiles: Range<usize>) -> [Ahead; 2] {
+    /// What so many tiles from the first in a row of tiles on read for the first time, about; nothing where only some channels
+    /// of each pixel are wanted.
+    fn ahead(&self, image: usize, row: usize, tiles: usize) -> [Ahead; 2] {
         let g = &self.cut.g;
-        if tiles.is_empty() || self.channels.len() < g.source_channels {
+        if self.channels.len() < g.source_channels {
             return [Ahead::NONE; 2];
         }
-        let place = grid.place(tiles.start);
-        let pixels = tiles.len() * TILE * TILE;
+        let pixels = tiles * TILE * TILE;
         let ahead = |first: *const L::Element, height: usize, width: usize, total: usize| {
-            let row = ((grid.image + place.image) * height + place.row * TILE) * width;
+            let row = (image * height + row * TILE) * width;
             Ahead::of(first.wrapping_add(row * total), pixels * total)
         };
         let Geometry { rows, columns, .. } = g;
@@ -183,5 +197,20 @@ impl<L: Lanes> Gradient<'_, L> {
             ahead(self.args.x, rows.source, columns.source, g.source_channels),
             ahead(self.args.dy, rows.target, columns.target, g.target_channels),
         ]
+    }
+
+    /// The same of the batch of tiles from this one on, which may be the first of the next chunk.
+    fn ahead_of_batch(&self, grid: &Grid, chunk: usize, tile: usize, batch: usize) -> [Ahead; 2] {
+        let tiles = grid.tiles();
+        if tile < tiles {
+            let place = grid.place(tile);
+            return self.ahead(grid.image + place.image, place.row, batch.min(tiles - tile));
+        }
+        let all_targets = self.panels.len() * Panels::width::<L>() >= self.cut.g.target_channels;
+        let next = self.cut.images(chunk + 1);
+        if next.is_empty() || !all_targets {
+            return [Ahead::NONE; 2];
+        }
+        self.ahead(next.start, 0, batch)
     }
 }

@@ -72,6 +72,13 @@ pub(crate) fn suits<L: Lanes>(g: &Geometry, fewest_channels: usize) -> bool {
         && 20 * tiles <= 9 * pixels
 }
 
+/// Into how many chunks the gradient of the weights cuts its images at most: less than a batch of tiles makes its products
+/// shallow, and each chunk's partial sums must be added.
+pub(crate) fn most_chunks<L: Lanes>(g: &Geometry) -> usize {
+    let tiles = g.rows.target.div_ceil(TILE) * g.columns.target.div_ceil(TILE);
+    g.batch * tiles / (BATCH_TILES * L::GROUP)
+}
+
 /// How a convolution is cut.
 pub(crate) struct Cut {
     /// Source and target channels.

@@ -1,7 +1,7 @@
 //! The transforms of F(2x2, 3x3), on vectors of channels.
 
 use super::{POSITIONS, TILE};
-use crate::lanes::{Element, Lanes, MOST_LANES, Real, RealVector};
+use crate::lanes::{Element, Lanes, MOST_LANES, Real, RealVector, Simd};
 
 /// The same number in all lanes.
 #[inline(always)]
@@ -211,6 +211,23 @@ impl<E: Element, const ROWS: usize> Strip<E, ROWS> {
     #[inline(always)]
     fn skip(self, channel: usize) -> Strip<E, ROWS> {
         Strip { rows: self.rows.map(|row| row.wrapping_add(channel)), ..self }
+    }
+
+    /// Asks for some channels of all pixels.
+    #[inline(always)]
+    pub(super) fn fetch<S: Simd>(&self, channels: usize) {
+        const LINE: usize = 64;
+        let begin = self.column.max(0).cast_unsigned();
+        let end = self.column + (self.count * TILE + ROWS - TILE) as isize;
+        let end = end.max(0).cast_unsigned().min(self.width);
+        for row in self.rows {
+            for column in begin..end {
+                let pixel: *const u8 = row.wrapping_add(column * self.pitch).cast();
+                for byte in (0..channels * size_of::<E>()).step_by(LINE) {
+                    S::prefetch_near(pixel.wrapping_add(byte));
+                }
+            }
+        }
     }
 
     /// A vector of the pixels of a column, counted from the first tile's first one.
