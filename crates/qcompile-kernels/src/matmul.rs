@@ -19,6 +19,8 @@ const BLOCK_COLUMNS: usize = 256;
 const ALONE_WORDS: usize = 96 << 10;
 /// Most words of K handled at once: a panel of them stays in L1.
 const BLOCK_WORDS: usize = 256;
+/// Most columns of a block whose unit packs its rows of A for itself, a part of K at a time.
+const ALONE_COLUMNS: usize = 512;
 /// Blocks are made narrower until there are this many, for the threads to share.
 const WANTED_UNITS: usize = 32;
 /// Blocks are made lower until there are this many.
@@ -216,7 +218,16 @@ impl Cut {
             let wanted = if count <= columns && !in_place { LEAST_UNITS } else { WANTED_UNITS };
             units(rows, columns) >= wanted && fits(columns)
         };
-        while columns > narrowest && !enough(columns) {
+        // Lower blocks will do, too: A is then read and packed where it is used, and not written to memory in between.
+        let alone = !in_place
+            && !L::ALONG_K
+            && !whole
+            && count * width <= ALONE_COLUMNS
+            && units(2 * L::ROW_GROUP, count) >= LEAST_UNITS;
+        if alone {
+            columns = count.max(1);
+        }
+        while columns > narrowest && !alone && !enough(columns) {
             columns /= 2;
         }
         while units(rows, columns) < LEAST_UNITS && rows > 2 * L::ROW_GROUP {
@@ -343,7 +354,8 @@ impl<L: Lanes> Task for Pack<L> {
                     let to = cut.right_copies * cut.panels.words::<L>() + copy * cut.left_words;
                     let to = p.scratch.add(to + row * pitch);
                     let rows = (groups * L::ROW_GROUP).min(p.m - row);
-                    pack_left::<L>(&p, cut.left, copy, row, rows, to);
+                    let words = cut.panels.k;
+                    pack_left::<L>(&p, cut.left, [copy, row, rows], 0..words, words, to);
                     unit += groups;
                 }
             }
@@ -408,7 +420,9 @@ impl<L: Lanes> Compute<L> {
         let local = Panels { k: words, n: columns };
         let right_words = if cut.right_alone { local.words::<L>() } else { 0 };
         let mut right = Buffer::take(Slot::Right, right_words);
-        let pitch = cut.left.pitch(words);
+        // A unit that packs its rows of A for itself holds a part of K of them.
+        let room = if cut.left_alone { part } else { words };
+        let pitch = cut.left.pitch(room);
         let left_words = if cut.left_alone { padded * pitch } else { 0 };
         let mut left = Buffer::take(Slot::Left, left_words);
         // SAFETY: rows lie in A, C and the buffers taken above.
@@ -422,10 +436,9 @@ impl<L: Lanes> Compute<L> {
                 let skip = copy * cut.panels.words::<L>() + cut.panels.offset::<L>(panel_begin);
                 p.scratch.add(skip).cast_const()
             };
+            let own = left.words();
             let left = if cut.left_alone {
-                let to = left.words();
-                pack_left::<L>(p, cut.left, matrix, row, rows, to);
-                to.cast_const()
+                own.cast_const()
             } else {
                 let copy = if cut.left_copies == 1 { 0 } else { matrix };
                 let skip = cut.right_copies * cut.panels.words::<L>() + copy * cut.left_words;
@@ -473,7 +486,7 @@ impl<L: Lanes> Compute<L> {
                     LeftForm::InPlace => a.add(r.min(rows - 1) * p.a_strides[1]).cast(),
                     LeftForm::Rows | LeftForm::Turned => left.add(r.min(rows - 1) * pitch),
                     LeftForm::Groups => {
-                        left.add(r / L::ROW_GROUP * L::ROW_GROUP * words + r % L::ROW_GROUP)
+                        left.add(r / L::ROW_GROUP * L::ROW_GROUP * room + r % L::ROW_GROUP)
                     }
                 };
             }
@@ -493,7 +506,12 @@ impl<L: Lanes> Compute<L> {
             for at in 0..parts {
                 let begin = at * part;
                 let length = part.min(words - begin);
-                let segments = [(begin * step) as isize];
+                if cut.left_alone {
+                    let which = [matrix, row, rows];
+                    pack_left::<L>(p, cut.left, which, begin..begin + length, room, own);
+                }
+                let first_word = if cut.left_alone { 0 } else { begin };
+                let segments = [(first_word * step) as isize];
                 let (resume, last) = (at > 0, at + 1 == parts);
                 let step = step as isize;
                 let depth = Depth { segments: &segments, length, step, begin, resume, last };

@@ -5,6 +5,7 @@ use crate::lanes::Lanes;
 use crate::pack::{self, Left, Right, Source};
 use crate::tile::{MOST_GROUP, Panels};
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 /// Words of K packed at once, over all panels of a block.
 const PACK_WORDS: usize = 64;
@@ -29,29 +30,31 @@ impl LeftForm {
     }
 }
 
-/// Packs `count` rows of A from `row` on, by groups where the form says so.
+/// Packs some words of K of `count` rows of A from `row` on, by groups where the form says so, into rows of `room` words.
 #[inline(always)]
 pub(super) unsafe fn pack_left<L: Lanes>(
     p: &Product<L::Element>,
     form: LeftForm,
-    matrix: usize,
-    row: usize,
-    count: usize,
+    [matrix, row, count]: [usize; 3],
+    part: Range<usize>,
+    room: usize,
     to: *mut u32,
 ) {
-    let words = p.k.div_ceil(L::GROUP);
+    let (words, begin) = (part.len(), part.start * L::GROUP);
+    let k = (part.end * L::GROUP).min(p.k) - begin;
     // SAFETY: granted by the caller.
     unsafe {
-        let from = p.a.add(matrix * p.a_strides[0] + row * p.a_strides[1]);
+        let row = matrix * p.a_strides[0] + row * p.a_strides[1];
+        let from = p.a.add(row + begin * p.a_strides[2]);
         if form == LeftForm::Rows {
             for r in 0..count {
                 let row = from.add(r * p.a_strides[1]);
-                pack::row::<L, Left>(row, p.k, to.add(r * words), p.codes.flip);
+                pack::row::<L, Left>(row, k, to.add(r * room), p.codes.flip);
             }
             return;
         }
         if form == LeftForm::Turned {
-            turn::<L>(p, from, count, to);
+            turn::<L>(p, from, [k, count], to, form.pitch(room));
             return;
         }
         // Groups side by side, so that a row of the transposed A is read as far as the rows go.
@@ -59,12 +62,12 @@ pub(super) unsafe fn pack_left<L: Lanes>(
         let far = p.a_strides[1] == 1 && p.a_strides[2] * size_of::<L::Element>() >= 4096;
         let step = if L::PLAIN && L::GROUP > 1 && far { 1 } else { PACK_WORDS };
         for word in (0..words).step_by(step) {
-            let k = word * L::GROUP;
-            let length = (step * L::GROUP).min(p.k - k);
+            let at = word * L::GROUP;
+            let length = (step * L::GROUP).min(k - at);
             for first in (0..count).step_by(L::ROW_GROUP) {
-                let source = left_source(p, from, k, first);
+                let source = left_source(p, from, at, first);
                 let live = L::ROW_GROUP.min(count - first);
-                let to = to.add(first * words + word * L::ROW_GROUP);
+                let to = to.add(first * room + word * L::ROW_GROUP);
                 pack::interleave::<L, Left>(source, length, live, to, L::ROW_GROUP);
             }
         }
@@ -78,8 +81,8 @@ fn left_source<E>(p: &Product<E>, from: *const E, k: usize, row: usize) -> Sourc
     Source { first, k_stride, column_stride, flip: p.codes.flip }
 }
 
-/// Packs `count` rows of A, whose K is not adjacent, row by row: a cache line of each at a time, by way of a group's
-/// words.
+/// Packs `count` rows of A, whose `k` elements are not adjacent, row by row: a cache line of each at a time, by way of a
+/// group's words.
 ///
 /// # Safety
 /// As of [`pack_left`], whose `to` has room for whole groups.
@@ -87,21 +90,21 @@ fn left_source<E>(p: &Product<E>, from: *const E, k: usize, row: usize) -> Sourc
 unsafe fn turn<L: Lanes>(
     p: &Product<L::Element>,
     from: *const L::Element,
-    count: usize,
+    [k, count]: [usize; 2],
     to: *mut u32,
+    pitch: usize,
 ) {
     const LINE: usize = 16;
-    let words = p.k.div_ceil(L::GROUP);
-    let pitch = LeftForm::Turned.pitch(words);
+    let words = k.div_ceil(L::GROUP);
     let mut group = MaybeUninit::<[u32; LINE * MOST_GROUP]>::uninit();
     let group = group.as_mut_ptr().cast::<u32>();
     for word in (0..words).step_by(LINE) {
-        let k = word * L::GROUP;
-        let length = (LINE * L::GROUP).min(p.k - k);
+        let at = word * L::GROUP;
+        let length = (LINE * L::GROUP).min(k - at);
         for first in (0..count).step_by(L::ROW_GROUP) {
             // SAFETY: granted by the caller.
             unsafe {
-                let source = left_source(p, from, k, first);
+                let source = left_source(p, from, at, first);
                 let live = L::ROW_GROUP.min(count - first);
                 pack::interleave::<L, Left>(source, length, live, group, L::ROW_GROUP);
                 let size = [length.div_ceil(L::GROUP), L::ROW_GROUP];
