@@ -2,8 +2,9 @@
 //!
 //! *Before*: any graph. *After*: a graph that computes the same values with no op over constants alone, no ops that do
 //! nothing, no value computed twice in a region, and as few layout changes as possible: transposes have moved
-//! down and met their inverses, so that an imported image network is channels-last throughout; reshapes of matrices
-//! have, so that what follows a linear layer runs over its rows and columns.
+//! down and met their inverses, so that an imported image network is channels-last throughout, and what is left of them
+//! above convolutions stands above their casts and codes, too; reshapes of matrices have moved down, so that what follows a
+//! linear layer runs over its rows and columns.
 //!
 //! *Why here*: first, because every later pass sees fewer and plainer nodes (a layer is one product of its
 //! weight); and last, because gradients and updates are written in general forms.
