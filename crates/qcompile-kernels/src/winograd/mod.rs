@@ -12,8 +12,9 @@
 //! ```
 //!
 //! Summed over channels, each of the 16 positions is a matrix product of its own, `[tiles x channels] x [channels x targets]`.
-//! Transforms are computed in f32, and of bf16 rounded to that once, where its products take it. Weights are transformed once for each call, tiles in buffers of one thread. The gradient of the input is the same with
-//! the kernel turned around; the gradient of the weights is the adjoint, F(3x3, 2x2) (section 4.2).
+//! Transforms are computed in f32, and those of bf16 rounded to that once, where the tier multiplies it. Weights are
+//! transformed once for each call, tiles in buffers of one thread. The gradient of the input is the same with the kernel
+//! turned around; the gradient of the weights is the adjoint, F(3x3, 2x2) (section 4.2).
 
 mod compute;
 mod gradient;
