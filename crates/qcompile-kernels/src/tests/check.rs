@@ -54,6 +54,11 @@ impl Random {
     pub(crate) fn halves(&mut self, count: usize) -> Vec<u16> {
         self.reals(count).iter().map(|v| (v.to_bits() >> 16) as u16).collect()
     }
+    /// bf16 of whole numbers from -4 to 4, as bits: sums of a few of them and their halves and quarters are bf16, too.
+    pub(crate) fn whole_halves(&mut self, count: usize) -> Vec<u16> {
+        let whole = |number: usize| (number as f32 - 4.0).to_bits() >> 16;
+        (0..count).map(|_| whole(self.between(0, 8)) as u16).collect()
+    }
     /// A way to read codes of a left operand: symmetric, of i8 or u8 with a zero point, and u8 without one.
     pub(crate) fn codes(&mut self) -> CodesOf {
         let zero = (self.next() % 256) as u8;

@@ -1,12 +1,12 @@
 use super::check::{ALONE, Collector, Guarded, Random, assert_close, run, scratch, tables};
 use super::matrix::exact;
-use super::winograd::tolerance;
-use crate::KernelId;
+use super::winograd::{is_transformed, unrounded};
 use crate::args::{
     Conv2dArgs, Conv2dGradInputArgs, Conv2dGradInputI8Args, Conv2dGradWeightArgs,
     Conv2dGradWeightI8Args, Conv2dI8Args, ConvShape, MOST_I8_PIXELS,
 };
 use crate::lanes::Element;
+use crate::{KernelId, Kernels};
 use std::ptr::{from_mut, null, null_mut};
 
 /// `[batch, height, width, cin, cout, kh, kw, sh, sw, top, left, bottom, right, dh, dw, groups]`
@@ -139,8 +139,8 @@ pub(super) fn sizes(s: &ConvShape) -> (usize, usize, usize) {
 /// Runs a kernel four ways and checks values, split and epilogue. `args` builds the block from the
 /// result, the collector (null for none) and the scratch.
 macro_rules! check_kernel {
-    ($id:expr, $size:expr, $columns:expr, $check:expr, $what:expr, $args:expr) => {
-        for table in tables() {
+    ($tables:expr, $id:expr, $size:expr, $columns:expr, $check:expr, $what:expr, $args:expr) => {
+        for table in $tables {
             let what = format!("{:?} {:?} on {}", $id, $what, table.tier);
             let mut result = Guarded::new($size);
             let mut space = scratch(table, $id, &$args(null_mut(), null_mut(), null_mut()));
@@ -167,71 +167,83 @@ macro_rules! check_kernel {
     };
 }
 
-/// Both products of operands of one float type.
+/// Both products of operands of one float type, of a shape on some tables.
 fn check_forward_and_grad_input<E: Element>(
     [forward, grad_input]: [KernelId; 2],
-    numbers: impl Fn(&mut Random, usize) -> Vec<E>,
+    shape: ConvShape,
+    tables: &[&'static Kernels],
+    mut numbers: impl FnMut(usize) -> Vec<E>,
 ) {
-    let mut random = Random(3);
-    for shape in shapes() {
-        let (nx, nw, ny) = sizes(&shape);
-        let (x, w, dy) =
-            (numbers(&mut random, nx), numbers(&mut random, nw), numbers(&mut random, ny));
-        let tolerance = tolerance::<E>(&shape);
-        let (mut y, mut dx) = (vec![0.0_f64; ny], vec![0.0_f64; nx]);
-        let (x_exact, w_exact, dy_exact) = (exact(&x), exact(&w), exact(&dy));
-        products(&shape, |i, j, k| {
-            y[k] += x_exact[i] * w_exact[j];
-            dx[i] += dy_exact[k] * w_exact[j];
-        });
-        check_kernel!(
-            forward,
-            ny,
-            shape.out_channels,
-            |result: &[f32], what: &str| assert_close(result, &y, tolerance, what),
+    let (nx, nw, ny) = sizes(&shape);
+    let (x, w, dy) = (numbers(nx), numbers(nw), numbers(ny));
+    let (mut y, mut dx) = (vec![0.0_f64; ny], vec![0.0_f64; nx]);
+    let (x_exact, w_exact, dy_exact) = (exact(&x), exact(&w), exact(&dy));
+    products(&shape, |i, j, k| {
+        y[k] += x_exact[i] * w_exact[j];
+        dx[i] += dy_exact[k] * w_exact[j];
+    });
+    check_kernel!(
+        tables.iter().copied(),
+        forward,
+        ny,
+        shape.out_channels,
+        |result: &[f32], what: &str| assert_close(result, &y, 1e-5, what),
+        shape,
+        |y: *mut f32, collector: *mut Collector, scratch: *mut u8| Conv2dArgs {
+            x: x.as_ptr(),
+            w: w.as_ptr(),
+            y,
             shape,
-            |y: *mut f32, collector: *mut Collector, scratch: *mut u8| Conv2dArgs {
-                x: x.as_ptr(),
-                w: w.as_ptr(),
-                y,
-                shape,
-                epilogue: (!collector.is_null()).then_some(Collector::collect),
-                epilogue_ctx: collector.cast(),
-                streams: null(),
-                stream_count: 0,
-                scratch,
-            }
-        );
-        check_kernel!(
-            grad_input,
-            nx,
-            shape.in_channels,
-            |result: &[f32], what: &str| assert_close(result, &dx, tolerance, what),
+            epilogue: (!collector.is_null()).then_some(Collector::collect),
+            epilogue_ctx: collector.cast(),
+            streams: null(),
+            stream_count: 0,
+            scratch,
+        }
+    );
+    check_kernel!(
+        tables.iter().copied(),
+        grad_input,
+        nx,
+        shape.in_channels,
+        |result: &[f32], what: &str| assert_close(result, &dx, 1e-5, what),
+        shape,
+        |dx: *mut f32, collector: *mut Collector, scratch: *mut u8| Conv2dGradInputArgs {
+            dy: dy.as_ptr(),
+            w: w.as_ptr(),
+            dx,
             shape,
-            |dx: *mut f32, collector: *mut Collector, scratch: *mut u8| Conv2dGradInputArgs {
-                dy: dy.as_ptr(),
-                w: w.as_ptr(),
-                dx,
-                shape,
-                epilogue: (!collector.is_null()).then_some(Collector::collect),
-                epilogue_ctx: collector.cast(),
-                streams: null(),
-                stream_count: 0,
-                scratch,
-            }
-        );
-    }
+            epilogue: (!collector.is_null()).then_some(Collector::collect),
+            epilogue_ctx: collector.cast(),
+            streams: null(),
+            stream_count: 0,
+            scratch,
+        }
+    );
 }
 
 #[test]
 fn f32_forward_and_grad_input() {
-    check_forward_and_grad_input([KernelId::Conv2d, KernelId::Conv2dGradInput], Random::reals);
+    let mut random = Random(3);
+    for shape in shapes() {
+        let kernels = [KernelId::Conv2d, KernelId::Conv2dGradInput];
+        check_forward_and_grad_input(kernels, shape, &tables(), |count| random.reals(count));
+    }
 }
 
 #[test]
 fn bf16_forward_and_grad_input() {
-    let kernels = [KernelId::Conv2dBf16, KernelId::Conv2dGradInputBf16];
-    check_forward_and_grad_input(kernels, Random::halves);
+    let mut random = Random(3);
+    for shape in shapes() {
+        let kernels = [KernelId::Conv2dBf16, KernelId::Conv2dGradInputBf16];
+        let [transformed, _] = is_transformed(&shape);
+        let exact = if transformed { unrounded() } else { tables() };
+        check_forward_and_grad_input(kernels, shape, &exact, |count| random.halves(count));
+        if transformed {
+            let whole = |count| random.whole_halves(count);
+            check_forward_and_grad_input(kernels, shape, &tables(), whole);
+        }
+    }
 }
 
 #[test]
@@ -288,6 +300,7 @@ fn int8_is_exact_on_every_tier() {
         };
         let (y, dx) = (scaled(&y, shape.out_channels), scaled(&dx, shape.in_channels));
         check_kernel!(
+            tables(),
             KernelId::Conv2dI8,
             ny,
             shape.out_channels,
@@ -312,6 +325,7 @@ fn int8_is_exact_on_every_tier() {
             }
         );
         check_kernel!(
+            tables(),
             KernelId::Conv2dGradInputI8,
             nx,
             shape.in_channels,

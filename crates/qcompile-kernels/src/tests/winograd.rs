@@ -4,20 +4,26 @@ use super::check::{Random, run, scratch, tables};
 use super::convolution::{products, sizes};
 use super::matrix::exact;
 use crate::args::{Conv2dArgs, Conv2dGradInputArgs, Conv2dGradWeightArgs, ConvShape};
-use crate::lanes::Element;
-use crate::{KernelId, Tier};
+use crate::geometry::Geometry;
+use crate::lanes::{Element, Simd};
+use crate::portable::Portable;
+use crate::winograd::{FEWEST_CHANNELS, FEWEST_GRADIENT_CHANNELS, suits};
+use crate::{KernelId, Kernels, Tier};
 use std::ptr::{null, null_mut};
 
-/// Whether a convolution is of the kind that products of transforms compute, if it is large enough.
-pub(super) fn may_be_transformed(s: &ConvShape) -> bool {
-    [s.kernel_height, s.kernel_width] == [3, 3]
-        && [s.stride_height, s.stride_width, s.dilation_height, s.dilation_width] == [1; 4]
-        && s.groups == 1
+/// Whether products of transforms compute a convolution of bf16, forward or the gradient of its input, or the gradient of its
+/// weight, on tiers without AMX.
+pub(super) fn is_transformed(shape: &ConvShape) -> [bool; 2] {
+    let suits = |backward: bool, fewest: usize| {
+        suits::<<Portable as Simd>::Bf16>(&Geometry::new(shape, backward), fewest)
+    };
+    let data = [false, true].iter().any(|&backward| suits(backward, FEWEST_CHANNELS));
+    [data, suits(false, FEWEST_GRADIENT_CHANNELS)]
 }
 
-/// By what part of the largest magnitude results may be off. Transforms of bf16 are rounded to bf16.
-pub(super) fn tolerance<E: Element>(shape: &ConvShape) -> f64 {
-    if E::NARROW && may_be_transformed(shape) { 8e-3 } else { 1e-5 }
+/// The tables whose transforms of bf16 are not rounded: the others have products of it.
+pub(super) fn unrounded() -> Vec<&'static Kernels> {
+    tables().into_iter().filter(|table| table.tier != Tier::Avx512Bf16).collect()
 }
 
 /// Numbers of about normal distribution.
@@ -39,7 +45,7 @@ fn widened(kernel: &[f32]) -> Vec<f32> {
 
 /// Forward, gradient of the input and of the weight.
 fn results<E: Element>(
-    table: &'static crate::Kernels,
+    table: &'static Kernels,
     kernels: [KernelId; 3],
     shape: ConvShape,
     [x, w, dy]: [&[E]; 3],

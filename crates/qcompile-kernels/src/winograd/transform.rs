@@ -122,15 +122,22 @@ impl Transformed {
     }
 }
 
-/// Writes vectors of one or two tiles at a position: of one as adjacent channels of a left operand, of two as words of both.
+/// Writes a row of positions of one or two tiles: of one as adjacent channels of a left operand, of two as words of both.
 #[inline(always)]
-unsafe fn put<L: Lanes, const N: usize>(to: *mut u32, values: [RealVector<L>; N]) {
-    // SAFETY: granted by the caller.
-    unsafe {
-        if N == 1 {
-            L::store_elements(to, values[0]);
-        } else {
-            L::store_words(to, [values[0], values[N - 1]]);
+unsafe fn put_row<L: Lanes, const N: usize>(
+    first: *mut u32,
+    rows: [[RealVector<L>; 4]; N],
+    apart: usize,
+) {
+    for position in 0..4 {
+        let to = first.wrapping_add(position * apart);
+        // SAFETY: granted by the caller.
+        unsafe {
+            if N == 1 {
+                L::store_elements(to, rows[0][position]);
+            } else {
+                L::store_words(to, [rows[0][position], rows[N - 1][position]]);
+            }
         }
     }
 }
@@ -186,13 +193,7 @@ unsafe fn source_vectors<L: Lanes, const N: usize, const WHOLE: bool>(
                 for (n, row) in row.iter_mut().enumerate() {
                     *row = source::<Real<L>>([a[n][r], b[n][r], c[n][r], d[n][r]]);
                 }
-                for position in 0..4 {
-                    let mut values = [none[0]; N];
-                    for (value, row) in values.iter_mut().zip(row) {
-                        *value = row[position];
-                    }
-                    put::<L, N>(first.wrapping_add((r * 4 + position) * to.apart), values);
-                }
+                put_row::<L, N>(first.wrapping_add(r * 4 * to.apart), row, to.apart);
             }
             (a, b) = (c, d);
             first = first.wrapping_add(to.pitch);
@@ -300,13 +301,7 @@ unsafe fn gradient_vectors<L: Lanes, const N: usize, const WHOLE: bool>(
                 for (n, row) in row.iter_mut().enumerate() {
                     *row = target_gradient::<Real<L>>([a[n][r], b[n][r]]);
                 }
-                for position in 0..4 {
-                    let mut values = [none[0]; N];
-                    for (value, row) in values.iter_mut().zip(row) {
-                        *value = row[position];
-                    }
-                    put::<L, N>(first.wrapping_add((r * 4 + position) * to.apart), values);
-                }
+                put_row::<L, N>(first.wrapping_add(r * 4 * to.apart), row, to.apart);
             }
         }
         first = first.wrapping_add(to.pitch);
@@ -358,12 +353,8 @@ pub(super) unsafe fn kernel_tiles<L: Lanes, const N: usize>(
             *transformed = both::<Real<L>, 3, 4>(&tile, kernel::<Real<L>>);
         }
         for position in 0..POSITIONS {
-            let mut values = [zero; N];
-            for (value, kernel) in values.iter_mut().zip(&kernels) {
-                *value = kernel[position / 4][position % 4];
-            }
-            let second = values[N - 1];
-            L::store_words(to.add(position * apart), [values[0], second]);
+            let value = |n: usize| kernels[n][position / 4][position % 4];
+            L::store_words(to.add(position * apart), [value(0), value(N - 1)]);
         }
     }
 }
