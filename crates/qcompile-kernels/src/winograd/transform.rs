@@ -129,14 +129,14 @@ unsafe fn put_row<L: Lanes, const N: usize>(
     rows: [[RealVector<L>; 4]; N],
     apart: usize,
 ) {
-    for position in 0..4 {
+    for (position, (&one, &other)) in rows[0].iter().zip(&rows[N - 1]).enumerate() {
         let to = first.wrapping_add(position * apart);
         // SAFETY: granted by the caller.
         unsafe {
             if N == 1 {
-                L::store_elements(to, rows[0][position]);
+                L::store_elements(to, one);
             } else {
-                L::store_words(to, [rows[0][position], rows[N - 1][position]]);
+                L::store_words(to, [one, other]);
             }
         }
     }
