@@ -9,6 +9,7 @@ mod evaluation;
 mod export;
 mod filetests;
 mod hostile;
+mod lasting;
 mod models;
 mod oracle;
 mod precisions;

@@ -63,6 +63,8 @@ type ScratchFunction = unsafe extern "C" fn(frame: *const Frame) -> usize;
 pub struct Program {
     /// Holds the code; a mutex, so that programs may be shared between threads.
     module: Mutex<Option<JITModule>>,
+    /// Makes what lasts.
+    refresh: RegionFunction,
     regions: [RegionFunction; Region::ALL.len()],
     steps: Vec<StepFunction>,
     scratch: ScratchFunction,
@@ -122,6 +124,16 @@ impl Program {
         self.code_bytes
     }
 
+    /// Makes the copies of parameters that last from step to step, as thread `thread` of `frame.threads`: before the first
+    /// region of a step, unless the step before ended with its update, and neither parameters nor slots were touched since.
+    ///
+    /// # Safety
+    /// As [`run`](Self::run).
+    pub unsafe fn refresh(&self, frame: &Frame, thread: usize) {
+        // SAFETY: granted by the caller.
+        unsafe { (self.refresh)(frame, thread) }
+    }
+
     /// Runs a region as thread `thread` of `frame.threads`. All of them must run it, at the same time.
     ///
     /// # Safety
@@ -176,9 +188,9 @@ pub fn compile(plan: &Plan, options: &Options) -> Result<Program, CodegenError> 
     unit.module.finalize_definitions().map_err(|error| failed("plan", &error))?;
     let address = |id: FuncId| unit.module.get_finalized_function(id);
     // SAFETY: the functions were emitted with exactly these signatures, in the C calling convention.
-    let regions = emitted
-        .regions
-        .map(|id| unsafe { std::mem::transmute::<*const u8, RegionFunction>(address(id)) });
+    let region =
+        |id: FuncId| unsafe { std::mem::transmute::<*const u8, RegionFunction>(address(id)) };
+    let (refresh, regions) = (region(emitted.refresh), emitted.regions.map(region));
     // SAFETY: as above.
     let scratch =
         unsafe { std::mem::transmute::<*const u8, ScratchFunction>(address(emitted.scratch)) };
@@ -190,7 +202,7 @@ pub fn compile(plan: &Plan, options: &Options) -> Result<Program, CodegenError> 
         .collect();
     let module = Mutex::new(Some(unit.module));
     let (slots, tier) = (plan.slots().len(), options.tier);
-    Ok(Program { module, regions, steps, scratch, slots, code_bytes, tier })
+    Ok(Program { module, refresh, regions, steps, scratch, slots, code_bytes, tier })
 }
 
 /// Cranelift's intermediate code of every function of a plan, as text.
@@ -242,6 +254,7 @@ fn imported(module: &mut JITModule, e: &mut Emitter<'_, '_>, (id, shape): (FuncI
 /// All functions of a plan, before compilation.
 struct Emitted {
     functions: Vec<(String, FuncId, Function)>,
+    refresh: FuncId,
     regions: [FuncId; Region::ALL.len()],
     steps: Vec<FuncId>,
     scratch: FuncId,
@@ -356,20 +369,24 @@ impl<'p> Unit<'p> {
             functions.push((format!("{name} {}", step.name), id, function));
             steps.push(id);
         }
-        let mut regions = [FuncId::from_u32(0); Region::ALL.len()];
-        for region in Region::ALL {
-            let name = region.name();
+        let mut in_order = |name: &str, members: &dyn Fn(&Step) -> bool| {
             let signature = self.signature(2, false);
             let id = self.declare(name, &signature)?;
-            let function = self.region(region, &steps, signature);
+            let function = self.in_order(members, &steps, signature);
             functions.push((name.to_owned(), id, function));
-            regions[region as usize] = id;
+            Ok(id)
+        };
+        let refresh = in_order("refresh", &|step| step.lasting)?;
+        let mut regions = [FuncId::from_u32(0); Region::ALL.len()];
+        for region in Region::ALL {
+            regions[region as usize] =
+                in_order(region.name(), &|step| step.region == region && !step.lasting)?;
         }
         let signature = self.signature(1, true);
         let scratch = self.declare("scratch", &signature)?;
         let function = self.scratch(signature);
         functions.push(("scratch".to_owned(), scratch, function));
-        Ok(Emitted { functions, regions, steps, scratch })
+        Ok(Emitted { functions, refresh, regions, steps, scratch })
     }
 
     /// The wide functions of a step's nests.
@@ -491,15 +508,15 @@ impl<'p> Unit<'p> {
         })
     }
 
-    /// The function of a region: `(frame, thread)`.
-    fn region(&mut self, region: Region, ids: &[FuncId], signature: Signature) -> Function {
-        let steps: Vec<(usize, &Step)> = self
-            .plan
-            .steps()
-            .iter()
-            .enumerate()
-            .filter(|(_, step)| step.region == region)
-            .collect();
+    /// The function that runs some steps one after another: `(frame, thread)`.
+    fn in_order(
+        &mut self,
+        is_member: &dyn Fn(&Step) -> bool,
+        ids: &[FuncId],
+        signature: Signature,
+    ) -> Function {
+        let all = self.plan.steps().iter().enumerate();
+        let steps: Vec<(usize, &Step)> = all.filter(|(_, step)| is_member(step)).collect();
         let members: Vec<&Step> = steps.iter().map(|&(_, step)| step).collect();
         let barriers = schedule::barriers(&members, self.kernels);
         self.function(signature, BTreeSet::new(), |module, e, params| {

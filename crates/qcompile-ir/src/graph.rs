@@ -341,11 +341,13 @@ impl Graph {
     }
 
     /// Drops every node that no output or `next` value needs (inputs, params and states stay) and renumbers the
-    /// rest in [`Graph::order`]. Every [`NodeId`] held before is invalid after.
+    /// rest in [`Graph::order`]. What a cast would hold after the step goes with the cast. Every [`NodeId`] held before
+    /// is invalid after.
     pub fn sweep(&mut self) {
         let mut live = vec![false; self.len()];
         let mut stack: Vec<NodeId> = self.outputs.iter().map(|(_, id)| *id).collect();
-        stack.extend(self.next.values());
+        let leaves = self.next.iter().filter(|(leaf, _)| self.op(**leaf).is_leaf());
+        stack.extend(leaves.map(|(_, value)| *value));
         stack.extend(
             self.ids().filter(|&id| {
                 matches!(self.node(id).op, Op::Input(_) | Op::Param(_) | Op::State(_))
@@ -354,6 +356,7 @@ impl Graph {
         while let Some(id) = stack.pop() {
             if !std::mem::replace(&mut live[id.index()], true) {
                 stack.extend(self.operands(id));
+                stack.extend(self.next.get(&id));
             }
         }
         let mut swept = Graph::new(&self.name);
@@ -371,7 +374,8 @@ impl Graph {
         let renumber = |id: &NodeId| renumbered[id];
         swept.outputs =
             self.outputs.iter().map(|(name, id)| (name.clone(), renumber(id))).collect();
-        swept.next = self.next.iter().map(|(leaf, id)| (renumber(leaf), renumber(id))).collect();
+        let next = self.next.iter().filter(|(kept, _)| live[kept.index()]);
+        swept.next = next.map(|(kept, id)| (renumber(kept), renumber(id))).collect();
         *self = swept;
     }
 
@@ -503,28 +507,39 @@ impl Graph {
         self.outputs = outputs;
     }
 
-    /// What each parameter and state holds after the step.
+    /// What each parameter and state, and each lasting cast of one, holds after the step.
     #[must_use]
     pub fn next(&self) -> &BTreeMap<NodeId, NodeId> {
         &self.next
     }
 
-    /// Says what `leaf` (a param or state) holds after the step.
+    /// Says what `kept` holds after the step: a param, a state, or a cast of a param, which then lasts from step to
+    /// step. That of such a cast is the same cast of the param's own next value, and so what it would be anyway.
     ///
     /// # Errors
-    /// [`GraphError::Replacement`] if the types differ or `leaf` is neither param nor state.
-    pub fn set_next(&mut self, leaf: NodeId, value: NodeId) -> Result<(), GraphError> {
-        let keeps = matches!(self.op(leaf), Op::Param(_) | Op::State(_));
-        if !keeps || self.ty(leaf) != self.ty(value) {
+    /// [`GraphError::Replacement`] if the types differ or `kept` is none of these.
+    pub fn set_next(&mut self, kept: NodeId, value: NodeId) -> Result<(), GraphError> {
+        let keeps = matches!(self.op(kept), Op::Param(_) | Op::State(_));
+        if !(keeps || self.lasts(kept, value)) || self.ty(kept) != self.ty(value) {
             return Err(GraphError::Replacement {
-                old: self.node(leaf).name.clone(),
-                old_type: self.ty(leaf).clone(),
+                old: self.node(kept).name.clone(),
+                old_type: self.ty(kept).clone(),
                 new: self.node(value).name.clone(),
                 new_type: self.ty(value).clone(),
             });
         }
-        self.next.insert(leaf, value);
+        self.next.insert(kept, value);
         Ok(())
+    }
+
+    /// Whether a value is a cast of a param, and the other the same cast of that param's next value.
+    pub(crate) fn lasts(&self, kept: NodeId, value: NodeId) -> bool {
+        let casts = matches!(self.op(kept), Op::Cast(_)) && self.op(kept) == self.op(value);
+        casts && {
+            let param = self.operand(kept, 0);
+            matches!(self.op(param), Op::Param(_))
+                && self.next.get(&param) == Some(&self.operand(value, 0))
+        }
     }
 
     /// Leaves of one kind in order of creation: `graph.leaves(|op| matches!(op, Op::Param(_)))`.

@@ -3,7 +3,8 @@
 //! A [`Graph`] is a directed acyclic graph of values. One node is one value: it has a [`Name`], an [`Op`],
 //! a [`TensorType`], a [`Region`] and a [`Note`]. Operand order lives on the edges, types only on the nodes,
 //! quantization scales only as operands. State (parameters, moments, running statistics) is functional:
-//! `next %w = %w.next` says what a leaf holds after the step.
+//! `next %w = %w.next` says what a leaf holds after the step. A cast of a parameter may have one, too, the same cast of the
+//! parameter's: then it need not be made anew in the next step.
 //!
 //! * [`graph`] stores it and has the only doors of mutation;
 //! * [`op`] is the closed vocabulary, [`mod@infer`] gives each op its type;

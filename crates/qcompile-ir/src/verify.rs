@@ -6,8 +6,8 @@
 //! 4. No edge goes back a region; leaves are in the forward region.
 //! 5. Names are unique and lead back to their node.
 //! 6. Outputs are nodes of the graph and have names that differ.
-//! 7. `next` leads from a param or state of the graph to a value of the same type. A leaf without `next` keeps its
-//!    value.
+//! 7. `next` leads from a param or state of the graph to a value of the same type, or from a cast of a param to the same
+//!    cast of that param's next value. A leaf without `next` keeps its value.
 //! 8. `all_reduce` is in the comm region, or in forward and backward for statistics that ranks share; not in update.
 //! 9. Notes fit: a sensitivity is not NaN, channels ascend.
 //!
@@ -140,8 +140,13 @@ impl Verifier<'_> {
         for (&leaf, &value) in graph.next() {
             if !inside(leaf) || !inside(value) {
                 self.errors.push(foreign("a next value or its leaf"));
-            } else if !matches!(graph.op(leaf), Op::Param(_) | Op::State(_)) {
-                self.report(leaf, "has a next value, but is neither param nor state");
+            } else if !matches!(graph.op(leaf), Op::Param(_) | Op::State(_))
+                && !graph.lasts(leaf, value)
+            {
+                self.report(
+                    leaf,
+                    "has a next value, but is neither param nor state, nor a cast as its next value is",
+                );
             } else if graph.ty(leaf) != graph.ty(value) {
                 let (ty, next) = (graph.ty(leaf), graph.ty(value));
                 self.report(leaf, format!("is {ty}, but its next value is {next}"));

@@ -59,7 +59,13 @@ pub(crate) fn lower(
 fn loops(name: &str, region: Region, nest: LoopNest) -> Step {
     let points = nest.dims.iter().try_fold(Dim::ONE, |product, &dim| product.times(dim));
     let serial = points.is_some_and(|points| !points.batch && points.scale <= SERIAL_POINTS);
-    Step { name: name.to_owned(), region, kernel: Kernel::Loops(vec![nest]), serial }
+    Step {
+        name: name.to_owned(),
+        region,
+        kernel: Kernel::Loops(vec![nest]),
+        serial,
+        lasting: false,
+    }
 }
 
 impl Lowering<'_> {
@@ -75,7 +81,8 @@ impl Lowering<'_> {
             Kind::Loop => {
                 let mut builder = NestBuilder::new(self, group.domain.clone());
                 builder.members(&group.members);
-                steps.push(loops(name, group.region, builder.finish()));
+                let lasting = group.members.iter().all(|id| self.memory.lasting.contains(id));
+                steps.push(Step { lasting, ..loops(name, group.region, builder.finish()) });
             }
             Kind::Primitive => {
                 let first = group.members[0];
@@ -93,6 +100,7 @@ impl Lowering<'_> {
                     region: group.region,
                     kernel: Kernel::Primitive(primitive),
                     serial: false,
+                    lasting: false,
                 });
             }
             Kind::Copy => {
@@ -208,6 +216,7 @@ impl Lowering<'_> {
             region: group.region,
             kernel: Kernel::AllReduce { op, members },
             serial: false,
+            lasting: false,
         });
     }
 }

@@ -6,6 +6,7 @@ use crate::{Affine, Slot, SlotId, Storage};
 use qcompile_ir::{Graph, NodeId, Op, Region};
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::RangeInclusive;
 
 /// One place of the schedule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +28,8 @@ pub(crate) struct Memory {
     pub(crate) outputs: Vec<SlotId>,
     /// The all-reduces that exchange their operand's own memory.
     pub(crate) exchanged_in_place: BTreeSet<NodeId>,
+    /// Casts of parameters that last from step to step.
+    pub(crate) lasting: BTreeSet<NodeId>,
 }
 
 /// Decisions that the schedule depends on.
@@ -37,6 +40,8 @@ pub(crate) struct Placement {
     pub(crate) copied: Vec<(NodeId, NodeId)>,
     /// Outputs (by position) that are computed into their own slot, by value.
     pub(crate) direct_outputs: BTreeMap<NodeId, usize>,
+    /// Casts of parameters that last from step to step, with what is written there for the next one.
+    pub(crate) lasting: BTreeMap<NodeId, NodeId>,
 }
 
 /// Decides what is written in place; orders every other reader of an overwritten leaf before its writer.
@@ -45,6 +50,7 @@ pub(crate) fn place(graph: &Graph, fusion: &mut Fusion) -> Placement {
         in_place: BTreeMap::new(),
         copied: Vec::new(),
         direct_outputs: BTreeMap::new(),
+        lasting: BTreeMap::new(),
     };
     for (position, (_, id)) in graph.outputs().iter().enumerate() {
         let computed = fusion.group_of[id.index()].is_some();
@@ -53,8 +59,17 @@ pub(crate) fn place(graph: &Graph, fusion: &mut Fusion) -> Placement {
         }
     }
     let readers = readers(fusion);
+    // A kernel that makes anything else, too, runs in every step.
+    let lasts = |id: &NodeId| {
+        let read = readers.contains_key(id) && !placement.direct_outputs.contains_key(id);
+        read && graph.next().contains_key(id)
+    };
+    let all_last = |group: usize| fusion.groups[group].members.iter().all(lasts);
+    let casts =
+        graph.next().iter().filter(|(id, _)| fusion.group_of[id.index()].is_some_and(all_last));
+    placement.lasting = casts.map(|(&id, &value)| (id, value)).collect();
     for (&leaf, &value) in graph.next() {
-        if leaf == value {
+        if leaf == value || !(graph.op(leaf).is_leaf() || placement.lasting.contains_key(&leaf)) {
             continue;
         }
         let taken = placement.direct_outputs.contains_key(&value)
@@ -142,6 +157,7 @@ pub(crate) fn allocate(
         slot_of: BTreeMap::new(),
         outputs: Vec::new(),
         exchanged_in_place: BTreeSet::new(),
+        lasting: placement.lasting.keys().copied().collect(),
     };
     for id in graph.ids() {
         let storage = match graph.op(id) {
@@ -161,10 +177,12 @@ pub(crate) fn allocate(
         memory.slot_of.insert(id, memory.outputs[position]);
     }
     for (&value, leaf) in &placement.in_place {
-        memory.slot_of.insert(value, memory.slot_of[leaf]);
+        if let Some(&slot) = memory.slot_of.get(leaf) {
+            memory.slot_of.insert(value, slot);
+        }
     }
     memory.exchange_in_place(graph, fusion);
-    memory.colour(graph, fusion, schedule, batch);
+    memory.colour(graph, fusion, placement, schedule, batch);
     memory
 }
 
@@ -204,7 +222,14 @@ impl Memory {
         }
     }
 
-    fn colour(&mut self, graph: &Graph, fusion: &Fusion, schedule: &[Item], batch: usize) {
+    fn colour(
+        &mut self,
+        graph: &Graph,
+        fusion: &Fusion,
+        placement: &Placement,
+        schedule: &[Item],
+        batch: usize,
+    ) {
         // An exchanged value lives in its operand's memory.
         let owner = |id: NodeId| -> NodeId {
             if self.exchanged_in_place.contains(&id) {
@@ -231,8 +256,20 @@ impl Memory {
         let mut starting: Vec<Vec<NodeId>> = vec![Vec::new(); schedule.len()];
         let mut ending: Vec<Vec<NodeId>> = vec![Vec::new(); schedule.len()];
         let stored = stored(graph, fusion);
+        let in_place = |id: &NodeId| placement.in_place.contains_key(id);
+        // Written before the first step or by an update, read up to its last reader: in between its memory is free.
+        let lasting = placement.lasting.iter().map(|(&id, &next)| {
+            let group = fusion.group_of[next.index()].filter(|_| in_place(&next));
+            let writer = group.map_or(Item::Next(id, next), Item::Group);
+            let written = schedule.iter().position(|item| *item == writer);
+            let written = written.expect("every next value is scheduled");
+            let spans = vec![0..=last[&id], written..=schedule.len()];
+            (id, next, Piece { spans, bytes: bytes_of(graph.ty(id)) })
+        });
+        let lasting: Vec<(NodeId, NodeId, Piece)> = lasting.collect();
         for (&id, &at) in &first {
-            if !self.slot_of.contains_key(&id) && stored.contains(&id) {
+            let lasts = placement.lasting.contains_key(&id) || in_place(&id);
+            if !lasts && !self.slot_of.contains_key(&id) && stored.contains(&id) {
                 starting[at].push(id);
                 ending[last[&id]].push(id);
             }
@@ -247,14 +284,21 @@ impl Memory {
                 let piece = match ending[at].iter().position(over) {
                     Some(dying) => piece_of[&ending[at].swap_remove(dying)],
                     None => {
-                        pieces.push(Piece { begin: at, end: at, bytes: Affine::ZERO });
+                        pieces.push(Piece { spans: Vec::new(), bytes: Affine::ZERO });
                         pieces.len() - 1
                     }
                 };
-                pieces[piece].end = last[&id];
+                pieces[piece].spans.push(at..=last[&id]);
                 pieces[piece].bytes = pieces[piece].bytes.max(bytes_of(graph.ty(id)));
                 piece_of.insert(id, piece);
             }
+        }
+        for (id, next, piece) in lasting {
+            piece_of.insert(id, pieces.len());
+            if in_place(&next) {
+                piece_of.insert(next, pieces.len());
+            }
+            pieces.push(piece);
         }
         let slots = self.share(&pieces, batch);
         self.slot_of.extend(piece_of.into_iter().map(|(id, piece)| (id, slots[piece])));
@@ -299,14 +343,16 @@ impl Memory {
 
 /// Memory of a value, and of those that are written over it as it dies, for their part of the schedule.
 struct Piece {
-    begin: usize,
-    end: usize,
+    spans: Vec<RangeInclusive<usize>>,
     bytes: Affine,
 }
 
 impl Piece {
     fn lives_with(&self, other: &Piece) -> bool {
-        self.begin <= other.end && other.begin <= self.end
+        let meet = |a: &RangeInclusive<usize>, b: &RangeInclusive<usize>| {
+            a.start() <= b.end() && b.start() <= a.end()
+        };
+        self.spans.iter().any(|span| other.spans.iter().any(|other| meet(span, other)))
     }
 }
 

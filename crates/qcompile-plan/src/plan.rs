@@ -212,6 +212,9 @@ pub struct Step {
     pub kernel: Kernel,
     /// So little work, whatever the batch, that one thread does it alone: neighbours that are serial need no barrier.
     pub serial: bool,
+    /// What it makes of parameters lasts from step to step, and is written by the update, too: it runs where there was no
+    /// update before, in the forward region.
+    pub lasting: bool,
 }
 
 /// A training step as data: what runs in which order on which memory.

@@ -35,7 +35,7 @@ fn joinable(first: &Step, second: &Step) -> Option<Vec<LoopNest>> {
         accesses.filter(|(access, _)| moves(access)).map(|(access, _)| access.slot).collect()
     };
     let (known, read): (Vec<_>, Vec<_>) = (slots(before), slots(after));
-    let fits = first.region == second.region
+    let fits = (first.region, first.lasting) == (second.region, second.lasting)
         && before.len() + after.len() <= MOST_NESTS
         && rows(before).is_some_and(|size| size != Dim::ONE && Some(size) == rows(after))
         && before.iter().all(|nest| !nest.crosses_split())

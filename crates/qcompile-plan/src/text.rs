@@ -93,7 +93,8 @@ impl fmt::Display for Plan {
         for (index, step) in self.steps().iter().enumerate() {
             let name = qcompile_ir::Name::from(&step.name);
             let serial = if step.serial { " serial" } else { "" };
-            write!(f, "step {index} {}{serial} {name} = ", step.region.name())?;
+            let lasting = if step.lasting { " lasting" } else { "" };
+            write!(f, "step {index} {}{serial}{lasting} {name} = ", step.region.name())?;
             match &step.kernel {
                 Kernel::Loops(nests) => {
                     writeln!(f, "loops")?;

@@ -5,7 +5,7 @@
 //! * a store touches each element at most once, an epilogue iterates over the rows and columns of its product and
 //!   reduces floats down the rows only; what a loop nest writes, others of its step touch in the same row only;
 //! * nothing writes a constant or an input, and every binding fits its slot;
-//! * regions do not go back.
+//! * regions do not go back, and what lasts from step to step is made of kept memory and constants alone.
 
 mod layers;
 
@@ -13,7 +13,7 @@ use crate::plan::bytes_of;
 use crate::rows::row_by_row;
 use crate::{
     Access, Affine, Binding, Convolution, Int8, Kernel, LoopNest, Matmul, Place, Plan, Pooling,
-    Primitive, Product, Scalar, SlotId, Storage, Write,
+    Primitive, Product, Scalar, SlotId, Step, Storage, Write,
 };
 use qcompile_ir::{DType, Dim, QuantizedRange, Region};
 use thiserror::Error;
@@ -90,7 +90,7 @@ pub fn verify(plan: &Plan) -> Result<(), VerifyError> {
         let checked = if step.region < region {
             Err(format!("region {} after {}", step.region.name(), region.name()))
         } else {
-            check_kernel(plan, &step.kernel)
+            check_kernel(plan, &step.kernel).and_then(|()| check_lasting(plan, step))
         };
         checked.map_err(fail(&step.name))?;
         region = step.region;
@@ -119,6 +119,25 @@ pub(crate) fn verify_evaluation(plan: &Plan, evaluation: &Plan) -> Result<(), Ve
     match evaluation.steps.iter().find(|step| step.region != Region::Forward) {
         Some(step) => fail(&step.name, "it computes more than the forward region"),
         None => Ok(()),
+    }
+}
+
+/// What a lasting step reads is there whenever it runs.
+fn check_lasting(plan: &Plan, step: &Step) -> Checked {
+    let lasts = |read: &Access| match plan.slots[read.slot.index()].storage {
+        Storage::Kept | Storage::Const => true,
+        Storage::Input | Storage::Output | Storage::Shared => false,
+    };
+    let fits = match &step.kernel {
+        Kernel::Loops(nests) => {
+            step.region == Region::Forward && nests.iter().flat_map(|nest| &nest.reads).all(lasts)
+        }
+        Kernel::Primitive(_) | Kernel::AllReduce { .. } => false,
+    };
+    if fits || !step.lasting {
+        Ok(())
+    } else {
+        Err("what lasts is made of what does not".to_owned())
     }
 }
 

@@ -89,6 +89,9 @@ pub(crate) struct Replica {
     kept_offsets: Vec<usize>,
     /// Inputs, outputs and intermediate values of whichever form runs.
     workspace: Arena,
+    /// Whether the workspace lacks the copies of parameters that last: an update leaves them there, everything else spoils
+    /// them.
+    stale: bool,
     /// The batch size that the workspace is laid out for.
     capacity: usize,
     scratch: Arena,
@@ -114,6 +117,7 @@ impl Replica {
             kept,
             kept_offsets,
             workspace: Arena::new(0, limit)?,
+            stale: true,
             capacity: 0,
             scratch: Arena::new(0, limit)?,
             slots: Vec::new(),
@@ -142,6 +146,7 @@ impl Replica {
             let most = forms.iter().map(|form| layout(form.plan, wanted, is_workspace).1).max();
             let room = self.limit.saturating_sub(self.kept.bytes());
             self.workspace = Arena::new(0, 0)?;
+            self.stale = true;
             self.capacity = 0;
             self.workspace = Arena::new(most.unwrap_or(0), room)?;
             self.capacity = wanted;
@@ -211,6 +216,7 @@ impl Replica {
     /// Replaces a parameter or state; the tensor has its type.
     pub(crate) fn write_kept(&mut self, binding: &Binding, value: &Tensor) {
         assert!(value.ty() == binding.ty, "checked by the trainer");
+        self.stale = true;
         let to = self.kept.at(self.kept_offsets[binding.slot.index()]);
         // SAFETY: the plan was verified: a value of this type fits the slot; no thread runs.
         unsafe { std::ptr::copy_nonoverlapping(value.bytes().as_ptr(), to, value.bytes().len()) };
@@ -259,7 +265,12 @@ impl Replica {
         frame.threads = team.threads();
         frame.barrier = &raw const *barrier;
         let program = &form.code.program;
+        let refreshes = self.stale && call.regions.contains(&Region::Forward);
         let job = |thread: usize| {
+            if refreshes {
+                // SAFETY: as below.
+                unsafe { program.refresh(&frame, thread) };
+            }
             for &region in call.regions {
                 let begin = Instant::now();
                 // SAFETY: `prepare` laid out every slot for at least this batch size, disjoint and aligned, and the
@@ -272,7 +283,10 @@ impl Replica {
                 }
             }
         };
-        team.run(job).map_err(|panicked| RuntimeError::Panicked(panicked.to_string()))
+        self.stale = true;
+        team.run(job).map_err(|panicked| RuntimeError::Panicked(panicked.to_string()))?;
+        self.stale = !call.regions.contains(&Region::Update);
+        Ok(())
     }
 
     /// Runs all steps of the form that was prepared last, one at a time, and returns how long each took.

@@ -180,7 +180,9 @@ pub fn profile(
             times.push(time.as_secs_f64() * 1e3);
         }
     }
-    let measured = plan.steps().iter().zip(times).map(|(step, times)| {
+    // What lasts is not made in every step.
+    let every = plan.steps().iter().zip(times).filter(|(step, _)| !step.lasting);
+    let measured = every.map(|(step, times)| {
         let ms = Quantiles::of(times).median;
         let work = step.work(batch);
         let rate = |amount: f64| if ms > 0.0 { amount / ms / 1e6 } else { 0.0 };

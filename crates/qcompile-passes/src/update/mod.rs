@@ -21,12 +21,16 @@
 //! Where the note of a parameter says `update=i8`, its state is 8-bit (`moments`). [`store_in_bf16`] keeps such a
 //! parameter itself in bf16: it is widened, updated in f32, and rounded at random (`crate::stochastic`).
 //!
+//! [`keep_casts`] lets the update write the copies of parameters in low precision that products read.
+//!
 //! No value that is not finite reaches a parameter or state: if the loss or the norm of all gradients is not finite,
 //! every leaf keeps its value. Running statistics that the model updates itself are guarded the same way.
 
+mod lasting;
 mod moments;
 mod weights;
 
+pub use lasting::keep_casts;
 pub use weights::{store_in_bf16, widen};
 
 use crate::PassError;

@@ -253,7 +253,10 @@ impl<'a> Street<'a> {
                 self.options.optimizer.name().clone_into(&mut about.optimizer);
                 about.options = self.options.said();
             }
-            Pass::Finish => simplify::run(graph, &simplify::Options { keep_stop_gradient: false })?,
+            Pass::Finish => {
+                simplify::run(graph, &simplify::Options { keep_stop_gradient: false })?;
+                update::keep_casts(graph)?;
+            }
         }
         Ok(())
     }

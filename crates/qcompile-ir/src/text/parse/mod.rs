@@ -273,7 +273,7 @@ impl Parser<'_> {
                 format!("{} has a next value already", self.graph().node(leaf).name),
             ));
         }
-        if !matches!(self.graph().op(leaf), Op::Param(_) | Op::State(_)) {
+        if !matches!(self.graph().op(leaf), Op::Param(_) | Op::State(_) | Op::Cast(_)) {
             return Err((
                 column,
                 format!("{} is neither param nor state", self.graph().node(leaf).name),
