@@ -4,10 +4,11 @@
 //! needs wide vectors are kernels of [`qcompile_kernels`], called by address. A program is reached through one
 //! calling contract, [`Frame`].
 //!
-//! `unsafe` is confined to [`mod@program`], which owns the code, and to the frame's claim to be shared.
+//! `unsafe` is confined to [`mod@program`], which owns the code and its memory, and to the frame's claim to be shared.
 
 mod attention;
 mod body;
+mod code_memory;
 mod emitter;
 mod epilogue;
 mod facts;

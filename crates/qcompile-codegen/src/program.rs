@@ -1,5 +1,6 @@
 //! A plan as native code.
 
+use crate::code_memory::CodeMemory;
 use crate::emitter::{Emitter, Target};
 use crate::epilogue::{self, Partials};
 use crate::facts::Facts;
@@ -12,14 +13,13 @@ use cranelift_codegen::ir::{AbiParam, Function, InstBuilder, Signature, Value};
 use cranelift_codegen::isa::{CallConv, OwnedTargetIsa};
 use cranelift_codegen::settings::{self, Configurable};
 use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
-use cranelift_jit::{JITBuilder, JITModule};
+use cranelift_jit::{JITBuilder, JITMemoryProvider, JITModule};
 use cranelift_module::{FuncId, Linkage, Module};
 use qcompile_ir::Region;
 use qcompile_kernels::{Kernels, Tier, kernels};
 use qcompile_plan::{Affine, Kernel, LoopNest, Plan, SlotId, Step};
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
-use std::sync::Mutex;
 use thiserror::Error;
 
 /// Why a plan could not be compiled: each is a defect, or a CPU that the code generator does not know.
@@ -61,8 +61,8 @@ type ScratchFunction = unsafe extern "C" fn(frame: *const Frame) -> usize;
 
 /// The native code of a plan. Dropping it frees the code.
 pub struct Program {
-    /// Holds the code; a mutex, so that programs may be shared between threads.
-    module: Mutex<Option<JITModule>>,
+    /// Holds the code.
+    memory: CodeMemory,
     /// Makes what lasts.
     refresh: RegionFunction,
     regions: [RegionFunction; Region::ALL.len()],
@@ -82,11 +82,8 @@ impl std::fmt::Debug for Program {
 
 impl Drop for Program {
     fn drop(&mut self) {
-        let module = self.module.get_mut().map(Option::take);
-        if let Ok(Some(module)) = module {
-            // SAFETY: the functions are reachable through this value only, and nobody runs them while it is dropped.
-            unsafe { module.free_memory() };
-        }
+        // SAFETY: the functions are reachable through this value only, and nobody runs them while it is dropped.
+        unsafe { self.memory.free_memory() };
     }
 }
 
@@ -200,9 +197,8 @@ pub fn compile(plan: &Plan, options: &Options) -> Result<Program, CodegenError> 
         // SAFETY: as above.
         .map(|id| unsafe { std::mem::transmute::<*const u8, StepFunction>(address(id)) })
         .collect();
-    let module = Mutex::new(Some(unit.module));
-    let (slots, tier) = (plan.slots().len(), options.tier);
-    Ok(Program { module, refresh, regions, steps, scratch, slots, code_bytes, tier })
+    let (slots, tier, memory) = (plan.slots().len(), options.tier, unit.memory);
+    Ok(Program { memory, refresh, regions, steps, scratch, slots, code_bytes, tier })
 }
 
 /// Cranelift's intermediate code of every function of a plan, as text.
@@ -266,6 +262,7 @@ struct Unit<'p> {
     kernels: &'static Kernels,
     target: Target,
     module: JITModule,
+    memory: CodeMemory,
     builder: FunctionBuilderContext,
     tier: Tier,
     /// Wide functions.
@@ -315,10 +312,13 @@ impl<'p> Unit<'p> {
             call_conv: CallConv::triple_default(isa.triple()),
         };
         let names = cranelift_module::default_libcall_names();
-        let module = JITModule::new(JITBuilder::with_isa(isa, names));
+        let memory = CodeMemory::new();
+        let mut module = JITBuilder::with_isa(isa, names);
+        module.memory_provider(Box::new(memory.clone()));
+        let module = JITModule::new(module);
         let builder = FunctionBuilderContext::new();
         let (kernels, tier) = (kernels(options.tier), options.tier);
-        Ok(Unit { plan, kernels, target, module, builder, tier, wide: Vec::new() })
+        Ok(Unit { plan, kernels, target, module, memory, builder, tier, wide: Vec::new() })
     }
 
     fn signature(&self, words: usize, result: bool) -> Signature {
