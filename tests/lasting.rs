@@ -3,7 +3,7 @@
 
 use crate::support::{Random, inputs};
 use crate::training::{Recipe, forward, plan, trainer};
-use qcompile_ir::{Region, Tensor};
+use qcompile_ir::{DType, Region, Tensor, text};
 use qcompile_passes::quantize::PrecisionChoice;
 use qcompile_passes::update::{Optimizer, keep_casts};
 use qcompile_plan::{BuildOptions, Plan, build};
@@ -87,4 +87,48 @@ fn a_refused_step_leaves_the_copies_right() {
     let (reports, parameters) = run(&with);
     assert_eq!(reports.map(|(finite, _)| finite), [true, false, true, true]);
     assert_eq!((reports, parameters), run(&without));
+}
+
+/// Nobody would write these, but a file may hold them: two casts that take over one value, and one that takes over itself.
+#[test]
+fn casts_share_their_next_value_or_are_their_own() {
+    let source = |next: &str, footer: &str| {
+        format!(
+            "graph @odd {{
+  input %x : f32[N, 2]
+  param %w : f32[2, 64] = splat 0.5
+  const %one : f32[2, 64] = splat 1
+forward:
+  %x.bf16 : bf16[N, 2] = cast %x
+  %x.f32 : f32[N, 2] = cast %x.bf16
+  %first : bf16[2, 64] = cast %w
+  %second : bf16[2, 64] = cast %w
+  %first.f32 : f32[2, 64] = cast %first
+  %second.f32 : f32[2, 64] = cast %second
+  %y : f32[N, 64] = matmul %x.f32, %first.f32
+  %z : f32[N, 64] = matmul %x.f32, %second.f32
+  return %y, %z
+update:
+  %w.next : f32[2, 64] = add %w, %one
+  %copy : bf16[2, 64] = cast %w.next
+  next %w = {next}
+{footer}}}
+"
+        )
+    };
+    let run = |source: &str| {
+        let graph = text::parse(source, &|_| None).expect("parses");
+        qcompile_ir::verify(&graph).expect("valid");
+        let plan = Arc::new(build(graph, &BuildOptions { batch_size: 8 }).expect("builds"));
+        let lasting = plan.steps().iter().any(|step| step.lasting);
+        let mut trainer = trainer(&plan, 1, 1);
+        let x = Tensor::from_f64(DType::F32, &[3, 2], &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        let inputs = BTreeMap::from([("x".to_owned(), x.expect("as large"))]);
+        let outputs = [(); 3].map(|()| trainer.run(&inputs, Region::Update).expect("runs"));
+        (lasting, outputs)
+    };
+    let shared = "  next %first = %copy\n  next %second = %copy\n";
+    let own = "  next %first = %first\n";
+    assert_eq!(run(&source("%w.next", shared)), (true, run(&source("%w.next", "")).1));
+    assert_eq!(run(&source("%w", own)), run(&source("%w", "")));
 }

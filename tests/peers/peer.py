@@ -65,6 +65,17 @@ class Workspace:
             export(name, path, training, dynamic=True)
         return path
 
+    def samples(self, name, steps):
+        """So many batches of a benchmark, as a file that `train` takes."""
+        import numpy as np
+
+        import benchmarks
+
+        x, label = benchmarks.batch(name, benchmarks.BENCHMARKS[name].batch_size * steps)
+        path = self.path / f"{name}.{steps}.npz"
+        np.savez(path, x=x, label=label.reshape(len(x), -1) if len(label) > len(x) else label)
+        return path
+
     def run(self, *words):
         """Runs qcompile and returns what it printed; a failure raises with its message."""
         command = [str(self.qcompile), *map(str, words)]

@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -95,9 +94,7 @@ def processes(work, name, path, precision, values):
     size = benchmarks.BENCHMARKS[name].batch_size
     results = {}
     for steps in (1, 5):
-        x, label = benchmarks.batch(name, size * steps)
-        data = work.path / f"{name}.{steps}.npz"
-        np.savez(data, x=x, label=label.reshape(len(x), -1) if len(label) > len(x) else label)
+        data = work.samples(name, steps)
         ours = [work.qcompile, "train", path, "--data", data, "--epochs", 1, "--batch-size", size, "--threads", threads]
         ours += ["--precision", precision, "--loss", "cross-entropy", "--optimizer", optimizer(name), "--lr", 1e-3]
         torchs = [sys.executable, __file__, "--child", name, steps, threads, precision]

@@ -35,9 +35,7 @@ def main():
     rows, failures = [], []
     for name in values.names:
         path, size = work.model(name), benchmarks.BENCHMARKS[name].batch_size
-        x, label = benchmarks.batch(name, size * STEPS[name])
-        data = work.path / f"{name}.npz"
-        np.savez(data, x=x, label=label.reshape(len(x), -1) if len(label) > len(x) else label)
+        data = work.samples(name, STEPS[name])
         for precision in values.precisions:
             plan = work.path / f"{name}.{precision}.qplan"
             words = ["--batch-size", size, "--loss", "cross-entropy", "--optimizer", "momentum", "--no-measure"]

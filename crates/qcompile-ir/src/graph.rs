@@ -346,8 +346,6 @@ impl Graph {
     pub fn sweep(&mut self) {
         let mut live = vec![false; self.len()];
         let mut stack: Vec<NodeId> = self.outputs.iter().map(|(_, id)| *id).collect();
-        let leaves = self.next.iter().filter(|(leaf, _)| self.op(**leaf).is_leaf());
-        stack.extend(leaves.map(|(_, value)| *value));
         stack.extend(
             self.ids().filter(|&id| {
                 matches!(self.node(id).op, Op::Input(_) | Op::Param(_) | Op::State(_))

@@ -71,7 +71,7 @@ pub fn build(graph: Graph, options: &BuildOptions) -> Result<Plan, PlanError> {
     let schedule = schedule(&graph, &fusion, &placement);
     let saved = saved(&graph, &fusion);
     let memory = allocate(&graph, &fusion, &placement, &schedule, options.batch_size.max(1));
-    let steps = lower(&graph, &fusion, &memory, &schedule)?;
+    let steps = lower(&graph, &fusion, &memory, &placement, &schedule)?;
 
     let binding = |id: NodeId| {
         let node = graph.node(id);

@@ -4,7 +4,7 @@ use crate::attention::attention;
 use crate::build::PlanError;
 use crate::fuse::{Fusion, Group, Kind};
 use crate::low::exchanged_codes;
-use crate::memory::{Item, Memory, stored};
+use crate::memory::{Item, Memory, Placement, stored};
 use crate::nest_builder::NestBuilder;
 use crate::plan::dense_strides;
 use crate::primitives::primitive;
@@ -19,6 +19,7 @@ pub(crate) struct Lowering<'a> {
     pub(crate) graph: &'a Graph,
     pub(crate) fusion: &'a Fusion,
     pub(crate) memory: &'a Memory,
+    placement: &'a Placement,
     /// Values that someone reads from memory.
     stored: BTreeSet<NodeId>,
 }
@@ -31,10 +32,11 @@ pub(crate) fn lower(
     graph: &Graph,
     fusion: &Fusion,
     memory: &Memory,
+    placement: &Placement,
     schedule: &[Item],
 ) -> Result<Vec<Step>, PlanError> {
     let stored = stored(graph, fusion);
-    let lowering = Lowering { graph, fusion, memory, stored };
+    let lowering = Lowering { graph, fusion, memory, placement, stored };
     let mut steps = Vec::new();
     for item in schedule {
         match *item {
@@ -81,7 +83,8 @@ impl Lowering<'_> {
             Kind::Loop => {
                 let mut builder = NestBuilder::new(self, group.domain.clone());
                 builder.members(&group.members);
-                let lasting = group.members.iter().all(|id| self.memory.lasting.contains(id));
+                let lasts = |id| self.placement.lasting.contains_key(id);
+                let lasting = group.members.iter().all(lasts);
                 steps.push(Step { lasting, ..loops(name, group.region, builder.finish()) });
             }
             Kind::Primitive => {

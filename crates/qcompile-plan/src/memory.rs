@@ -28,8 +28,6 @@ pub(crate) struct Memory {
     pub(crate) outputs: Vec<SlotId>,
     /// The all-reduces that exchange their operand's own memory.
     pub(crate) exchanged_in_place: BTreeSet<NodeId>,
-    /// Casts of parameters that last from step to step.
-    pub(crate) lasting: BTreeSet<NodeId>,
 }
 
 /// Decisions that the schedule depends on.
@@ -65,8 +63,10 @@ pub(crate) fn place(graph: &Graph, fusion: &mut Fusion) -> Placement {
         read && graph.next().contains_key(id)
     };
     let all_last = |group: usize| fusion.groups[group].members.iter().all(lasts);
-    let casts =
-        graph.next().iter().filter(|(id, _)| fusion.group_of[id.index()].is_some_and(all_last));
+    let casts = graph
+        .next()
+        .iter()
+        .filter(|&(id, value)| id != value && fusion.group_of[id.index()].is_some_and(all_last));
     placement.lasting = casts.map(|(&id, &value)| (id, value)).collect();
     for (&leaf, &value) in graph.next() {
         if leaf == value || !(graph.op(leaf).is_leaf() || placement.lasting.contains_key(&leaf)) {
@@ -157,7 +157,6 @@ pub(crate) fn allocate(
         slot_of: BTreeMap::new(),
         outputs: Vec::new(),
         exchanged_in_place: BTreeSet::new(),
-        lasting: placement.lasting.keys().copied().collect(),
     };
     for id in graph.ids() {
         let storage = match graph.op(id) {
@@ -177,6 +176,7 @@ pub(crate) fn allocate(
         memory.slot_of.insert(id, memory.outputs[position]);
     }
     for (&value, leaf) in &placement.in_place {
+        // That of a cast is coloured.
         if let Some(&slot) = memory.slot_of.get(leaf) {
             memory.slot_of.insert(value, slot);
         }
@@ -256,10 +256,10 @@ impl Memory {
         let mut starting: Vec<Vec<NodeId>> = vec![Vec::new(); schedule.len()];
         let mut ending: Vec<Vec<NodeId>> = vec![Vec::new(); schedule.len()];
         let stored = stored(graph, fusion);
-        let in_place = |id: &NodeId| placement.in_place.contains_key(id);
         // Written before the first step or by an update, read up to its last reader: in between its memory is free.
         let lasting = placement.lasting.iter().map(|(&id, &next)| {
-            let group = fusion.group_of[next.index()].filter(|_| in_place(&next));
+            let in_place = placement.in_place.get(&next) == Some(&id);
+            let group = fusion.group_of[next.index()].filter(|_| in_place);
             let writer = group.map_or(Item::Next(id, next), Item::Group);
             let written = schedule.iter().position(|item| *item == writer);
             let written = written.expect("every next value is scheduled");
@@ -268,7 +268,7 @@ impl Memory {
         });
         let lasting: Vec<(NodeId, NodeId, Piece)> = lasting.collect();
         for (&id, &at) in &first {
-            let lasts = placement.lasting.contains_key(&id) || in_place(&id);
+            let lasts = placement.lasting.contains_key(&id) || placement.in_place.contains_key(&id);
             if !lasts && !self.slot_of.contains_key(&id) && stored.contains(&id) {
                 starting[at].push(id);
                 ending[last[&id]].push(id);
@@ -295,7 +295,7 @@ impl Memory {
         }
         for (id, next, piece) in lasting {
             piece_of.insert(id, pieces.len());
-            if in_place(&next) {
+            if placement.in_place.get(&next) == Some(&id) {
                 piece_of.insert(next, pieces.len());
             }
             pieces.push(piece);

@@ -128,16 +128,15 @@ fn check_lasting(plan: &Plan, step: &Step) -> Checked {
         Storage::Kept | Storage::Const => true,
         Storage::Input | Storage::Output | Storage::Shared => false,
     };
-    let fits = match &step.kernel {
-        Kernel::Loops(nests) => {
-            step.region == Region::Forward && nests.iter().flat_map(|nest| &nest.reads).all(lasts)
+    match &step.kernel {
+        _ if !step.lasting => Ok(()),
+        Kernel::Loops(nests)
+            if step.region == Region::Forward
+                && nests.iter().flat_map(|nest| &nest.reads).all(lasts) =>
+        {
+            Ok(())
         }
-        Kernel::Primitive(_) | Kernel::AllReduce { .. } => false,
-    };
-    if fits || !step.lasting {
-        Ok(())
-    } else {
-        Err("what lasts is made of what does not".to_owned())
+        _ => Err("what lasts is made of what does not".to_owned()),
     }
 }
 
